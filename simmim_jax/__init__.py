@@ -1,0 +1,1 @@
+"""Masked image modelling in JAX: SimMIM pretraining and what follows it."""

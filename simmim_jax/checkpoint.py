@@ -1,0 +1,278 @@
+"""Checkpoints: saved by Orbax, asynchronously and atomically; verified at restore; and what surrounds them on a machine
+that can fail: signals, and the lock on the workdir.
+
+Layout: `workdir/checkpoints/<step>/{params, opt_state, meta}`. `meta` is JSON: a checksum for each array, which Orbax does not
+have (a flipped bit restores silently), and what the run wants to find again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jaxtyping import Array, PyTree, UInt32
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from simmim_jax.errors import BusyError, CheckpointError
+from simmim_jax.train_step import TrainState
+
+
+def make_manager(workdir: str, *, keep: int = 2, keep_every: int = 0) -> ocp.CheckpointManager:
+    """The checkpoints of `workdir`: the newest `keep`, and every one whose step is a multiple of `keep_every` (0: none)."""
+    policies = [preservation_policy.LatestN(max(keep, 1))]
+    if keep_every:
+        policies.append(preservation_policy.EveryNSteps(keep_every))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+    handlers = {
+        "params": ocp.StandardCheckpointHandler(),
+        "opt_state": ocp.StandardCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options, item_handlers=handlers)
+
+
+def checksum(x: Array) -> UInt32[Array, ""]:
+    """A 32-bit number that any single flipped bit changes, and that does not depend on how `x` is split over devices.
+
+    Each element's bits are multiplied by an odd number of its own, and summed modulo 2**32: integer sums have no order.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for dimension in range(x.ndim):
+        stride = int(np.prod(x.shape[dimension + 1 :], dtype=np.int64)) % 2**32
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension) * jnp.uint32(stride)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _checksums(tree: PyTree) -> PyTree:
+    return jax.tree.map(checksum, tree)
+
+
+def checksums(tree: PyTree) -> dict[str, int]:
+    """The checksum of every array of `tree`, by path."""
+    sums = jax.device_get(_checksums(tree))
+    return {_name(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
+    """Begin to save `state`, and `meta` beside it; returns when the values are safe to overwrite, not when written.
+
+    Raises CheckpointError if the disk cannot take it, now or at the save before.
+    """
+    step = int(state.step)
+    items = {"params": state.params, "opt_state": state.opt_state}
+    meta = meta | {"step": step, "checksums": checksums(items)}
+    arguments = ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        opt_state=ocp.args.StandardSave(state.opt_state),
+        meta=ocp.args.JsonSave(meta),
+    )
+    with _told_of_disk(manager, step):
+        manager.save(step, args=arguments)
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Wait until what is being saved is on the disk. Raises CheckpointError if it did not get there."""
+    with _told_of_disk(manager, None):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _told_of_disk(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        folder = Path(manager.directory)
+        free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
+        what = "could not save" if step is None else f"could not save step {step}"
+        reason = str(error).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{what}: {reason}", f"{folder} ({free} MiB free)",
+            "earlier checkpoints are kept; make room or mend the folder, and run the same command again",
+        ) from error  # fmt: skip
+
+
+def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[TrainState, dict] | None:
+    """(state, meta) of the newest checkpoint that is whole, placed as `abstract` says; None if there is none at all.
+
+    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried. Raises CheckpointError if none of
+    them is whole, or if the newest is of another model.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        folder = Path(manager.directory) / str(step)
+        try:
+            meta = _read_meta(folder)
+            _refuse_other_model(manager.item_metadata(step), abstract, folder)
+            wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
+            arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in wanted.items()})
+            with _quiet():
+                restored = manager.restore(step, args=arguments)
+            items = {name: restored[name] for name in wanted}
+            damaged = _damaged(items, meta["checksums"])
+            if damaged:
+                raise ValueError(f"{len(damaged)} arrays differ from their checksums, e.g. {damaged[0]}")
+            count = jax.device_put(np.int32(meta["step"]), abstract.step.sharding)
+            return TrainState(step=count, **items), meta
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever Orbax, TensorStore or JSON say of damaged files
+            reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
+            aside = _move_aside(folder)
+            logging.warning("checkpoint %s is damaged (%s): moved to %s, trying the one before", folder, reason, aside)
+            manager.reload()
+    if steps:
+        raise CheckpointError(
+            f"all {len(steps)} checkpoints are damaged", str(manager.directory),
+            "they were moved to damaged/ beside it; start again in a new --workdir",
+        )  # fmt: skip
+    return None
+
+
+def restore_encoder(init_from: str, abstract: PyTree) -> PyTree:
+    """The encoder's parameters out of a run, placed as `abstract` says: no head, no optimizer, any number of devices.
+
+    init_from: a workdir, its `checkpoints` folder, or one step's folder in it.
+    Raises CheckpointError if there is no checkpoint, it is damaged, or the encoder in it is another.
+    """
+    folder = find_step(init_from)
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        saved = checkpointer.metadata(folder / "params").item_metadata.tree
+        if "encoder" not in saved:
+            raise CheckpointError("no encoder in this checkpoint", str(folder), "give a run of simmim_jax")
+        _refuse_difference(saved["encoder"], abstract, folder, "set config.encoder to that of the run's config.json")
+        target = {"encoder": abstract}
+        arguments = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        try:
+            with _quiet():
+                restored = checkpointer.restore(folder / "params", args=arguments)
+            damaged = _damaged({"params": restored}, _read_meta(folder)["checksums"])
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise CheckpointError(f"damaged checkpoint: {reason}", str(folder), "give another step's folder") from error
+    if damaged:
+        raise CheckpointError(f"damaged array {damaged[0]}", str(folder), "give another step's folder")
+    return restored["encoder"]
+
+
+def find_step(init_from: str) -> Path:
+    """The newest step's folder of a workdir or `checkpoints` folder, or the step's folder itself."""
+    root = Path(init_from).expanduser().absolute()
+    if (root / "params").is_dir():
+        return root
+    for folder in (root / "checkpoints", root):
+        steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+        if steps:
+            return folder / str(max(steps))
+    raise CheckpointError(
+        "no checkpoint" if root.exists() else "no such folder", str(root),
+        "give the --workdir of a pretraining run in init_from, or an empty string for an untrained encoder",
+    )  # fmt: skip
+
+
+def _read_meta(folder: Path) -> dict:
+    return json.loads((folder / "meta" / "metadata").read_text())
+
+
+def _damaged(items: PyTree, expected: dict[str, int]) -> list[str]:
+    return [name for name, value in checksums(items).items() if expected.get(name) != value]
+
+
+def _refuse_other_model(saved, abstract: TrainState, folder: Path) -> None:
+    hint = "give the config of that run, or a new --workdir"
+    _refuse_difference(saved["params"].tree, abstract.params, folder, hint)
+
+
+def _refuse_difference(saved: PyTree, wanted: PyTree, folder: Path, hint: str) -> None:
+    """Raise CheckpointError, with examples from both sides, unless paths, shapes and types agree."""
+
+    def describe(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+        return {_name(path): f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves}
+
+    have, want = describe(saved), describe(wanted)
+    different = [name for name in sorted(have | want) if have.get(name) != want.get(name)]
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"another model: {len(different)} arrays differ, e.g. {name} is {have.get(name, 'absent')} there and "
+            f"{want.get(name, 'absent')} here", str(folder), hint,
+        )  # fmt: skip
+
+
+def _move_aside(folder: Path) -> Path:
+    aside = folder.parent.parent / "damaged" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    aside.parent.mkdir(exist_ok=True)
+    return folder.rename(aside)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's hundreds of lines about a damaged file: the error says it once."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+class StopSignal:
+    """Remembers the first SIGTERM or SIGINT while entered, in `number` (0: none came); a second one ends the process."""
+
+    def __init__(self):
+        self.number = 0
+
+    def _on_signal(self, number, frame):
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        os.write(2, b"stopping: finishing the step and saving; send the signal again to stop at once\n")
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[None]:
+    """Hold `workdir` for this process; the lock dies with it. Raises BusyError if another process holds it."""
+    with open(Path(workdir) / "LOCK", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise BusyError("workdir is in use", f"{workdir} by {owner}", "wait for it, or give another --workdir") from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        lock.flush()
+        yield

@@ -1,0 +1,222 @@
+"""Configs: every field with its default, and how a bad one is refused before anything heavy is imported.
+
+A config file is Python with `get_config(argument=None) -> ConfigDict`; it starts from `pretrain_config` or
+`linear_config` here and sets what differs. Fields bear the names of the arguments that they become. A value used twice is
+a reference and a rule is arithmetic on references, so that overrides on the command line propagate. Only `train.py` reads a
+config; nothing below it has seen one.
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from simmim_jax.errors import ConfigError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Fields that may change between two runs of one workdir, because no parameter depends on them.
+FREE = (
+    "data.workers", "data.threads", "data.prefetch", "data.path", "data.data_dir", "data.max_bad_fraction", "mesh.", "log_every",
+    "save_every", "keep", "keep_every",
+)  # fmt: skip
+
+
+def base_config() -> ConfigDict:
+    """What every run has."""
+    c = ConfigDict()
+    c.seed = 0
+    c.epochs = 100.0  # length of the run; an epoch is images // batch_size steps
+    c.steps = 0  # length of the run in steps instead, if above 0
+    c.batch_size = 2048  # global: of all devices and processes together
+    c.microbatches = 1  # parts that a batch is worked off in, one after another; the update is the same
+    c.init_from = ""  # workdir, or step folder in it, of which to take the encoder
+    c.image_size = (224, 224)  # height, width in pixels
+    c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # per channel on the scale 0..1; their length is the number of channels
+
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # fsdp=-1: parameters and moments split over all devices
+
+    c.data = ConfigDict()
+    c.data.source = "folder"  # digits, folder, tfds
+    c.data.path = ""  # of a folder of images, flat or by class, nested or not
+    c.data.name, c.data.data_dir = "", ""  # of a TFDS dataset; an empty data_dir is TFDS's own default
+    c.data.split = "train"
+    c.data.heldout_split = "validation"
+    c.data.heldout_fraction = 0.02  # of a folder that has no held-out part of its own
+    c.data.image_size = c.get_ref("image_size")
+    c.data.crop_scale, c.data.crop_ratio = (0.67, 1.0), (3 / 4, 4 / 3)
+    c.data.flip = 0.5
+    c.data.interpolation = "bilinear"
+    c.data.workers, c.data.threads, c.data.prefetch = 0, 2, 4
+    c.data.max_bad_fraction = 0.01  # of all images; beyond it the run stops
+    c.data.max_pixels = 64_000_000
+
+    c.encoder = vit_encoder("b")
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"
+    c.optim.schedule = "cosine"
+    c.base_learning_rate = 1e-4  # for a batch of 512; the rule is linear in the batch (official main_simmim.py)
+    scale = c.get_ref("batch_size") / 512
+    c.optim.learning_rate = c.get_ref("base_learning_rate") * scale
+    c.optim.warmup_epochs = 10.0
+    c.optim.warmup_learning_rate = scale * 5e-7
+    c.optim.min_learning_rate = scale * 1e-5
+    c.optim.milestones, c.optim.gamma = (), 0.1  # epochs, factor at each: of the multistep schedule
+    c.optim.late = 0  # 1: each step uses the rate of the one before, as official code does
+    c.optim.betas, c.optim.epsilon = (0.9, 0.999), 1e-8
+    c.optim.weight_decay = 0.05
+    c.optim.clip = 5.0  # of the gradient's global norm; 0: not
+    c.optim.frozen = ""  # regular expression of parameter paths that are not trained
+
+    c.evals = ConfigDict()  # by evaluator: its options
+    c.eval_every = 0  # steps; 0: at the start and the end alone
+    c.eval_images = 2000  # held-out images, and as many training images for probes; 0: all
+    c.eval_batch_size = c.get_ref("batch_size")
+    c.probe_block = 0  # whose output knn and linear probe read: 1 to depth, or 0 for the features
+
+    c.log_every = 10
+    c.save_every = 1000  # steps
+    c.keep, c.keep_every = 2, 0  # checkpoints: the newest, and all whose step is a multiple (0: none)
+    c.max_skipped = 3  # steps in a row with a loss or gradient that is not finite, before the run stops
+    return c
+
+
+def vit_encoder(size: str) -> ConfigDict:
+    """The fields of `models.vit.ViT` as SimMIM pretrains it; width, depth and heads are those of the size unless given."""
+    c = ConfigDict({"name": "vit", "size": size})
+    c.width, c.depth, c.heads = placeholder(int), placeholder(int), placeholder(int)
+    c.patch_size, c.mlp_ratio = 16, 4.0
+    c.class_token = True
+    c.absolute_position = "none"  # none, learned, sincos
+    c.relative_position = "shared"  # none, shared, per_block
+    c.qkv_bias = "qv"  # qv, qkv, none
+    c.layer_scale = 0.1
+    c.drop_path = 0.0
+    c.final_norm, c.norm_epsilon = True, 1e-6
+    c.init_truncation = 1.0  # standard deviations
+    c.remat = False
+    c.dtype = "float32"  # of matmuls; bfloat16 on GPUs and TPUs
+    return c
+
+
+def pretrain_config() -> ConfigDict:
+    """SimMIM pretraining: blocks of 32 pixels, ratio 0.6, held-out loss and pictures."""
+    c = base_config()
+    c.objective = ConfigDict({"name": "simmim", "strategy": "aligned_blocks", "block_size": 32, "ratio": 0.6})
+    c.objective.mask_token_truncation = 1.0
+    c.evals.reconstruction = ConfigDict({"pictures": 8})
+    return c
+
+
+def linear_config() -> ConfigDict:
+    """Linear evaluation: a frozen encoder, and a linear classifier on the mean patch feature of one block."""
+    c = base_config()
+    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 8, "pool_norm": True})
+    c.objective.head_scale, c.objective.label_smoothing = 0.001, 0.0
+    c.optim.frozen = "encoder/"
+    c.optim.weight_decay = 0.0
+    c.optim.warmup_epochs = 0.0
+    c.optim.min_learning_rate = 0.0
+    c.data.crop_scale = (0.08, 1.0)
+    c.data.interpolation = "bicubic"
+    c.eval_images = 0
+    c.evals.accuracy = ConfigDict({})
+    return c
+
+
+def digest(config: ConfigDict) -> dict:
+    """The config as plain JSON data, references resolved: what config.json holds."""
+    return json.loads(config.copy_and_resolve_references().to_json())
+
+
+def refuse_change(saved: dict, config: ConfigDict, where: str) -> None:
+    """Raise ConfigError if `config` would not continue the run that `saved` (a config.json) began, naming what differs."""
+    now, before = dict(_flat(digest(config))), dict(_flat(saved))
+    changed = [name for name in sorted(now | before) if now.get(name) != before.get(name) and not name.startswith(FREE)]
+    if changed:
+        examples = ", ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(f"workdir of another config ({examples}{more})", where, "undo the change, or give a new --workdir")
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flag parser, with every mistake as a ConfigError of one line. For `app.run(flags_parser=...)`."""
+    path = _flag_value(argv, "config")
+    if path and not os.path.exists(path.split(":")[0]):
+        near = difflib.get_close_matches(path, _config_files(path), n=1, cutoff=0.3)
+        raise ConfigError("no such config file", path, f"did you mean {near[0]}?" if near else "give --config=FILE.py")
+    if path is None and not {"--help", "--helpfull", "--helpshort", "-h", "-help"} & set(argv):
+        raise ConfigError("no config given", "--config", "give --config=configs/digits_vit_tiny.py, or another of configs/")
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # absl's and ml_collections' many, and whatever the config file raises
+        raise _explained(error, argv, path) from error
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}", "command line", "give fields as --config.field=value")
+    return rest
+
+
+def _explained(error: Exception, argv: list[str], path: str) -> ConfigError:
+    """What is wrong in `argv`, with the nearest field where it is a field that the config does not have."""
+    message = " ".join(str(error).split())
+    try:
+        fields = [name for name, _ in _flat(digest(load(path)))]
+    except Exception as broken:  # the config file itself fails: any error can come out of it
+        return ConfigError(f"{type(broken).__name__}: {' '.join(str(broken).split())}", path, "mend the config file")
+    for argument in argv[1:]:
+        name = re.match(r"--?config\.([^=]+)", argument)
+        if name and name.group(1) not in fields and not any(field.startswith(name.group(1) + ".") for field in fields):
+            near = difflib.get_close_matches(name.group(1), fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"fields are listed in {path} and simmim_jax/config.py"
+            return ConfigError(f"unknown field {name.group(1)}", path, hint)
+        if name and name.group(0) in message:
+            value = config_field(load(path), name.group(1))
+            message = message.removeprefix("flag ")
+            return ConfigError(message, path, f"give a {type(value).__name__}, like {value!r}")
+    return ConfigError(message, path, "see --help")
+
+
+def load(path: str) -> ConfigDict:
+    """The config of `path`, or of `path:argument`, as the file has it."""
+    file, _, argument = path.partition(":")
+    spec = importlib.util.spec_from_file_location("config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def config_field(config: ConfigDict, name: str):
+    """The value of a dotted name."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _flag_value(argv: list[str], name: str) -> str | None:
+    """The value of --name=VALUE or --name VALUE; None if it is not there."""
+    for n, argument in enumerate(argv):
+        if match := re.fullmatch(rf"--?{name}=(.*)", argument, re.DOTALL):
+            return match.group(1)
+        if re.fullmatch(rf"--?{name}", argument) and n + 1 < len(argv):
+            return argv[n + 1]
+    return None
+
+
+def _config_files(path: str) -> list[str]:
+    folder = os.path.dirname(path) or "configs"
+    return [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []

@@ -1,0 +1,322 @@
+"""Images to batches: the position in the data is the step.
+
+The chain is source -> shuffle -> repeat -> random map -> this process's slice -> batch -> start -> prefetch. The random
+map comes before the slice, so that the images of step s and their augmentations are the same for any number of
+processes, workers and threads. Every random number is a function of (seed, position), so that to start at step s takes
+no stored state. What must be stored is the `fingerprint`: grain accepts a changed data set, and yields other images.
+
+Letters of shapes: b images in one process's batch, h height, w width, c channels. No JAX here: workers load this.
+"""
+
+import functools
+import math
+import os
+import re
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from simmim_jax.data.decode import MAX_PIXELS, BadImage, decode
+from simmim_jax.data.sources import SOURCES, make_source
+from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
+from simmim_jax.errors import ConfigError, DataError
+
+__all__ = ["SOURCES", "fingerprint", "make_batches", "make_epoch", "make_source"]
+
+TRIES = 64  # substitutes for one bad image, before the data as a whole are held to be bad
+
+
+def make_batches(
+    source,
+    *,
+    batch_size: int,
+    seed: int,
+    image_size: tuple[int, int],
+    channels: int = 3,
+    crop_scale: tuple[float, float] = (0.67, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    interpolation: str = "bilinear",
+    start_step: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 2,
+    max_bad_fraction: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's batches from `start_step` on, without end.
+
+    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b]} with b = batch_size / processes: row r
+    of process p is row r * processes + p of the whole batch. An epoch is a permutation of the source, and batches run
+    on from one to the next.
+
+    In place of a bad image comes another, a function of the bad one's index alone ("index" says which), and the bad one
+    is named on the log, once.
+
+    Args:
+      batch_size: over all processes.
+      crop_scale, crop_ratio: of the random crop (`transforms.random_resized_crop`).
+      flip: the probability of a mirror image.
+      start_step: the step that the first batch is for.
+      workers: processes that decode; 0 for this one. In each, `threads` make a batch each and `prefetch` batches wait.
+      max_bad_fraction: of the source's images, rounded up: if more than these prove bad, the data are refused.
+
+    Raises:
+      ConfigError: at once, for values that cannot work.
+      DataError: at once, for a source smaller than a batch; on the way, for too many bad images or a dead worker.
+    """
+    _check_shapes(batch_size, processes, process, image_size, interpolation)
+    _check(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
+    _check(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "must be (low, high) within (0, 1]")
+    _check(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "must be (low, high), above 0")
+    _check(0 <= flip <= 1, "flip", flip, "must be in [0, 1]")
+    _check(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1]")
+    for key, value in {"start_step": start_step, "workers": workers, "threads": threads}.items():
+        _check(value >= 0, key, value, "must be 0 or more")
+    _check(prefetch >= 1, "prefetch", prefetch, "must be 1 or more")
+    if batch_size > len(source):
+        what = f"a batch of {batch_size} is larger than the data"
+        raise DataError(what, source.describe(), f"set batch_size to {len(source)} or less, or add images")
+
+    crop = functools.partial(
+        _random_crop, size=image_size, scale=crop_scale, ratio=crop_ratio, flip=flip, interpolation=interpolation
+    )
+    load = functools.partial(_load_or_substitute, source=source, crop=crop, channels=channels, max_pixels=max_pixels)
+    # seeds s and s + 1 must share nothing, but grain's epoch e of seed s is epoch 0 of seed s + e: hence hashed seeds
+    shuffle_seed, map_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
+    dataset = (
+        grain.MapDataset.range(len(source))
+        .shuffle(shuffle_seed)
+        .repeat()
+        .random_map(load, seed=map_seed)[process::processes]
+        .batch(batch_size // processes, drop_remainder=True)[start_step:]
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads)))
+    )
+    if workers:
+        _let_grain_run_without_flags()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        dataset = dataset.mp_prefetch(options, functools.partial(_init_worker, main=os.getpid()))
+    opened = [iter(dataset)]
+    check = functools.partial(decode, channels=channels, max_pixels=max_pixels)
+    batches = _watch(opened, source, check, math.ceil(max_bad_fraction * len(source)))
+    weakref.finalize(batches, _close, opened)  # also at exit, while what it takes to end workers quietly still exists
+    return batches
+
+
+def make_epoch(
+    source,
+    *,
+    batch_size: int,
+    image_size: tuple[int, int],
+    channels: int = 3,
+    crop_fraction: float = 1.0,
+    interpolation: str = "bilinear",
+    limit: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    threads: int = 2,
+    max_pixels: int = MAX_PIXELS,
+) -> "Epoch":
+    """Each image once, in order, centre-cropped: this process's batches, all full, and as many for every process.
+
+    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "valid": bool [b]}. The last batch is
+    filled up with zero images (label and index -1) that are not valid; nor is an image that does not decode.
+
+    Args:
+      crop_fraction: the part of the resized image's side that the crop keeps (`transforms.resize_and_centre_crop`).
+      limit: so many records, evenly spread over the source; 0 for all.
+    """
+    _check_shapes(batch_size, processes, process, image_size, interpolation)
+    _check(0 < crop_fraction <= 1, "crop_fraction", crop_fraction, "must be in (0, 1]")
+    _check(limit >= 0, "limit", limit, "must be 0 or more")
+    count = min(limit or len(source), len(source))
+    batches = -(-count // batch_size)
+    index = np.full(batches * batch_size, -1, np.int64)
+    index[:count] = np.arange(count) * len(source) // count
+    crop = functools.partial(
+        resize_and_centre_crop, size=image_size, crop_fraction=crop_fraction, interpolation=interpolation
+    )
+    blank = np.zeros((*image_size, channels), np.uint8)
+    load = functools.partial(
+        _load_or_blank, source=source, crop=crop, channels=channels, max_pixels=max_pixels, blank=blank, reported=set()
+    )
+    dataset = grain.MapDataset.source(index).map(load)[process::processes].batch(batch_size // processes)
+    return Epoch(dataset, threads)
+
+
+class Epoch:
+    """One pass over a source, as often as it is iterated over."""
+
+    def __init__(self, dataset: grain.MapDataset, threads: int):
+        self.dataset, self.options = dataset, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return iter(self.dataset.to_iter_dataset(self.options))
+
+
+def fingerprint(
+    source,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: tuple[int, int],
+    channels: int = 3,
+    crop_scale: tuple[float, float] = (0.67, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    interpolation: str = "bilinear",
+    max_pixels: int = MAX_PIXELS,
+) -> dict:
+    """What decides the samples that `make_batches` yields at a step, as JSON; not how many processes compute them."""
+    return {
+        "source": source.fingerprint(),
+        "seed": seed,
+        "batch_size": batch_size,
+        "image_size": list(image_size),
+        "channels": channels,
+        "crop_scale": list(crop_scale),
+        "crop_ratio": list(crop_ratio),
+        "flip": flip,
+        "interpolation": interpolation,
+        "max_pixels": max_pixels,
+    }
+
+
+def _random_crop(image, rng, *, size, scale, ratio, flip, interpolation):
+    return random_flip(random_resized_crop(image, rng, size, scale, ratio, interpolation), rng, flip)
+
+
+def _load_or_substitute(index: int, rng: np.random.Generator, *, source, crop, channels, max_pixels) -> dict:
+    """The record, or a stand-in for it; "bad_index" is then the index asked for, else -1."""
+    stride = _stride(len(source))
+    for step in range(min(TRIES, len(source))):
+        used = (index + step * stride) % len(source)
+        try:
+            record = source[used]
+            image = decode(record["image"], channels, max_pixels)
+        except (BadImage, OSError) as error:
+            reason = error
+            continue
+        bad = -1 if used == index else index
+        label = np.int32(record["label"])
+        return {"image": crop(image, rng), "label": label, "index": np.int64(used), "bad_index": np.int64(bad)}
+    what = f"{step + 1} images in a row cannot be read, the last being {source.name(used)}: {reason}"
+    raise DataError(what, source.describe(), "see whether the disk is there, and what the files are")
+
+
+def _load_or_blank(index: int, *, source, crop, channels, max_pixels, blank, reported: set) -> dict:
+    image, label = None, -1
+    if index >= 0:
+        try:
+            record = source[int(index)]
+            image, label = crop(decode(record["image"], channels, max_pixels)), record["label"]
+        except (BadImage, OSError) as error:
+            if index not in reported:
+                logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
+            reported.add(index)
+    valid = np.bool_(image is not None)
+    return {"image": image if valid else blank, "label": np.int32(label), "index": np.int64(index), "valid": valid}
+
+
+@functools.cache
+def _stride(count: int) -> int:
+    """About 0.618 of the count and coprime to it: steps that reach every record, and never soon a neighbour's."""
+    stride = max(1, int(count * 0.618))
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return stride
+
+
+def _watch(opened, source, check, allowed: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches, until too many images are bad or a worker dies; nothing is read from an iterator that has failed."""
+    bad: set[int] = set()
+    try:
+        while True:
+            try:
+                # copied, for a worker's arrays are shared memory, and any left over at exit is reported as leaked
+                batch = {key: np.array(value) for key, value in next(opened[0]).items()}
+            except RuntimeError as error:
+                code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+                if not code:
+                    raise
+                raise _worker_died(int(code[1])) from error
+            for index in sorted({int(i) for i in batch.pop("bad_index")} - bad - {-1}):
+                bad.add(index)
+                reason = _reason(source, index, check)
+                logging.warning("bad image %d (at most %d): %s: %s", len(bad), allowed, source.name(index), reason)
+                if len(bad) > allowed:
+                    what = f"{len(bad)} bad images, of at most {allowed}; the last: {source.name(index)}: {reason}"
+                    raise DataError(what, source.describe(), "mend or remove the files, or raise data.max_bad_fraction")
+            yield batch
+    finally:
+        _close(opened)
+
+
+def _close(opened: list) -> None:
+    """Ends the workers and forgets the iterator in the list, whose shared memory is given back with it."""
+    while opened:
+        opened.pop().close()
+
+
+def _reason(source, index: int, check) -> str:
+    try:
+        check(source[index]["image"])
+    except (BadImage, OSError) as error:
+        return str(error)
+    return "could not be read, though now it can"
+
+
+def _worker_died(code: int) -> DataError:
+    name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    fix = "see the lines above"
+    if -code == signal.SIGKILL:
+        fix = "likely out of memory: set data.workers, data.prefetch or batch_size lower"
+    elif -code == signal.SIGBUS:
+        fix = "likely /dev/shm is full: enlarge it (docker run --shm-size), or set data.workers=0"
+    return DataError(f"a data worker {name}", f"exit code {code}", fix)
+
+
+def _init_worker(index: int, count: int, *, main: int) -> None:
+    """Runs first in each worker, which ends when `main` does, and not by the signals that `main` answers by saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C and SLURM signal every process of the job
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def watch_parent():
+        # not PR_SET_PDEATHSIG: it comes too late for a parent that dies while the worker starts
+        while os.getppid() == main:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch_parent, daemon=True).start()
+
+
+def _let_grain_run_without_flags() -> None:
+    """grain 0.2.18 reads an absl flag as workers start, and fails where nobody parsed any: pytest, notebooks, tools."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS["grain_enable_multiprocess_worker_profiling"].present = True
+
+
+def _check_shapes(batch_size, processes, process, image_size, interpolation) -> None:
+    _check(batch_size >= 1, "batch_size", batch_size, "must be 1 or more")
+    _check(0 <= process < processes, "process", process, f"must be in [0, {processes})")
+    fix = f"must divide by the {processes} processes: {batch_size // processes * processes or processes} would"
+    _check(batch_size % processes == 0, "batch_size", batch_size, fix)
+    _check(len(image_size) == 2 and min(image_size) >= 1, "image_size", image_size, "must be (height, width) in pixels")
+    choices = ", ".join(INTERPOLATIONS)
+    _check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"must be one of {choices}")
+
+
+def _check(right: bool, key: str, value, fix: str) -> None:
+    if not right:
+        raise ConfigError(f"{key}={value!r}", f"data.{key}", fix)

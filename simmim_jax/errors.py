@@ -1,0 +1,73 @@
+"""What a user did that cannot work, said in one line, with an exit code of its own.
+
+Every error a user can cause ends as one line on stderr::
+
+    ERROR[kind] what - where - what to do
+
+`main` prints it without a traceback (set SIMMIM_TRACEBACK=1 to see one) and exits with the code of its kind.
+This module imports nothing of ours, and nothing heavy: it is needed before JAX is.
+"""
+
+import difflib
+
+
+class UserError(Exception):
+    """An error that the user can mend: `what` happened, `where`, and what to do about it (`fix`)."""
+
+    kind = "error"
+    exit_code = 1
+
+    def __init__(self, what: str, where: str = "", fix: str = ""):
+        super().__init__(what, where, fix)  # all three, so that the error survives pickling between processes
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        parts = " - ".join(part for part in (self.what, self.where, self.fix) if part)
+        return f"ERROR[{self.kind}] " + " ".join(parts.split())
+
+
+class ConfigError(UserError):
+    """A config that is misspelt, mistyped, contradictory, or not the one of this workdir."""
+
+    kind, exit_code = "config", 2
+
+
+class DataError(UserError):
+    """Images that are missing, unreadable, too few, or not those that the run began with."""
+
+    kind, exit_code = "data", 3
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is NaN or infinite, several steps in a row."""
+
+    kind, exit_code = "nonfinite", 4
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+    kind, exit_code = "checkpoint", 5
+
+
+class BusyError(UserError):
+    """A workdir that another run holds."""
+
+    kind, exit_code = "busy", 75  # EX_TEMPFAIL
+
+
+class Preempted(Exception):
+    """A SIGTERM or SIGINT came: the state is saved, and the same command goes on from there."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(signal_number, step)
+        self.exit_code, self.step = 128 + signal_number, step  # 143 for SIGTERM, 130 for SIGINT, as shells have it
+
+
+def choose(what: str, name: str, choices):
+    """`choices[name]` (or `name`, of a set), or a ConfigError that lists the choices and the nearest."""
+    if name in choices:
+        return choices[name] if isinstance(choices, dict) else name
+    near = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"unknown {what} {name!r}", fix=f"{hint}choose one of {', '.join(sorted(choices))}")

@@ -1,0 +1,33 @@
+"""Evaluators: how good it is.
+
+The contract. `make_evaluator(name, supplies, **options)` returns `run(state) -> {metric: float}`. An evaluator receives what
+it evaluates (a compiled function, the images of one pass) and knows neither config nor model. Its metrics are the same for
+any batch size and device count. Supplies, of which each evaluator's signature picks what it needs:
+
+    heldout     one pass over the held-out images: iterable of batches with "image", "label", "position", "valid"
+    predict     (params, batch) -> dict: what the objective makes of a batch
+    features    (state) -> evals.features.Features of training and held-out images
+    folder      where figures go: <folder>/<name>_<step>.png
+
+A new evaluator is one file, and one line in `EVALUATORS`.
+"""
+
+import inspect
+from collections.abc import Callable
+
+from simmim_jax.errors import choose
+from simmim_jax.evals import accuracy, knn, linear, reconstruction
+
+EVALUATORS = {
+    "accuracy": accuracy.make_accuracy,
+    "knn": knn.make_knn,
+    "linear": linear.make_linear,
+    "reconstruction": reconstruction.make_reconstruction,
+}
+
+
+def make_evaluator(name: str, supplies: dict, **options) -> Callable:
+    """The evaluator `name`. Raises ConfigError for an unknown name."""
+    make = choose("evaluator", name, EVALUATORS)
+    wanted = inspect.signature(make).parameters
+    return make(**{supply: value for supply, value in supplies.items() if supply in wanted}, **options)

@@ -1,0 +1,62 @@
+"""Held-out masked loss, and pictures of what the model sees: always the same images under the same masks."""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw
+
+COLUMNS = ("original", "masked", "prediction", "pasted")
+
+
+def make_reconstruction(*, predict: Callable, heldout: Iterable[dict], folder: str, pictures: int = 8):
+    """predict(params, batch) -> {"loss" [b], "image", "prediction" [b, y, x, c] in 0..1, "mask" [b, y, x]}.
+
+    `heldout` yields batches with "image" and "valid"; masks depend on an image's position in it alone.
+    Metric: "masked_loss", the mean over the held-out images. The first `pictures` of them (0: none) are drawn to
+    `folder`/reconstruction_<step>.png.
+    """
+
+    def run(state) -> dict[str, float]:
+        losses, shown = [], []
+        for batch in heldout:
+            out = predict(state.params, batch)
+            losses.append(np.asarray(out["loss"])[batch["valid"]])
+            if len(shown) < pictures:
+                parts = (np.asarray(out[name]) for name in ("image", "mask", "prediction"))
+                valid = (row for row, use in zip(zip(*parts, strict=True), batch["valid"], strict=True) if use)
+                shown += islice(valid, pictures - len(shown))
+        if shown:
+            path = Path(folder) / f"reconstruction_{int(state.step)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw(shown)).save(path)
+        return {"masked_loss": float(np.concatenate(losses).mean(dtype=np.float64))}
+
+    return run
+
+
+def draw(rows: list[tuple[Float[np.ndarray, "y x c"], Bool[np.ndarray, "y x"], Float[np.ndarray, "y x c"]]]) -> UInt8[np.ndarray, "h w 3"]:
+    """A sheet with a row for each (image, mask, prediction): the image, its visible part, the prediction, and the
+    prediction's hidden part pasted into the visible part. Small images are enlarged to 96 pixels or more, pixel by pixel."""
+    height, width = rows[0][1].shape
+    scale = max(1, -(-96 // min(height, width)))
+    gap, header = 4, 16
+    sheet = Image.new("RGB", (4 * (width * scale + gap) + gap, header + len(rows) * (height * scale + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(COLUMNS):
+        pen.text((gap + column * (width * scale + gap), 2), title, fill="black")
+    for line, (image, mask, prediction) in enumerate(rows):
+        hidden = mask[..., None]
+        panels = (image, np.where(hidden, 0.5, image), prediction, np.where(hidden, prediction, image))
+        for column, panel in enumerate(panels):
+            pixels = np.round(to_rgb(panel) * 255).astype(np.uint8)
+            tile = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(tile, (gap + column * (width * scale + gap), header + line * (height * scale + gap)))
+    return np.asarray(sheet)
+
+
+def to_rgb(image: Float[np.ndarray, "y x c"]) -> Float[np.ndarray, "y x 3"]:
+    """Three channels of any number: the first three, or the first one as grey."""
+    return image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)

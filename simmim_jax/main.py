@@ -1,0 +1,43 @@
+"""python -m simmim_jax.main --config configs/X.py --workdir DIR [--config.a.b=value ...]
+
+Pretrains, or evaluates, as the config says. Run the same command again to go on after any interruption.
+"""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from simmim_jax.config import parse_flags
+from simmim_jax.errors import Preempted, UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", required=True)
+
+
+def main(argv: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at the level below
+    from simmim_jax import train  # JAX comes in here: a mistake on the command line is told without it
+
+    train.train(CONFIG.value, WORKDIR.value)
+
+
+def run() -> None:
+    """Run `main`; end as `errors` promises: one line and an exit code for what the user can mend."""
+    if any(argument.startswith("--jax") for argument in sys.argv):
+        import jax
+
+        jax.config.config_with_absl()
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except (UserError, Preempted) as error:
+        if os.environ.get("SIMMIM_TRACEBACK"):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    run()

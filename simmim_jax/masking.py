@@ -1,0 +1,69 @@
+"""Masks from a key: the heart of masked image modelling. `mask`: True means hidden.
+
+A strategy is a small pure function of one image's key. It runs inside the compiled step, mapped over the images; each
+image's key depends on the step and the image's place in the global batch alone, so that the masks are the same for any
+number of devices, processes and microbatches. Shape letters: b images, i and j the token grid.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from simmim_jax.errors import ConfigError, choose
+
+
+def aligned_blocks(
+    key: Key[Array, ""], grid: tuple[int, int], block_tokens: int, ratio: float
+) -> Bool[Array, "i j"]:
+    """Hide exactly ceil(ratio * blocks) blocks of `block_tokens` x `block_tokens` tokens, all choices equally likely.
+
+    Paper section 3.1, "random masking"; official data/data_simmim.py, `MaskGenerator`.
+    """
+    rows, columns = grid[0] // block_tokens, grid[1] // block_tokens
+    order = jax.random.permutation(key, rows * columns)  # the places of a random order below the count are hidden
+    hidden = (order < hidden_count(rows * columns, ratio)).reshape(rows, columns)
+    return jnp.repeat(jnp.repeat(hidden, block_tokens, axis=0), block_tokens, axis=1)
+
+
+STRATEGIES = {"aligned_blocks": aligned_blocks}
+
+
+def hidden_count(blocks: int, ratio: float) -> int:
+    """How many of `blocks` are hidden: ceil(blocks * ratio) in floating point, as the official code has it."""
+    return math.ceil(blocks * ratio)
+
+
+def make_masks(
+    strategy: str, *, image_size: tuple[int, int], token_stride: int, block_size: int, ratio: float
+) -> Callable[[Key[Array, ""], Int[Array, " b"]], Bool[Array, "b i j"]]:
+    """A function (key, positions) -> masks [b, i, j], one for each image at that position of the global batch.
+
+    image_size: (height, width) in pixels; both multiples of `block_size`, and `block_size` of `token_stride`.
+    ratio: the share of blocks to hide, in (0, 1).
+    Raises ConfigError, with the nearest sizes that work.
+    """
+    make_mask = choose("mask strategy", strategy, STRATEGIES)
+    if not 0 < ratio < 1:
+        raise ConfigError(f"ratio {ratio} is not between 0 and 1", "objective.ratio", "SimMIM's is 0.6")
+    check_multiple(block_size, token_stride, "objective.block_size", "the encoder's token stride")
+    for size, side in zip(image_size, ("height", "width"), strict=True):
+        check_multiple(size, block_size, f"image {side}", "the mask's block size")
+    grid = (image_size[0] // token_stride, image_size[1] // token_stride)
+    draw = partial(make_mask, grid=grid, block_tokens=block_size // token_stride, ratio=ratio)
+
+    def masks(key: Key[Array, ""], positions: Int[Array, " b"]) -> Bool[Array, "b i j"]:
+        return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)
+
+    return masks
+
+
+def check_multiple(size: int, unit: int, where: str, of_what: str) -> None:
+    """Raise ConfigError unless `size` is a positive multiple of `unit`; name the nearest that are."""
+    if size < 1 or size % unit:
+        below = size // unit * unit
+        near = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+        raise ConfigError(f"{size} is no multiple of {of_what}, {unit}", where, f"try {near}")

@@ -1,0 +1,136 @@
+"""What a run writes down: metrics.jsonl, evaluations.jsonl, TensorBoard, the console line, and where the time went.
+
+The two .jsonl files hold what seed and config determine, each step once, so that an interrupted run's equal an unbroken
+run's to the letter. What depends on the machine (images/s, waiting) goes to TensorBoard and the console.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorboardX
+
+
+class Records:
+    """The files of a run in `workdir`, cut back to `step` first: what came later will be computed again."""
+
+    def __init__(self, workdir: str, step: int):
+        self._folder = Path(workdir)
+        self._files = {}
+        for name in ("metrics", "evaluations"):
+            path = self._folder / f"{name}.jsonl"
+            rows = [row for row in read_rows(path) if row["step"] <= step]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._files[name] = path.open("a")
+        self.evaluations = {row["step"]: row for row in read_rows(self._folder / "evaluations.jsonl")}
+        self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write_metrics(self, step: int, row: dict[str, float], machine: dict[str, float]) -> None:
+        """One row of metrics.jsonl; `machine` is what depends on the machine, and goes to TensorBoard alone."""
+        self._write("metrics", {"step": step, **row})
+        self._board_scalars(step, {f"train/{name}": value for name, value in (row | machine).items()})
+
+    def write_evaluation(self, step: int, row: dict[str, float], pictures: dict[str, np.ndarray]) -> None:
+        """One row of evaluations.jsonl, and `pictures` (uint8 [y, x, 3]) for TensorBoard."""
+        self.evaluations[step] = {"step": step, **row}
+        self._write("evaluations", self.evaluations[step])
+        self._board_scalars(step, {f"evaluation/{name}": value for name, value in row.items()})
+        for name, picture in pictures.items():
+            self._board.add_image(name, picture, step, dataformats="HWC")
+        self._board.flush()
+
+    def _write(self, name: str, row: dict) -> None:
+        print(json.dumps(row), file=self._files[name], flush=True)
+
+    def _board_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file, without a last line that a kill has torn; none if there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`path` holds all of `text`, or what it held before: never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+class Clock:
+    """Where the time of a run goes, by name, in seconds."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by name, what is left over as "other", rounded to 0.01 s, and their sum as "total"."""
+        total = self.total()
+        parts = {**self.seconds, "other": total - sum(self.seconds.values()), "total": total}
+        return {name: round(value, 2) for name, value in parts.items()}
+
+
+class Progress:
+    """The console line: how far, how well, how fast, how long still. Rates are those since the line before."""
+
+    def __init__(self, clock: Clock, *, step: int, steps: int, steps_per_epoch: int, batch_size: int):
+        self._clock, self._steps, self._steps_per_epoch, self._batch_size = clock, steps, steps_per_epoch, batch_size
+        self._mark(step)
+
+    def _mark(self, step: int) -> None:
+        self._step, self._busy, self._waited = step, self._spent(), self._clock.seconds["data"]
+
+    def _spent(self) -> float:
+        return self._clock.seconds["step"] + self._clock.seconds["data"]
+
+    def machine(self, step: int) -> dict[str, float]:
+        """images/s and the share of time spent waiting for data, since the line before; evaluation and saving left out."""
+        busy = max(self._spent() - self._busy, 1e-9)
+        rate = (step - self._step) * self._batch_size / busy
+        wait = (self._clock.seconds["data"] - self._waited) / busy
+        self._mark(step)
+        return {"images_per_second": rate, "data_wait": wait}
+
+    def line(self, step: int, row: dict[str, float], machine: dict[str, float]) -> str:
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "skipped" or value)
+        left = (self._steps - step) * self._batch_size / max(machine["images_per_second"], 1e-9)
+        return (
+            f"step {step}/{self._steps}  epoch {step / self._steps_per_epoch:.2f}  {numbers}  "
+            f"{machine['images_per_second']:.0f} images/s  data wait {machine['data_wait']:.0%}  ETA {duration(left)}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

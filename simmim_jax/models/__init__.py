@@ -1,0 +1,40 @@
+"""Encoders: with what an image becomes features.
+
+The contract. An encoder is a `flax.linen` module with
+
+    embed(images) -> tokens              [b, i, j, c]: one token for each `token_stride` x `token_stride` pixels
+    trunk(tokens, train) -> features     [b, k, l, d]: one feature for each `feature_stride` x `feature_stride` pixels
+    check()                              raises ConfigError for options that cannot work
+    token_stride, feature_stride, depth  pixels, pixels, number of blocks
+
+and `encoder(images, train)` is `trunk(embed(images), train)`. Images are normalised float32, channels last; tokens and
+features are float32 whatever the dtype of the matmuls. `trunk` sows each block's output as `intermediates/blocks`
+([b, k, l, d], float32), which probes read and training ignores. Masked image modelling replaces tokens between `embed` and
+`trunk`: what depends on position must come after, in `trunk`.
+
+A new encoder is one file with its `SIZES`, and one line in `ENCODERS`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+
+from simmim_jax.errors import choose
+from simmim_jax.models import vit
+
+ENCODERS = {"vit": (vit.ViT, vit.SIZES)}
+
+
+def make_encoder(name: str, size: str, **options) -> nn.Module:
+    """The encoder `name` of a `size` of its table; `options` override the size's own numbers, field by field (None: not).
+
+    Raises ConfigError for an unknown name, size or option, with the nearest that exist.
+    """
+    encoder_class, sizes = choose("encoder", name, ENCODERS)
+    fields = {field.name for field in dataclasses.fields(encoder_class)} - {"parent", "name"}
+    for option in options:
+        choose("encoder option", option, fields)
+    given = {option: value for option, value in options.items() if value is not None}
+    encoder = encoder_class(**{**choose("encoder size", size, sizes), **given})
+    encoder.check()
+    return encoder

@@ -1,0 +1,106 @@
+"""What encoders share: initialisers, Mlp, DropPath, LayerScale, relative position bias.
+
+Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid.
+
+Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residual stream, norms, softmax and biases of the
+attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def truncated_normal(sigmas: float, scale: float = 1.0) -> jax.nn.initializers.Initializer:
+    """N(0, 0.02) cut at `sigmas` standard deviations, not rescaled for the cut, then times `scale`.
+
+    Official SimMIM cuts a ViT at one sigma (vision_transformer.py, `VisionTransformerForSimMIM._trunc_normal_`), which
+    leaves an effective deviation of 0.0108, and everything else at an absolute 2, which is 100 sigmas.
+    """
+    return jax.nn.initializers.truncated_normal(0.02 * scale, lower=-sigmas, upper=sigmas)
+
+
+def uniform_by_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for the weight and the bias of a convolution."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm in float32 with the two-pass variance of PyTorch (Flax's one-pass default cancels in float32)."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, linear; `hidden` units between. The second kernel is scaled down by `rescale`."""
+
+    hidden: int
+    init_truncation: float
+    rescale: float = 1.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        first = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=truncated_normal(self.init_truncation), name="fc1")
+        second = nn.Dense(
+            x.shape[-1], dtype=self.dtype, kernel_init=truncated_normal(self.init_truncation, self.rescale), name="fc2"
+        )
+        return second(nn.gelu(first(x), approximate=False)).astype(jnp.float32)
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel, `initial` at the start (Touvron et al. 2021, arXiv 2103.17239, eq. 4)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return x * self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: zero a whole residual branch for an image with probability `rate`, and scale up the others.
+
+    Draws from the rng stream "drop_path" while `train` is true (Huang et al. 2016, arXiv 1603.09382).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
+        if not train or self.rate == 0.0:
+            return x
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), 1.0 - self.rate, (x.shape[0], 1, 1))
+        return jnp.where(kept, x / (1.0 - self.rate), 0.0)
+
+
+def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.ndarray, "n n"]:
+    """Row of the bias table for each (query, key) pair of tokens on a `grid` of (i, j) patches.
+
+    The first (2i-1)(2j-1) rows are the displacements. With a class token three more follow, in the official order:
+    class to patch, patch to class, class to class (microsoft/SimMIM models/vision_transformer.py, `Attention`).
+    """
+    i, j = grid
+    coordinates = np.stack(np.meshgrid(np.arange(i), np.arange(j), indexing="ij"), axis=-1).reshape(-1, 2)
+    displacement = coordinates[:, None] - coordinates[None, :]  # n n 2, each from -(size-1) to size-1
+    index = (displacement[..., 0] + i - 1) * (2 * j - 1) + displacement[..., 1] + j - 1
+    if class_token:
+        rows = (2 * i - 1) * (2 * j - 1)
+        index = np.pad(index, ((1, 0), (1, 0)))
+        index[0, :], index[:, 0], index[0, 0] = rows, rows + 1, rows + 2
+    return index
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number per head and displacement, added to the attention logits; zero at the start."""
+
+    heads: int
+    class_token: bool
+
+    @nn.compact
+    def __call__(self, grid: tuple[int, int]) -> Float[Array, "h n n"]:
+        index = relative_position_index(grid, self.class_token)
+        table = self.param("table", nn.initializers.zeros, (int(index.max()) + 1, self.heads))
+        return table[index].transpose(2, 0, 1)  # h n n

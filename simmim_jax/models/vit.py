@@ -1,0 +1,234 @@
+"""Vision Transformer as official SimMIM pretrains it: BEiT's, with every option of it.
+
+Shape letters: b images, i and j the token grid, n tokens of one image (class token included), d width, h heads.
+Source: microsoft/SimMIM models/vision_transformer.py; the paper's section 4.1 and appendix.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from simmim_jax.errors import ConfigError
+from simmim_jax.models.layers import DropPath, LayerScale, Mlp, RelativePositionBias, layer_norm, truncated_normal
+
+SIZES = {
+    "ti": {"width": 192, "depth": 12, "heads": 3},
+    "s": {"width": 384, "depth": 12, "heads": 6},
+    "b": {"width": 768, "depth": 12, "heads": 12},
+    "l": {"width": 1024, "depth": 24, "heads": 16},
+    "h": {"width": 1280, "depth": 32, "heads": 16},
+}
+
+
+def sincos_position(grid: tuple[int, int], width: int, class_token: bool) -> Float[np.ndarray, "n d"]:
+    """Fixed 2-D sine and cosine embedding: half of the channels for the column, half for the row (MAE, arXiv 2111.06377).
+
+    The class token's row, where there is one, comes first and is zero.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (column, row)]
+    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return np.pad(table, ((int(class_token), 0), (0, 0))).astype(np.float32)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on queries and values alone (`qkv_bias="qv"`), on all three, or on none."""
+
+    heads: int
+    qkv_bias: str
+    init_truncation: float
+    rescale: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "h n n"] | None) -> Float[Array, "b n d"]:
+        width, head_width = x.shape[-1], x.shape[-1] // self.heads
+        qkv = nn.DenseGeneral(
+            (3, self.heads, head_width),
+            use_bias=self.qkv_bias == "qkv",
+            dtype=self.dtype,
+            kernel_init=truncated_normal(self.init_truncation),
+            name="qkv",
+        )(x)  # b n 3 h d/h
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.qkv_bias == "qv":  # a bias on the keys shifts all logits of a query alike: softmax does not see it
+            query += self.param("q_bias", nn.initializers.zeros, (self.heads, head_width)).astype(query.dtype)
+            value += self.param("v_bias", nn.initializers.zeros, (self.heads, head_width)).astype(value.dtype)
+        x = jax.nn.dot_product_attention(query, key, value, bias=None if bias is None else bias[None])  # b n h d/h
+        x = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=truncated_normal(self.init_truncation, self.rescale),
+            name="proj",
+        )(x)
+        return x.astype(jnp.float32)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each with LayerScale and stochastic depth. `number` counts from 1.
+
+    The last kernel of both branches starts divided by sqrt(2 * number) (official `fix_init_weight`).
+    """
+
+    number: int
+    heads: int
+    mlp_ratio: float
+    qkv_bias: str
+    per_block_bias: bool
+    class_token: bool
+    layer_scale: float
+    drop_path: float
+    norm_epsilon: float
+    init_truncation: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], bias: Float[Array, "h n n"] | None, grid: tuple[int, int], train: bool
+    ) -> Float[Array, "b n d"]:
+        def add_branch(x, branch, name):
+            if self.layer_scale:
+                branch = LayerScale(self.layer_scale, name=f"scale_{name}")(branch)
+            return x + DropPath(self.drop_path, name=f"drop_{name}")(branch, train)
+
+        rescale = (2 * self.number) ** -0.5
+        if self.per_block_bias:
+            bias = RelativePositionBias(self.heads, self.class_token, name="rel_pos_bias")(grid)
+        attention = Attention(self.heads, self.qkv_bias, self.init_truncation, rescale, self.dtype, name="attn")
+        x = add_branch(x, attention(layer_norm(self.norm_epsilon, "norm1")(x), bias), "attn")
+        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, rescale, self.dtype, name="mlp")
+        return add_branch(x, mlp(layer_norm(self.norm_epsilon, "norm2")(x)), "mlp")
+
+
+class ViT(nn.Module):
+    """A plain Vision Transformer under the encoder contract (see `simmim_jax.models`).
+
+    width, depth, heads: of the transformer; width must be a multiple of heads.
+    patch_size: side of a patch in pixels, which is both strides.
+    class_token: whether one learned token joins the patches. Features never contain it.
+    absolute_position: "none", "learned", or "sincos" (fixed); added to all tokens after the class token joins.
+    relative_position: "none", "shared" (one table for all blocks), or "per_block".
+    qkv_bias: "qv" (official), "qkv" (timm), or "none".
+    layer_scale: initial value of LayerScale; 0 for none.
+    drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
+    final_norm: LayerNorm after the last block. The released pretraining has it; see spec 1.4 for the doubt about it.
+    init_truncation: cut of the initial normal in standard deviations: 1 in SimMIM pretraining, 100 elsewhere.
+    remat: recompute each block's activations in the backward pass: less memory, about a third more work.
+    dtype: of the matmuls, "float32" or "bfloat16".
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    class_token: bool = True
+    absolute_position: str = "none"
+    relative_position: str = "shared"
+    qkv_bias: str = "qv"
+    layer_scale: float = 0.1
+    drop_path: float = 0.0
+    final_norm: bool = True
+    norm_epsilon: float = 1e-6
+    init_truncation: float = 1.0
+    remat: bool = False
+    dtype: str = "float32"
+
+    CHOICES = {  # noqa: RUF012 - a constant, not a field: no annotation, so that Linen leaves it alone
+        "absolute_position": ("none", "learned", "sincos"),
+        "relative_position": ("none", "shared", "per_block"),
+        "qkv_bias": ("qv", "qkv", "none"),
+        "dtype": ("float32", "bfloat16"),
+    }
+
+    def check(self) -> None:
+        """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
+        for field, choices in self.CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ConfigError(
+                    f"unknown {field} {getattr(self, field)!r}", f"encoder.{field}", f"choose one of {', '.join(choices)}"
+                )
+        for field in ("width", "depth", "heads", "patch_size"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}", f"encoder.{field}", "give a number above 0")
+        if self.width % self.heads:
+            near = self.width // self.heads * self.heads
+            raise ConfigError(
+                f"width {self.width} is no multiple of {self.heads} heads", "encoder.width",
+                f"try {near or self.heads} or {near + self.heads}",
+            )  # fmt: skip
+        if self.absolute_position == "sincos" and self.width % 4:
+            raise ConfigError(f"sincos positions need a width in fours, not {self.width}", "encoder.width")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
+
+    @property
+    def token_stride(self) -> int:
+        return self.patch_size
+
+    @property
+    def feature_stride(self) -> int:
+        return self.patch_size
+
+    def setup(self):
+        self.patch_embed = nn.Conv(
+            self.width,
+            (self.patch_size, self.patch_size),
+            strides=self.patch_size,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=truncated_normal(self.init_truncation),
+        )
+
+    def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
+        """One token for each patch: a linear map of its normalised pixels."""
+        return self.patch_embed(images).astype(jnp.float32)
+
+    @nn.compact
+    def trunk(self, tokens: Float[Array, "b i j d"], train: bool = False) -> Float[Array, "b i j d"]:
+        """The features of the patches. Every block's output is sown as `intermediates/blocks`, before the final norm."""
+        b, i, j, d = tokens.shape
+        x = tokens.reshape(b, i * j, d)  # b n d
+        if self.class_token:
+            token = self.param("cls_token", truncated_normal(self.init_truncation), (d,))
+            x = jnp.concatenate([jnp.broadcast_to(token, (b, 1, d)), x], axis=1)
+        if self.absolute_position == "learned":
+            x += self.param("pos_embed", truncated_normal(self.init_truncation), (x.shape[1], d))
+        elif self.absolute_position == "sincos":
+            x += sincos_position((i, j), d, self.class_token)
+        bias = None
+        if self.relative_position == "shared":
+            bias = RelativePositionBias(self.heads, self.class_token, name="rel_pos_bias")((i, j))
+
+        def to_map(x):
+            return x[:, int(self.class_token) :].reshape(b, i, j, d)
+
+        # `train` and `grid` go by position: remat traces keyword arguments.
+        block_class = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
+        for n in range(self.depth):
+            block = block_class(
+                number=n + 1,
+                heads=self.heads,
+                mlp_ratio=self.mlp_ratio,
+                qkv_bias=self.qkv_bias,
+                per_block_bias=self.relative_position == "per_block",
+                class_token=self.class_token,
+                layer_scale=self.layer_scale,
+                drop_path=self.drop_path * n / max(self.depth - 1, 1),
+                norm_epsilon=self.norm_epsilon,
+                init_truncation=self.init_truncation,
+                dtype=self.dtype,
+                name=f"block_{n}",
+            )
+            x = block(x, bias, (i, j), train)
+            self.sow("intermediates", "blocks", to_map(x))
+        if self.final_norm:
+            x = layer_norm(self.norm_epsilon, "norm")(x)
+        return to_map(x)
+
+    def __call__(self, images: Float[Array, "b y x c"], train: bool = False) -> Float[Array, "b i j d"]:
+        return self.trunk(self.embed(images), train)

@@ -1,0 +1,99 @@
+"""Classification of pooled features: linear evaluation (encoder frozen) and fine-tuning.
+
+Official models: `forward_features` and `head` of vision_transformer.py (mean pooling, `fc_norm`). Shape letters: b images,
+y x pixels, c channels, k l the feature grid, d the feature width, n classes.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, UInt8
+
+from simmim_jax.errors import ConfigError
+from simmim_jax.models.layers import layer_norm, truncated_normal
+from simmim_jax.objectives.pixels import normalise
+
+
+def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0):
+    """A function (encoder_params, images uint8, train, key) -> features [b, d]: the mean over the patches' features.
+
+    block: 1 to depth for that block's output, as the paper's linear evaluation reads block 8 of 12 (microsoft/SimMIM#14);
+    0 for what the trunk puts out after its final norm.
+    """
+    if not 0 <= block <= encoder.depth:
+        raise ConfigError(
+            f"block {block} of an encoder of {encoder.depth}", "objective.block", f"give 1 to {encoder.depth}, or 0 for the output"
+        )
+
+    def features(
+        params, images: UInt8[Array, "b y x c"], train: bool = False, key: jax.Array | None = None
+    ) -> Float[Array, "b d"]:
+        rngs = None if key is None else {"drop_path": key}
+        images = normalise(images, mean, std)
+        if block == 0:
+            return encoder.apply({"params": params}, images, train, rngs=rngs).mean(axis=(1, 2))
+        _, sown = encoder.apply({"params": params}, images, train, rngs=rngs, mutable=["intermediates"])
+        return sown["intermediates"]["blocks"][block - 1].mean(axis=(1, 2))  # later blocks are dead code to XLA
+
+    return features
+
+
+class Head(nn.Module):
+    """LayerNorm where asked for (official `fc_norm`), and one linear map to `num_classes` logits."""
+
+    num_classes: int
+    pool_norm: bool
+    scale: float
+
+    @nn.compact
+    def __call__(self, pooled: Float[Array, "b d"]) -> Float[Array, "b n"]:
+        if self.pool_norm:
+            pooled = layer_norm(1e-6, "norm")(pooled)
+        return nn.Dense(self.num_classes, kernel_init=truncated_normal(100.0, self.scale), name="logits")(pooled)
+
+
+def make_classify(
+    encoder: nn.Module,
+    *,
+    image_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    num_classes: int,
+    block: int = 0,
+    pool_norm: bool = True,
+    head_scale: float = 0.001,
+    label_smoothing: float = 0.0,
+):
+    """(init, loss_fn, predict) of cross entropy over `num_classes`; `predict` gives "logits" [b, n].
+
+    params: "encoder" and "head". loss_fn's metrics: "top1", the share of right answers.
+    head_scale: factor on the head's initial N(0, 0.02) (official: 0.001 for ViT).
+    """
+    if num_classes < 2:
+        raise ConfigError(f"num_classes is {num_classes}", "objective.num_classes", "give the number of classes, 2 or more")
+    if not 0 <= label_smoothing < 1:
+        raise ConfigError(f"label_smoothing {label_smoothing} is not in [0, 1)", "objective.label_smoothing")
+    features = make_features(encoder, mean=mean, std=std, block=block)
+    head = Head(num_classes, pool_norm, head_scale)
+
+    def init(key):
+        encoder_key, head_key = jax.random.split(key)
+        images = jnp.zeros((1, *image_size, len(mean)), jnp.uint8)
+        encoder_params = encoder.init(encoder_key, normalise(images, mean, std))["params"]
+        pooled = jax.eval_shape(features, encoder_params, images)
+        return {"encoder": encoder_params, "head": head.init(head_key, jnp.zeros(pooled.shape))["params"]}
+
+    def logits_of(params, images, train=False, key=None):
+        return head.apply({"params": params["head"]}, features(params["encoder"], images, train, key))
+
+    def loss_fn(params, batch, key, train):
+        logits = logits_of(params, batch["image"], train, jax.random.fold_in(key, batch["position"][0]))
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), label_smoothing)
+        right = logits.argmax(axis=-1) == batch["label"]
+        return optax.softmax_cross_entropy(logits, targets).mean(), {"top1": right.mean(dtype=jnp.float32)}
+
+    def predict(params, batch, key):
+        return {"logits": logits_of(params, batch["image"])}
+
+    return init, loss_fn, predict

@@ -1,0 +1,34 @@
+"""Pixels as objectives see them: normalised, and cut into the squares that one feature predicts.
+
+Shape letters: b images, y x pixels, c channels, k l the grid of squares, p = c * stride**2 values of one square.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+
+def normalise(images: UInt8[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
+    """Pixels 0..255 to float32 with `mean` and `std` per channel, both given on the scale 0..1."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def denormalise(images: Float[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
+    """The inverse of `normalise` on the scale 0..1, clipped to it: fit to look at."""
+    return jnp.clip(images * jnp.asarray(std) + jnp.asarray(mean), 0, 1)
+
+
+def to_patches(images: Float[Array, "b y x c"], stride: int) -> Float[Array, "b k l p"]:
+    """Cut into squares of `stride` pixels; the values of a square run channel first, then row, then column.
+
+    That is the order in which PyTorch's PixelShuffle reads them, so that official heads fit as they are.
+    """
+    b, y, x, c = images.shape
+    squares = images.reshape(b, y // stride, stride, x // stride, stride, c)
+    return squares.transpose(0, 1, 3, 5, 2, 4).reshape(b, y // stride, x // stride, c * stride**2)
+
+
+def from_patches(patches: Float[Array, "b k l p"], stride: int) -> Float[Array, "b y x c"]:
+    """The inverse of `to_patches`."""
+    b, k, l, p = patches.shape
+    squares = patches.reshape(b, k, l, p // stride**2, stride, stride)
+    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(b, k * stride, l * stride, p // stride**2)

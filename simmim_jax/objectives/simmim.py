@@ -1,0 +1,105 @@
+"""SimMIM: replace the hidden tokens by one learned token, and regress the hidden pixels with a linear head and an L1 loss.
+
+Paper sections 3.1 to 3.4; official models/simmim.py. Shape letters: b images, y x pixels, c channels, i j the token grid,
+k l the feature grid, s the feature stride, d the feature width, p = c * s * s the values that one feature predicts.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from simmim_jax.masking import check_multiple, make_masks
+from simmim_jax.models.layers import truncated_normal, uniform_by_fan_in
+from simmim_jax.objectives.pixels import denormalise, from_patches, normalise, to_patches
+
+
+def masked_l1(
+    prediction: Float[Array, "b k l p"], images: Float[Array, "b y x c"], hidden: Bool[Array, "b y x"], stride: int
+) -> Float[Array, ""]:
+    """Mean absolute error over the hidden pixels and their channels.
+
+    The official sum / (hidden pixels + 1e-5) / channels, on cut images instead of shuffled predictions: the same terms.
+    """
+    error = jnp.abs(prediction - to_patches(images, stride))
+    b, k, l, p = error.shape
+    weight = to_patches(hidden[..., None].astype(jnp.float32), stride)  # b k l s*s
+    by_channel = error.reshape(b, k, l, images.shape[-1], stride**2)
+    return (by_channel * weight[:, :, :, None]).sum() / (weight.sum() + 1e-5) / images.shape[-1]
+
+
+def make_simmim(
+    encoder: nn.Module,
+    *,
+    image_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    strategy: str = "aligned_blocks",
+    block_size: int = 32,
+    ratio: float = 0.6,
+    mask_token_truncation: float = 1.0,
+):
+    """(init, loss_fn, predict) of SimMIM for images [b, *image_size, len(mean)].
+
+    `predict` gives "loss" [b], "image" and "prediction" [b, y, x, c] float32 in 0..1, and "mask" [b, y, x] bool.
+    params: "encoder", "mask_token" [c of the tokens], "head" (kernel [d, p], bias [p]).
+    mask_token_truncation: cut of the token's initial N(0, 0.02), in standard deviations (official: 1 for ViT).
+    """
+    stride, channels = encoder.feature_stride, len(mean)
+    masks = make_masks(
+        strategy, image_size=image_size, token_stride=encoder.token_stride, block_size=block_size, ratio=ratio
+    )
+    for size in image_size:
+        check_multiple(size, stride, "image size", "the encoder's feature stride")
+
+    def make_head(width: int) -> nn.Dense:
+        initial = uniform_by_fan_in(width)
+        return nn.Dense(channels * stride**2, dtype=encoder.dtype, kernel_init=initial, bias_init=initial)
+
+    def init(key):
+        encoder_key, token_key, head_key = jax.random.split(key, 3)
+        images = jnp.zeros((1, *image_size, channels))
+        variables = encoder.init(encoder_key, images)
+        tokens = jax.eval_shape(partial(encoder.apply, method="embed"), variables, images)
+        features = jax.eval_shape(encoder.apply, variables, images)
+        return {
+            "encoder": variables["params"],
+            "mask_token": truncated_normal(mask_token_truncation)(token_key, tokens.shape[-1:]),
+            "head": make_head(features.shape[-1]).init(head_key, jnp.zeros(features.shape))["params"],
+        }
+
+    def reconstruct(params, images, mask, key, train):
+        """Predictions [b, k, l, p] from visible tokens alone."""
+        encoder_params = {"params": params["encoder"]}
+        tokens = encoder.apply(encoder_params, images, method="embed")
+        tokens = jnp.where(mask[..., None], params["mask_token"], tokens)  # float32: the gradient sums over the batch
+        features = encoder.apply(encoder_params, tokens, train, method="trunk", rngs={"drop_path": key})
+        prediction = make_head(features.shape[-1]).apply({"params": params["head"]}, features)
+        return prediction.astype(jnp.float32)
+
+    def forward(params, batch, key, train):
+        images = normalise(batch["image"], mean, std)
+        mask_key, drop_key = jax.random.split(key)
+        mask = masks(mask_key, batch["position"])
+        # Stochastic depth is drawn per microbatch, of which the first position is the name.
+        prediction = reconstruct(params, images, mask, jax.random.fold_in(drop_key, batch["position"][0]), train)
+        hidden = jnp.repeat(jnp.repeat(mask, encoder.token_stride, axis=1), encoder.token_stride, axis=2)  # b y x
+        return images, hidden, prediction
+
+    def loss_fn(params, batch, key, train):
+        images, hidden, prediction = forward(params, batch, key, train)
+        return masked_l1(prediction, images, hidden, stride), {}
+
+    def predict(params, batch, key):
+        images, hidden, prediction = forward(params, batch, key, False)
+        losses = jax.vmap(lambda *one: masked_l1(*(x[None] for x in one), stride))(prediction, images, hidden)
+        return {
+            "loss": losses,
+            "image": denormalise(images, mean, std),
+            "prediction": denormalise(from_patches(prediction, stride), mean, std),
+            "mask": hidden,
+        }
+
+    return init, loss_fn, predict

@@ -1,0 +1,73 @@
+"""Where things live: the mesh of devices, and the placement of state and batches on it."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from simmim_jax.errors import ConfigError
+
+BATCH_AXES = ("data", "fsdp")
+SMALL = 2**16  # leaves below this many elements are replicated: sharding them costs more than it saves
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """All devices as a (data, fsdp) mesh; -1 for one of the two takes the rest.
+
+    Batches are split over both axes; parameters and moments over `fsdp` (1: replicated). Raises ConfigError if it does not
+    come out even.
+    """
+    count = jax.device_count()
+    sizes = [data, fsdp]
+    if sizes.count(-1) == 1 and count % (known := max(sizes)) == 0 and known > 0:
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or sizes[0] * sizes[1] != count:
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        raise ConfigError(
+            f"a mesh of data={data}, fsdp={fsdp} on {count} devices", "mesh",
+            f"give one of them a divisor of {count} ({', '.join(map(str, divisors))}) and the other -1",
+        )  # fmt: skip
+    return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def check_batch_size(batch_size: int, devices: int, microbatches: int) -> None:
+    """Raise ConfigError, with the nearest that work, unless every device gets equally many images in every microbatch."""
+    unit = devices * microbatches
+    if microbatches < 1 or batch_size < 1 or batch_size % unit:
+        below = batch_size // unit * unit if unit > 0 else 0
+        near = f"try {below} or {below + unit}" if below > 0 else f"try {unit}"
+        raise ConfigError(
+            f"batch_size {batch_size} not divisible by {devices} devices x {microbatches} microbatches", "batch_size", near
+        )
+
+
+def place(state: PyTree, mesh: Mesh) -> PyTree:
+    """An abstract state with a sharding for each leaf: its largest dimension that `fsdp` divides, or replicated.
+
+    Moments have their parameter's shape, so they are placed as it is.
+    """
+    ways = mesh.shape["fsdp"]
+
+    def place_leaf(leaf) -> jax.ShapeDtypeStruct:
+        spec = [None] * len(leaf.shape)
+        divisible = [n for n, size in enumerate(leaf.shape) if size % ways == 0]
+        if ways > 1 and divisible and np.prod(leaf.shape) >= SMALL:
+            spec[max(divisible, key=lambda n: leaf.shape[n])] = "fsdp"
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(place_leaf, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Images split over all devices along the first dimension."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def to_global(batch: dict, mesh: Mesh) -> dict:
+    """This process's numpy batch as its part of the global arrays on the devices."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

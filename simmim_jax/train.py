@@ -1,0 +1,332 @@
+"""One run, from its config to its summary, read from top to bottom. The only reader of the config.
+
+batches -> masks -> encoder -> objective -> step -> checkpoint -> evaluation, one module for each word.
+"""
+
+import json
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from PIL import Image
+
+from simmim_jax import checkpoint, data, metrics, optim, sharding
+from simmim_jax.config import digest, refuse_change
+from simmim_jax.errors import ConfigError, DataError, NonFiniteError, Preempted
+from simmim_jax.evals import make_evaluator
+from simmim_jax.evals.features import make_feature_reader
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import Objective, make_objective
+from simmim_jax.objectives.classify import make_features
+from simmim_jax.train_step import TrainState, init_state, train_step
+
+ON_DEVICE = ("image", "label", "position")  # what of a batch travels to the device
+
+
+def train(config: ConfigDict, workdir: str) -> dict:
+    """Run `config` in `workdir`, from where an earlier run of it stopped; returns what summary.json holds.
+
+    Raises UserError of the kinds that `errors` lists; Preempted after a SIGTERM or SIGINT, with the state saved.
+    """
+    clock = metrics.Clock()
+
+    # What the run is, without a device: what the user can have got wrong is told here, at once.
+    check_pixels(config)
+    encoder = make_encoder(**config.encoder)
+    pixels = {"mean": config.mean, "std": config.std}
+    objective = make_objective(encoder=encoder, image_size=config.image_size, **pixels, **config.objective)
+    source, heldout_source = make_sources(config)
+    of_batches = batch_options(config)
+    data.check_batches(source, **of_batches)
+    steps_per_epoch = len(source) // config.batch_size
+    steps = config.steps or round(config.epochs * steps_per_epoch)
+    if steps < 1:
+        raise ConfigError(f"a run of {steps} steps", "epochs", "give --config.epochs or --config.steps above 0")
+    tx, schedule = optim.make_optimizer(steps=steps, steps_per_epoch=steps_per_epoch, **config.optim)
+    if config.init_from:
+        checkpoint.find_step(config.init_from)
+
+    with hold_workdir(config, workdir), checkpoint.StopSignal() as stop:
+        summary = read_summary(workdir)
+        if summary.get("step") == steps:
+            print(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
+            return summary
+
+        # The state, born where it lives: restored, drawn from the seed, or begun with another run's encoder.
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch_size(config.batch_size, mesh.size, config.microbatches)
+        init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+        make_state = partial(init_state, init=objective.init, tx=tx)
+        abstract = sharding.place(jax.eval_shape(make_state, init_key), mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        manager = checkpoint.make_manager(workdir, keep=config.keep, keep_every=config.keep_every)
+        fingerprint = data.fingerprint(source, **of_batches)
+        with clock.measure("restore"):
+            restored = checkpoint.restore(manager, abstract)
+            if restored:
+                state, meta = restored
+                refuse_other_data(meta["data"], fingerprint, workdir)
+            else:
+                state = jax.jit(make_state, out_shardings=shardings)(init_key)
+                if config.init_from:
+                    restored_encoder = checkpoint.restore_encoder(config.init_from, abstract.params["encoder"])
+                    state = state.replace(params=state.params | {"encoder": restored_encoder})
+        start = step = int(state.step)
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        print(
+            f"{'resuming at' if start else 'starting'} step {start} of {steps} in {workdir}: {len(source)} images, batch "
+            f"{config.batch_size}, {parameters / 1e6:.1f} M parameters, {mesh.size} {jax.devices()[0].device_kind} device(s)",
+            flush=True,
+        )
+
+        batches = data.make_batches(
+            source,
+            start_step=start,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            workers=config.data.workers,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+            max_bad_fraction=config.data.max_bad_fraction,
+            **of_batches,
+        )
+        with clock.measure("compile"):
+            compiled_step = compile_step(
+                partial(
+                    train_step,
+                    loss_fn=optim.freeze(objective.loss_fn, config.optim.frozen),
+                    tx=tx,
+                    microbatches=config.microbatches,
+                ),
+                abstract, abstract_batch(config), step_key, mesh,
+            )  # fmt: skip
+        put = partial(to_device, mesh=mesh)
+        evaluators = make_evaluators(config, encoder, objective, source, heldout_source, mesh, eval_key, workdir)
+        records = metrics.Records(workdir, step)
+        progress = metrics.Progress(
+            clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
+        )
+        skipped = 0  # steps in a row without an update
+
+        def record(step: int, device_metrics: dict) -> None:
+            """Read a step's metrics, which waits for it; write a row where one is due."""
+            nonlocal skipped
+            row = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+            skipped = skipped + 1 if row["skipped"] else 0
+            if step % config.log_every == 0 or step in (1, steps) or skipped:
+                row["learning_rate"] = float(schedule(step - 1))
+                machine = progress.machine(step)
+                records.write_metrics(step, row, machine)
+                print(progress.line(step, row, machine), flush=True)
+            if skipped > config.max_skipped:
+                raise NonFiniteError(
+                    f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
+                    workdir, "no such step was applied; lower the learning rate or look at the images, then run again",
+                )  # fmt: skip
+
+        def save() -> None:
+            with clock.measure("save"):
+                checkpoint.save(manager, state, {"data": fingerprint})
+
+        def evaluate() -> None:
+            """Run all evaluators; a signal between two of them leaves the evaluation to the next run."""
+            with clock.measure("evaluation"):
+                row = {}
+                for run in evaluators:
+                    if stop.number:
+                        return
+                    row |= run(state)
+                records.write_evaluation(step, row, pictures_of(workdir, step))
+            print(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+
+        # The loop. What is due at a step follows from the step and the records alone, so a resumed run does the same.
+        pending = None  # the newest step's metrics, read one step late: the device never waits for the host
+        try:
+            while True:
+                save_due = step > start and (step % config.save_every == 0 or step == steps or stop.number)
+                evaluation_due = step not in records.evaluations and (
+                    step in (0, steps) or bool(config.eval_every and step % config.eval_every == 0)
+                )
+                if pending and (save_due or evaluation_due):
+                    with clock.measure("step"):
+                        record(*pending)
+                    pending = None
+                if save_due:
+                    save()
+                if evaluation_due:
+                    evaluate()
+                if stop.number:
+                    raise Preempted(stop.number, step)
+                if step == steps:
+                    break
+                with clock.measure("data"):
+                    batch = put(next(batches))
+                with clock.measure("step"):
+                    state, device_metrics = compiled_step(state, batch, step_key)
+                    step += 1
+                    if pending:
+                        record(*pending)
+                    pending = (step, device_metrics)
+        finally:
+            batches.close()
+            records.close()
+            with clock.measure("save"):
+                checkpoint.finish(manager)  # whatever ends the run, a save that has begun is finished
+
+        return write_summary(workdir, records, clock, step=steps, trained=steps - start, batch_size=config.batch_size)
+
+
+def check_pixels(config: ConfigDict) -> None:
+    """Refuse image sizes and statistics that are not what they should be, before they fail somewhere deep."""
+    if len(config.image_size) != 2 or min(config.image_size) < 1:
+        raise ConfigError(f"image_size {config.image_size}", "image_size", "give height,width in pixels, like 224,224")
+    if not config.mean or len(config.mean) != len(config.std) or min(config.std) <= 0:
+        raise ConfigError(
+            f"mean {config.mean} and std {config.std}", "mean, std", "give one positive number per channel for each"
+        )
+    for name in ("log_every", "save_every", "eval_batch_size"):
+        if config[name] < 1:
+            raise ConfigError(f"{name} is {config[name]}", name, "give a number of 1 or more")
+
+
+def make_sources(config: ConfigDict) -> tuple:
+    """The training images, and the held-out ones that evaluators look at (None where there are no evaluators)."""
+    options = {name: config.data[name] for name in ("source", "path", "name", "data_dir", "heldout_fraction")}
+    source = data.make_source(split=config.data.split, **options)
+    heldout = data.make_source(split=config.data.heldout_split, **options) if config.evals else None
+    if config.objective.name == "classify":
+        if not source.classes:
+            raise DataError("images without classes", source.describe(), "put each class into a folder of its own")
+        if len(source.classes) != config.objective.num_classes:
+            raise ConfigError(
+                f"num_classes is {config.objective.num_classes}, the data have {len(source.classes)} classes",
+                source.describe(), f"give --config.objective.num_classes={len(source.classes)}",
+            )  # fmt: skip
+    probes = [name for name in config.evals if name in ("knn", "linear")]
+    if probes and not source.classes:
+        raise ConfigError(
+            f"{' and '.join(probes)} need classes, and the images have none", source.describe(),
+            "put each class into a folder of its own, or leave these evaluators out of config.evals",
+        )  # fmt: skip
+    return source, heldout
+
+
+def batch_options(config: ConfigDict) -> dict:
+    """What decides which pixels are in the batch of a step."""
+    names = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
+    options = {name: config.data[name] for name in names}
+    return {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean), **options}
+
+
+def hold_workdir(config: ConfigDict, workdir: str):
+    """Hold `workdir`, made where it is missing, once it is known to be this config's; write down what runs in it."""
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = checkpoint.hold(workdir)
+    except OSError as error:
+        raise ConfigError(f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir") from error
+    saved = folder / "config.json"
+    if saved.exists():
+        refuse_change(json.loads(saved.read_text()), config, workdir)
+    metrics.write_atomically(saved, json.dumps(digest(config), indent=2) + "\n")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    metrics.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+    return held
+
+
+def read_summary(workdir: str) -> dict:
+    path = Path(workdir) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
+    """Raise DataError if the data are not those that the run began with: it would go on with other samples, in silence."""
+    changed = [name for name in saved if saved[name] != json.loads(json.dumps(now.get(name)))]
+    if changed:
+        examples = ", ".join(f"{name}: {saved[name]} then, {now.get(name)} now" for name in changed)
+        raise DataError(f"the data have changed ({examples})", workdir, "bring them back, or start in a new --workdir")
+
+
+def abstract_batch(config: ConfigDict) -> dict:
+    """Shapes and types of a whole batch on the device."""
+    size, shape = config.batch_size, (config.batch_size, *config.image_size, len(config.mean))
+    integers = jax.ShapeDtypeStruct((size,), np.int32)
+    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": integers, "position": integers}
+
+
+def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array, mesh) -> Callable:
+    """`step`, compiled once for these shapes: the state sharded as it is and donated, the batch split over the devices."""
+    state_sharding, everywhere = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(state_sharding, sharding.batch_sharding(mesh), everywhere),
+        out_shardings=(state_sharding, everywhere),
+        donate_argnums=0,
+    )
+    return jitted.lower(state, batch, key).compile()
+
+
+def to_device(batch: dict, mesh) -> dict:
+    return sharding.to_global({name: batch[name] for name in ON_DEVICE}, mesh)
+
+
+def make_evaluators(
+    config: ConfigDict, encoder, objective: Objective, source, heldout_source, mesh, key: jax.Array, workdir: str
+) -> list[Callable]:
+    """The evaluators of `config.evals`, each given what it asks for out of what a run has."""
+    epoch = partial(
+        data.make_epoch,
+        batch_size=config.eval_batch_size,
+        limit=config.eval_images,
+        image_size=config.image_size,
+        channels=len(config.mean),
+        interpolation=config.data.interpolation,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        threads=config.data.threads,
+        max_pixels=config.data.max_pixels,
+    )
+    features = make_features(encoder, mean=config.mean, std=config.std, block=config.probe_block)
+    everywhere = sharding.replicated(mesh)
+    predict = jax.jit(objective.predict, out_shardings=everywhere)
+    extract = jax.jit(lambda params, batch: features(params["encoder"], batch["image"]), out_shardings=everywhere)
+    supplies = {"folder": str(Path(workdir) / "figures")}
+    if config.evals:
+        sharding.check_batch_size(config.eval_batch_size, mesh.size, 1)
+        heldout = epoch(heldout_source)
+        supplies["heldout"] = heldout
+        supplies["predict"] = lambda params, batch: predict(params, to_device(batch, mesh), key)
+        supplies["features"] = make_feature_reader(
+            extract=lambda params, batch: extract(params, to_device(batch, mesh)), train=epoch(source), heldout=heldout
+        )
+    return [make_evaluator(name, supplies, **options) for name, options in config.evals.items()]
+
+
+def pictures_of(workdir: str, step: int) -> dict[str, np.ndarray]:
+    """The figures that evaluators have drawn at this step, by name."""
+    paths = (Path(workdir) / "figures").glob(f"*_{step}.png")
+    return {path.stem.rsplit("_", 1)[0]: np.asarray(Image.open(path).convert("RGB")) for path in paths}
+
+
+def write_summary(workdir: str, records: metrics.Records, clock: metrics.Clock, *, step: int, trained: int, batch_size: int):
+    """Write summary.json, and print the results beside those at step 0, and where the time went."""
+    first, last = ({k: v for k, v in records.evaluations.get(n, {}).items() if k != "step"} for n in (0, step))
+    seconds = clock.summary()
+    rate = trained * batch_size / max(seconds.get("step", 0) + seconds.get("data", 0), 1e-9)
+    summary = {"step": step, **last, "start": first, "images_per_second": round(rate, 1), "seconds": seconds}
+    metrics.write_atomically(Path(workdir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if last:
+        print(f"\n{'':16}{'step 0':>12}{f'step {step}':>12}")
+        for name, value in last.items():
+            print(f"{name:16}{first.get(name, float('nan')):12.4f}{value:12.4f}")
+    print("\ntime: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + f"  ({rate:.0f} images/s)")
+    logging.info("finished step %d", step)
+    return summary

@@ -1,0 +1,74 @@
+"""One training step, pure: (state, batch, key) -> (state, metrics). Knows no model, no data and no config."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Int, Key, PyTree
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes from step to step, and nothing else: what is sharded is what is checkpointed.
+
+    step: updates done so far, int32. params: float32. opt_state: of the optimizer.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+
+
+def init_state(key: Key[Array, ""], *, init: Callable, tx: optax.GradientTransformation) -> TrainState:
+    """The state at step 0."""
+    params = init(key)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Callable, microbatches: int = 1):
+    """(loss, metrics, grads), each the mean over the batch, worked off in `microbatches` equal parts one after another.
+
+    Part m takes every `microbatches`-th image from the m-th on, so that a batch split over devices is split alike in each
+    part and no image moves between devices.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        (loss, metrics), grads = value_and_grad(params, batch, key, True)
+        return loss, metrics, grads
+
+    def part(total, microbatch):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, microbatch, key, True)), None
+
+    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key, True)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((loss, metrics), grads), _ = jax.lax.scan(part, zeros, parts)
+    return jax.tree.map(lambda x: x / microbatches, (loss, metrics, grads))
+
+
+def train_step(
+    state: TrainState,
+    batch: dict,
+    key: Key[Array, ""],
+    *,
+    loss_fn: Callable,
+    tx: optax.GradientTransformation,
+    microbatches: int = 1,
+) -> tuple[TrainState, dict]:
+    """One update, and its metrics: loss, grad_norm (before clipping), those of `loss_fn`, and `skipped`.
+
+    The key of the step is `key` folded with `state.step`: nothing random is stored, and a resumed run draws the same.
+    A step whose loss or gradient is not finite changes neither parameters nor moments, and says `skipped` = 1.
+    """
+    key = jax.random.fold_in(key, state.step)
+    loss, metrics, grads = mean_grads(state.params, batch, key, loss_fn=loss_fn, microbatches=microbatches)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    new = (optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
+    metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, "skipped": 1.0 - finite}
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

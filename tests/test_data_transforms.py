@@ -1,0 +1,102 @@
+"""Crops: torchvision's distribution, sizes that are not square, and no pixel moved without reason."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simmim_jax.data.transforms import _random_box, random_flip, random_resized_crop, resize_and_centre_crop
+
+
+def photograph(height, width) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(64, 192, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_boxes_lie_inside_and_keep_to_the_area_and_the_ratio():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        left, top, right, bottom = _random_box(rng, 400, 300, (0.2, 0.8), (3 / 4, 4 / 3))
+        assert 0 <= left < right <= 400
+        assert 0 <= top < bottom <= 300
+        assert 0.195 < (right - left) * (bottom - top) / 120_000 < 0.805  # rounding of the sides
+        assert 0.74 < (right - left) / (bottom - top) < 1.35
+
+
+def test_areas_are_uniform_and_ratios_uniform_in_their_logarithm():
+    rng = np.random.default_rng(0)
+    boxes = np.array([_random_box(rng, 1000, 1000, (0.1, 0.5), (1 / 2, 2)) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    # no try fails here, so that the draws show as they are; 0.03 is five standard errors of a quantile
+    assert np.allclose(np.quantile(width * height / 1e6, [0.25, 0.5, 0.75]), [0.2, 0.3, 0.4], atol=0.03)
+    quartiles = np.quantile(np.log2(width / height), [0.25, 0.5, 0.75])
+    assert np.allclose(quartiles, [-0.5, 0, 0.5], atol=0.1)
+    where = boxes[:, 0] / (1000 - width)
+    assert np.allclose(np.quantile(where, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [(5000, 1, (2499, 0, 2500, 1)), (1, 5000, (0, 2499, 1, 2500)), (900, 300, (250, 0, 650, 300)), (1, 1, (0, 0, 1, 1))],
+)
+def test_a_shape_that_no_try_fits_gets_the_largest_centred_box(width, height, box):
+    class Never:  # draws an area that never fits
+        def uniform(self, low, high):
+            return 50.0
+
+    assert _random_box(Never(), width, height, (0.67, 1), (3 / 4, 4 / 3)) == box
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (37, 53)])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_every_shape_of_image_gives_every_size(shape, size):
+    for channels in (1, 3, 5):
+        pixels = np.zeros((*shape, channels), np.uint8)
+        image = pixels if channels == 5 else Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+        for crop in (random_resized_crop(image, np.random.default_rng(0), size), resize_and_centre_crop(image, size)):
+            assert crop.shape == (*size, channels)
+            assert crop.dtype == np.uint8
+
+
+def test_a_whole_image_at_its_own_size_is_untouched():
+    image = photograph(20, 30)
+    assert np.array_equal(resize_and_centre_crop(image, (20, 30)), np.asarray(image))
+    whole = random_resized_crop(image, np.random.default_rng(0), (20, 30), scale=(1, 1), ratio=(1.5, 1.5))
+    assert np.array_equal(whole, np.asarray(image))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (256, 256), (100, 90)])
+def test_the_centre_crop_is_that_of_a_resize_and_a_crop(height, width, interpolation):
+    image = photograph(height, width)
+    short = min(height, width)
+    resized = image.resize(  # torchvision: Resize(256), CenterCrop(224)
+        (int(256 * width / short), int(256 * height / short)), getattr(Image.Resampling, interpolation.upper())
+    )
+    left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
+    expected = np.asarray(resized.crop((left, top, left + 224, top + 224))).astype(int)
+    crop = resize_and_centre_crop(image, (224, 224), crop_fraction=0.875, interpolation=interpolation).astype(int)
+    assert np.abs(crop - expected).max() <= 1  # the box's corners are floats, where the other's are pixels
+
+
+def test_a_wide_crop_of_a_tall_image_keeps_the_middle():
+    rows = np.repeat(np.arange(100, dtype=np.uint8)[:, None], 50, 1)
+    crop = resize_and_centre_crop(Image.fromarray(rows), (10, 50))
+    assert crop.shape == (10, 50, 1)
+    assert np.array_equal(crop[:, 0, 0], np.arange(45, 55))
+
+
+def test_each_channel_of_many_is_resized_like_grey():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
+    crops = resize_and_centre_crop(image, (8, 12), interpolation="bicubic")
+    for channel in range(5):
+        grey = resize_and_centre_crop(Image.fromarray(image[..., channel]), (8, 12), interpolation="bicubic")
+        assert np.array_equal(crops[..., channel], grey[..., 0])
+
+
+def test_flips_come_with_their_probability():
+    image = np.arange(6, dtype=np.uint8).reshape(1, 6, 1)
+    rng = np.random.default_rng(0)
+    assert np.array_equal(random_flip(image, rng, 1.0), image[:, ::-1])
+    assert np.array_equal(random_flip(image, rng, 0.0), image)
+    flipped = sum(random_flip(image, rng, 0.25)[0, 0, 0] == 5 for _ in range(2000))
+    assert 430 < flipped < 570  # 500 and 3.6 standard deviations
