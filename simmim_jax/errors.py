@@ -9,6 +9,7 @@ This module imports nothing of ours, and nothing heavy: it is needed before JAX 
 """
 
 import difflib
+import signal
 
 
 class UserError(Exception):
@@ -61,7 +62,11 @@ class Preempted(Exception):
 
     def __init__(self, signal_number: int, step: int):
         super().__init__(signal_number, step)
-        self.exit_code, self.step = 128 + signal_number, step  # 143 for SIGTERM, 130 for SIGINT, as shells have it
+        self.exit_code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells have it
+        self.name, self.step = signal.Signals(signal_number).name, step
+
+    def __str__(self) -> str:
+        return f"stopped by {self.name}: step {self.step} is saved; run the same command again to go on"
 
 
 def choose(what: str, name: str, choices):

@@ -12,15 +12,15 @@ SMALL = 2**16  # leaves below this many elements are replicated: sharding them c
 
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """All devices as a (data, fsdp) mesh; -1 for one of the two takes the rest.
+    """All devices as a (data, fsdp) mesh; -1 takes the rest, and where both are -1, `fsdp` takes all.
 
     Batches are split over both axes; parameters and moments over `fsdp` (1: replicated). Raises ConfigError if it does not
     come out even.
     """
     count = jax.device_count()
-    sizes = [data, fsdp]
-    if sizes.count(-1) == 1 and count % (known := max(sizes)) == 0 and known > 0:
-        sizes[sizes.index(-1)] = count // known
+    sizes = [1 if data == fsdp == -1 else data, fsdp]
+    if -1 in sizes and max(sizes) > 0:
+        sizes[sizes.index(-1)] = count // max(sizes)
     if min(sizes) < 1 or sizes[0] * sizes[1] != count:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ConfigError(

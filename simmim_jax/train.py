@@ -42,8 +42,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     pixels = {"mean": config.mean, "std": config.std}
     objective = make_objective(encoder=encoder, image_size=config.image_size, **pixels, **config.objective)
     source, heldout_source = make_sources(config)
-    of_batches = batch_options(config)
-    data.check_batches(source, **of_batches)
+    of_batches, loading = batch_options(config)
+    data.check_batches(source, **of_batches, **loading)
     steps_per_epoch = len(source) // config.batch_size
     steps = config.steps or round(config.epochs * steps_per_epoch)
     if steps < 1:
@@ -90,11 +90,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
             start_step=start,
             process=jax.process_index(),
             processes=jax.process_count(),
-            workers=config.data.workers,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            max_bad_fraction=config.data.max_bad_fraction,
             **of_batches,
+            **loading,
         )
         with clock.measure("compile"):
             compiled_step = compile_step(
@@ -217,11 +214,12 @@ def make_sources(config: ConfigDict) -> tuple:
     return source, heldout
 
 
-def batch_options(config: ConfigDict) -> dict:
-    """What decides which pixels are in the batch of a step."""
-    names = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
-    options = {name: config.data[name] for name in names}
-    return {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean), **options}
+def batch_options(config: ConfigDict) -> tuple[dict, dict]:
+    """What decides which pixels are in the batch of a step, and how they are loaded."""
+    pixels = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
+    loading = ("workers", "threads", "prefetch", "max_bad_fraction")
+    what = {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean)}
+    return what | {name: config.data[name] for name in pixels}, {name: config.data[name] for name in loading}
 
 
 def hold_workdir(config: ConfigDict, workdir: str):

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 
 @struct.dataclass
 class TrainState:
     """Everything that changes from step to step, and nothing else: what is sharded is what is checkpointed.
 
-    step: updates done so far, int32. params: float32. opt_state: of the optimizer.
+    step: updates done so far, int32 []. params: float32. opt_state: of the optimizer.
     """
 
-    step: Int[Array, ""]
+    step: PyTree
     params: PyTree
     opt_state: PyTree
 
@@ -42,7 +42,7 @@ def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Cal
         return jax.tree.map(jnp.add, total, value_and_grad(params, microbatch, key, True)), None
 
     parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key, True)
+    shapes = jax.eval_shape(lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], parts), key, True))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     ((loss, metrics), grads), _ = jax.lax.scan(part, zeros, parts)
     return jax.tree.map(lambda x: x / microbatches, (loss, metrics, grads))

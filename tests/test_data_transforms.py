@@ -36,7 +36,12 @@ def test_areas_are_uniform_and_ratios_uniform_in_their_logarithm():
 
 @pytest.mark.parametrize(
     ("width", "height", "box"),
-    [(5000, 1, (2499, 0, 2500, 1)), (1, 5000, (0, 2499, 1, 2500)), (900, 300, (250, 0, 650, 300)), (1, 1, (0, 0, 1, 1))],
+    [
+        (5000, 1, (2499, 0, 2500, 1)),
+        (1, 5000, (0, 2499, 1, 2500)),
+        (900, 300, (250, 0, 650, 300)),
+        (1, 1, (0, 0, 1, 1)),
+    ],
 )
 def test_a_shape_that_no_try_fits_gets_the_largest_centred_box(width, height, box):
     class Never:  # draws an area that never fits
@@ -60,7 +65,7 @@ def test_every_shape_of_image_gives_every_size(shape, size):
 def test_a_whole_image_at_its_own_size_is_untouched():
     image = photograph(20, 30)
     assert np.array_equal(resize_and_centre_crop(image, (20, 30)), np.asarray(image))
-    whole = random_resized_crop(image, np.random.default_rng(0), (20, 30), scale=(1, 1), ratio=(1.5, 1.5))
+    whole = random_resized_crop(image, np.random.default_rng(0), (20, 30), scale=(1.0, 1.0), ratio=(1.5, 1.5))
     assert np.array_equal(whole, np.asarray(image))
 
 
@@ -75,7 +80,9 @@ def test_the_centre_crop_is_that_of_a_resize_and_a_crop(height, width, interpola
     left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
     expected = np.asarray(resized.crop((left, top, left + 224, top + 224))).astype(int)
     crop = resize_and_centre_crop(image, (224, 224), crop_fraction=0.875, interpolation=interpolation).astype(int)
-    assert np.abs(crop - expected).max() <= 1  # the box's corners are floats, where the other's are pixels
+    # of the passes along rows and columns, each rounded to 8 bits, Pillow takes first the one that saves more work:
+    # one rounding differs, and bicubic's weights, which sum to 1.3 in size, may make two of it
+    assert np.abs(crop - expected).max() <= 2
 
 
 def test_a_wide_crop_of_a_tall_image_keeps_the_middle():

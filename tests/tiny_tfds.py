@@ -1,4 +1,4 @@
-"""A TFDS data set of twelve small PNGs, that prepares without TensorFlow or a network: it must be importable by name."""
+"""A TFDS data set of twelve small PNGs, made without TensorFlow or a network; TFDS must be able to import it."""
 
 import io
 
@@ -13,7 +13,10 @@ class TinyShades(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=CLASSES)}
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=CLASSES),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, download_manager):

@@ -27,7 +27,7 @@ from simmim_jax.data.sources import SOURCES, make_source
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
 from simmim_jax.errors import ConfigError, DataError
 
-__all__ = ["SOURCES", "fingerprint", "make_batches", "make_epoch", "make_source"]
+__all__ = ["SOURCES", "check_batches", "fingerprint", "make_batches", "make_epoch", "make_source"]
 
 TRIES = 64  # substitutes for one bad image, before the data as a whole are held to be bad
 
@@ -54,9 +54,9 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's batches from `start_step` on, without end.
 
-    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b]} with b = batch_size / processes: row r
-    of process p is row r * processes + p of the whole batch. An epoch is a permutation of the source, and batches run
-    on from one to the next.
+    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "position": int32 [b]} with
+    b = batch_size / processes. "index" is the image's in the source, "position" its place in the whole batch: row r of
+    process p has r * processes + p. An epoch is a permutation of the source, and batches run on from one to the next.
 
     In place of a bad image comes another, a function of the bad one's index alone ("index" says which), and the bad one
     is named on the log, once.
@@ -73,19 +73,11 @@ def make_batches(
       ConfigError: at once, for values that cannot work.
       DataError: at once, for a source smaller than a batch; on the way, for too many bad images or a dead worker.
     """
-    _check_shapes(batch_size, processes, process, image_size, interpolation)
-    _check(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
-    _check(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "must be (low, high) within (0, 1]")
-    _check(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "must be (low, high), above 0")
-    _check(0 <= flip <= 1, "flip", flip, "must be in [0, 1]")
-    _check(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1]")
-    for key, value in {"start_step": start_step, "workers": workers, "threads": threads}.items():
-        _check(value >= 0, key, value, "must be 0 or more")
-    _check(prefetch >= 1, "prefetch", prefetch, "must be 1 or more")
-    if batch_size > len(source):
-        what = f"a batch of {batch_size} is larger than the data"
-        raise DataError(what, source.describe(), f"set batch_size to {len(source)} or less, or add images")
-
+    check_batches(
+        source, batch_size=batch_size, seed=seed, image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio,
+        flip=flip, interpolation=interpolation, start_step=start_step, process=process, processes=processes,
+        workers=workers, threads=threads, prefetch=prefetch, max_bad_fraction=max_bad_fraction,
+    )  # fmt: skip
     crop = functools.partial(
         _random_crop, size=image_size, scale=crop_scale, ratio=crop_ratio, flip=flip, interpolation=interpolation
     )
@@ -106,9 +98,44 @@ def make_batches(
         dataset = dataset.mp_prefetch(options, functools.partial(_init_worker, main=os.getpid()))
     opened = [iter(dataset)]
     check = functools.partial(decode, channels=channels, max_pixels=max_pixels)
-    batches = _watch(opened, source, check, math.ceil(max_bad_fraction * len(source)))
+    positions = np.arange(process, batch_size, processes, dtype=np.int32)
+    batches = _watch(opened, source, check, math.ceil(max_bad_fraction * len(source)), positions)
     weakref.finalize(batches, _close, opened)  # also at exit, while what it takes to end workers quietly still exists
     return batches
+
+
+def check_batches(
+    source,
+    *,
+    batch_size: int,
+    seed: int,
+    image_size: tuple[int, int],
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+    flip: float,
+    interpolation: str,
+    start_step: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 2,
+    max_bad_fraction: float = 0.0,
+    **_,
+) -> None:
+    """Refuse arguments of `make_batches` that cannot work, as it does itself, before anything is opened."""
+    _check_shapes(batch_size, processes, process, image_size, interpolation)
+    _check(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
+    _check(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "must be (low, high) within (0, 1]")
+    _check(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "must be (low, high), above 0")
+    _check(0 <= flip <= 1, "flip", flip, "must be in [0, 1]")
+    _check(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1]")
+    for key, value in {"start_step": start_step, "workers": workers, "threads": threads}.items():
+        _check(value >= 0, key, value, "must be 0 or more")
+    _check(prefetch >= 1, "prefetch", prefetch, "must be 1 or more")
+    if batch_size > len(source):
+        what = f"a batch of {batch_size} is larger than the data"
+        raise DataError(what, source.describe(), f"set batch_size to {len(source)} or less, or add images")
 
 
 def make_epoch(
@@ -127,8 +154,9 @@ def make_epoch(
 ) -> "Epoch":
     """Each image once, in order, centre-cropped: this process's batches, all full, and as many for every process.
 
-    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "valid": bool [b]}. The last batch is
-    filled up with zero images (label and index -1) that are not valid; nor is an image that does not decode.
+    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "position": int32 [b], "valid": bool
+    [b]}, where "position" counts through the whole pass. The last batch is filled up with zero images (label and index
+    -1) that are not valid; nor is an image that does not decode.
 
     Args:
       crop_fraction: the part of the resized image's side that the crop keeps (`transforms.resize_and_centre_crop`).
@@ -148,7 +176,8 @@ def make_epoch(
     load = functools.partial(
         _load_or_blank, source=source, crop=crop, channels=channels, max_pixels=max_pixels, blank=blank, reported=set()
     )
-    dataset = grain.MapDataset.source(index).map(load)[process::processes].batch(batch_size // processes)
+    place = lambda position: load(int(index[position])) | {"position": np.int32(position)}  # noqa: E731
+    dataset = grain.MapDataset.range(len(index)).map(place)[process::processes].batch(batch_size // processes)
     return Epoch(dataset, threads)
 
 
@@ -219,7 +248,7 @@ def _load_or_blank(index: int, *, source, crop, channels, max_pixels, blank, rep
     image, label = None, -1
     if index >= 0:
         try:
-            record = source[int(index)]
+            record = source[index]
             image, label = crop(decode(record["image"], channels, max_pixels)), record["label"]
         except (BadImage, OSError) as error:
             if index not in reported:
@@ -238,7 +267,7 @@ def _stride(count: int) -> int:
     return stride
 
 
-def _watch(opened, source, check, allowed: int) -> Iterator[dict[str, np.ndarray]]:
+def _watch(opened, source, check, allowed: int, positions: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
     """The batches, until too many images are bad or a worker dies; nothing is read from an iterator that has failed."""
     bad: set[int] = set()
     try:
@@ -253,12 +282,12 @@ def _watch(opened, source, check, allowed: int) -> Iterator[dict[str, np.ndarray
                 raise _worker_died(int(code[1])) from error
             for index in sorted({int(i) for i in batch.pop("bad_index")} - bad - {-1}):
                 bad.add(index)
-                reason = _reason(source, index, check)
-                logging.warning("bad image %d (at most %d): %s: %s", len(bad), allowed, source.name(index), reason)
+                fault = f"{source.name(index)}: {_reason(source, index, check)}"
+                logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)
                 if len(bad) > allowed:
-                    what = f"{len(bad)} bad images, of at most {allowed}; the last: {source.name(index)}: {reason}"
+                    what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
                     raise DataError(what, source.describe(), "mend or remove the files, or raise data.max_bad_fraction")
-            yield batch
+            yield batch | {"position": positions}
     finally:
         _close(opened)
 

@@ -4,6 +4,7 @@ Paper sections 3.1 to 3.4; official models/simmim.py. Shape letters: b images, y
 k l the feature grid, s the feature stride, d the feature width, p = c * s * s the values that one feature predicts.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -30,6 +31,29 @@ def masked_l1(
     return (by_channel * weight[:, :, :, None]).sum() / (weight.sum() + 1e-5) / images.shape[-1]
 
 
+def make_head(channels: int, stride: int, width: int, dtype: str) -> nn.Dense:
+    """One linear layer from a feature to the pixels of its square, initialised as PyTorch does a convolution."""
+    initial = uniform_by_fan_in(width)
+    return nn.Dense(channels * stride**2, dtype=dtype, kernel_init=initial, bias_init=initial)
+
+
+def make_forward(encoder: nn.Module, *, channels: int) -> Callable:
+    """A function (params, images, mask, key, train) -> (features [b, k, l, d], prediction [b, k, l, p]).
+
+    images: normalised, float32. mask: [b, i, j]; nothing of the hidden pixels reaches the features.
+    """
+
+    def forward(params, images, mask, key, train):
+        encoder_params = {"params": params["encoder"]}
+        tokens = encoder.apply(encoder_params, images, method="embed")
+        tokens = jnp.where(mask[..., None], params["mask_token"], tokens)  # float32: the gradient sums over the batch
+        features = encoder.apply(encoder_params, tokens, train, method="trunk", rngs={"drop_path": key})
+        head = make_head(channels, encoder.feature_stride, features.shape[-1], encoder.dtype)
+        return features, head.apply({"params": params["head"]}, features).astype(jnp.float32)
+
+    return forward
+
+
 def make_simmim(
     encoder: nn.Module,
     *,
@@ -54,9 +78,7 @@ def make_simmim(
     for size in image_size:
         check_multiple(size, stride, "image size", "the encoder's feature stride")
 
-    def make_head(width: int) -> nn.Dense:
-        initial = uniform_by_fan_in(width)
-        return nn.Dense(channels * stride**2, dtype=encoder.dtype, kernel_init=initial, bias_init=initial)
+    forward = make_forward(encoder, channels=channels)
 
     def init(key):
         encoder_key, token_key, head_key = jax.random.split(key, 3)
@@ -64,36 +86,30 @@ def make_simmim(
         variables = encoder.init(encoder_key, images)
         tokens = jax.eval_shape(partial(encoder.apply, method="embed"), variables, images)
         features = jax.eval_shape(encoder.apply, variables, images)
+        head = make_head(channels, stride, features.shape[-1], encoder.dtype)
         return {
             "encoder": variables["params"],
             "mask_token": truncated_normal(mask_token_truncation)(token_key, tokens.shape[-1:]),
-            "head": make_head(features.shape[-1]).init(head_key, jnp.zeros(features.shape))["params"],
+            "head": head.init(head_key, jnp.zeros(features.shape))["params"],
         }
 
-    def reconstruct(params, images, mask, key, train):
-        """Predictions [b, k, l, p] from visible tokens alone."""
-        encoder_params = {"params": params["encoder"]}
-        tokens = encoder.apply(encoder_params, images, method="embed")
-        tokens = jnp.where(mask[..., None], params["mask_token"], tokens)  # float32: the gradient sums over the batch
-        features = encoder.apply(encoder_params, tokens, train, method="trunk", rngs={"drop_path": key})
-        prediction = make_head(features.shape[-1]).apply({"params": params["head"]}, features)
-        return prediction.astype(jnp.float32)
-
-    def forward(params, batch, key, train):
+    def see(params, batch, key, train):
+        """The normalised images, which of their pixels are hidden [b, y, x], and the prediction."""
         images = normalise(batch["image"], mean, std)
         mask_key, drop_key = jax.random.split(key)
         mask = masks(mask_key, batch["position"])
         # Stochastic depth is drawn per microbatch, of which the first position is the name.
-        prediction = reconstruct(params, images, mask, jax.random.fold_in(drop_key, batch["position"][0]), train)
-        hidden = jnp.repeat(jnp.repeat(mask, encoder.token_stride, axis=1), encoder.token_stride, axis=2)  # b y x
+        drop_key = jax.random.fold_in(drop_key, batch["position"][0])
+        _, prediction = forward(params, images, mask, drop_key, train)
+        hidden = jnp.repeat(jnp.repeat(mask, encoder.token_stride, axis=1), encoder.token_stride, axis=2)
         return images, hidden, prediction
 
     def loss_fn(params, batch, key, train):
-        images, hidden, prediction = forward(params, batch, key, train)
+        images, hidden, prediction = see(params, batch, key, train)
         return masked_l1(prediction, images, hidden, stride), {}
 
     def predict(params, batch, key):
-        images, hidden, prediction = forward(params, batch, key, False)
+        images, hidden, prediction = see(params, batch, key, False)
         losses = jax.vmap(lambda *one: masked_l1(*(x[None] for x in one), stride))(prediction, images, hidden)
         return {
             "loss": losses,

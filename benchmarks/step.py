@@ -1,0 +1,358 @@
+"""Speed and memory of a SimMIM training step of ViT, beside the same model of `transformers` in PyTorch.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/step.py --models=ti,s,b --dtypes=float32,bfloat16 --batch=8 --out=step.json
+    python benchmarks/step.py --peer=none          # without PyTorch
+
+A step: uint8 images on the device -> normalise -> hide 60 % of the 32-pixel blocks -> forward -> masked L1 -> backward
+-> clip the gradient to norm 5 -> AdamW. There are three sides:
+
+    official   ours as SimMIM has it: relative position bias shared by all blocks, LayerScale, biases on q and v
+    plain      ours as the peer has it: learned absolute positions, biases on q, k and v, no LayerScale
+    peer       transformers' ViTForMaskedImageModeling, SDPA attention, torch.autocast for bfloat16, fused AdamW
+
+Each side is a process of its own with all cores, so that no memory and no thread pool is shared. They start one after
+another (there "first step" is timed), then measure in turns, one at a time, in an order that every round reverses. A
+ratio is the median over the rounds of the quotients within a round, because machines drift. In every round a side also
+times a large square matmul in its own framework and dtype; "of matmul" is the part of that rate that its step reaches.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+PATCH, BLOCK, RATIO, CLIP, LEARNING_RATE, WEIGHT_DECAY = 16, 32, 0.6, 5.0, 1e-4, 0.05
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MATMUL_SIZES = {"cpu": 2048}  # side of the square matmul, by JAX's or PyTorch's name of the device; elsewhere 8192
+OURS = {  # options of make_encoder for each of our sides
+    "plain": {"absolute_position": "learned", "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0},
+    "official": {"absolute_position": "none", "relative_position": "shared", "qkv_bias": "qv", "layer_scale": 0.1},
+}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+
+def step_flops(image: int, width: int, depth: int, batch: int) -> int:
+    """Multiplications and additions in the matmuls of a training step: three times those of its forward pass.
+
+    Forward, n tokens of width d (class token included): a block takes 24nd^2 (projections 8, MLP 16) + 4n^2 d (logits,
+    values); embedding and head take 2d(3 * 16^2) a patch each. Backward does each twice: for the input, for the weight.
+    The images need no gradient, so 3 counts a little too much; norms, softmax, GELU and the optimizer count nothing.
+    """
+    patches = (image // PATCH) ** 2
+    tokens = patches + 1
+    blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    return 3 * batch * (blocks + 2 * 2 * patches * width * 3 * PATCH**2)
+
+
+# A side is (step, matmul, matmul_size, wait, facts): two functions that start work, one that waits until all is done,
+# and one that tells what there is to know after the first step. It calls `phase` with the name of what it has finished.
+
+
+def ours(phase: Callable, side: str, size: str, dtype: str, batch: int, image: int, **_) -> tuple:
+    """The step of `simmim_jax`, compiled by the very function that a run compiles it with."""
+    import jax
+    import jax.numpy as jnp
+
+    from simmim_jax import optim, sharding
+    from simmim_jax.models import make_encoder
+    from simmim_jax.objectives import make_objective
+    from simmim_jax.train import compile_step
+    from simmim_jax.train_step import init_state, train_step
+
+    phase("import")
+    mesh, key, device = sharding.make_mesh(), jax.random.key(0), jax.devices()[0]
+    encoder = make_encoder("vit", size, patch_size=PATCH, dtype=dtype, **OURS[side])
+    masking = {"image_size": (image, image), "block_size": BLOCK, "ratio": RATIO}
+    objective = make_objective("simmim", encoder, mean=MEAN, std=STD, **masking)
+    rate = {"schedule": "constant", "steps": 10**6, "steps_per_epoch": 1, "learning_rate": LEARNING_RATE}
+    tx, _ = optim.make_optimizer("adamw", weight_decay=WEIGHT_DECAY, clip=CLIP, **rate)
+    make_state = functools.partial(init_state, init=objective.init, tx=tx)
+    abstract = sharding.place(jax.eval_shape(make_state, key), mesh)
+    state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
+    jax.block_until_ready(state)
+    phase("build")
+
+    integers = np.arange(batch, dtype=np.int32)
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, image, image, 3), dtype=np.uint8)
+    images = sharding.to_global({"image": pixels, "label": integers, "position": integers}, mesh)
+    pure_step = functools.partial(train_step, loss_fn=objective.loss_fn, tx=tx)
+    compiled = compile_step(pure_step, abstract, images, key, mesh)
+    phase("compile")
+
+    newest = {}
+    matmul_size = MATMUL_SIZES.get(device.platform, 8192)
+    square = functools.cache(lambda: jax.random.normal(key, (matmul_size, matmul_size), dtype))
+    multiply = jax.jit(jnp.matmul)
+
+    def step() -> None:
+        nonlocal state
+        state, newest["metrics"] = compiled(state, images, key)
+
+    def matmul() -> None:
+        newest["product"] = multiply(square(), square())
+
+    def facts() -> dict:
+        return {
+            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            "loss": float(newest["metrics"]["loss"]),
+            "device": f"{jax.device_count()} x {device.device_kind}",
+            "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+            "shape": {"width": encoder.width, "depth": encoder.depth, "heads": encoder.heads},
+        }
+
+    return step, matmul, matmul_size, lambda: jax.block_until_ready((state, newest)), facts
+
+
+def peer(phase: Callable, mode: str, shape: dict, dtype: str, batch: int, image: int, **_) -> tuple:
+    """The step of the ViT for masked image modelling of `transformers`, run in `mode` "eager" or "compile"."""
+    import torch
+    from transformers import ViTConfig, ViTForMaskedImageModeling
+
+    phase("import")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which JAX takes by default
+    config = ViTConfig(
+        hidden_size=shape["width"], num_hidden_layers=shape["depth"], num_attention_heads=shape["heads"],
+        intermediate_size=4 * shape["width"], image_size=image, patch_size=PATCH, encoder_stride=PATCH,
+        layer_norm_eps=1e-6, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = ViTForMaskedImageModeling(config).to(device).train()
+    groups = {0.0: [], WEIGHT_DECAY: []}
+    for name, parameter in model.named_parameters():
+        spared = name.endswith(("bias", "cls_token", "position_embeddings")) or "norm" in name
+        groups[0.0 if spared else WEIGHT_DECAY].append(parameter)
+    by_decay = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+    optimizer = torch.optim.AdamW(by_decay, lr=LEARNING_RATE, fused=True)
+    mean, std = (torch.tensor(x, device=device).reshape(1, 3, 1, 1) for x in (MEAN, STD))
+    images = torch.randint(0, 256, (batch, 3, image, image), dtype=torch.uint8, device=device)
+    blocks, tokens = image // BLOCK, BLOCK // PATCH
+
+    def loss_fn(images, mask):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return model(pixel_values=(images / 255 - mean) / std, bool_masked_pos=mask).loss
+
+    compute_loss = torch.compile(loss_fn) if mode == "compile" else loss_fn
+    newest = {}
+    matmul_size = MATMUL_SIZES.get(device, 8192)
+    square = functools.cache(lambda: torch.randn(matmul_size, matmul_size, device=device, dtype=getattr(torch, dtype)))
+
+    def step() -> None:
+        order = torch.rand(batch, blocks**2, device=device).argsort(dim=1)
+        mask = (order < np.ceil(blocks**2 * RATIO)).reshape(batch, blocks, blocks)
+        mask = mask.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2).flatten(1)
+        optimizer.zero_grad(set_to_none=True)
+        newest["loss"] = compute_loss(images, mask)
+        newest["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    def facts() -> dict:
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "loss": newest["loss"].item(),
+            "device": f"1 x {torch.cuda.get_device_name() if device == 'cuda' else device}",
+            "device_peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        }
+
+    phase("build")
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    return step, lambda: torch.matmul(square(), square()), matmul_size, wait, facts
+
+
+def serve() -> None:
+    """A side's process: the first line of JSON says what to make, the others ask for a round each."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    spec = json.loads(sys.stdin.readline())
+    phases, begun = {}, time.perf_counter()
+
+    def phase(name: str) -> None:
+        phases[name] = time.perf_counter() - begun - sum(phases.values())
+
+    step, matmul, matmul_size, wait, facts = (peer if spec["side"] == "peer" else ours)(phase, **spec)
+    step()
+    wait()
+    phase("first step")
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    replies.write(json.dumps({"phases": phases, "host_peak_bytes": host_peak, **facts()}) + "\n")
+
+    latest = {}  # seconds per call
+
+    def seconds_per_call(start: Callable, seconds: float) -> float:
+        """Of as many calls in a row as should fill `seconds`, with one wait at their end."""
+        calls = max(1, round(seconds / latest[start])) if start in latest else 1
+        begun = time.perf_counter()
+        for _ in range(calls):
+            start()
+        wait()
+        latest[start] = (time.perf_counter() - begun) / calls
+        return latest[start]
+
+    for line in sys.stdin:
+        seconds = json.loads(line)["seconds"]
+        rate = 2 * matmul_size**3 / seconds_per_call(matmul, seconds / 4)
+        answer = {"matmul_flops_per_second": rate, "step_seconds": seconds_per_call(step, seconds)}
+        replies.write(json.dumps(answer) + "\n")
+
+
+def start(spec: dict) -> tuple[subprocess.Popen, dict]:
+    """A side's process, and what it says after its first step."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    environment.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's, spinning, stall on a busy machine
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other sides need their part of the GPU
+    begun = time.perf_counter()
+    command, pipes = [sys.executable, __file__, "--serve"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, text=True, **pipes)
+    first = ask(process, spec)
+    return process, first | {"first_step_seconds": time.perf_counter() - begun}
+
+
+def ask(process: subprocess.Popen, question: dict) -> dict:
+    process.stdin.write(json.dumps(question) + "\n")
+    process.stdin.flush()
+    reply = process.stdout.readline()
+    if not reply:
+        raise SystemExit(f"benchmarks/step.py: a side ended with code {process.wait()}; its last words are above")
+    return json.loads(reply)
+
+
+def measure(size: str, dtype: str, batch: int, options: argparse.Namespace) -> list[dict]:
+    """The rows of one model in one dtype: its sides start one after another, then measure in turns."""
+    spec = {"size": size, "dtype": dtype, "batch": batch, "image": options.image, "mode": options.peer}
+    processes, firsts, shape = {}, {}, None
+    with contextlib.ExitStack() as stack:
+        for side in [*options.ours, *(["peer"] if options.peer != "none" else [])]:
+            processes[side], firsts[side] = start({"side": side, "shape": shape, **spec})
+            stack.callback(processes[side].communicate)  # closes its stdin, at which it ends
+            shape = firsts[side].pop("shape", shape)
+        rounds = {side: [] for side in processes}
+        for number in range(options.rounds + 2):
+            for side in list(processes)[:: -1 if number % 2 else 1]:
+                rounds[side].append(ask(processes[side], {"seconds": options.seconds}))
+    flops = step_flops(options.image, shape["width"], shape["depth"], batch)
+    rounds = {side: of_side[2:] for side, of_side in rounds.items()}  # the first two warm up and count the calls
+    return [
+        {"model": size, "dtype": dtype, "side": side, "batch": batch, "image": options.image, **firsts[side]}
+        | summarise(rounds[side], [] if side == "peer" else rounds.get("peer", []), batch, flops)
+        for side in processes
+    ]
+
+
+def summarise(rounds: list[dict], peer_rounds: list[dict], batch: int, flops: int) -> dict:
+    """Medians over the rounds, of rates and of quotients within a round; the rounds themselves beside them."""
+    seconds = [r["step_seconds"] for r in rounds]
+    ratios = [peer_round["step_seconds"] / own for own, peer_round in zip(seconds, peer_rounds, strict=False)]
+    return {
+        "images_per_second": statistics.median(batch / t for t in seconds),
+        "times_peer": [min(ratios), statistics.median(ratios), max(ratios)] if ratios else None,
+        "flops_per_second": statistics.median(flops / t for t in seconds),
+        "matmul_flops_per_second": statistics.median(r["matmul_flops_per_second"] for r in rounds),
+        "of_matmul": statistics.median(flops / r["step_seconds"] / r["matmul_flops_per_second"] for r in rounds),
+        "step_flops": flops,
+        "rounds": rounds,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table; benchmarks/README.md says what its columns mean."""
+    head = "model,dtype,side,batch,M params,images/s,x peer,least-most,GFLOP/s,matmul,of matmul,first step s,peak MiB"
+    lines = [head.split(",")]
+    for row in rows:
+        least, ratio, most = [f"{quotient:.2f}" for quotient in row["times_peer"] or []] or [""] * 3
+        lines.append([
+            row["model"], row["dtype"], row["side"], str(row["batch"]), f"{row['parameters'] / 1e6:.2f}",
+            f"{row['images_per_second']:.1f}", ratio, least and f"{least}-{most}",
+            f"{row['flops_per_second'] / 1e9:.0f}", f"{row['matmul_flops_per_second'] / 1e9:.0f}",
+            f"{row['of_matmul']:.0%}", f"{row['first_step_seconds']:.1f}",
+            f"{(row['device_peak_bytes'] or row['host_peak_bytes']) / 2**20:.0f}",
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.rjust, line, widths))} |" for line in lines)
+
+
+def run_text(*command: str) -> str:
+    """What a command prints, or "" where there is no such command."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if shutil.which(command[0]) else None
+    return done.stdout.rstrip() if done else ""
+
+
+def describe() -> dict:
+    """Where and when this is, and of what: machine, versions, commit, and what is changed since."""
+    processors = run_text("lscpu", "--json")
+    fields = {field["field"]: field["data"] for field in json.loads(processors)["lscpu"]} if processors else {}
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": run_text("git", "rev-parse", "HEAD"),
+        "changed": run_text("git", "status", "--porcelain", "simmim_jax", "benchmarks/step.py").splitlines(),
+        "cpu": f"{fields.get('Model name:', platform.processor())}, family {fields.get('CPU family:')}",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": run_text("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        "platform": platform.platform(),
+        "versions": found,
+        "load_average_start": os.getloadavg(),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="ti,s,b", help="sizes of simmim_jax.models.vit")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--ours", default="plain,official", help="which of our sides")
+    parser.add_argument("--peer", choices=("eager", "compile", "none"), default="eager", help="how PyTorch runs")
+    parser.add_argument("--batch", default="8", help="images a step: one number, or one for each model")
+    parser.add_argument("--image", type=int, default=224, help="side in pixels, a multiple of 32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of steps by each side in a round, at least one")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if options.peer != "none" and missing:
+        parser.exit(2, f"no {' and '.join(missing)}: pip install -r benchmarks/requirements.txt, or give --peer=none\n")
+    models, options.ours = options.models.split(","), options.ours.split(",")
+    batches = [int(batch) for batch in options.batch.split(",")]
+    if len(batches) not in (1, len(models)):
+        parser.exit(2, f"{len(batches)} batch sizes for {len(models)} models: give one, or one for each\n")
+
+    report = {"command": " ".join(["python benchmarks/step.py", *arguments]), **describe(), "rows": []}
+    for model, batch in zip(models, batches * (len(models) // len(batches)), strict=True):
+        for dtype in options.dtypes.split(","):
+            rows = measure(model, dtype, batch, options)
+            report["rows"] += rows
+            report["load_average_end"] = os.getloadavg()
+            print(table(rows), "\n", flush=True)
+            if options.out:  # after each model: what has been measured is kept
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report["rows"]))
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main(sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Eight simulated devices for every test, float32 matmuls in full, and shape checks on every annotated function."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+# The hook must be in place before anything of ours is imported, so that beartype sees every annotated function.
+install_import_hook("simmim_jax", "beartype.beartype")
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """A function: the reference arrays of a name, as a dict."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    return load

@@ -1,0 +1,52 @@
+"""python killed_run.py WHEN SIGNAL [main's flags]: a run that gets SIGNAL at WHEN, from inside, at exactly that place.
+
+WHEN: "step:7" right after step 7 is sent to the device; "save:10" while step 10's checkpoint is being written in the
+background; "evaluation:0" at the start of the evaluation at step 0; "compile:0" before compilation.
+"""
+
+import os
+import signal
+import sys
+
+from simmim_jax import main
+
+
+def install(when: str, number: int) -> None:
+    from simmim_jax import checkpoint, train
+
+    place, at = when.split(":")
+
+    def hit(what, step):
+        if what == place and step == int(at):
+            os.kill(os.getpid(), number)
+
+    compile_step, save, pictures_of = train.compile_step, checkpoint.save, train.pictures_of
+
+    def compile_and_watch(*arguments):
+        hit("compile", 0)
+        compiled, done = compile_step(*arguments), None
+
+        def step(state, batch, key):
+            nonlocal done
+            done = int(state.step) + 1 if done is None else done + 1
+            out = compiled(state, batch, key)
+            hit("step", done)
+            return out
+
+        return step
+
+    def save_and_hit(manager, state, meta):
+        save(manager, state, meta)
+        hit("save", int(state.step))
+
+    def pictures_and_hit(workdir, step):
+        hit("evaluation", step)
+        return pictures_of(workdir, step)
+
+    train.compile_step, checkpoint.save, train.pictures_of = compile_and_watch, save_and_hit, pictures_and_hit
+
+
+if __name__ == "__main__":
+    install(sys.argv[1], getattr(signal, sys.argv[2]))
+    sys.argv[1:3] = []
+    main.run()

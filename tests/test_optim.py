@@ -1,0 +1,120 @@
+"""Schedules in closed form, decayed parameters written out, and what a frozen parameter keeps."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny_batch, tiny_objective
+
+from simmim_jax.errors import ConfigError
+from simmim_jax.optim import NO_DECAY, decayed, freeze, make_optimizer, make_schedule, path_of
+from simmim_jax.train_step import init_state, train_step
+
+KEY = jax.random.key(0)
+
+
+def rates(schedule, steps=100, **options):
+    options = {"steps_per_epoch": 10, "learning_rate": 4e-4, "warmup_epochs": 1.0, "warmup_learning_rate": 2e-6, **options}
+    rate = make_schedule(schedule, steps=steps, min_learning_rate=4e-5, **options)
+    return np.array([float(rate(step)) for step in range(steps)])
+
+
+def warmup(t):
+    return 2e-6 + t * (4e-4 - 2e-6) / 10
+
+
+def closed_form(schedule, t):
+    """As the official schedulers compute it: lr_scheduler.py and timm's CosineLRScheduler._get_lr."""
+    if t < 10:
+        return warmup(t)
+    cosine = lambda progress: 4e-5 + 0.5 * (4e-4 - 4e-5) * (1 + math.cos(math.pi * progress))  # noqa: E731
+    return {
+        "cosine": lambda: cosine((t - 10) / 90),
+        "cosine_global": lambda: cosine(t / 100),
+        "multistep": lambda: 4e-4 * 0.1 ** (t >= 70),
+        "linear": lambda: 4e-4 + (4e-5 - 4e-4) * (t - 10) / 90,
+        "constant": lambda: 4e-4,
+    }[schedule]()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("schedule", ["cosine", "cosine_global", "multistep", "linear", "constant"])
+def test_the_rate_of_every_step_equals_the_closed_form(schedule, late):
+    expected = [closed_form(schedule, max(step - late, 0)) for step in range(100)]
+    np.testing.assert_allclose(rates(schedule, milestones=(7.0,), late=late), expected, rtol=1e-5)  # float32
+
+
+def test_the_official_cosine_drops_at_the_end_of_the_warm_up():
+    """SimMIM's 100-epoch recipe: to 0.976 of the peak (spec 1.5); the Swin repository's goes on smoothly."""
+    drop = rates("cosine_global", learning_rate=1.0, warmup_learning_rate=0.0)
+    assert 0.975 < drop[10] < 0.977
+    assert rates("cosine")[10] == pytest.approx(4e-4)
+
+
+def test_a_run_shorter_than_its_warm_up_warms_up_throughout():
+    assert (np.diff(rates("cosine", steps=5)) > 0).all()
+
+
+def test_exactly_these_parameters_decay():
+    params = jax.eval_shape(tiny_objective().init, KEY)
+    flags = {path_of(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params, NO_DECAY))}
+    blocks = [f"encoder/block_{n}/{name}" for n in range(2) for name in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")]
+    assert {name for name, flag in flags.items() if flag} == {
+        "mask_token",  # decayed in the official ViT: microsoft/SimMIM#26
+        "encoder/rel_pos_bias/table",  # likewise
+        "encoder/patch_embed/kernel",
+        "head/kernel",
+        *(f"{block}/kernel" for block in blocks),
+    }
+    assert len(flags) == 9 + 2 * 15
+
+
+def test_adamw_equals_its_equations():
+    """Decoupled decay times the rate, bias-corrected moments (torch.optim.AdamW), after clipping to the global norm."""
+    tx, _ = make_optimizer(
+        "adamw", steps=10, steps_per_epoch=1, schedule="constant", learning_rate=0.1, weight_decay=0.05, clip=5.0
+    )
+    w, b = np.array([[3.0, -2.0]]), np.array([1.0])
+    params = {"kernel": jnp.asarray(w), "bias": jnp.asarray(b)}
+    opt_state = tx.init(params)
+    moments = {name: (0.0, 0.0) for name in params}
+    expected = {"kernel": w, "bias": b}
+    for step in range(1, 4):
+        grads = {"kernel": np.array([[30.0, -4.0]]) * step, "bias": np.array([6.0])}
+        updates, opt_state = tx.update(jax.tree.map(jnp.asarray, grads), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        for name, g in grads.items():
+            g = g * min(1.0, 5.0 / norm)
+            m, v = 0.9 * moments[name][0] + 0.1 * g, 0.999 * moments[name][1] + 0.001 * g**2
+            moments[name] = m, v
+            step_size = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+            decay = 0.05 * expected[name] if name == "kernel" else 0.0
+            expected[name] = expected[name] - 0.1 * (step_size + decay)
+        for name in params:
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
+
+
+def test_frozen_parameters_keep_their_bits_and_have_no_moments():
+    objective = tiny_objective()
+    tx, _ = make_optimizer(
+        "adamw", steps=10, steps_per_epoch=1, schedule="constant", learning_rate=0.1, frozen="encoder/"
+    )
+    state = init_state(KEY, init=objective.init, tx=tx)
+    loss_fn = freeze(objective.loss_fn, "encoder/")
+    new, metrics = jax.jit(lambda s, b: train_step(s, b, KEY, loss_fn=loss_fn, tx=tx))(state, tiny_batch())
+    jax.tree.map(np.testing.assert_array_equal, new.params["encoder"], state.params["encoder"])
+    assert not (new.params["head"]["kernel"] == state.params["head"]["kernel"]).all()
+    trained = sum(x.size for name in ("head", "mask_token") for x in jax.tree.leaves(state.params[name]))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.size > 1) == 2 * trained
+    assert metrics["grad_norm"] > 0
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="did you mean cosine"):
+        make_schedule("cosin", steps=1, steps_per_epoch=1, learning_rate=1.0)
+    with pytest.raises(ConfigError, match="choose one of adamw, sgd"):
+        make_optimizer("lars", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0)

@@ -1,0 +1,122 @@
+"""The step gives the same numbers however its work is split, compiles once, and leaves out what is not finite."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny import relative_difference, tiny_batch, tiny_encoder, tiny_objective
+
+from simmim_jax import sharding
+from simmim_jax.errors import ConfigError
+from simmim_jax.optim import make_optimizer
+from simmim_jax.train import compile_step
+from simmim_jax.train_step import init_state, train_step
+
+KEY = jax.random.key(0)
+OBJECTIVE = tiny_objective(tiny_encoder(width=128))  # wide enough that fsdp splits something
+# SGD: Adam divides a gradient that is nothing but rounding by its own size, and would show no more than that.
+TX, _ = make_optimizer("sgd", steps=100, steps_per_epoch=10, schedule="constant", learning_rate=0.1, weight_decay=0.05)
+
+
+def run(devices=1, fsdp=1, microbatches=1, steps=3):
+    """Losses of some steps, and the state after them, on so many of the eight devices."""
+    shape = (devices // fsdp, fsdp)
+    mesh = jax.make_mesh(shape, sharding.BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+    make_state = partial(init_state, init=OBJECTIVE.init, tx=TX)
+    abstract = sharding.place(jax.eval_shape(make_state, KEY), mesh)
+    state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(KEY)
+    step = partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX, microbatches=microbatches)
+    abstract_batch = jax.eval_shape(partial(tiny_batch, 32))
+    key = jax.device_put(KEY, sharding.replicated(mesh))
+    compiled = compile_step(step, abstract, abstract_batch, key, mesh)
+    losses = []
+    for n in range(steps):
+        batch = sharding.to_global(jax.tree.map(np.asarray, tiny_batch(32, seed=n)), mesh)
+        state, metrics = compiled(state, batch, key)
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    losses, state = run()
+    return losses, jax.device_get(state)
+
+
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "microbatches"), [(2, 1, 1), (8, 1, 1), (8, 8, 1), (8, 2, 1), (1, 1, 4), (2, 1, 4), (8, 4, 2)]
+)
+def test_losses_do_not_depend_on_how_the_work_is_split(one_device, devices, fsdp, microbatches):
+    losses, state = run(devices, fsdp, microbatches)
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-6)
+    # 1e-4: the order of float32 sums over 32 images
+    assert relative_difference(jax.device_get(state.params), one_device[1].params) < 1e-4
+
+
+def test_fsdp_splits_large_parameters_and_their_moments_alike():
+    tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
+    mesh = sharding.make_mesh(fsdp=-1)
+    state = sharding.place(jax.eval_shape(partial(init_state, init=OBJECTIVE.init, tx=tx), KEY), mesh)
+    place = lambda x: x.sharding.spec  # noqa: E731
+    params = jax.tree.map(place, state.params)
+    moments = state.opt_state[1][0]
+    assert jax.tree.map(place, moments.mu) == jax.tree.map(place, moments.nu) == params
+    assert params["encoder"]["block_0"]["mlp"]["fc1"]["kernel"] == P(None, "fsdp")
+    assert params["encoder"]["norm"]["scale"] == P(None)
+
+
+def test_a_step_compiles_once():
+    compiled = 0
+
+    def count(event, duration, **_):
+        nonlocal compiled
+        compiled += event == "/jax/core/compile/backend_compile_duration"
+
+    make_state = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX))
+    state, batches = make_state(KEY), [tiny_batch(seed=n) for n in range(4)]
+    step = jax.jit(partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX))
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for batch in batches:
+        state, _ = step(state, batch, KEY)
+    jax.monitoring.unregister_event_duration_listener(count)
+    assert compiled == 1
+    assert state.step == 4
+
+
+def test_every_step_draws_other_masks_and_a_repeated_step_the_same():
+    state, batch = init_state(KEY, init=OBJECTIVE.init, tx=TX), tiny_batch()
+    step = jax.jit(partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX))
+    first, again = (step(state, batch, KEY)[1]["loss"] for _ in range(2))
+    later = step(state.replace(step=jnp.int32(7)), batch, KEY)[1]["loss"]
+    assert first == again != later
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
+    def loss_fn(params, batch, key, train):
+        loss, metrics = OBJECTIVE.loss_fn(params, batch, key, train)
+        return loss * jnp.where(batch["label"][0] == 99, jnp.nan, 1.0), metrics
+
+    step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX))
+    state, batch = init_state(KEY, init=OBJECTIVE.init, tx=TX), tiny_batch()
+    bad = batch | {"label": batch["label"].at[0].set(99)}
+    after, metrics = step(state, bad, KEY)
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=state.step), state)
+    assert (int(after.step), float(metrics["skipped"])) == (1, 1.0)
+    assert float(step(state, batch, KEY)[1]["skipped"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "microbatches", "hint"), [(100, 8, 1, "try 96 or 104"), (4, 8, 1, "try 8"), (36, 8, 4, "try 32 or 64")]
+)
+def test_a_batch_that_does_not_come_out_even_is_refused_with_those_that_do(batch_size, devices, microbatches, hint):
+    with pytest.raises(ConfigError, match=hint):
+        sharding.check_batch_size(batch_size, devices, microbatches)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (0, 8), (-1, 0), (-2, 4)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    with pytest.raises(ConfigError, match="1, 2, 4, 8"):
+        sharding.make_mesh(*sizes)

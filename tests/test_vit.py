@@ -1,0 +1,135 @@
+"""The Vision Transformer's sizes, options and initial values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_encoder
+
+from simmim_jax.errors import ConfigError
+from simmim_jax.models import make_encoder
+from simmim_jax.models.layers import relative_position_index
+from simmim_jax.models.vit import SIZES, sincos_position
+
+KEY = jax.random.key(0)
+IMAGES = jnp.zeros((1, 224, 224, 3))
+
+
+def parameter_count(encoder, images=IMAGES) -> int:
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(encoder.init, KEY, images)))
+
+
+def test_vit_b_has_the_official_parameter_count():
+    """timm's vit_base_patch16_224 without its head has 85,798,656: learned positions, biases on q, k and v, no LayerScale."""
+    plain = make_encoder("vit", "b", absolute_position="learned", relative_position="none", qkv_bias="qkv", layer_scale=0.0)
+    assert parameter_count(plain) == 85_798_656
+    official = 85_798_656 - 197 * 768 - 12 * 768 + 24 * 768 + 732 * 12  # no positions, no key bias, LayerScale, one table
+    assert parameter_count(make_encoder("vit", "b")) == official
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_features_of_every_size_have_one_place_per_patch(size):
+    encoder = make_encoder("vit", size)
+    variables = jax.eval_shape(encoder.init, KEY, IMAGES)
+    features = jax.eval_shape(encoder.apply, variables, IMAGES)
+    assert features.shape == (1, 14, 14, SIZES[size]["width"])
+    assert encoder.depth == SIZES[size]["depth"]
+
+
+def test_every_block_sows_its_map_before_the_final_norm():
+    encoder = tiny_encoder(final_norm=False)
+    images = jax.random.normal(KEY, (2, 32, 48, 3))
+    variables = encoder.init(KEY, images)
+    features, sown = encoder.apply(variables, images, mutable=["intermediates"])
+    blocks = sown["intermediates"]["blocks"]
+    assert [block.shape for block in blocks] == [(2, 4, 6, 32)] * 2
+    np.testing.assert_array_equal(blocks[-1], features)
+
+
+def test_initial_kernels_are_cut_at_one_sigma_and_rescaled_by_depth():
+    params = make_encoder("vit", "ti", width=192, depth=3, heads=3).init(KEY, jnp.zeros((1, 32, 32, 3)))["params"]
+    deviation = 0.02 * 0.5395  # of a normal cut at one sigma: 0.0108
+    for n in range(3):
+        block = params[f"block_{n}"]
+        for kernel, scale in (
+            (block["attn"]["qkv"]["kernel"], 1),
+            (block["mlp"]["fc1"]["kernel"], 1),
+            (block["attn"]["proj"]["kernel"], (2 * (n + 1)) ** -0.5),
+            (block["mlp"]["fc2"]["kernel"], (2 * (n + 1)) ** -0.5),
+        ):
+            assert jnp.abs(kernel).max() <= 0.02 * scale
+            np.testing.assert_allclose(kernel.std(), deviation * scale, rtol=0.02)
+        np.testing.assert_array_equal(block["scale_attn"]["gamma"], np.full(192, 0.1, np.float32))
+        for zero in (block["attn"]["q_bias"], block["attn"]["v_bias"], block["attn"]["proj"]["bias"]):
+            assert not zero.any()
+    assert not params["rel_pos_bias"]["table"].any()
+    assert jnp.abs(params["patch_embed"]["kernel"]).max() <= 0.02
+
+
+def test_the_head_starts_as_pytorch_starts_a_convolution():
+    from tiny import tiny_objective
+
+    head = tiny_objective().init(KEY)["head"]
+    for values in (head["kernel"], head["bias"]):
+        assert jnp.abs(values).max() <= 32**-0.5
+        np.testing.assert_allclose(values.std(), 32**-0.5 / 3**0.5, rtol=0.1)
+
+
+def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
+    from simmim_jax.models.layers import DropPath
+
+    x = jnp.ones((20000, 1, 1))
+    out = DropPath(0.25).apply({}, x, True, rngs={"drop_path": KEY})
+    assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
+    np.testing.assert_allclose(out.mean(), 1.0, atol=0.02)  # five standard deviations
+    np.testing.assert_array_equal(DropPath(0.25).apply({}, x, False), x)
+
+
+def test_rematerialisation_changes_no_value():
+    images = jax.random.normal(KEY, (2, 32, 32, 3))
+    plain, remat = tiny_encoder(drop_path=0.3), tiny_encoder(drop_path=0.3, remat=True)
+    params = plain.init(KEY, images)
+
+    def loss(encoder):
+        return jax.value_and_grad(lambda p: encoder.apply(p, images, True, rngs={"drop_path": KEY}).std())(params)
+
+    (a, grads_a), (b, grads_b) = loss(plain), loss(remat)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7), grads_a, grads_b)
+
+
+def test_relative_positions_depend_on_the_displacement_alone():
+    index = relative_position_index((3, 5), class_token=True)
+    assert index.shape == (16, 16)
+    patches = index[1:, 1:].reshape(3, 5, 3, 5)
+    assert patches[0, 0, 1, 2] == patches[1, 2, 2, 4] != patches[1, 2, 0, 0]
+    rows = 5 * 9
+    assert sorted(set(patches.ravel())) == list(range(rows))
+    assert (index[0, 1:] == rows).all()
+    assert (index[1:, 0] == rows + 1).all()
+    assert index[0, 0] == rows + 2
+
+
+def test_sincos_positions_are_distinct_and_bounded():
+    table = sincos_position((7, 9), 64, class_token=True)
+    assert table.shape == (64, 64)
+    assert not table[0].any()
+    assert len(np.unique(table.round(6), axis=0)) == 64
+    np.testing.assert_allclose((table[1:] ** 2).sum(axis=1), 32, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 100, "heads": 3}, "try 99 or 102"),
+        ({"relative_position": "both"}, "choose one of none, shared, per_block"),
+        ({"absolute_position": "sincos", "width": 6, "heads": 2}, "in fours"),
+        ({"drop_path": 1.0}, r"not in \[0, 1\)"),
+        ({"depth": 0}, "above 0"),
+        ({"dtype": "float16"}, "choose one of float32, bfloat16"),
+        ({"patch_sise": 8}, "did you mean patch_size"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_encoder("vit", "ti", **options)
