@@ -45,6 +45,7 @@ OURS = {  # options of make_encoder for each of our sides
     "plain": {"absolute_position": "learned", "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0},
     "official": {"absolute_position": "none", "relative_position": "shared", "qkv_bias": "qv", "layer_scale": 0.1},
 }
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -128,7 +129,7 @@ def peer(phase: Callable, mode: str, shape: dict, dtype: str, batch: int, image:
     phase("import")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(CORES)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which JAX takes by default
     config = ViTConfig(
@@ -283,7 +284,7 @@ def table(rows: list[dict]) -> str:
         least, ratio, most = [f"{quotient:.2f}" for quotient in row["times_peer"] or []] or [""] * 3
         lines.append([
             row["model"], row["dtype"], row["side"], str(row["batch"]), f"{row['parameters'] / 1e6:.2f}",
-            f"{row['images_per_second']:.1f}", ratio, least and f"{least}-{most}",
+            f"{row['images_per_second']:.2f}", ratio, least and f"{least}-{most}",
             f"{row['flops_per_second'] / 1e9:.0f}", f"{row['matmul_flops_per_second'] / 1e9:.0f}",
             f"{row['of_matmul']:.0%}", f"{row['first_step_seconds']:.1f}",
             f"{(row['device_peak_bytes'] or row['host_peak_bytes']) / 2**20:.0f}",
@@ -312,7 +313,7 @@ def describe() -> dict:
         "commit": run_text("git", "rev-parse", "HEAD"),
         "changed": run_text("git", "status", "--porcelain", "simmim_jax", "benchmarks/step.py").splitlines(),
         "cpu": f"{fields.get('Model name:', platform.processor())}, family {fields.get('CPU family:')}",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": CORES,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": run_text("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "platform": platform.platform(),

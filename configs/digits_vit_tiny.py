@@ -1,24 +1,39 @@
-"""WIP"""
-from simmim_jax.config import pretrain_config
+"""SimMIM on scikit-learn's handwritten digits: the smallest whole run, on real images that a dependency carries.
+
+    python -m simmim_jax.main --config configs/digits_vit_tiny.py --workdir runs/digits
+
+1,437 of the 1,797 digits (8x8 grey, enlarged to 32x32) train, 360 are held out. No download, no accelerator.
+Hardware: two CPU cores. Time and results: RESULT
+"""
+
 from ml_collections import ConfigDict
 
-def get_config():
+from simmim_jax.config import pretrain_config
+
+
+def get_config() -> ConfigDict:
     c = pretrain_config()
+    c.epochs = 40.0
+    c.batch_size = 64
+    c.base_learning_rate = 1.2e-2
+    c.optim.warmup_epochs = 4.0
+
     c.data.source = "digits"
     c.data.heldout_split = "test"
+    c.data.flip = 0.0  # a mirrored digit is none
     c.image_size = (32, 32)
     c.mean, c.std = (0.305,), (0.376,)
-    c.data.flip = 0.0
-    c.encoder.size = "ti"
-    c.encoder.width, c.encoder.depth, c.encoder.heads, c.encoder.patch_size = 96, 4, 3, 4
+
+    c.encoder.width, c.encoder.depth, c.encoder.heads = 96, 4, 3
+    c.encoder.patch_size = 4
+    c.encoder.class_token = False
+    c.encoder.absolute_position = "sincos"  # digits are centred: where a stroke is says much
     c.objective.block_size = 8
-    c.batch_size = 64
-    c.epochs = 40.0
-    c.base_learning_rate = 4e-3
-    c.optim.warmup_epochs = 4.0
+
     c.eval_images = 0
+    c.probe_block = 3
     c.evals.knn = ConfigDict({"neighbours": 20})
-    c.evals.linear = ConfigDict({})
-    c.log_every = 50
-    c.save_every = 200
+    c.evals.linear = ConfigDict({"inverse_regularisation": 1.0})
+    c.log_every = 40
+    c.save_every = 220
     return c

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 from simmim_jax.errors import ConfigError
@@ -63,11 +63,10 @@ def base_config() -> ConfigDict:
     c.optim.name = "adamw"
     c.optim.schedule = "cosine"
     c.base_learning_rate = 1e-4  # for a batch of 512; the rule is linear in the batch (official main_simmim.py)
-    scale = c.get_ref("batch_size") / 512
-    c.optim.learning_rate = c.get_ref("base_learning_rate") * scale
+    c.optim.learning_rate = c.get_ref("base_learning_rate") * c.get_ref("batch_size") / 512
     c.optim.warmup_epochs = 10.0
-    c.optim.warmup_learning_rate = scale * 5e-7
-    c.optim.min_learning_rate = scale * 1e-5
+    c.optim.warmup_learning_rate = FieldReference(5e-7) * c.get_ref("batch_size") / 512
+    c.optim.min_learning_rate = FieldReference(1e-5) * c.get_ref("batch_size") / 512
     c.optim.milestones, c.optim.gamma = (), 0.1  # epochs, factor at each: of the multistep schedule
     c.optim.late = 0  # 1: each step uses the rate of the one before, as official code does
     c.optim.betas, c.optim.epsilon = (0.9, 0.999), 1e-8

@@ -41,6 +41,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     encoder = make_encoder(**config.encoder)
     pixels = {"mean": config.mean, "std": config.std}
     objective = make_objective(encoder=encoder, image_size=config.image_size, **pixels, **config.objective)
+    features = make_features(encoder, **pixels, block=config.probe_block)
     source, heldout_source = make_sources(config)
     of_batches, loading = batch_options(config)
     data.check_batches(source, **of_batches, **loading)
@@ -104,7 +105,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 abstract, abstract_batch(config), step_key, mesh,
             )  # fmt: skip
         put = partial(to_device, mesh=mesh)
-        evaluators = make_evaluators(config, encoder, objective, source, heldout_source, mesh, eval_key, workdir)
+        evaluators = make_evaluators(config, features, objective, source, heldout_source, mesh, eval_key, workdir)
         records = metrics.Records(workdir, step)
         progress = metrics.Progress(
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
@@ -277,7 +278,7 @@ def to_device(batch: dict, mesh) -> dict:
 
 
 def make_evaluators(
-    config: ConfigDict, encoder, objective: Objective, source, heldout_source, mesh, key: jax.Array, workdir: str
+    config: ConfigDict, features: Callable, objective: Objective, source, heldout_source, mesh, key: jax.Array, workdir: str
 ) -> list[Callable]:
     """The evaluators of `config.evals`, each given what it asks for out of what a run has."""
     epoch = partial(
@@ -292,7 +293,6 @@ def make_evaluators(
         threads=config.data.threads,
         max_pixels=config.data.max_pixels,
     )
-    features = make_features(encoder, mean=config.mean, std=config.std, block=config.probe_block)
     everywhere = sharding.replicated(mesh)
     predict = jax.jit(objective.predict, out_shardings=everywhere)
     extract = jax.jit(lambda params, batch: features(params["encoder"], batch["image"]), out_shardings=everywhere)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
 DIGITS = (
     "--config=configs/digits_vit_tiny.py", "--config.encoder.width=32", "--config.encoder.depth=2", "--config.encoder.heads=2",
+    "--config.probe_block=2",
     "--config.batch_size=128", "--config.eval_batch_size=128", "--config.steps=24", "--config.save_every=5",
     "--config.log_every=1", "--config.eval_every=8", "--config.eval_images=128",
 )  # fmt: skip
@@ -47,10 +49,7 @@ def arrays(workdir, step) -> dict[str, np.ndarray]:
         folder = Path(workdir).absolute() / "checkpoints" / str(step) / item
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
-            kinds = ocp.checkpoint_utils.construct_restore_args(tree, None)
-            import jax
-
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), kinds)
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             restored = checkpointer.restore(folder, restore_args=kinds)
         out |= {item + jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(restored)}
     return out

@@ -57,6 +57,11 @@ def test_ratios_are_medians_of_quotients_within_a_round(bench):
     assert bench.summarise(rounds(1.0), [], batch=8, flops=80)["times_peer"] is None
 
 
+@pytest.mark.parametrize("path", sorted(STEP.parent.glob("results/*/step*.json")), ids=lambda path: path.parent.name)
+def test_the_readme_shows_what_was_measured(bench, path):
+    assert bench.table(json.loads(path.read_text())["rows"]) in (STEP.parent / "README.md").read_text()
+
+
 def test_a_missing_peer_is_one_line_that_says_what_to_do(bench, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:

@@ -23,8 +23,9 @@ def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[flo
     """
     if not 0 <= block <= encoder.depth:
         raise ConfigError(
-            f"block {block} of an encoder of {encoder.depth}", "objective.block", f"give 1 to {encoder.depth}, or 0 for the output"
-        )
+            f"block {block} of an encoder of {encoder.depth} blocks", "probe_block or objective.block",
+            f"give 1 to {encoder.depth}, or 0 for the output",
+        )  # fmt: skip
 
     def features(
         params, images: UInt8[Array, "b y x c"], train: bool = False, key: jax.Array | None = None

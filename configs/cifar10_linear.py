@@ -1,0 +1,28 @@
+"""Linear evaluation of a CIFAR-10 run: its encoder, frozen, and a linear classifier on the mean patch feature of block 3 of 4.
+
+    python -m simmim_jax.main --config configs/cifar10_linear.py --config.init_from=runs/cifar10 --workdir runs/cifar10_linear
+    python -m simmim_jax.main --config configs/cifar10_linear.py --workdir runs/cifar10_linear_untrained
+
+The second command is the baseline with random weights. `configs/cifar10_linear.py:folder` with --config.data.path=DIR reads
+a folder instead of TFDS. Hardware: two CPU cores. Time and results: RESULT
+"""
+
+from ml_collections import ConfigDict
+
+from configs.cifar10_vit_tiny import get_config as pretraining
+from configs.cifar10_vit_tiny import use_cifar10
+from simmim_jax.config import linear_config
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    c = linear_config()
+    use_cifar10(c, argument)
+    c.encoder = pretraining(argument).encoder
+    c.data.interpolation = "bilinear"  # as in pretraining
+    c.data.crop_scale = (0.67, 1.0)
+    c.objective.num_classes, c.objective.block = 10, 3
+    c.epochs = 5.0
+    c.batch_size = 512
+    c.base_learning_rate = 2e-2
+    c.log_every, c.save_every = 50, 200
+    return c

@@ -1,0 +1,171 @@
+"""What a user's mistake gets: one line, an exit code of its kind, no traceback, nothing lost, and soon."""
+
+import re
+import sys
+
+import pytest
+from PIL import Image
+from runs import DIGITS, ROOT, run
+
+FOLDER = "--config=configs/folder_vit_small.py"
+SMALL = ("--config.image_size=32,32", "--config.encoder.size=ti", "--config.encoder.depth=1", "--config.batch_size=8")
+SMALL += ("--config.data.heldout_fraction=0.3",)
+
+
+def told(*arguments, code, **options) -> str:
+    """The one line that a run ends with, after the promises about it are checked."""
+    done = run(*arguments, **options)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert re.match(r"ERROR\[\w+\] .+ - .+", lines[-1]), done.stderr
+    return lines[-1]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of ten pictures without classes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for n in range(10):
+        Image.new("RGB", (40, 40), (20 * n, 0, 90)).save(folder / f"{n}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optim.larning_rate=1", "unknown field optim.larning_rate - .*did you mean optim.learning_rate"),
+        ("--config.batch_sise=8", "unknown field batch_sise - .*did you mean batch_size"),
+        ("--config.encoder.dept=2", "did you mean encoder.depth"),
+        ("--config.batch_size=1e3", r"--config.batch_size=1e3.* - give a int, like 64"),
+        ("--config.data.flip=often", r"--config.data.flip=often.* - give a float, like 0.0"),
+        ("--workdirr=x", "Did you mean: workdir"),
+        ("surplus", "unexpected argument 'surplus'"),
+        ("--config.image_size=32", r"image_size \(32,\).* - give height,width"),
+        ("--config.objective.ratio=1.5", "ratio 1.5 is not between 0 and 1 - objective.ratio"),
+        ("--config.objective.ratio=0.0", "ratio 0.0 is not between 0 and 1"),
+        ("--config.objective.block_size=7", "7 is no multiple of .* 4 - objective.block_size - try 4 or 8"),
+        ("--config.image_size=36,36", "36 is no multiple of .* 8 - image height - try 32 or 40"),
+        ("--config.encoder.name=vitt", "unknown encoder 'vitt' - did you mean vit"),
+        ("--config.encoder.size=xl", "unknown encoder size 'xl' - .*choose one of b, h, l, s, ti"),
+        ("--config.objective.name=simmin", "unknown objective 'simmin' - did you mean simmim"),
+        ("--config.optim.schedule=cos", "unknown schedule 'cos'"),
+        ("--config.mean=0.5,0.5", "mean .* and std .* - mean, std"),
+        ("--config.steps=-1", "a run of -1 steps"),
+    ],
+)
+def test_a_bad_field_is_told_before_anything_is_written(tmp_path, flag, message):
+    assert re.search(message, told(*DIGITS[:1], "--workdir", tmp_path / "run", flag, code=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_field_is_told_without_importing_jax(tmp_path):
+    script = (
+        "import sys; from simmim_jax import main\n"
+        "try: main.run()\n"
+        "finally: print(sorted({'jax', 'flax', 'orbax', 'grain'} & set(sys.modules)))"
+    )
+    done = run(*DIGITS[:1], "--workdir", tmp_path, "--config.lr=1", script=("-c", script))
+    assert (done.returncode, done.stdout.strip()) == (2, "[]")
+
+
+def test_missing_and_broken_configs_are_told(tmp_path):
+    assert "did you mean configs/digits_vit_tiny.py" in told("--config=configs/digit_vit_tiny.py", "--workdir=x", code=2)
+    assert "no config given" in told("--workdir=x", code=2)
+    assert "--workdir" in told(*DIGITS[:1], code=2)
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return 1 / 0\n")
+    assert "ZeroDivisionError" in told("--config", broken, "--workdir=x", code=2)
+    broken.write_text("def get_config(:\n")
+    assert "SyntaxError" in told("--config", broken, "--workdir=x", code=2)
+    assert "unknown argument 'fodler'" in told("--config=configs/cifar10_vit_tiny.py:fodler", "--workdir=x", code=2)
+
+
+def test_help_needs_no_config():
+    done = run("--help")
+    assert "--config" in done.stdout
+    assert "--workdir" in done.stdout
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_that_do(tmp_path):
+    line = told(*DIGITS, "--config.batch_size=100", "--workdir", tmp_path, code=2, devices=8)
+    assert "batch_size 100 not divisible by 8 devices" in line
+    assert "try 96 or 104" in line
+
+
+def test_missing_empty_and_unlabelled_folders_are_told(tmp_path, images):
+    (tmp_path / "empty").mkdir()
+    flags = (FOLDER, *SMALL, "--workdir", tmp_path / "run")
+    assert "imagez" in told(*flags, "--config.data.path", tmp_path / "imagez", code=3)
+    line = told(*flags, "--config.data.path", tmp_path / "empty", code=3)
+    assert "has 0 images" in line
+    assert "images" in line.split(" - ")[-1]
+    assert "batch of 500 is larger" in told(*flags, "--config.data.path", images, "--config.batch_size=500", code=3)
+    probes = (f"{FOLDER}:probes", *SMALL, "--workdir", tmp_path / "run", "--config.data.path", images)
+    assert "knn and linear need classes" in told(*probes, code=2)
+    assert "classes" in told(
+        "--config=configs/cifar10_linear.py:folder", "--workdir", tmp_path / "run", "--config.data.path", images, code=3
+    )
+
+
+def test_unknown_and_unprepared_datasets_are_told(tmp_path):
+    flags = ("--config=configs/cifar10_vit_tiny.py", "--workdir", tmp_path / "run", "--config.data.data_dir", tmp_path)
+    line = told(*flags, code=3)
+    assert "cifar10" in line
+    assert "tfds build cifar10 --file_format=array_record" in line
+    assert "did you mean cifar10" in told(*flags, "--config.data.name=cifar11", code=3)
+    assert "did you mean folder" in told(*flags, "--config.data.source=foldr", code=2)
+
+
+def test_a_wrong_class_count_is_told_with_the_right_one(tmp_path):
+    line = told(
+        "--config=configs/digits_linear.py", "--config.objective.num_classes=7", "--workdir", tmp_path / "run", code=2
+    )
+    assert "--config.objective.num_classes=10" in line
+
+
+def test_files_that_are_no_images_are_named_and_replaced_up_to_a_fraction(tmp_path, images):
+    for n in range(2):
+        (images / f"broken_{n}.jpg").write_text("<html>404</html>")
+    flags = (FOLDER, *SMALL, "--config.data.path", images, "--config.steps=4")
+    line = told(*flags, "--workdir", tmp_path / "strict", code=3)
+    assert "broken_" in line
+    done = run(*flags, "--workdir", tmp_path / "lenient", "--config.data.max_bad_fraction=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "broken_" in done.stderr
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
+    flags = (*DIGITS, "--config.steps=1", "--config.eval_every=0", "--workdir", tmp_path)
+    assert run(*flags).returncode == 0
+    line = told(*flags, "--config.objective.ratio=0.5", "--config.encoder.depth=3", code=2)
+    assert "encoder.depth: 2 there, 3 now" in line
+    assert "objective.ratio: 0.6 there, 0.5 now" in line
+    assert run(*flags, "--config.log_every=7", "--config.data.workers=1").returncode == 0
+
+
+def test_an_encoder_of_another_model_is_refused_with_the_difference(tmp_path):
+    assert run(*DIGITS, "--config.steps=1", "--workdir", tmp_path / "run").returncode == 0
+    linear = ("--config=configs/digits_linear.py", "--workdir", tmp_path / "linear", "--config.init_from", tmp_path / "run")
+    line = told(*linear, code=5)
+    assert "another model" in line
+    assert "block_0/attn/proj/bias is float32[32] there and float32[96] here" in line
+    assert "no such folder" in told(*linear[:3], "--config.init_from", tmp_path / "nowhere", code=5)
+    assert "no checkpoint" in told(*linear[:3], "--config.init_from", ROOT / "tests", code=5)
+
+
+def test_a_workdir_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot use this workdir" in told(*DIGITS, "--workdir", tmp_path / "file", code=2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    flags = (*DIGITS, "--workdir", tmp_path, "--config.std=1e-38,")
+    line = told(*flags, code=4)
+    assert "ERROR[nonfinite]" in line
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_python_versions_are_those_that_we_promise():
+    assert (3, 11) <= sys.version_info[:2] <= (3, 13)
