@@ -1,8 +1,8 @@
 """Checkpoints: saved by Orbax, asynchronously and atomically; verified at restore; and what surrounds them on a machine
 that can fail: signals, and the lock on the workdir.
 
-Layout: `workdir/checkpoints/<step>/{params, opt_state, meta}`. `meta` is JSON: a checksum for each array, which Orbax does not
-have (a flipped bit restores silently), and what the run wants to find again.
+Layout: `workdir/checkpoints/<step>/{params, opt_state, meta}`. `meta` is JSON: a checksum for each array, which Orbax
+does not have (a flipped bit restores silently), and what the run wants to find again.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from simmim_jax.train_step import TrainState
 
 
 def make_manager(workdir: str, *, keep: int = 2, keep_every: int = 0) -> ocp.CheckpointManager:
-    """The checkpoints of `workdir`: the newest `keep`, and every one whose step is a multiple of `keep_every` (0: none)."""
+    """The checkpoints of `workdir`: the newest `keep`, and all whose step is a multiple of `keep_every` (0: none)."""
     policies = [preservation_policy.LatestN(max(keep, 1))]
     if keep_every:
         policies.append(preservation_policy.EveryNSteps(keep_every))
@@ -115,8 +115,8 @@ def _told_of_disk(manager: ocp.CheckpointManager, step: int | None) -> Iterator[
 def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[TrainState, dict] | None:
     """(state, meta) of the newest checkpoint that is whole, placed as `abstract` says; None if there is none at all.
 
-    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried. Raises CheckpointError if none of
-    them is whole, or if the newest is of another model.
+    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried. Raises CheckpointError if none
+    of them is whole, or if the newest is of another model.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
@@ -241,7 +241,7 @@ def _quiet() -> Iterator[None]:
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT while entered, in `number` (0: none came); a second one ends the process."""
+    """Remembers the first SIGTERM or SIGINT while entered, in `number` (0: none); a second one ends the process."""
 
     def __init__(self):
         self.number = 0
@@ -271,7 +271,9 @@ def hold(workdir: str) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
-            raise BusyError("workdir is in use", f"{workdir} by {owner}", "wait for it, or give another --workdir") from None
+            raise BusyError(
+                "workdir is in use", f"{workdir} by {owner}", "wait for it, or give another --workdir"
+            ) from None
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         lock.flush()

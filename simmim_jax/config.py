@@ -1,9 +1,9 @@
 """Configs: every field with its default, and how a bad one is refused before anything heavy is imported.
 
 A config file is Python with `get_config(argument=None) -> ConfigDict`; it starts from `pretrain_config` or
-`linear_config` here and sets what differs. Fields bear the names of the arguments that they become. A value used twice is
-a reference and a rule is arithmetic on references, so that overrides on the command line propagate. Only `train.py` reads a
-config; nothing below it has seen one.
+`linear_config` here and sets what differs. Fields bear the names of the arguments that they become. A value used twice
+is a reference and a rule is arithmetic on references, so that overrides on the command line propagate. Only `train.py`
+reads a config; nothing below it has seen one.
 """
 
 import difflib
@@ -23,8 +23,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Fields that may change between two runs of one workdir, because no parameter depends on them.
 FREE = (
-    "data.workers", "data.threads", "data.prefetch", "data.path", "data.data_dir", "data.max_bad_fraction", "mesh.", "log_every",
-    "save_every", "keep", "keep_every",
+    "data.workers", "data.threads", "data.prefetch", "data.path", "data.data_dir", "data.max_bad_fraction", "mesh.",
+    "log_every", "save_every", "keep", "keep_every",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def base_config() -> ConfigDict:
 
 
 def vit_encoder(size: str) -> ConfigDict:
-    """The fields of `models.vit.ViT` as SimMIM pretrains it; width, depth and heads are those of the size unless given."""
+    """The fields of `models.vit.ViT` as SimMIM pretrains it; width, depth and heads are the size's unless given."""
     c = ConfigDict({"name": "vit", "size": size})
     c.width, c.depth, c.heads = placeholder(int), placeholder(int), placeholder(int)
     c.patch_size, c.mlp_ratio = 16, 4.0
@@ -136,13 +136,15 @@ def digest(config: ConfigDict) -> dict:
 
 
 def refuse_change(saved: dict, config: ConfigDict, where: str) -> None:
-    """Raise ConfigError if `config` would not continue the run that `saved` (a config.json) began, naming what differs."""
+    """Raise ConfigError, naming what differs, if `config` would not continue the run of `saved` (its config.json)."""
     now, before = dict(_flat(digest(config))), dict(_flat(saved))
     changed = [name for name in sorted(now | before) if now.get(name) != before.get(name) and not name.startswith(FREE)]
     if changed:
         examples = ", ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ConfigError(f"workdir of another config ({examples}{more})", where, "undo the change, or give a new --workdir")
+        raise ConfigError(
+            f"workdir of another config ({examples}{more})", where, "undo the change, or give a new --workdir"
+        )
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -160,7 +162,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         near = difflib.get_close_matches(path, _config_files(path), n=1, cutoff=0.3)
         raise ConfigError("no such config file", path, f"did you mean {near[0]}?" if near else "give --config=FILE.py")
     if path is None and not {"--help", "--helpfull", "--helpshort", "-h", "-help"} & set(argv):
-        raise ConfigError("no config given", "--config", "give --config=configs/digits_vit_tiny.py, or another of configs/")
+        raise ConfigError(
+            "no config given", "--config", "give --config=configs/digits_vit_tiny.py, or another of configs/"
+        )
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # absl's and ml_collections' many, and whatever the config file raises
@@ -218,4 +222,5 @@ def _flag_value(argv: list[str], name: str) -> str | None:
 
 def _config_files(path: str) -> list[str]:
     folder = os.path.dirname(path) or "configs"
-    return [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in names if name.endswith(".py")]

@@ -16,9 +16,7 @@ from jaxtyping import Array, Bool, Int, Key
 from simmim_jax.errors import ConfigError, choose
 
 
-def aligned_blocks(
-    key: Key[Array, ""], grid: tuple[int, int], block_tokens: int, ratio: float
-) -> Bool[Array, "i j"]:
+def aligned_blocks(key: Key[Array, ""], grid: tuple[int, int], block_tokens: int, ratio: float) -> Bool[Array, "i j"]:
     """Hide exactly ceil(ratio * blocks) blocks of `block_tokens` x `block_tokens` tokens, all choices equally likely.
 
     Paper section 3.1, "random masking"; official data/data_simmim.py, `MaskGenerator`.

@@ -28,7 +28,9 @@ class Records:
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
             self._files[name] = path.open("a")
         self.evaluations = {row["step"]: row for row in read_rows(self._folder / "evaluations.jsonl")}
-        self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = tensorboardX.SummaryWriter(
+            str(self._folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
     def write_metrics(self, step: int, row: dict[str, float], machine: dict[str, float]) -> None:
         """One row of metrics.jsonl; `machine` is what depends on the machine, and goes to TensorBoard alone."""
@@ -112,7 +114,7 @@ class Progress:
         return self._clock.seconds["step"] + self._clock.seconds["data"]
 
     def machine(self, step: int) -> dict[str, float]:
-        """images/s and the share of time spent waiting for data, since the line before; evaluation and saving left out."""
+        """images/s and the share of time waiting for data since the line before; evaluation and saving left out."""
         busy = max(self._spent() - self._busy, 1e-9)
         rate = (step - self._step) * self._batch_size / busy
         wait = (self._clock.seconds["data"] - self._waited) / busy

@@ -1,7 +1,7 @@
 """The optimizer: learning-rate schedules, which parameters decay, which are frozen.
 
-Rules go by parameter *path* ("encoder/block_0/attn/qkv/kernel"), never by the number of dimensions.
-Official sources: lr_scheduler.py, optimizer.py of microsoft/SimMIM and microsoft/Swin-Transformer; timm's CosineLRScheduler.
+Rules go by parameter *path* ("encoder/block_0/attn/qkv/kernel"), never by the number of dimensions. Official sources:
+lr_scheduler.py, optimizer.py of microsoft/SimMIM and microsoft/Swin-Transformer; timm's CosineLRScheduler.
 """
 
 import re
@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 
 from simmim_jax.errors import ConfigError, choose
 
-# What official SimMIM leaves undecayed for a ViT. Its mask token and relative-position tables do decay (microsoft/SimMIM#26).
+# What official SimMIM leaves undecayed for a ViT. Its mask token and relative-position tables do decay
+# (microsoft/SimMIM#26).
 NO_DECAY = ("bias", "scale", "gamma", "q_bias", "v_bias", "cls_token", "pos_embed")
 
 
@@ -35,8 +36,8 @@ def make_schedule(
 
     schedule: after a linear warm-up from `warmup_learning_rate` over `warmup_epochs`,
       "cosine"         to `min_learning_rate` over the steps that remain (Swin repository, WARMUP_PREFIX=True)
-      "cosine_global"  the cosine of the *global* step: at the end of the warm-up the rate drops at once to where a cosine
-                       over all steps would stand (official SimMIM; timm without `warmup_prefix`)
+      "cosine_global"  the cosine of the *global* step: at the end of the warm-up the rate drops at once to where a
+                       cosine over all steps would stand (official SimMIM; timm without `warmup_prefix`)
       "multistep"      constant, times `gamma` at each of the epochs in `milestones`
       "linear"         to `min_learning_rate` over the steps that remain
       "constant"       constant
@@ -48,16 +49,22 @@ def make_schedule(
     rest = max(steps - warmup_steps, 1)
 
     def cosine(progress):
-        return min_learning_rate + 0.5 * (learning_rate - min_learning_rate) * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1)))
+        return min_learning_rate + 0.5 * (learning_rate - min_learning_rate) * (
+            1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1))
+        )
 
     def multistep(t):
-        return learning_rate * gamma ** sum(jnp.where(t >= round(epoch * steps_per_epoch), 1.0, 0.0) for epoch in milestones)
+        return learning_rate * gamma ** sum(
+            jnp.where(t >= round(epoch * steps_per_epoch), 1.0, 0.0) for epoch in milestones
+        )
 
     shapes = {
         "cosine": lambda t: cosine((t - warmup_steps) / rest),
         "cosine_global": lambda t: cosine(t / steps),
         "multistep": multistep,
-        "linear": lambda t: learning_rate + (min_learning_rate - learning_rate) * jnp.minimum((t - warmup_steps) / rest, 1),
+        "linear": lambda t: (
+            learning_rate + (min_learning_rate - learning_rate) * jnp.minimum((t - warmup_steps) / rest, 1)
+        ),
         "constant": lambda t: learning_rate,
     }
     shape = choose("schedule", schedule, shapes)
@@ -81,7 +88,7 @@ def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
 
 
 def train_labels(params: PyTree, frozen: str) -> PyTree:
-    """"frozen" for each parameter whose path the regular expression matches from its start, else "trained"."""
+    """ "frozen" for each parameter whose path the regular expression matches from its start, else "trained"."""
     label = lambda path, _: "frozen" if re.match(frozen, path_of(path)) else "trained"  # noqa: E731
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -115,8 +122,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """(tx, schedule). Gradients are clipped to the global norm `clip` (0: not), then AdamW or SGD with momentum.
 
-    Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the last names of
-    paths that it spares. `frozen` parameters get no update and no moments.
+    Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the last names
+    of paths that it spares. `frozen` parameters get no update and no moments.
     """
     rate = make_schedule(
         schedule, steps=steps, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate, **schedule_options
@@ -132,5 +139,7 @@ def make_optimizer(
     if clip:
         tx = optax.chain(optax.clip_by_global_norm(clip), tx)
     if frozen:
-        tx = optax.partition({"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, frozen))
+        tx = optax.partition(
+            {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, frozen)
+        )
     return tx, rate

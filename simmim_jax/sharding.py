@@ -14,8 +14,8 @@ SMALL = 2**16  # leaves below this many elements are replicated: sharding them c
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     """All devices as a (data, fsdp) mesh; -1 takes the rest, and where both are -1, `fsdp` takes all.
 
-    Batches are split over both axes; parameters and moments over `fsdp` (1: replicated). Raises ConfigError if it does not
-    come out even.
+    Batches are split over both axes; parameters and moments over `fsdp` (1: replicated). Raises ConfigError if it does
+    not come out even.
     """
     count = jax.device_count()
     sizes = [1 if data == fsdp == -1 else data, fsdp]
@@ -31,13 +31,15 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
 
 
 def check_batch_size(batch_size: int, devices: int, microbatches: int) -> None:
-    """Raise ConfigError, with the nearest that work, unless every device gets equally many images in every microbatch."""
+    """Raise ConfigError, with the nearest sizes that work, unless every microbatch splits evenly over the devices."""
     unit = devices * microbatches
     if microbatches < 1 or batch_size < 1 or batch_size % unit:
         below = batch_size // unit * unit if unit > 0 else 0
         near = f"try {below} or {below + unit}" if below > 0 else f"try {unit}"
         raise ConfigError(
-            f"batch_size {batch_size} not divisible by {devices} devices x {microbatches} microbatches", "batch_size", near
+            f"batch_size {batch_size} not divisible by {devices} devices x {microbatches} microbatches",
+            "batch_size",
+            near,
         )
 
 

@@ -81,8 +81,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
         start = step = int(state.step)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         print(
-            f"{'resuming at' if start else 'starting'} step {start} of {steps} in {workdir}: {len(source)} images, batch "
-            f"{config.batch_size}, {parameters / 1e6:.1f} M parameters, {mesh.size} {jax.devices()[0].device_kind} device(s)",
+            f"{'resuming at' if start else 'starting'} step {start} of {steps} in {workdir}: {len(source)} images, "
+            f"batch {config.batch_size}, {parameters / 1e6:.1f} M parameters, "
+            f"{mesh.size} {jax.devices()[0].device_kind} device(s)",
             flush=True,
         )
 
@@ -155,7 +156,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     with clock.measure("step"):
                         record(*pending)
                     pending = None
-                if save_due:
+                if save_due and (not skipped or step == steps or stop.number):  # amid bad steps, keep what was before
                     save()
                 if evaluation_due:
                     evaluate()
@@ -247,7 +248,7 @@ def read_summary(workdir: str) -> dict:
 
 
 def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
-    """Raise DataError if the data are not those that the run began with: it would go on with other samples, in silence."""
+    """Raise DataError if the data are not those that the run began with: it would go on with others, in silence."""
     changed = [name for name in saved if saved[name] != json.loads(json.dumps(now.get(name)))]
     if changed:
         examples = ", ".join(f"{name}: {saved[name]} then, {now.get(name)} now" for name in changed)
@@ -262,7 +263,7 @@ def abstract_batch(config: ConfigDict) -> dict:
 
 
 def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array, mesh) -> Callable:
-    """`step`, compiled once for these shapes: the state sharded as it is and donated, the batch split over the devices."""
+    """`step`, compiled once for these shapes: the state placed as it is and donated, the batch split over devices."""
     state_sharding, everywhere = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
     jitted = jax.jit(
         step,
@@ -278,7 +279,14 @@ def to_device(batch: dict, mesh) -> dict:
 
 
 def make_evaluators(
-    config: ConfigDict, features: Callable, objective: Objective, source, heldout_source, mesh, key: jax.Array, workdir: str
+    config: ConfigDict,
+    features: Callable,
+    objective: Objective,
+    source,
+    heldout_source,
+    mesh,
+    key: jax.Array,
+    workdir: str,
 ) -> list[Callable]:
     """The evaluators of `config.evals`, each given what it asks for out of what a run has."""
     epoch = partial(
@@ -314,7 +322,9 @@ def pictures_of(workdir: str, step: int) -> dict[str, np.ndarray]:
     return {path.stem.rsplit("_", 1)[0]: np.asarray(Image.open(path).convert("RGB")) for path in paths}
 
 
-def write_summary(workdir: str, records: metrics.Records, clock: metrics.Clock, *, step: int, trained: int, batch_size: int):
+def write_summary(
+    workdir: str, records: metrics.Records, clock: metrics.Clock, *, step: int, trained: int, batch_size: int
+):
     """Write summary.json, and print the results beside those at step 0, and where the time went."""
     first, last = ({k: v for k, v in records.evaluations.get(n, {}).items() if k != "step"} for n in (0, step))
     seconds = clock.summary()
@@ -325,6 +335,8 @@ def write_summary(workdir: str, records: metrics.Records, clock: metrics.Clock, 
         print(f"\n{'':16}{'step 0':>12}{f'step {step}':>12}")
         for name, value in last.items():
             print(f"{name:16}{first.get(name, float('nan')):12.4f}{value:12.4f}")
-    print("\ntime: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + f"  ({rate:.0f} images/s)")
+    print(
+        "\ntime: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + f"  ({rate:.0f} images/s)"
+    )
     logging.info("finished step %d", step)
     return summary

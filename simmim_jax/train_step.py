@@ -30,8 +30,8 @@ def init_state(key: Key[Array, ""], *, init: Callable, tx: optax.GradientTransfo
 def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Callable, microbatches: int = 1):
     """(loss, metrics, grads), each the mean over the batch, worked off in `microbatches` equal parts one after another.
 
-    Part m takes every `microbatches`-th image from the m-th on, so that a batch split over devices is split alike in each
-    part and no image moves between devices.
+    Part m takes every `microbatches`-th image from the m-th on, so that a batch split over devices is split alike in
+    each part and no image moves between devices.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:

@@ -71,7 +71,9 @@ def test_a_misspelt_field_is_told_without_importing_jax(tmp_path):
 
 
 def test_missing_and_broken_configs_are_told(tmp_path):
-    assert "did you mean configs/digits_vit_tiny.py" in told("--config=configs/digit_vit_tiny.py", "--workdir=x", code=2)
+    assert "did you mean configs/digits_vit_tiny.py" in told(
+        "--config=configs/digit_vit_tiny.py", "--workdir=x", code=2
+    )
     assert "no config given" in told("--workdir=x", code=2)
     assert "--workdir" in told(*DIGITS[:1], code=2)
     broken = tmp_path / "broken.py"
@@ -102,11 +104,18 @@ def test_missing_empty_and_unlabelled_folders_are_told(tmp_path, images):
     assert "has 0 images" in line
     assert "images" in line.split(" - ")[-1]
     assert "batch of 500 is larger" in told(*flags, "--config.data.path", images, "--config.batch_size=500", code=3)
-    probes = (f"{FOLDER}:probes", *SMALL, "--workdir", tmp_path / "run", "--config.data.path", images)
-    assert "knn and linear need classes" in told(*probes, code=2)
-    assert "classes" in told(
-        "--config=configs/cifar10_linear.py:folder", "--workdir", tmp_path / "run", "--config.data.path", images, code=3
+    probes = (
+        f"{FOLDER}:probes",
+        *SMALL,
+        "--config.probe_block=1",
+        "--workdir",
+        tmp_path / "run",
+        "--config.data.path",
+        images,
     )
+    assert "knn and linear need classes" in told(*probes, code=2)
+    linear = ("--config=configs/cifar10_linear.py:folder", "--config.data.heldout_fraction=0.3")
+    assert "without classes" in told(*linear, "--workdir", tmp_path / "run", "--config.data.path", images, code=3)
 
 
 def test_unknown_and_unprepared_datasets_are_told(tmp_path):
@@ -115,7 +124,7 @@ def test_unknown_and_unprepared_datasets_are_told(tmp_path):
     assert "cifar10" in line
     assert "tfds build cifar10 --file_format=array_record" in line
     assert "did you mean cifar10" in told(*flags, "--config.data.name=cifar11", code=3)
-    assert "did you mean folder" in told(*flags, "--config.data.source=foldr", code=2)
+    assert "did you mean 'folder'" in told(*flags, "--config.data.source=foldr", code=2)
 
 
 def test_a_wrong_class_count_is_told_with_the_right_one(tmp_path):
@@ -147,7 +156,13 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
 
 def test_an_encoder_of_another_model_is_refused_with_the_difference(tmp_path):
     assert run(*DIGITS, "--config.steps=1", "--workdir", tmp_path / "run").returncode == 0
-    linear = ("--config=configs/digits_linear.py", "--workdir", tmp_path / "linear", "--config.init_from", tmp_path / "run")
+    linear = (
+        "--config=configs/digits_linear.py",
+        "--workdir",
+        tmp_path / "linear",
+        "--config.init_from",
+        tmp_path / "run",
+    )
     line = told(*linear, code=5)
     assert "another model" in line
     assert "block_0/attn/proj/bias is float32[32] there and float32[96] here" in line
@@ -160,11 +175,11 @@ def test_a_workdir_that_is_a_file_is_told(tmp_path):
     assert "cannot use this workdir" in told(*DIGITS, "--workdir", tmp_path / "file", code=2)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    flags = (*DIGITS, "--workdir", tmp_path, "--config.std=1e-38,")
-    line = told(*flags, code=4)
-    assert "ERROR[nonfinite]" in line
-    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    assert "features are not finite" in told(*DIGITS, "--workdir", tmp_path / "a", "--config.std=1e-38,", code=4)
+    line = told(*DIGITS, "--workdir", tmp_path / "b", "--config.optim.learning_rate=1e38", "--config.evals={}", code=4)
+    assert "4 steps in a row" in line
+    assert not list((tmp_path / "b" / "checkpoints").glob("[0-9]*"))
 
 
 def test_python_versions_are_those_that_we_promise():

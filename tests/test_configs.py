@@ -48,12 +48,20 @@ def test_a_config_says_command_hardware_time_and_result(name):
 
 
 def test_the_official_vit_b_recipe():
-    """Against microsoft/SimMIM configs/vit_base__800ep/simmim_pretrain__vit_base__img224__800ep.yaml (spec 1.4, 1.5)."""
+    """Against simmim_pretrain__vit_base__img224__800ep.yaml and config.py of microsoft/SimMIM d3e29bc."""
     config = load("configs/simmim_vit_b_800ep.py")
     # decoder 768 * 768 + 768, mask token 768, on the encoder that test_vit.py counts
     assert sum(x.size for x in jax.tree.leaves(parameters(config))) == 85_665_360 + 768 * 768 + 768 + 768
     _, rate = make_optimizer(steps=800 * 625, steps_per_epoch=625, **config.optim)
-    expected = {0: 2e-6, 1: 2e-6, 3126: 2e-6 + (4e-4 - 2e-6) / 2, 6251: 4e-4, 437_500: 4e-4, 437_501: 4e-5, 499_999: 4e-5}
+    expected = {
+        0: 2e-6,
+        1: 2e-6,
+        3126: 2e-6 + (4e-4 - 2e-6) / 2,
+        6251: 4e-4,
+        437_500: 4e-4,
+        437_501: 4e-5,
+        499_999: 4e-5,
+    }
     np.testing.assert_allclose([float(rate(step)) for step in expected], list(expected.values()), rtol=1e-5)
     assert (config.objective.block_size, config.objective.ratio, config.encoder.drop_path) == (32, 0.6, 0.1)
     assert (config.optim.weight_decay, config.optim.clip, config.optim.betas) == (0.05, 5.0, (0.9, 0.999))

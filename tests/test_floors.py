@@ -58,7 +58,11 @@ def test_imports_point_down_and_stand_at_the_top(path):
 
 
 def test_only_train_and_main_have_seen_a_config():
-    readers = {module_name(p) for p in MODULES if any("ml_collections" in module for module, _ in imports_of(ast.parse(p.read_text())))}
+    readers = {
+        module_name(p)
+        for p in MODULES
+        if any("ml_collections" in module for module, _ in imports_of(ast.parse(p.read_text())))
+    }
     assert readers == {"config", "main", "train"}
 
 

@@ -15,10 +15,13 @@ RUNS = ("official_vit_pretrain_ape", "official_vit_pretrain_shared_rpb")
 
 
 def from_official(state: dict, heads: int) -> dict:
-    """Our parameters from an official ViT's state dict (or its gradients), by hand: the importer is tested against this."""
+    """Our parameters from an official ViT's state dict, or from its gradients."""
 
     def linear(name):
-        return {"kernel": state[f"{name}.weight"].T, **({"bias": state[f"{name}.bias"]} if f"{name}.bias" in state else {})}
+        return {
+            "kernel": state[f"{name}.weight"].T,
+            **({"bias": state[f"{name}.bias"]} if f"{name}.bias" in state else {}),
+        }
 
     def norm(name):
         return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}

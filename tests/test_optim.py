@@ -17,7 +17,13 @@ KEY = jax.random.key(0)
 
 
 def rates(schedule, steps=100, **options):
-    options = {"steps_per_epoch": 10, "learning_rate": 4e-4, "warmup_epochs": 1.0, "warmup_learning_rate": 2e-6, **options}
+    options = {
+        "steps_per_epoch": 10,
+        "learning_rate": 4e-4,
+        "warmup_epochs": 1.0,
+        "warmup_learning_rate": 2e-6,
+        **options,
+    }
     rate = make_schedule(schedule, steps=steps, min_learning_rate=4e-5, **options)
     return np.array([float(rate(step)) for step in range(steps)])
 
@@ -80,7 +86,7 @@ def test_adamw_equals_its_equations():
     w, b = np.array([[3.0, -2.0]]), np.array([1.0])
     params = {"kernel": jnp.asarray(w), "bias": jnp.asarray(b)}
     opt_state = tx.init(params)
-    moments = {name: (0.0, 0.0) for name in params}
+    moments = dict.fromkeys(params, (0.0, 0.0))
     expected = {"kernel": w, "bias": b}
     for step in range(1, 4):
         grads = {"kernel": np.array([[30.0, -4.0]]) * step, "bias": np.array([6.0])}

@@ -86,7 +86,8 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_two_with_fsdp(tmp_path, cache,
     done = run(*flags, "--config.mesh.fsdp=-1", devices=2, cache=cache)
     assert done.returncode == 0, done.stderr
     losses = [[row["loss"] for row in rows(workdir)] for workdir in (tmp_path, unbroken)]
-    # Adam turns rounding of the first steps' tiny gradients into differences of its own size; they stay below a percent.
+    # Adam turns rounding of the first steps' tiny gradients into differences of its own size; they stay below a
+    # percent.
     np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=1e-6)
     np.testing.assert_allclose(*losses, rtol=1e-2)
 
@@ -131,7 +132,18 @@ def test_two_runs_cannot_share_a_workdir(tmp_path, cache):
 @pytest.mark.slow
 def test_a_run_killed_at_many_places_ends_with_the_same_bits(tmp_path, cache, unbroken):
     flags = (*DIGITS, "--workdir", tmp_path)
-    places = ["evaluation:0", "step:1", "save:5", "step:6", "step:7", "evaluation:8", "save:10", "step:11", "step:12", "save:15"]
+    places = [
+        "evaluation:0",
+        "step:1",
+        "save:5",
+        "step:6",
+        "step:7",
+        "evaluation:8",
+        "save:10",
+        "step:11",
+        "step:12",
+        "save:15",
+    ]
     places += ["evaluation:16", "step:19", "save:20", "step:22", "save:24", "evaluation:24"]
     for when in places:
         assert run_until(when, "SIGKILL", *flags, cache=cache).returncode == -signal.SIGKILL, when

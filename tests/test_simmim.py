@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_batch, tiny_encoder, tiny_objective
 
 from simmim_jax.errors import ConfigError
+from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.pixels import denormalise, from_patches, normalise, to_patches
 from simmim_jax.objectives.simmim import make_forward, masked_l1
@@ -101,7 +102,9 @@ def test_rectangular_images_and_any_channel_count_train(image_size, channels):
     batch = tiny_batch(4, (*image_size, channels))
     loss, grads = jax.value_and_grad(lambda p: objective.loss_fn(p, batch, KEY, True)[0])(objective.init(KEY))
     assert jnp.isfinite(loss)
-    zero = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not jnp.abs(g).max()]
+    zero = [
+        jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not jnp.abs(g).max()
+    ]
     assert zero == []
 
 
@@ -125,14 +128,16 @@ def test_bfloat16_matmuls_leave_parameters_tokens_and_loss_in_float32():
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(loss, exact, rtol=1e-2)  # bfloat16 keeps eight bits
     # The mask token's gradient is a sum over the whole batch, the first to go wrong where it is blended in bfloat16.
-    error = jnp.linalg.norm(grads["mask_token"] - exact_grads["mask_token"]) / jnp.linalg.norm(exact_grads["mask_token"])
+    error = jnp.linalg.norm(grads["mask_token"] - exact_grads["mask_token"]) / jnp.linalg.norm(
+        exact_grads["mask_token"]
+    )
     assert error < 0.02
 
 
 def test_unknown_names_are_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"unknown objective 'simmin' - did you mean simmim\? choose one of classify, simmim"):
+    with pytest.raises(
+        ConfigError, match=r"unknown objective 'simmin' - did you mean simmim\? choose one of classify, simmim"
+    ):
         make_objective("simmin", tiny_encoder())
     with pytest.raises(ConfigError, match=r"unknown encoder 'vitt' - did you mean vit\?"):
-        from simmim_jax.models import make_encoder
-
         make_encoder("vitt", "b")

@@ -24,7 +24,9 @@ TX, _ = make_optimizer("sgd", steps=100, steps_per_epoch=10, schedule="constant"
 def run(devices=1, fsdp=1, microbatches=1, steps=3):
     """Losses of some steps, and the state after them, on so many of the eight devices."""
     shape = (devices // fsdp, fsdp)
-    mesh = jax.make_mesh(shape, sharding.BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+    mesh = jax.make_mesh(
+        shape, sharding.BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:devices]
+    )
     make_state = partial(init_state, init=OBJECTIVE.init, tx=TX)
     abstract = sharding.place(jax.eval_shape(make_state, KEY), mesh)
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(KEY)
@@ -109,7 +111,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "devices", "microbatches", "hint"), [(100, 8, 1, "try 96 or 104"), (4, 8, 1, "try 8"), (36, 8, 4, "try 32 or 64")]
+    ("batch_size", "devices", "microbatches", "hint"),
+    [(100, 8, 1, "try 96 or 104"), (4, 8, 1, "try 8"), (36, 8, 4, "try 32 or 64")],
 )
 def test_a_batch_that_does_not_come_out_even_is_refused_with_those_that_do(batch_size, devices, microbatches, hint):
     with pytest.raises(ConfigError, match=hint):

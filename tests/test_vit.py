@@ -20,10 +20,14 @@ def parameter_count(encoder, images=IMAGES) -> int:
 
 
 def test_vit_b_has_the_official_parameter_count():
-    """timm's vit_base_patch16_224 without its head has 85,798,656: learned positions, biases on q, k and v, no LayerScale."""
-    plain = make_encoder("vit", "b", absolute_position="learned", relative_position="none", qkv_bias="qkv", layer_scale=0.0)
+    """timm's vit_base_patch16_224 without head has 85,798,656: learned positions, qkv biases, no LayerScale."""
+    plain = make_encoder(
+        "vit", "b", absolute_position="learned", relative_position="none", qkv_bias="qkv", layer_scale=0.0
+    )
     assert parameter_count(plain) == 85_798_656
-    official = 85_798_656 - 197 * 768 - 12 * 768 + 24 * 768 + 732 * 12  # no positions, no key bias, LayerScale, one table
+    official = (
+        85_798_656 - 197 * 768 - 12 * 768 + 24 * 768 + 732 * 12
+    )  # no positions, no key bias, LayerScale, one table
     assert parameter_count(make_encoder("vit", "b")) == official
 
 

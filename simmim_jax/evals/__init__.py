@@ -1,8 +1,8 @@
 """Evaluators: how good it is.
 
-The contract. `make_evaluator(name, supplies, **options)` returns `run(state) -> {metric: float}`. An evaluator receives what
-it evaluates (a compiled function, the images of one pass) and knows neither config nor model. Its metrics are the same for
-any batch size and device count. Supplies, of which each evaluator's signature picks what it needs:
+The contract. `make_evaluator(name, supplies, **options)` returns `run(state) -> {metric: float}`. An evaluator receives
+what it evaluates (a compiled function, the images of one pass) and knows neither config nor model. Its metrics are the
+same for any batch size and device count. Supplies, of which each evaluator's signature picks what it needs:
 
     heldout     one pass over the held-out images: iterable of batches with "image", "label", "position", "valid"
     predict     (params, batch) -> dict: what the objective makes of a batch

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from simmim_jax.errors import NonFiniteError
+
 
 class Features(NamedTuple):
     train: Float[np.ndarray, "m d"]
@@ -35,4 +37,9 @@ def _collect(extract: Callable, params, batches: Iterable[dict]):
         use = batch["valid"] & (batch["label"] >= 0)
         features.append(np.asarray(extract(params, batch))[use])
         labels.append(batch["label"][use])
-    return np.concatenate(features), np.concatenate(labels)
+    features = np.concatenate(features)
+    if not np.isfinite(features).all():
+        raise NonFiniteError(
+            "features are not finite", "evaluation", "look at config.mean, config.std and the learning rate"
+        )
+    return features, np.concatenate(labels)

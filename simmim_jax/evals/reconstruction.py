@@ -37,9 +37,11 @@ def make_reconstruction(*, predict: Callable, heldout: Iterable[dict], folder: s
     return run
 
 
-def draw(rows: list[tuple[Float[np.ndarray, "y x c"], Bool[np.ndarray, "y x"], Float[np.ndarray, "y x c"]]]) -> UInt8[np.ndarray, "h w 3"]:
+def draw(
+    rows: list[tuple[Float[np.ndarray, "y x c"], Bool[np.ndarray, "y x"], Float[np.ndarray, "y x c"]]],
+) -> UInt8[np.ndarray, "h w 3"]:
     """A sheet with a row for each (image, mask, prediction): the image, its visible part, the prediction, and the
-    prediction's hidden part pasted into the visible part. Small images are enlarged to 96 pixels or more, pixel by pixel."""
+    prediction with only its hidden part, pasted into the visible part. Small images are enlarged, pixel by pixel."""
     height, width = rows[0][1].shape
     scale = max(1, -(-96 // min(height, width)))
     gap, header = 4, 16

@@ -8,9 +8,9 @@ The contract. An encoder is a `flax.linen` module with
     token_stride, feature_stride, depth  pixels, pixels, number of blocks
 
 and `encoder(images, train)` is `trunk(embed(images), train)`. Images are normalised float32, channels last; tokens and
-features are float32 whatever the dtype of the matmuls. `trunk` sows each block's output as `intermediates/blocks`
-([b, k, l, d], float32), which probes read and training ignores. Masked image modelling replaces tokens between `embed` and
-`trunk`: what depends on position must come after, in `trunk`.
+features are float32 whatever the dtype of the matmuls. `trunk` sows each block's output [b, k, l, d] as
+`intermediates/blocks`, which probes read and training ignores. Masked image modelling replaces tokens between `embed`
+and `trunk`: what depends on position must come after, in `trunk`.
 
 A new encoder is one file with its `SIZES`, and one line in `ENCODERS`.
 """
@@ -26,7 +26,8 @@ ENCODERS = {"vit": (vit.ViT, vit.SIZES)}
 
 
 def make_encoder(name: str, size: str, **options) -> nn.Module:
-    """The encoder `name` of a `size` of its table; `options` override the size's own numbers, field by field (None: not).
+    """The encoder `name` of a `size` of its table; `options` override the size's own numbers, field by field (None:
+    not).
 
     Raises ConfigError for an unknown name, size or option, with the nearest that exist.
     """

@@ -2,8 +2,8 @@
 
 Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid.
 
-Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residual stream, norms, softmax and biases of the
-attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
+Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residual stream, norms, softmax and biases of
+the attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
 """
 
 import flax.linen as nn

@@ -23,7 +23,8 @@ SIZES = {
 
 
 def sincos_position(grid: tuple[int, int], width: int, class_token: bool) -> Float[np.ndarray, "n d"]:
-    """Fixed 2-D sine and cosine embedding: half of the channels for the column, half for the row (MAE, arXiv 2111.06377).
+    """Fixed 2-D sine and cosine embedding: half of the channels for the column, half for the row (MAE, arXiv
+    2111.06377).
 
     The class token's row, where there is one, comes first and is zero.
     """
@@ -150,7 +151,9 @@ class ViT(nn.Module):
         for field, choices in self.CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ConfigError(
-                    f"unknown {field} {getattr(self, field)!r}", f"encoder.{field}", f"choose one of {', '.join(choices)}"
+                    f"unknown {field} {getattr(self, field)!r}",
+                    f"encoder.{field}",
+                    f"choose one of {', '.join(choices)}",
                 )
         for field in ("width", "depth", "heads", "patch_size"):
             if getattr(self, field) < 1:
@@ -190,7 +193,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def trunk(self, tokens: Float[Array, "b i j d"], train: bool = False) -> Float[Array, "b i j d"]:
-        """The features of the patches. Every block's output is sown as `intermediates/blocks`, before the final norm."""
+        """The features of the patches. Each block's output is sown as `intermediates/blocks`, before the final norm."""
         b, i, j, d = tokens.shape
         x = tokens.reshape(b, i * j, d)  # b n d
         if self.class_token:

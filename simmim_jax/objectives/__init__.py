@@ -2,13 +2,14 @@
 
 The contract. `make_objective(name, encoder, **options)` returns an `Objective` of three pure functions:
 
-    init(key) -> params                                  float32; the encoder's own parameters under "encoder"
-    loss_fn(params, batch, key, train) -> (loss, metrics)    a float32 scalar to minimise; a dict of float32 scalars
-    predict(params, batch, key) -> dict                  what the objective makes of a batch, for evaluators: see each file
+    init(key) -> params                                    float32; the encoder's own under "encoder"
+    loss_fn(params, batch, key, train) -> (loss, metrics)  a float32 scalar to minimise; a dict of float32 scalars
+    predict(params, batch, key) -> dict                    for evaluators: what it makes of a batch; see each file
 
-A batch is a dict of arrays with b in front: "image" uint8 [b, h, w, c], "label" int32 [b] (-1: unlabelled), and "position"
-int32 [b], each image's place in the whole batch as the data pipeline has it. Randomness of one image comes from `key` and its
-position, so that it does not depend on how the batch is split. `key` is already folded with the step.
+A batch is a dict of arrays with b in front: "image" uint8 [b, h, w, c], "label" int32 [b] (-1: unlabelled), and
+"position" int32 [b], each image's place in the whole batch as the data pipeline has it. Randomness of one image comes
+from `key` and its position, so that it does not depend on how the batch is split. `key` is already folded with the
+step.
 
 A new objective is one file, and one line in `OBJECTIVES`.
 """

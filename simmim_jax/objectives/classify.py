@@ -1,7 +1,7 @@
 """Classification of pooled features: linear evaluation (encoder frozen) and fine-tuning.
 
-Official models: `forward_features` and `head` of vision_transformer.py (mean pooling, `fc_norm`). Shape letters: b images,
-y x pixels, c channels, k l the feature grid, d the feature width, n classes.
+Official models: `forward_features` and `head` of vision_transformer.py (mean pooling, `fc_norm`). Shape letters: b
+images, y x pixels, c channels, k l the feature grid, d the feature width, n classes.
 """
 
 import flax.linen as nn
@@ -18,8 +18,8 @@ from simmim_jax.objectives.pixels import normalise
 def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0):
     """A function (encoder_params, images uint8, train, key) -> features [b, d]: the mean over the patches' features.
 
-    block: 1 to depth for that block's output, as the paper's linear evaluation reads block 8 of 12 (microsoft/SimMIM#14);
-    0 for what the trunk puts out after its final norm.
+    block: 1 to depth for that block's output, as the paper's linear evaluation reads block 8 of 12
+    (microsoft/SimMIM#14); 0 for what the trunk puts out after its final norm.
     """
     if not 0 <= block <= encoder.depth:
         raise ConfigError(
@@ -72,7 +72,9 @@ def make_classify(
     head_scale: factor on the head's initial N(0, 0.02) (official: 0.001 for ViT).
     """
     if num_classes < 2:
-        raise ConfigError(f"num_classes is {num_classes}", "objective.num_classes", "give the number of classes, 2 or more")
+        raise ConfigError(
+            f"num_classes is {num_classes}", "objective.num_classes", "give the number of classes, 2 or more"
+        )
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing {label_smoothing} is not in [0, 1)", "objective.label_smoothing")
     features = make_features(encoder, mean=mean, std=std, block=block)

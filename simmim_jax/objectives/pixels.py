@@ -29,6 +29,6 @@ def to_patches(images: Float[Array, "b y x c"], stride: int) -> Float[Array, "b 
 
 def from_patches(patches: Float[Array, "b k l p"], stride: int) -> Float[Array, "b y x c"]:
     """The inverse of `to_patches`."""
-    b, k, l, p = patches.shape
-    squares = patches.reshape(b, k, l, p // stride**2, stride, stride)
-    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(b, k * stride, l * stride, p // stride**2)
+    b, rows, columns, values = patches.shape
+    squares = patches.reshape(b, rows, columns, values // stride**2, stride, stride)
+    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(b, rows * stride, columns * stride, values // stride**2)

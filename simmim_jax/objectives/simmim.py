@@ -1,7 +1,9 @@
-"""SimMIM: replace the hidden tokens by one learned token, and regress the hidden pixels with a linear head and an L1 loss.
+"""SimMIM: replace the hidden tokens by one learned token, and regress the hidden pixels with a linear head and an L1
+loss.
 
-Paper sections 3.1 to 3.4; official models/simmim.py. Shape letters: b images, y x pixels, c channels, i j the token grid,
-k l the feature grid, s the feature stride, d the feature width, p = c * s * s the values that one feature predicts.
+Paper sections 3.1 to 3.4; official models/simmim.py. Shape letters: b images, y x pixels, c channels, i j the token
+grid, k l the feature grid, s the feature stride, d the feature width, p = c * s * s the values that one feature
+predicts.
 """
 
 from collections.abc import Callable
@@ -25,9 +27,8 @@ def masked_l1(
     The official sum / (hidden pixels + 1e-5) / channels, on cut images instead of shuffled predictions: the same terms.
     """
     error = jnp.abs(prediction - to_patches(images, stride))
-    b, k, l, p = error.shape
     weight = to_patches(hidden[..., None].astype(jnp.float32), stride)  # b k l s*s
-    by_channel = error.reshape(b, k, l, images.shape[-1], stride**2)
+    by_channel = error.reshape(*error.shape[:3], images.shape[-1], stride**2)
     return (by_channel * weight[:, :, :, None]).sum() / (weight.sum() + 1e-5) / images.shape[-1]
 
 

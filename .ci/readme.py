@@ -1,0 +1,87 @@
+"""python .ci/readme.py SCRATCH: run every command of README.md's bash blocks, in order, at small settings.
+
+A command that is not known here is an error, so that none is shown that nobody has run.
+"""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = {  # what makes a command small: flags added by its config, or None where it runs as it stands
+    "configs/digits_vit_tiny.py": None,
+    "configs/digits_linear.py": ["--config.epochs=5.0"],
+    "configs/folder_vit_small.py": [
+        "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=3", "--config.encoder.depth=2",
+        "--config.data.heldout_fraction=0.3", "--config.save_every=2",
+    ],
+    "configs/cifar10_vit_tiny.py": ["--config.batch_size=16", "--config.steps=3", "--config.eval_images=32"],
+    "configs/simmim_vit_b_800ep.py": [
+        "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depth=1",
+        "--config.eval_images=8", "--config.data.workers=1",
+    ],
+}  # fmt: skip
+AS_THEY_STAND = ("python benchmarks/step.py",)
+ALREADY_RUN = ("pip install -r requirements.txt", "python -m pytest")  # by .ci/run itself
+
+
+def picture(n: int, side: int = 72) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(n).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+class Cifar10(tfds.core.GeneratorBasedBuilder):
+    """A stand-in under the real set's name and version: what a prepared TFDS folder looks like to a run."""
+
+    VERSION = tfds.core.Version("3.0.2")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(32, 32, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, download_manager):
+        return {"train": self._generate_examples(64), "test": self._generate_examples(32)}
+
+    def _generate_examples(self, count):
+        for n in range(count):
+            file = io.BytesIO()
+            picture(n, 32).save(file, "PNG")
+            yield n, {"image": file.getvalue(), "label": n % 10}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+
+
+def main(scratch: Path) -> None:
+    folder = scratch / "images"
+    folder.mkdir()
+    for n in range(40):
+        picture(n).save(folder / f"{n}.jpg")
+    places = {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/"}
+    Cifar10(data_dir=str(scratch / "tfds"), file_format="array_record").download_and_prepare()
+
+    for command in readme_commands():
+        if command.startswith(ALREADY_RUN):
+            continue
+        config = re.search(r"--config (\S+?\.py)", command)
+        if not (config and config.group(1) in SMALL) and not command.startswith(AS_THEY_STAND):
+            sys.exit(f"README.md shows a command that .ci/readme.py does not know: {command}")
+        for shown, real in places.items():
+            command = command.replace(shown, str(real))
+        if config:
+            command = " ".join([command, *(SMALL[config.group(1)] or [])])
+        if "simmim_vit_b" in command:  # of ImageNet, the stand-in's name and split
+            command += " --config.data.name=cifar10 --config.data.heldout_split=test"
+        print(f"$ {command}", flush=True)
+        subprocess.run(command, shell=True, check=True, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

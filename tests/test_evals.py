@@ -1,0 +1,119 @@
+"""Evaluators against computations of their own, and what a picture shows."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_batch, tiny_objective
+
+from simmim_jax.errors import ConfigError, NonFiniteError
+from simmim_jax.evals import make_evaluator
+from simmim_jax.evals.features import Features, make_feature_reader
+from simmim_jax.evals.reconstruction import draw
+
+STATE = SimpleNamespace(step=3, params=None)
+RNG = np.random.default_rng(0)
+
+
+def clusters(count, spread):
+    """Features of five classes around five centres."""
+    labels = RNG.integers(0, 5, count)
+    centres = np.random.default_rng(7).normal(size=(5, 16))
+    return (centres[labels] + spread * RNG.normal(size=(count, 16))).astype(np.float32), labels
+
+
+def batches(count, size, **arrays):
+    """`arrays` in batches of `size`, the last filled up with rows that are not valid."""
+    for start in range(0, count, size):
+        batch = {name: values[start : start + size] for name, values in arrays.items()}
+        missing = size - len(next(iter(batch.values())))
+        pad = {name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)) for name, values in batch.items()}
+        yield pad | {"valid": np.arange(size) < size - missing}
+
+
+def test_accuracy_is_exact_for_any_batch_size():
+    logits, labels = RNG.normal(size=(103, 10)), RNG.integers(0, 10, 103)
+    expected_top1 = (logits.argmax(axis=1) == labels).mean()
+    expected_top5 = np.mean([label in row.argsort()[-5:] for row, label in zip(logits, labels, strict=True)])
+    for size in (1, 8, 103, 200):
+        heldout = list(batches(103, size, image=logits, label=labels))
+        run = make_evaluator("accuracy", {"predict": lambda _, b: {"logits": b["image"]}, "heldout": heldout})
+        assert run(STATE) == pytest.approx({"top1": expected_top1, "top5": expected_top5, "images": 103})
+
+
+def test_knn_equals_a_computation_by_hand():
+    (train, train_labels), (heldout, labels) = clusters(80, 1.5), clusters(40, 1.5)
+    run = make_evaluator("knn", {"features": lambda _: Features(train, train_labels, heldout, labels)}, neighbours=7)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    similarity = unit(heldout) @ unit(train).T
+    right = 0
+    for row, label in zip(similarity, labels, strict=True):
+        nearest = row.argsort()[-7:]
+        votes = np.bincount(train_labels[nearest], np.exp(row[nearest] / 0.07), minlength=5)
+        right += votes.argmax() == label
+    assert run(STATE) == {"knn": right / 40}
+    assert 0.3 < right / 40 < 1.0
+
+
+def test_a_linear_probe_separates_what_is_separable_and_not_what_is_noise():
+    (train, train_labels), (heldout, labels) = clusters(300, 0.3), clusters(100, 0.3)
+    probe = lambda *sets: make_evaluator("linear", {"features": lambda _: Features(*sets)})(STATE)["linear"]  # noqa: E731
+    assert probe(train, train_labels, heldout, labels) == 1.0
+    assert probe(train, RNG.permutation(train_labels), heldout, labels) < 0.6
+
+
+def test_features_are_read_once_a_step_from_valid_labelled_images():
+    calls = []
+
+    def extract(params, batch):
+        calls.append(1)
+        return batch["image"]
+
+    x, labels = clusters(21, 1.0)
+    labels[4] = -1
+    sets = [list(batches(21, 8, image=x, label=labels))] * 2
+    read = make_feature_reader(extract=extract, train=sets[0], heldout=sets[1])
+    features = read(STATE)
+    assert read(STATE) is features
+    assert len(calls) == 6
+    np.testing.assert_array_equal(features.train, np.delete(x, 4, axis=0))
+    with pytest.raises(NonFiniteError):
+        make_feature_reader(extract=lambda *_: np.full((8, 2), np.nan), train=sets[0], heldout=sets[1])(STATE)
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch_size_and_draws_the_same_pictures(tmp_path):
+    objective, data = tiny_objective(), jax.tree.map(np.asarray, tiny_batch(20))
+    params, key = objective.init(jax.random.key(0)), jax.random.key(9)
+    predict = lambda params, batch: objective.predict(params, {k: jnp.asarray(batch[k]) for k in data}, key)  # noqa: E731
+    results = {}
+    for size in (4, 20, 32):
+        heldout = list(batches(20, size, **data))
+        for batch in heldout:  # the fill-up has places of its own
+            batch["position"][~batch["valid"]] = 1000
+        supplies = {"predict": predict, "heldout": heldout, "folder": str(tmp_path / str(size))}
+        results[size] = make_evaluator("reconstruction", supplies, pictures=5)(SimpleNamespace(step=7, params=params))
+    losses = [result["masked_loss"] for result in results.values()]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+    expected = objective.loss_fn(params, tiny_batch(20), key, False)[0]
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-6)
+    sheets = [np.asarray(Image.open(tmp_path / str(size) / "reconstruction_7.png")) for size in results]
+    assert all((sheet == sheets[0]).all() for sheet in sheets)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
+    image, prediction = np.full((32, 48, channels), 0.2), np.full((32, 48, channels), 0.8)
+    mask = np.zeros((32, 48), bool)
+    mask[:, :24] = True
+    sheet = draw([(image, mask, prediction)] * 2)
+    assert sheet.shape == (16 + 2 * (96 + 4), 4 * (144 + 4) + 4, 3)
+    tile = lambda n: sheet[16 + 48, 4 + n * 148 + np.array([36, 108]), 0].tolist()  # noqa: E731 - a hidden, a visible pixel
+    assert [tile(n) for n in range(4)] == [[51, 51], [128, 51], [204, 204], [204, 51]]
+
+
+def test_an_unknown_evaluator_is_refused():
+    with pytest.raises(ConfigError, match="did you mean knn"):
+        make_evaluator("knnn", {})
