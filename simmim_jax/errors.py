@@ -66,7 +66,8 @@ class Preempted(Exception):
         self.name, self.step = signal.Signals(signal_number).name, step
 
     def __str__(self) -> str:
-        return f"stopped by {self.name}: step {self.step} is saved; run the same command again to go on"
+        state = f"step {self.step} is saved" if self.step else "there was no step to save"
+        return f"stopped by {self.name}: {state}; run the same command again to go on"
 
 
 def choose(what: str, name: str, choices):

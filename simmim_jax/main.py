@@ -37,6 +37,8 @@ def run() -> None:
             raise
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before the run has begun; later it is a signal like SIGTERM
+        sys.exit(130)
 
 
 if __name__ == "__main__":

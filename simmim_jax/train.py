@@ -3,22 +3,22 @@
 batches -> masks -> encoder -> objective -> step -> checkpoint -> evaluation, one module for each word.
 """
 
+import contextlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
 from simmim_jax import checkpoint, data, metrics, optim, sharding
 from simmim_jax.config import digest, refuse_change
-from simmim_jax.errors import ConfigError, DataError, NonFiniteError, Preempted
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import make_feature_reader
 from simmim_jax.models import make_encoder
@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         checkpoint.find_step(config.init_from)
 
     with hold_workdir(config, workdir), checkpoint.StopSignal() as stop:
-        summary = read_summary(workdir)
+        summary = read_json(Path(workdir) / "summary.json")
         if summary.get("step") == steps:
             print(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
             return summary
@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         manager = checkpoint.make_manager(workdir, keep=config.keep, keep_every=config.keep_every)
         fingerprint = data.fingerprint(source, **of_batches)
-        with clock.measure("restore"):
+        with clock.measure("state"):
             restored = checkpoint.restore(manager, abstract)
             if restored:
                 state, meta = restored
@@ -116,7 +116,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
         def record(step: int, device_metrics: dict) -> None:
             """Read a step's metrics, which waits for it; write a row where one is due."""
             nonlocal skipped
-            row = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+            with clock.measure("step"):
+                values = jax.device_get(device_metrics)
+            row = {name: float(values[name]) for name in ("loss", *sorted(values.keys() - {"loss"}))}
             skipped = skipped + 1 if row["skipped"] else 0
             if step % config.log_every == 0 or step in (1, steps) or skipped:
                 row["learning_rate"] = float(schedule(step - 1))
@@ -146,32 +148,41 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
         # The loop. What is due at a step follows from the step and the records alone, so a resumed run does the same.
         pending = None  # the newest step's metrics, read one step late: the device never waits for the host
+        saved = start
         try:
             while True:
-                save_due = step > start and (step % config.save_every == 0 or step == steps or stop.number)
+                stopping = stop.number  # once an iteration: a signal that comes later is seen by the next
+                must_save = step == steps or stopping
+                save_due = step > saved and (must_save or step % config.save_every == 0)
                 evaluation_due = step not in records.evaluations and (
                     step in (0, steps) or bool(config.eval_every and step % config.eval_every == 0)
                 )
                 if pending and (save_due or evaluation_due):
-                    with clock.measure("step"):
-                        record(*pending)
+                    record(*pending)
                     pending = None
-                if save_due and (not skipped or step == steps or stop.number):  # amid bad steps, keep what was before
+                if save_due and (must_save or not skipped):  # amid bad steps, keep what was before them
                     save()
+                    saved = step
+                if stopping:
+                    raise Preempted(stopping, saved)
                 if evaluation_due:
                     evaluate()
-                if stop.number:
-                    raise Preempted(stop.number, step)
+                    continue  # to look at the signals again
                 if step == steps:
                     break
                 with clock.measure("data"):
                     batch = put(next(batches))
                 with clock.measure("step"):
                     state, device_metrics = compiled_step(state, batch, step_key)
-                    step += 1
-                    if pending:
-                        record(*pending)
-                    pending = (step, device_metrics)
+                step += 1
+                if pending:
+                    record(*pending)
+                pending = (step, device_metrics)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write: {error.strerror or error}", str(error.filename or workdir),
+                f"mend the disk or folder; the same command goes on from step {saved}",
+            ) from error  # fmt: skip
         finally:
             batches.close()
             records.close()
@@ -224,32 +235,39 @@ def batch_options(config: ConfigDict) -> tuple[dict, dict]:
     return what | {name: config.data[name] for name in pixels}, {name: config.data[name] for name in loading}
 
 
-def hold_workdir(config: ConfigDict, workdir: str):
-    """Hold `workdir`, made where it is missing, once it is known to be this config's; write down what runs in it."""
+@contextlib.contextmanager
+def hold_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
+    """Hold `workdir`, made where it is missing, for this config; write down what runs in it."""
     folder = Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = checkpoint.hold(workdir)
-    except OSError as error:
-        raise ConfigError(f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir") from error
-    saved = folder / "config.json"
-    if saved.exists():
-        refuse_change(json.loads(saved.read_text()), config, workdir)
-    metrics.write_atomically(saved, json.dumps(digest(config), indent=2) + "\n")
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    metrics.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
-    return held
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(checkpoint.hold(workdir))
+            saved = read_json(folder / "config.json")
+            if saved:
+                refuse_change(saved, config, workdir)
+            metrics.write_atomically(folder / "config.json", json.dumps(digest(config), indent=2) + "\n")
+            metrics.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
+            ) from error
+        yield
 
 
-def read_summary(workdir: str) -> dict:
-    path = Path(workdir) / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_json(path: Path) -> dict:
+    """What a JSON file of the workdir holds; empty if there is none. Raises ConfigError if it is not JSON."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"not a JSON file: {error}", str(path), "remove it, or give another --workdir") from error
 
 
 def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
     """Raise DataError if the data are not those that the run began with: it would go on with others, in silence."""
-    changed = [name for name in saved if saved[name] != json.loads(json.dumps(now.get(name)))]
+    changed = [name for name in saved if saved[name] != now.get(name)]
     if changed:
         examples = ", ".join(f"{name}: {saved[name]} then, {now.get(name)} now" for name in changed)
         raise DataError(f"the data have changed ({examples})", workdir, "bring them back, or start in a new --workdir")
@@ -338,5 +356,4 @@ def write_summary(
     print(
         "\ntime: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + f"  ({rate:.0f} images/s)"
     )
-    logging.info("finished step %d", step)
     return summary

@@ -55,6 +55,9 @@ def test_a_signal_at_any_phase_loses_nothing(tmp_path, cache, unbroken, when):
     flags = (*DIGITS, "--workdir", tmp_path)
     stopped = run_until(when, "SIGTERM", *flags, cache=cache)
     assert stopped.returncode == 143, stopped.stderr
+    newest = max((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), default=0)
+    assert newest == int(when.split(":")[1])
+    assert (f"step {newest} is saved" if newest else "no step to save") in stopped.stderr.splitlines()[-1]
     assert run(*flags, cache=cache).returncode == 0
     assert_same_run(tmp_path, unbroken)
 
