@@ -1,10 +1,14 @@
-"""Linear evaluation of a CIFAR-10 run: its encoder, frozen, and a linear classifier on the mean patch feature of block 3 of 4.
+"""Linear evaluation of a CIFAR-10 run.
 
-    python -m simmim_jax.main --config configs/cifar10_linear.py --config.init_from=runs/cifar10 --workdir runs/cifar10_linear
-    python -m simmim_jax.main --config configs/cifar10_linear.py --workdir runs/cifar10_linear_untrained
+The encoder, frozen, and a linear classifier on the mean patch feature of block 3 of 4. The second command is the
+baseline: the same encoder with random weights.
 
-The second command is the baseline with random weights. `configs/cifar10_linear.py:folder` with --config.data.path=DIR reads
-a folder instead of TFDS. Hardware: two CPU cores. Time and results: RESULT
+    python -m simmim_jax.main --config configs/cifar10_linear.py --config.init_from=runs/cifar10 \
+        --workdir runs/cifar10_linear
+    python -m simmim_jax.main --config configs/cifar10_linear.py --config.init_from="" --workdir runs/cifar10_untrained
+
+`configs/cifar10_linear.py:folder` with --config.data.path=DIR reads a folder instead of TFDS.
+Hardware: two CPU cores. Time and results: RESULT
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,9 @@
-"""SimMIM of a small ViT on CIFAR-10: what two CPU cores learn in about 20 minutes.
+"""SimMIM of a small ViT on CIFAR-10: what two CPU cores learn in less than half an hour.
 
     python -m simmim_jax.main --config configs/cifar10_vit_tiny.py --workdir runs/cifar10
 
-reads TFDS's cifar10 (prepared once; where it is not, the run says how). From a folder with train/<class>/ and test/<class>/:
+reads TFDS's cifar10 (prepared once; where it is not, the run says how). From a folder with train/<class>/ and
+test/<class>/:
 
     python -m simmim_jax.main --config configs/cifar10_vit_tiny.py:folder --config.data.path=DIR --workdir runs/cifar10
 

@@ -1,9 +1,12 @@
-"""Linear evaluation of a digits run: its encoder, frozen, and a linear classifier on the mean patch feature of block 3 of 4.
+"""Linear evaluation of a digits run.
 
-    python -m simmim_jax.main --config configs/digits_linear.py --config.init_from=runs/digits --workdir runs/digits_linear
-    python -m simmim_jax.main --config configs/digits_linear.py --workdir runs/digits_linear_untrained
+The encoder, frozen, and a linear classifier on the mean patch feature of block 3 of 4. The second command is the
+baseline: the same encoder with random weights.
 
-The second command is the baseline: the same encoder with random weights (init_from is empty).
+    python -m simmim_jax.main --config configs/digits_linear.py --config.init_from=runs/digits \
+        --workdir runs/digits_linear
+    python -m simmim_jax.main --config configs/digits_linear.py --config.init_from="" --workdir runs/digits_untrained
+
 Hardware: two CPU cores. Time and results: RESULT
 """
 

@@ -1,11 +1,13 @@
-"""SimMIM of a ViT-S/16 on a folder of your own images: flat or by class, nested or not, JPEG, PNG, WebP, BMP, TIFF, GIF.
+"""SimMIM of a ViT-S/16 on a folder of your own images.
 
     python -m simmim_jax.main --config configs/folder_vit_small.py --config.data.path=DIR --workdir runs/mine
 
-A folder with train/ and val/ (or validation/, test/) is used as it says; of any other, two in a hundred images are held out.
-Where every image lies in a folder of its class, `--config configs/folder_vit_small.py:probes` adds kNN and linear probe.
-Hardware: one GPU (with --config.encoder.dtype=bfloat16 --config.data.workers=8); a laptop for trying it out, with
---config.batch_size=32 --config.steps=200. Result: not yet run to the end.
+Flat or by class, nested or not; JPEG, PNG, WebP, BMP, TIFF, GIF. A folder with train/ and val/ (or validation/, test/)
+is used as it says; of any other, two images in a hundred are held out. Where every image lies in a folder of its class,
+`--config configs/folder_vit_small.py:probes` adds kNN and linear probe.
+
+Hardware: one GPU, with --config.encoder.dtype=bfloat16 --config.data.workers=8; a laptop to try it out, with
+--config.batch_size=32 --config.steps=200. Time and result: not yet run to the end.
 """
 
 from ml_collections import ConfigDict

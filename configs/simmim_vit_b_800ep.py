@@ -1,19 +1,18 @@
 """The official SimMIM pretraining of ViT-B/16: ImageNet-1K, 224 pixels, 800 epochs, batch 2048.
 
-    python -m simmim_jax.main --config configs/simmim_vit_b_800ep.py --workdir runs/vit_b --config.data.data_dir=DIR
+    python -m simmim_jax.main --config configs/simmim_vit_b_800ep.py --config.data.data_dir=DIR --workdir runs/vit_b
 
 DIR holds TFDS's imagenet2012, prepared as array_record. For a folder with train/<class>/ and val/<class>/ add
---config.data.source=folder --config.data.path=DIR --config.data.heldout_split=val. On few devices
---config.microbatches=N keeps the batch and its recipe.
+--config.data.source=folder --config.data.path=DIR. On few devices --config.microbatches=N keeps batch and recipe.
 
-Every number is that of the released configs/vit_base__800ep/simmim_pretrain__vit_base__img224__800ep.yaml and config.py of
-microsoft/SimMIM d3e29bc: base rate 1e-4, warm-up rate 5e-7 over 10 epochs, both x batch / 512; a tenth of the rate after epoch
-700; AdamW (0.9, 0.999, 1e-8), weight decay 0.05 (the mask token and the bias table decay too), clip 5.0; stochastic depth
-0.1; LayerScale 0.1; one relative-position table for all blocks; no absolute positions; a class token; blocks of 32 pixels,
-ratio 0.6; crop scale 0.67 to 1, bilinear; flip 0.5. Precision there is float16 with loss scaling (apex O1); here bfloat16.
+Every number is that of simmim_pretrain__vit_base__img224__800ep.yaml and config.py of microsoft/SimMIM d3e29bc: base
+rate 1e-4, warm-up rate 5e-7 over 10 epochs, both times batch / 512; a tenth of the rate after epoch 700; AdamW (0.9,
+0.999, 1e-8), weight decay 0.05 (mask token and bias table decay too), clip 5.0; stochastic depth 0.1; LayerScale 0.1;
+one relative-position table for all blocks, no absolute positions, a class token; blocks of 32 pixels, ratio 0.6; crop
+scale 0.67 to 1, bilinear; flip 0.5. Precision there is float16 with loss scaling (apex O1), here bfloat16.
 
-Hardware: 8 or more GPUs or a TPU slice. Time: not yet run. Result: not yet run.
-The paper's: 83.8 % top-1 after fine-tuning, 56.7 % linear (features of block 8, mean over patches; microsoft/SimMIM#14, #36).
+Hardware: eight or more GPUs, or a TPU slice. Time and result: not yet run. Theirs: 83.8 % top-1 after fine-tuning;
+56.7 % linear, on features of block 8, mean over patches (microsoft/SimMIM README; issues 14 and 36).
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +28,7 @@ def get_config() -> ConfigDict:
     c.optim.schedule = "multistep"
     c.optim.milestones, c.optim.gamma = (700.0,), 0.1
     c.optim.warmup_epochs = 10.0
-    c.optim.late = 1  # the official code sets the rate after the update
+    c.optim.late = 1  # official code sets the rate after the update
     c.optim.min_learning_rate = 0.0  # unused by this schedule
 
     c.data.source, c.data.name = "tfds", "imagenet2012"

@@ -158,7 +158,8 @@ def restore_encoder(init_from: str, abstract: PyTree) -> PyTree:
     folder = find_step(init_from)
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
-        saved = checkpointer.metadata(folder / "params").item_metadata.tree
+        with _quiet():
+            saved = checkpointer.metadata(folder / "params").item_metadata.tree
         if "encoder" not in saved:
             raise CheckpointError("no encoder in this checkpoint", str(folder), "give a run of simmim_jax")
         _refuse_difference(saved["encoder"], abstract, folder, "set config.encoder to that of the run's config.json")

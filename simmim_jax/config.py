@@ -189,8 +189,10 @@ def _explained(error: Exception, argv: list[str], path: str) -> ConfigError:
             return ConfigError(f"unknown field {name.group(1)}", path, hint)
         if name and name.group(0) in message:
             value = config_field(load(path), name.group(1))
-            message = message.removeprefix("flag ")
-            return ConfigError(message, path, f"give a {type(value).__name__}, like {value!r}")
+            like = f"give a {type(value).__name__}, like {value!r}"
+            if isinstance(value, ConfigDict):
+                like = f"set its fields one by one: --{name.group(0).lstrip('-')}.{next(iter(value), 'field')}=value"
+            return ConfigError(message.removeprefix("flag "), path, like)
     return ConfigError(message, path, "see --help")
 
 

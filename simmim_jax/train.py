@@ -310,7 +310,6 @@ def make_evaluators(
     epoch = partial(
         data.make_epoch,
         batch_size=config.eval_batch_size,
-        limit=config.eval_images,
         image_size=config.image_size,
         channels=len(config.mean),
         interpolation=config.data.interpolation,
@@ -325,11 +324,14 @@ def make_evaluators(
     supplies = {"folder": str(Path(workdir) / "figures")}
     if config.evals:
         sharding.check_batch_size(config.eval_batch_size, mesh.size, 1)
-        heldout = epoch(heldout_source)
+        heldout = epoch(heldout_source, limit=config.eval_images)
         supplies["heldout"] = heldout
+        supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
         supplies["predict"] = lambda params, batch: predict(params, to_device(batch, mesh), key)
         supplies["features"] = make_feature_reader(
-            extract=lambda params, batch: extract(params, to_device(batch, mesh)), train=epoch(source), heldout=heldout
+            extract=lambda params, batch: extract(params, to_device(batch, mesh)),
+            train=epoch(source, limit=config.eval_images),
+            heldout=heldout,
         )
     return [make_evaluator(name, supplies, **options) for name, options in config.evals.items()]
 

@@ -28,8 +28,10 @@ def command(*arguments, devices=1, script=("-m", "simmim_jax.main"), cache=None)
     return [sys.executable, *script, *map(str, arguments)], {"cwd": ROOT, "env": env, "text": True}
 
 
-def run(*arguments, timeout=300, **options) -> subprocess.CompletedProcess:
+def run(*arguments, timeout=300, file_limit="unlimited", **options) -> subprocess.CompletedProcess:
+    """A run to its end; no file that it writes may grow beyond `file_limit` KiB."""
     line, keywords = command(*arguments, **options)
+    line = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "bash", *line]
     return subprocess.run(line, capture_output=True, timeout=timeout, check=False, **keywords)
 
 

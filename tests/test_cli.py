@@ -40,6 +40,7 @@ def images(tmp_path):
         ("--config.encoder.dept=2", "did you mean encoder.depth"),
         ("--config.batch_size=1e3", r"--config.batch_size=1e3.* - give a int, like 64"),
         ("--config.data.flip=often", r"--config.data.flip=often.* - give a float, like 0.0"),
+        ("--config.encoder=5", "set its fields one by one: --config.encoder.absolute_position=value"),
         ("--workdirr=x", "Did you mean: workdir"),
         ("surplus", "unexpected argument 'surplus'"),
         ("--config.image_size=32", r"image_size \(32,\).* - give height,width"),

@@ -93,7 +93,12 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size_and_draws_the_same_
         heldout = list(batches(20, size, **data))
         for batch in heldout:  # the fill-up has places of its own
             batch["position"][~batch["valid"]] = 1000
-        supplies = {"predict": predict, "heldout": heldout, "folder": str(tmp_path / str(size))}
+        supplies = {
+            "predict": predict,
+            "heldout": heldout,
+            "spread": lambda count, size=size: batches(count, size, **{name: x[:count] for name, x in data.items()}),
+        }
+        supplies["folder"] = str(tmp_path / str(size))
         results[size] = make_evaluator("reconstruction", supplies, pictures=5)(SimpleNamespace(step=7, params=params))
     losses = [result["masked_loss"] for result in results.values()]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)

@@ -62,9 +62,9 @@ def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Fold
 
     `path/<split>` is taken where it exists, an evaluation split by any of its names. Otherwise the images to evaluate
     on are a fixed part (of `path/train`, if there is one), drawn by a hash of the name: no file changes sides when
-    others come or go. The class is the first directory below that root; a folder with images outside of such
-    directories, or with only one, is unlabelled. Links are followed, no directory is visited twice, and hidden names
-    are skipped.
+    others come or go (but in a folder so small that the part would be no image, where it is one). The class is the
+    first directory below that root; a folder with images outside of such directories, or with only one, is unlabelled.
+    Links are followed, no directory is visited twice, and hidden names are skipped.
     """
     if not path:
         raise ConfigError("data.path is empty", "data.source=folder", "set data.path to a folder of images")
@@ -91,7 +91,7 @@ def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Fold
     others = [os.path.join(path, side) for side in ("train", *evaluation) if standard and side != own]
     classes, labels = _classes(names, others)
     if (split in EVALUATION and not own) or (split == "train" and not evaluation):
-        held_out = np.array([_is_held_out(name, heldout_fraction) for name in names])
+        held_out = _held_out(names, heldout_fraction)
         keep = np.flatnonzero(held_out == (split != "train"))
         if not len(keep):
             what = f"{root} has 0 of its {len(names)} images in split {split!r}"
@@ -287,9 +287,13 @@ def _classes(names: list[str], others: list[str]) -> tuple[tuple[str, ...], np.n
     return classes, np.array([number[first] for first in firsts], np.int32)
 
 
-def _is_held_out(name: str, fraction: float) -> bool:
-    digest = hashlib.sha256(os.fsencode(name)).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+def _held_out(names: list[str], fraction: float) -> np.ndarray:
+    """Whether each image is held out: those with hashes below the fraction, and of several images at least one."""
+    hashes = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") for name in names]
+    bound = fraction * 2**64
+    if fraction > 0 and len(names) > 1:
+        bound = max(bound, min(hashes) + 1)
+    return np.array([value < bound for value in hashes])
 
 
 def _has_images(folder: str) -> bool:

@@ -5,6 +5,7 @@ what it evaluates (a compiled function, the images of one pass) and knows neithe
 same for any batch size and device count. Supplies, of which each evaluator's signature picks what it needs:
 
     heldout     one pass over the held-out images: iterable of batches with "image", "label", "position", "valid"
+    spread      (count) -> a pass over so many of them, spread evenly
     predict     (params, batch) -> dict: what the objective makes of a batch
     features    (state) -> evals.features.Features of training and held-out images
     folder      where figures go: <folder>/<name>_<step>.png

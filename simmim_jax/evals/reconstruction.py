@@ -1,7 +1,6 @@
 """Held-out masked loss, and pictures of what the model sees: always the same images under the same masks."""
 
 from collections.abc import Callable, Iterable
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +10,27 @@ from PIL import Image, ImageDraw
 COLUMNS = ("original", "masked", "prediction", "pasted")
 
 
-def make_reconstruction(*, predict: Callable, heldout: Iterable[dict], folder: str, pictures: int = 8):
+def make_reconstruction(
+    *,
+    predict: Callable,
+    heldout: Iterable[dict],
+    spread: Callable[[int], Iterable[dict]],
+    folder: str,
+    pictures: int = 8,
+):
     """predict(params, batch) -> {"loss" [b], "image", "prediction" [b, y, x, c] in 0..1, "mask" [b, y, x]}.
 
-    `heldout` yields batches with "image" and "valid"; masks depend on an image's position in it alone.
-    Metric: "masked_loss", the mean over the held-out images. The first `pictures` of them (0: none) are drawn to
-    `folder`/reconstruction_<step>.png.
+    Masks depend on an image's "position" alone. Metric: "masked_loss", the mean over the held-out images. As many as
+    `pictures` (0: none), spread evenly over them, are drawn to `folder`/reconstruction_<step>.png.
     """
 
     def run(state) -> dict[str, float]:
-        losses, shown = [], []
-        for batch in heldout:
+        losses = [np.asarray(predict(state.params, batch)["loss"])[batch["valid"]] for batch in heldout]
+        shown = []
+        for batch in spread(pictures) if pictures else ():
             out = predict(state.params, batch)
-            losses.append(np.asarray(out["loss"])[batch["valid"]])
-            if len(shown) < pictures:
-                parts = (np.asarray(out[name]) for name in ("image", "mask", "prediction"))
-                valid = (row for row, use in zip(zip(*parts, strict=True), batch["valid"], strict=True) if use)
-                shown += islice(valid, pictures - len(shown))
+            columns = (np.asarray(out[name])[batch["valid"]] for name in ("image", "mask", "prediction"))
+            shown += zip(*columns, strict=True)
         if shown:
             path = Path(folder) / f"reconstruction_{int(state.step)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,183 @@
+"""Checkpoints: what is kept, what is noticed, and what an encoder needs to be taken out."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import DIGITS, arrays, run, run_until
+from tiny import tiny_encoder, tiny_objective
+
+from simmim_jax import checkpoint, sharding
+from simmim_jax.errors import CheckpointError
+from simmim_jax.optim import make_optimizer
+from simmim_jax.train_step import init_state
+
+KEY = jax.random.key(0)
+OBJECTIVE = tiny_objective(tiny_encoder(width=128))
+TX, _ = make_optimizer("adamw", steps=10, steps_per_epoch=10, schedule="constant", learning_rate=0.1)
+
+
+def make_state(step=1, objective=OBJECTIVE):
+    return init_state(KEY, init=objective.init, tx=TX).replace(step=jnp.int32(step))
+
+
+def placed(state, **mesh):
+    """The abstract state on all eight devices, or on the mesh given."""
+    return sharding.place(jax.eval_shape(lambda: state), sharding.make_mesh(**mesh))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A workdir with steps 1 and 2 saved."""
+    manager = checkpoint.make_manager(str(tmp_path))
+    for step in (1, 2):
+        checkpoint.save(manager, make_state(step), {"data": {}})
+    checkpoint.finish(manager)
+    manager.close()
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "uint8"])
+def test_any_flipped_bit_changes_the_checksum(dtype):
+    rng = np.random.default_rng(0)
+    x = np.asarray(jnp.asarray(rng.normal(size=(3, 5, 7)) * 100).astype(dtype))
+    before = int(checkpoint.checksum(jnp.asarray(x)))
+    for _ in range(300):
+        raw = bytearray(x.tobytes())
+        raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+        flipped = np.frombuffer(bytes(raw), x.dtype).reshape(x.shape)
+        assert int(checkpoint.checksum(jnp.asarray(flipped))) != before
+
+
+def test_a_checksum_does_not_depend_on_the_placement_and_sees_exchanged_values():
+    x = jax.random.normal(KEY, (16, 24))
+    split = jax.device_put(x, sharding.batch_sharding(sharding.make_mesh()))
+    assert int(checkpoint.checksum(split)) == int(checkpoint.checksum(x)) != int(checkpoint.checksum(x[::-1]))
+
+
+def test_a_state_returns_to_the_bit_on_any_mesh(saved):
+    for mesh in ({"fsdp": 1}, {"fsdp": -1}, {"fsdp": 2}):
+        state, meta = checkpoint.restore(checkpoint.make_manager(str(saved)), placed(make_state(), **mesh))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(make_state(2)))
+        assert meta["step"] == 2
+        assert state.params["encoder"]["block_0"]["mlp"]["fc1"]["kernel"].sharding.mesh.size == 8
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path):
+    manager = checkpoint.make_manager(str(tmp_path), keep=2, keep_every=3)
+    for step in range(1, 9):
+        checkpoint.save(manager, make_state(step), {"data": {}})
+    checkpoint.finish(manager)
+    manager.close()
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == [3, 6, 7, 8]
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "meta"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_to_the_newest_is_noticed_and_the_one_before_restored(saved, item, damage):
+    folder = saved / "checkpoints" / "2" / item
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        at = content.index(b'"mask_token"') - 3 if item == "meta" and b'"mask_token"' in content else len(content) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    manager = checkpoint.make_manager(str(saved))
+    state, meta = checkpoint.restore(manager, placed(make_state()))
+    assert int(state.step) == meta["step"] == 1
+    checkpoint.save(manager, make_state(2), {"data": {}})  # the damaged step can be saved again
+    checkpoint.finish(manager)
+    assert manager.latest_step() == 2
+    assert len(list((saved / "damaged").iterdir())) == 1
+
+
+def test_nothing_saved_is_nothing_to_restore(tmp_path):
+    assert checkpoint.restore(checkpoint.make_manager(str(tmp_path)), placed(make_state())) is None
+
+
+def test_another_model_is_refused_and_left_where_it_is(saved):
+    other = make_state(objective=tiny_objective(tiny_encoder(width=128, depth=3)))
+    with pytest.raises(CheckpointError, match=r"another model: 15 arrays differ, e.g. encoder/block_2.* absent there"):
+        checkpoint.restore(checkpoint.make_manager(str(saved)), placed(other))
+    half = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), placed(make_state())
+    )
+    with pytest.raises(CheckpointError, match=r"is float32.* there and bfloat16.* here"):
+        checkpoint.restore(checkpoint.make_manager(str(saved)), half)
+    assert not (saved / "damaged").exists()
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/2"])
+def test_an_encoder_comes_out_alone_to_the_bit(saved, part):
+    shutil.rmtree(saved / "checkpoints" / "2" / "opt_state")  # not needed
+    abstract = placed(make_state(), fsdp=-1).params["encoder"]
+    encoder = checkpoint.restore_encoder(str(saved / part), abstract)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(encoder), make_state().params["encoder"])
+
+
+def test_a_damaged_encoder_is_refused(saved):
+    folder = saved / "checkpoints" / "2" / "params"
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :])
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.restore_encoder(str(saved), placed(make_state()).params["encoder"])
+
+
+def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path):
+    flags = (*DIGITS, "--workdir", tmp_path)
+    assert run_until("step:7", "SIGTERM", *flags).returncode == 143
+    full = run(*flags, "--config.evals={}", file_limit=20)  # less than an array
+    assert full.returncode == 5, full.stderr
+    assert "ERROR[checkpoint] could not save" in full.stderr.splitlines()[-1]
+    assert "MiB free" in full.stderr.splitlines()[-1]
+    resumed = run(*flags)
+    assert resumed.stdout.startswith("resuming at step 7"), resumed.stderr
+    assert resumed.returncode == 0
+
+
+def test_linear_evaluation_takes_the_encoder_and_leaves_it_as_it_is(tmp_path):
+    """From a run split over eight devices, on one."""
+    assert run(*DIGITS, "--config.mesh.fsdp=-1", "--workdir", tmp_path / "run", devices=8).returncode == 0
+    encoder = [f for f in DIGITS if "encoder" in f]
+    linear = ("--config=configs/digits_linear.py", *encoder, "--config.objective.block=2", "--config.epochs=2.0")
+    done = run(*linear, "--config.init_from", tmp_path / "run", "--workdir", tmp_path / "linear")
+    assert done.returncode == 0, done.stderr
+    before, after = arrays(tmp_path / "run", 24), arrays(tmp_path / "linear", 22)
+    names = [name for name in after if name.startswith("params['encoder']")]
+    assert len(names) > 20
+    assert all(before[name].tobytes() == after[name].tobytes() for name in names)
+    assert not [name for name in after if name.startswith("opt_state") and "encoder" in name]
+    summary = json.loads((tmp_path / "linear" / "summary.json").read_text())
+    assert 0 < summary["top1"] <= summary["top5"] <= 1
+    assert summary["images"] == 360
+    untrained = run(*linear, "--config.init_from=", "--workdir", tmp_path / "untrained")
+    assert untrained.returncode == 0, untrained.stderr
+
+
+def test_the_latest_step_is_found_and_its_absence_told(saved):
+    assert checkpoint.find_step(str(saved)).name == "2"
+    assert checkpoint.find_step(str(saved / "checkpoints" / "1")).name == "1"
+    with pytest.raises(CheckpointError, match="no such folder"):
+        checkpoint.find_step(str(saved / "nowhere"))
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.find_step(str(saved / "checkpoints" / "2" / "meta"))
+
+
+def test_a_state_can_be_overwritten_while_it_is_saved(tmp_path):
+    """The step donates the state right after a save has begun."""
+    manager = checkpoint.make_manager(str(tmp_path))
+    state = jax.jit(make_state)()
+    expected = jax.device_get(state)
+    checkpoint.save(manager, state, {"data": {}})
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)(state)
+    checkpoint.finish(manager)
+    restored, _ = checkpoint.restore(manager, placed(make_state()))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), expected)
