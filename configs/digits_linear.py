@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
     c.epochs = 60.0
     c.batch_size = 128
-    c.base_learning_rate = 2e-1
+    c.base_learning_rate = 1.0
     c.log_every = 60
     c.save_every = 330
     return c

@@ -138,6 +138,8 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[Train
             raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON say of damaged files
             reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
+            if _is_of_the_machine(error):
+                raise CheckpointError(f"cannot read: {reason}", str(folder), "mend that and run again") from error
             aside = _move_aside(folder)
             logging.warning("checkpoint %s is damaged (%s): moved to %s, trying the one before", folder, reason, aside)
             manager.reload()
@@ -179,14 +181,22 @@ def restore_encoder(init_from: str, abstract: PyTree) -> PyTree:
     return restored["encoder"]
 
 
+def has_steps(workdir: str) -> bool:
+    """Whether any checkpoint has been saved in `workdir`."""
+    return bool(_steps_in(Path(workdir) / "checkpoints"))
+
+
+def _steps_in(folder: Path) -> list[int]:
+    return [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+
+
 def find_step(init_from: str) -> Path:
     """The newest step's folder of a workdir or `checkpoints` folder, or the step's folder itself."""
     root = Path(init_from).expanduser().absolute()
     if (root / "params").is_dir():
         return root
     for folder in (root / "checkpoints", root):
-        steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
-        if steps:
+        if steps := _steps_in(folder):
             return folder / str(max(steps))
     raise CheckpointError(
         "no checkpoint" if root.exists() else "no such folder", str(root),
@@ -205,6 +215,7 @@ def _damaged(items: PyTree, expected: dict[str, int]) -> list[str]:
 def _refuse_other_model(saved, abstract: TrainState, folder: Path) -> None:
     hint = "give the config of that run, or a new --workdir"
     _refuse_difference(saved["params"].tree, abstract.params, folder, hint)
+    _refuse_difference(saved["opt_state"].tree, abstract.opt_state, folder, hint)
 
 
 def _refuse_difference(saved: PyTree, wanted: PyTree, folder: Path, hint: str) -> None:
@@ -222,6 +233,15 @@ def _refuse_difference(saved: PyTree, wanted: PyTree, folder: Path, hint: str) -
             f"another model: {len(different)} arrays differ, e.g. {name} is {have.get(name, 'absent')} there and "
             f"{want.get(name, 'absent')} here", str(folder), hint,
         )  # fmt: skip
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether reading failed for memory, rights or the disk, and not because the files are damaged."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return True
+    return isinstance(error, MemoryError) or any(
+        word in str(error) for word in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+    )
 
 
 def _move_aside(folder: Path) -> Path:

@@ -24,7 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Fields that may change between two runs of one workdir, because no parameter depends on them.
 FREE = (
     "data.workers", "data.threads", "data.prefetch", "data.path", "data.data_dir", "data.max_bad_fraction", "mesh.",
-    "log_every", "save_every", "keep", "keep_every",
+    "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def base_config() -> ConfigDict:
     c.evals = ConfigDict()  # by evaluator: its options
     c.eval_every = 0  # steps; 0: at the start and the end alone
     c.eval_images = 2000  # held-out images, and as many training images for probes; 0: all
-    c.eval_batch_size = c.get_ref("batch_size")
+    c.eval_batch_size = c.get_ref("batch_size") // c.get_ref("microbatches")  # what fits in training fits here
     c.probe_block = 0  # whose output knn and linear probe read: 1 to depth, or 0 for the features
 
     c.log_every = 10
@@ -119,6 +119,7 @@ def linear_config() -> ConfigDict:
     c = base_config()
     c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 8, "pool_norm": True})
     c.objective.head_scale, c.objective.label_smoothing = 0.001, 0.0
+    c.objective.train_encoder = False
     c.optim.frozen = "encoder/"
     c.optim.weight_decay = 0.0
     c.optim.warmup_epochs = 0.0
@@ -158,7 +159,7 @@ def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flag parser, with every mistake as a ConfigError of one line. For `app.run(flags_parser=...)`."""
     path = _flag_value(argv, "config")
-    if path and not os.path.exists(path.split(":")[0]):
+    if path and not os.path.isfile(path.split(":")[0]):
         near = difflib.get_close_matches(path, _config_files(path), n=1, cutoff=0.3)
         raise ConfigError("no such config file", path, f"did you mean {near[0]}?" if near else "give --config=FILE.py")
     if path is None and not {"--help", "--helpfull", "--helpshort", "-h", "-help"} & set(argv):

@@ -9,7 +9,9 @@ This module imports nothing of ours, and nothing heavy: it is needed before JAX 
 """
 
 import difflib
+import inspect
 import signal
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -77,3 +79,16 @@ def choose(what: str, name: str, choices):
     near = difflib.get_close_matches(str(name), choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"unknown {what} {name!r}", fix=f"{hint}choose one of {', '.join(sorted(choices))}")
+
+
+def check_options(what: str, function: Callable, options: dict) -> None:
+    """Raise ConfigError for an option that `function` does not take, with the nearest that it does."""
+    for option in options:
+        choose(f"{what} option", option, set(inspect.signature(function).parameters))
+
+
+def check_minimum(where: str, value: int | float, minimum: int, *, strict: bool = False) -> None:
+    """Raise ConfigError unless `value` is `minimum` or more, or, where `strict`, more."""
+    if not (value > minimum if strict else value >= minimum):  # so that NaN is refused
+        bound = "above" if strict else "of at least"
+        raise ConfigError(f"{where.split('.')[-1]} is {value}", where, f"give a number {bound} {minimum}")

@@ -37,6 +37,9 @@ def run() -> None:
             raise
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:  # before the run has begun; later it is a signal like SIGTERM
         sys.exit(130)
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,9 +62,11 @@ class Records:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file, without a last line that a kill has torn; none if there is no file."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -101,25 +103,23 @@ class Clock:
 
 
 class Progress:
-    """The console line: how far, how well, how fast, how long still. Rates are those since the line before."""
+    """The console line: how far, how well, how fast, how long still. Rates are those of the last five lines."""
 
     def __init__(self, clock: Clock, *, step: int, steps: int, steps_per_epoch: int, batch_size: int):
         self._clock, self._steps, self._steps_per_epoch, self._batch_size = clock, steps, steps_per_epoch, batch_size
+        self._marks = deque(maxlen=5)  # step, seconds of steps and data, seconds of data: as each line was written
         self._mark(step)
 
-    def _mark(self, step: int) -> None:
-        self._step, self._busy, self._waited = step, self._spent(), self._clock.seconds["data"]
-
-    def _spent(self) -> float:
-        return self._clock.seconds["step"] + self._clock.seconds["data"]
+    def _mark(self, step: int) -> tuple[int, float, float]:
+        seconds = self._clock.seconds
+        self._marks.append((step, seconds["step"] + seconds["data"], seconds["data"]))
+        return self._marks[-1]
 
     def machine(self, step: int) -> dict[str, float]:
-        """images/s and the share of time waiting for data since the line before; evaluation and saving left out."""
-        busy = max(self._spent() - self._busy, 1e-9)
-        rate = (step - self._step) * self._batch_size / busy
-        wait = (self._clock.seconds["data"] - self._waited) / busy
-        self._mark(step)
-        return {"images_per_second": rate, "data_wait": wait}
+        """images/s and the share of time waiting for data; evaluation and saving are left out."""
+        first = self._marks[0]
+        done, busy, waited = (now - then for now, then in zip(self._mark(step), first, strict=True))
+        return {"images_per_second": done * self._batch_size / max(busy, 1e-9), "data_wait": waited / max(busy, 1e-9)}
 
     def line(self, step: int, row: dict[str, float], machine: dict[str, float]) -> str:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "skipped" or value)

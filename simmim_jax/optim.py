@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from simmim_jax.errors import ConfigError, choose
+from simmim_jax.errors import ConfigError, check_minimum, check_options, choose
 
 # What official SimMIM leaves undecayed for a ViT. Its mask token and relative-position tables do decay
 # (microsoft/SimMIM#26).
@@ -105,6 +105,15 @@ def freeze(loss_fn: Callable, frozen: str) -> Callable:
     return frozen_loss_fn
 
 
+def scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Times minus the rate of the `step` that `update` is given: optax's own count falls behind a skipped step."""
+
+    def update(updates, state, params=None, *, step, **_):
+        return jax.tree.map(lambda x: -rate(step) * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(
     name: str,
     *,
@@ -122,22 +131,27 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """(tx, schedule). Gradients are clipped to the global norm `clip` (0: not), then AdamW or SGD with momentum.
 
+    `tx.update` takes the step as a keyword argument, `step`.
+
     Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the last names
     of paths that it spares. `frozen` parameters get no update and no moments.
     """
+    check_options("optimizer", make_schedule, schedule_options)
     rate = make_schedule(
         schedule, steps=steps, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate, **schedule_options
     )
-    mask = lambda params: decayed(params, no_decay)  # noqa: E731
-    makers = {
-        "adamw": lambda: optax.adamw(rate, *betas, eps=epsilon, weight_decay=weight_decay, mask=mask),
-        "sgd": lambda: optax.chain(
-            optax.add_decayed_weights(weight_decay, mask), optax.sgd(rate, momentum=betas[0], nesterov=False)
-        ),
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"betas {betas}", "optim.betas", "give two numbers in [0, 1), like 0.9,0.999")
+    check_minimum("optim.epsilon", epsilon, 0, strict=True)
+    check_minimum("optim.weight_decay", weight_decay, 0)
+    check_minimum("optim.clip", clip, 0)
+    decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, no_decay))
+    rules = {
+        "adamw": (optax.scale_by_adam(*betas, eps=epsilon), decay),
+        "sgd": (decay, optax.trace(betas[0])),
     }
-    tx = choose("optimizer", name, makers)()
-    if clip:
-        tx = optax.chain(optax.clip_by_global_norm(clip), tx)
+    clips = (optax.clip_by_global_norm(clip),) if clip else ()
+    tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rate))
     if frozen:
         tx = optax.partition(
             {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, frozen)

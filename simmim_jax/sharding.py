@@ -30,17 +30,14 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def check_batch_size(batch_size: int, devices: int, microbatches: int) -> None:
+def check_batch_size(where: str, batch_size: int, devices: int, microbatches: int = 1) -> None:
     """Raise ConfigError, with the nearest sizes that work, unless every microbatch splits evenly over the devices."""
     unit = devices * microbatches
-    if microbatches < 1 or batch_size < 1 or batch_size % unit:
-        below = batch_size // unit * unit if unit > 0 else 0
+    if batch_size % unit:
+        below = batch_size // unit * unit
         near = f"try {below} or {below + unit}" if below > 0 else f"try {unit}"
-        raise ConfigError(
-            f"batch_size {batch_size} not divisible by {devices} devices x {microbatches} microbatches",
-            "batch_size",
-            near,
-        )
+        parts = f"{devices} devices" + (f" x {microbatches} microbatches" if microbatches > 1 else "")
+        raise ConfigError(f"{where} {batch_size} not divisible by {parts}", where, near)
 
 
 def place(state: PyTree, mesh: Mesh) -> PyTree:

@@ -13,20 +13,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
 from simmim_jax import checkpoint, data, metrics, optim, sharding
 from simmim_jax.config import digest, refuse_change
-from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted, check_minimum
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import make_feature_reader
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.classify import make_features
 from simmim_jax.train_step import TrainState, init_state, train_step
-
-ON_DEVICE = ("image", "label", "position")  # what of a batch travels to the device
 
 
 def train(config: ConfigDict, workdir: str) -> dict:
@@ -37,7 +36,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     clock = metrics.Clock()
 
     # What the run is, without a device: what the user can have got wrong is told here, at once.
-    check_pixels(config)
+    check_numbers(config)
     encoder = make_encoder(**config.encoder)
     pixels = {"mean": config.mean, "std": config.std}
     objective = make_objective(encoder=encoder, image_size=config.image_size, **pixels, **config.objective)
@@ -49,25 +48,36 @@ def train(config: ConfigDict, workdir: str) -> dict:
     steps = config.steps or round(config.epochs * steps_per_epoch)
     if steps < 1:
         raise ConfigError(f"a run of {steps} steps", "epochs", "give --config.epochs or --config.steps above 0")
+    if config.optim.warmup_epochs * steps_per_epoch >= steps:
+        logging.warning("the warm-up, %g epochs, is as long as the run: its rate stays low", config.optim.warmup_epochs)
     tx, schedule = optim.make_optimizer(steps=steps, steps_per_epoch=steps_per_epoch, **config.optim)
-    if config.init_from:
-        checkpoint.find_step(config.init_from)
+    init_from = None
+    if config.init_from and not checkpoint.has_steps(workdir):
+        init_from = checkpoint.find_step(config.init_from)
+        refuse_other_encoder(init_from, config)
 
     with hold_workdir(config, workdir), checkpoint.StopSignal() as stop:
         summary = read_json(Path(workdir) / "summary.json")
         if summary.get("step") == steps:
             print(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
             return summary
+        write_versions(workdir)
+
+        # What is wrong with the devices for this run is told before anything is compiled.
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch_size("batch_size", config.batch_size, mesh.size, config.microbatches)
+        sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh.size)
+        init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+        evaluators = make_evaluators(config, features, objective, source, heldout_source, mesh, eval_key, workdir)
 
         # The state, born where it lives: restored, drawn from the seed, or begun with another run's encoder.
-        mesh = sharding.make_mesh(**config.mesh)
-        sharding.check_batch_size(config.batch_size, mesh.size, config.microbatches)
-        init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
         make_state = partial(init_state, init=objective.init, tx=tx)
         abstract = sharding.place(jax.eval_shape(make_state, init_key), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         manager = checkpoint.make_manager(workdir, keep=config.keep, keep_every=config.keep_every)
         fingerprint = data.fingerprint(source, **of_batches)
+        if heldout_source:
+            fingerprint["heldout"] = heldout_source.fingerprint()
         with clock.measure("state"):
             restored = checkpoint.restore(manager, abstract)
             if restored:
@@ -75,9 +85,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 refuse_other_data(meta["data"], fingerprint, workdir)
             else:
                 state = jax.jit(make_state, out_shardings=shardings)(init_key)
-                if config.init_from:
-                    restored_encoder = checkpoint.restore_encoder(config.init_from, abstract.params["encoder"])
-                    state = state.replace(params=state.params | {"encoder": restored_encoder})
+                if init_from:
+                    print(f"the encoder is that of {init_from}", flush=True)
+                    taken = checkpoint.restore_encoder(str(init_from), abstract.params["encoder"])
+                    state = state.replace(params=state.params | {"encoder": taken})
         start = step = int(state.step)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         print(
@@ -105,8 +116,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 ),
                 abstract, abstract_batch(config), step_key, mesh,
             )  # fmt: skip
-        put = partial(to_device, mesh=mesh)
-        evaluators = make_evaluators(config, features, objective, source, heldout_source, mesh, eval_key, workdir)
         records = metrics.Records(workdir, step)
         progress = metrics.Progress(
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
@@ -128,7 +137,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             if skipped > config.max_skipped:
                 raise NonFiniteError(
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
-                    workdir, "no such step was applied; lower the learning rate or look at the images, then run again",
+                    workdir, "none of these was applied; look at the images, or lower the rate in a new --workdir",
                 )  # fmt: skip
 
         def save() -> None:
@@ -171,13 +180,15 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 if step == steps:
                     break
                 with clock.measure("data"):
-                    batch = put(next(batches))
+                    batch = to_device(next(batches), mesh)
                 with clock.measure("step"):
                     state, device_metrics = compiled_step(state, batch, step_key)
                 step += 1
                 if pending:
                     record(*pending)
                 pending = (step, device_metrics)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise CheckpointError(
                 f"cannot write: {error.strerror or error}", str(error.filename or workdir),
@@ -192,17 +203,18 @@ def train(config: ConfigDict, workdir: str) -> dict:
         return write_summary(workdir, records, clock, step=steps, trained=steps - start, batch_size=config.batch_size)
 
 
-def check_pixels(config: ConfigDict) -> None:
-    """Refuse image sizes and statistics that are not what they should be, before they fail somewhere deep."""
+def check_numbers(config: ConfigDict) -> None:
+    """Refuse numbers that are not what they should be, before they fail somewhere deep, or in silence."""
     if len(config.image_size) != 2 or min(config.image_size) < 1:
         raise ConfigError(f"image_size {config.image_size}", "image_size", "give height,width in pixels, like 224,224")
     if not config.mean or len(config.mean) != len(config.std) or min(config.std) <= 0:
         raise ConfigError(
             f"mean {config.mean} and std {config.std}", "mean, std", "give one positive number per channel for each"
         )
-    for name in ("log_every", "save_every", "eval_batch_size"):
-        if config[name] < 1:
-            raise ConfigError(f"{name} is {config[name]}", name, "give a number of 1 or more")
+    for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "keep"):
+        check_minimum(name, config[name], 1)
+    for name in ("steps", "epochs", "eval_every", "eval_images", "keep_every", "max_skipped"):
+        check_minimum(name, config[name], 0)
 
 
 def make_sources(config: ConfigDict) -> tuple:
@@ -218,6 +230,12 @@ def make_sources(config: ConfigDict) -> tuple:
                 f"num_classes is {config.objective.num_classes}, the data have {len(source.classes)} classes",
                 source.describe(), f"give --config.objective.num_classes={len(source.classes)}",
             )  # fmt: skip
+    labelled = {"knn", "linear", "accuracy"} & set(config.evals)
+    if labelled and heldout.classes != source.classes:
+        raise DataError(
+            f"the held-out images have {len(heldout.classes) or 'no'} classes, the others {len(source.classes)}",
+            heldout.describe(), "give both the same folders of classes",
+        )  # fmt: skip
     probes = [name for name in config.evals if name in ("knn", "linear")]
     if probes and not source.classes:
         raise ConfigError(
@@ -237,19 +255,18 @@ def batch_options(config: ConfigDict) -> tuple[dict, dict]:
 
 @contextlib.contextmanager
 def hold_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
-    """Hold `workdir`, made where it is missing, for this config; write down what runs in it."""
+    """Hold `workdir`, made where it is missing, for this config, and write the config down in it."""
+    if not workdir:
+        raise ConfigError("no workdir", "--workdir", "give a folder for the run, like runs/mine")
     folder = Path(workdir)
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(checkpoint.hold(workdir))
             saved = read_json(folder / "config.json")
-            if saved:
+            if saved and checkpoint.has_steps(workdir):  # else there is nothing yet to go on from
                 refuse_change(saved, config, workdir)
             metrics.write_atomically(folder / "config.json", json.dumps(digest(config), indent=2) + "\n")
-            metrics.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
@@ -257,19 +274,46 @@ def hold_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
         yield
 
 
+def write_versions(workdir: str) -> None:
+    """What runs in `workdir`, in versions.json."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    metrics.write_atomically(Path(workdir) / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
 def read_json(path: Path) -> dict:
-    """What a JSON file of the workdir holds; empty if there is none. Raises ConfigError if it is not JSON."""
+    """What a JSON file of a workdir holds; empty if there is none. Raises ConfigError if it is no JSON object."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ConfigError(f"not a JSON file: {error}", str(path), "remove it, or give another --workdir") from error
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError("not a JSON file", str(path), "remove it, or give another --workdir")
+    return content
+
+
+def refuse_other_encoder(step_folder: Path, config: ConfigDict) -> None:
+    """Raise CheckpointError if the run of `init_from` fed or built its encoder differently, even in the same shapes."""
+    saved = read_json(step_folder.parent.parent / "config.json")
+    now = digest(config)
+    free = ("dtype", "remat", "drop_path", "init_truncation")  # of these its parameters' meaning does not depend
+    sides = []
+    for side in (saved, now):
+        fields = {f"encoder.{name}": value for name, value in side.get("encoder", {}).items() if name not in free}
+        sides.append(fields | {name: side.get(name) for name in ("mean", "std")})
+    different = [name for name in sides[1] if saved and sides[0].get(name) != sides[1][name]]
+    if different:
+        examples = ", ".join(f"{name}: {sides[0].get(name)!r} there, {sides[1][name]!r} here" for name in different[:3])
+        raise CheckpointError(
+            f"another encoder ({examples})", str(step_folder), "give these fields as that run had them"
+        )
 
 
 def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
     """Raise DataError if the data are not those that the run began with: it would go on with others, in silence."""
-    changed = [name for name in saved if saved[name] != now.get(name)]
+    changed = [name for name in saved if name in now and saved[name] != now[name]]
     if changed:
-        examples = ", ".join(f"{name}: {saved[name]} then, {now.get(name)} now" for name in changed)
+        examples = ", ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in changed)
         raise DataError(f"the data have changed ({examples})", workdir, "bring them back, or start in a new --workdir")
 
 
@@ -292,8 +336,9 @@ def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array,
     return jitted.lower(state, batch, key).compile()
 
 
-def to_device(batch: dict, mesh) -> dict:
-    return sharding.to_global({name: batch[name] for name in ON_DEVICE}, mesh)
+def to_device(batch: dict, mesh, names: tuple[str, ...] = ("image", "label", "position")) -> dict:
+    """What of a batch the device needs, as global arrays."""
+    return sharding.to_global({name: batch[name] for name in names}, mesh)
 
 
 def make_evaluators(
@@ -319,17 +364,24 @@ def make_evaluators(
         max_pixels=config.data.max_pixels,
     )
     everywhere = sharding.replicated(mesh)
-    predict = jax.jit(objective.predict, out_shardings=everywhere)
-    extract = jax.jit(lambda params, batch: features(params["encoder"], batch["image"]), out_shardings=everywhere)
+
+    def run_everywhere(function: Callable) -> Callable:
+        """(params, batch of this process) -> what `function` and the batch say of all processes' images, as numpy."""
+        of_images = ("label", "position", "valid")
+        jitted = jax.jit(
+            lambda params, batch: function(params, batch) | {name: batch[name] for name in of_images},
+            out_shardings=everywhere,
+        )
+        return lambda params, batch: jax.device_get(jitted(params, to_device(batch, mesh, ("image", *of_images))))
+
     supplies = {"folder": str(Path(workdir) / "figures")}
     if config.evals:
-        sharding.check_batch_size(config.eval_batch_size, mesh.size, 1)
         heldout = epoch(heldout_source, limit=config.eval_images)
         supplies["heldout"] = heldout
         supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
-        supplies["predict"] = lambda params, batch: predict(params, to_device(batch, mesh), key)
+        supplies["predict"] = run_everywhere(lambda params, batch: objective.predict(params, batch, key))
         supplies["features"] = make_feature_reader(
-            extract=lambda params, batch: extract(params, to_device(batch, mesh)),
+            extract=run_everywhere(lambda params, batch: {"features": features(params["encoder"], batch["image"])}),
             train=epoch(source, limit=config.eval_images),
             heldout=heldout,
         )

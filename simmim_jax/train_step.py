@@ -54,7 +54,7 @@ def train_step(
     key: Key[Array, ""],
     *,
     loss_fn: Callable,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict]:
     """One update, and its metrics: loss, grad_norm (before clipping), those of `loss_fn`, and `skipped`.
@@ -67,7 +67,7 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
     new = (optax.apply_updates(state.params, updates), opt_state)
     params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, "skipped": 1.0 - finite}

@@ -1,11 +1,15 @@
 """Eight simulated devices for every test, float32 matmuls in full, and shape checks on every annotated function."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
-from pathlib import Path
+# One cache of compiled programs for the whole session: most of a small run's time is compilation.
+CACHE = tempfile.TemporaryDirectory(prefix="simmim_jax_tests_")
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax
 import numpy as np

@@ -20,11 +20,10 @@ DIGITS = (
 STEPS_PER_EPOCH = 1437 // 128  # 11: a run of 24 steps crosses two ends of an epoch
 
 
-def command(*arguments, devices=1, script=("-m", "simmim_jax.main"), cache=None):
+def command(*arguments, devices=1, script=("-m", "simmim_jax.main")):
     """(arguments, keyword arguments) for subprocess: a run from the repository's root on so many simulated devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} if cache else {}
     return [sys.executable, *script, *map(str, arguments)], {"cwd": ROOT, "env": env, "text": True}
 
 

@@ -21,7 +21,9 @@ TX, _ = make_optimizer("adamw", steps=10, steps_per_epoch=10, schedule="constant
 
 
 def make_state(step=1, objective=OBJECTIVE):
-    return init_state(KEY, init=objective.init, tx=TX).replace(step=jnp.int32(step))
+    state = init_state(KEY, init=objective.init, tx=TX)
+    moments = jax.tree.map(lambda x: x + jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), state.opt_state)
+    return state.replace(step=jnp.int32(step), opt_state=moments)
 
 
 def placed(state, **mesh):
@@ -105,11 +107,26 @@ def test_another_model_is_refused_and_left_where_it_is(saved):
     other = make_state(objective=tiny_objective(tiny_encoder(width=128, depth=3)))
     with pytest.raises(CheckpointError, match=r"another model: 15 arrays differ, e.g. encoder/block_2.* absent there"):
         checkpoint.restore(checkpoint.make_manager(str(saved)), placed(other))
+    sgd, _ = make_optimizer("sgd", steps=10, steps_per_epoch=10, schedule="constant", learning_rate=0.1)
+    other = placed(init_state(KEY, init=OBJECTIVE.init, tx=sgd))
+    with pytest.raises(CheckpointError, match="another model"):
+        checkpoint.restore(checkpoint.make_manager(str(saved)), other)
     half = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), placed(make_state())
     )
     with pytest.raises(CheckpointError, match=r"is float32.* there and bfloat16.* here"):
         checkpoint.restore(checkpoint.make_manager(str(saved)), half)
+    assert not (saved / "damaged").exists()
+
+
+def test_a_fault_of_the_machine_is_told_and_no_checkpoint_is_set_aside(saved, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    manager = checkpoint.make_manager(str(saved))
+    monkeypatch.setattr(manager, "restore", fail)
+    with pytest.raises(CheckpointError, match=r"cannot read: .*Input/output error"):
+        checkpoint.restore(manager, placed(make_state()))
     assert not (saved / "damaged").exists()
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from runs import DIGITS, ROOT, run
 
 FOLDER = "--config=configs/folder_vit_small.py"
-SMALL = ("--config.image_size=32,32", "--config.encoder.size=ti", "--config.encoder.depth=1", "--config.batch_size=8")
-SMALL += ("--config.data.heldout_fraction=0.3",)
+SMALL = ("--config.image_size=32,32", "--config.encoder.size=ti", "--config.encoder.depth=1", "--config.batch_size=4")
+SMALL += ("--config.data.heldout_fraction=0.1",)
 
 
 def told(*arguments, code, **options) -> str:
@@ -53,7 +53,19 @@ def images(tmp_path):
         ("--config.objective.name=simmin", "unknown objective 'simmin' - did you mean simmim"),
         ("--config.optim.schedule=cos", "unknown schedule 'cos'"),
         ("--config.mean=0.5,0.5", "mean .* and std .* - mean, std"),
-        ("--config.steps=-1", "a run of -1 steps"),
+        ("--config.steps=-1", "steps is -1 - steps - give a number of at least 0"),
+        ("--config.epochs=nan", "epochs is nan"),
+        ("--config.epochs=0.0", "a run of 0 steps"),
+        ("--config.microbatches=0", "microbatches is 0"),
+        ("--config.eval_images=-4", "eval_images is -4"),
+        ("--config.eval_every=-1", "eval_every is -1"),
+        ("--config.keep=0", "keep is 0"),
+        ("--config.optim.clip=-5.0", "clip is -5.0 - optim.clip"),
+        ("--config.optim.betas=(0.9,0.99,0.5)", "betas .* - optim.betas - give two numbers"),
+        ("--config.data.crop_scale=(0.5,)", "crop_scale.* two numbers"),
+        ("--config.encoder.mlp_ratio=-1.0", "mlp_ratio is -1.0"),
+        ("--config.objective.name=classify", "unknown classify objective option 'block_size'"),
+        ("--workdir=", "no workdir"),
     ],
 )
 def test_a_bad_field_is_told_before_anything_is_written(tmp_path, flag, message):
@@ -76,6 +88,7 @@ def test_missing_and_broken_configs_are_told(tmp_path):
         "--config=configs/digit_vit_tiny.py", "--workdir=x", code=2
     )
     assert "no config given" in told("--workdir=x", code=2)
+    assert "no such config file" in told("--config=configs", "--workdir=x", code=2)
     assert "--workdir" in told(*DIGITS[:1], code=2)
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
@@ -128,6 +141,17 @@ def test_unknown_and_unprepared_datasets_are_told(tmp_path):
     assert "did you mean 'folder'" in told(*flags, "--config.data.source=foldr", code=2)
 
 
+def test_held_out_images_without_the_classes_are_told(tmp_path, images):
+    for name in ("a", "b"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for n in range(5):
+            Image.new("RGB", (40, 40)).save(tmp_path / "data" / "train" / name / f"{n}.png")
+    images.rename(tmp_path / "data" / "val")
+    flags = (f"{FOLDER}:probes", *SMALL, "--config.probe_block=1", "--config.data.path", tmp_path / "data")
+    line = told(*flags, "--workdir", tmp_path / "run", code=3)
+    assert "the held-out images have no classes, the others 2" in line
+
+
 def test_a_wrong_class_count_is_told_with_the_right_one(tmp_path):
     line = told(
         "--config=configs/digits_linear.py", "--config.objective.num_classes=7", "--workdir", tmp_path / "run", code=2
@@ -165,8 +189,13 @@ def test_an_encoder_of_another_model_is_refused_with_the_difference(tmp_path):
         tmp_path / "run",
     )
     line = told(*linear, code=5)
-    assert "another model" in line
-    assert "block_0/attn/proj/bias is float32[32] there and float32[96] here" in line
+    assert "another encoder" in line
+    assert "encoder.width: 32 there, 96 here" in line
+    same = (*linear, *(flag for flag in DIGITS if "encoder" in flag), "--config.objective.block=2")
+    assert "encoder.absolute_position" in told(*same, "--config.encoder.absolute_position=none", code=5)
+    assert "std: [0.376] there, [0.3] here" in told(*same, "--config.std=0.3,", code=5)
+    (tmp_path / "run" / "config.json").unlink()
+    assert "block_0/attn/proj/bias is float32[32] there and float32[96] here" in told(*linear, code=5)
     assert "no such folder" in told(*linear[:3], "--config.init_from", tmp_path / "nowhere", code=5)
     assert "no checkpoint" in told(*linear[:3], "--config.init_from", ROOT / "tests", code=5)
 
@@ -177,7 +206,7 @@ def test_a_workdir_that_is_a_file_is_told(tmp_path):
 
 
 def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    assert "features are not finite" in told(*DIGITS, "--workdir", tmp_path / "a", "--config.std=1e-38,", code=4)
+    assert "ERROR[nonfinite]" in told(*DIGITS, "--workdir", tmp_path / "a", "--config.std=1e-38,", code=4)
     line = told(*DIGITS, "--workdir", tmp_path / "b", "--config.optim.learning_rate=1e38", "--config.evals={}", code=4)
     assert "4 steps in a row" in line
     assert not list((tmp_path / "b" / "checkpoints").glob("[0-9]*"))

@@ -76,6 +76,16 @@ def test_the_learning_rate_follows_the_batch():
     assert config.optim.warmup_learning_rate == pytest.approx(1e-6)
 
 
+def test_an_override_moves_what_follows_from_it_and_nothing_else():
+    config = pretrain_config()
+    config.microbatches = 4
+    assert config.eval_batch_size == 512
+    config.eval_batch_size = 16
+    assert (config.batch_size, config.microbatches) == (2048, 4)
+    config.image_size = (96, 64)
+    assert config.data.image_size == (96, 64)
+
+
 def test_only_fields_that_change_no_parameter_may_change():
     saved, config = digest(pretrain_config()), pretrain_config()
     config.data.workers, config.log_every, config.mesh.fsdp = 7, 1, -1

@@ -39,9 +39,21 @@ def test_accuracy_is_exact_for_any_batch_size():
     expected_top1 = (logits.argmax(axis=1) == labels).mean()
     expected_top5 = np.mean([label in row.argsort()[-5:] for row, label in zip(logits, labels, strict=True)])
     for size in (1, 8, 103, 200):
-        heldout = list(batches(103, size, image=logits, label=labels))
-        run = make_evaluator("accuracy", {"predict": lambda _, b: {"logits": b["image"]}, "heldout": heldout})
+        heldout = list(batches(103, size, logits=logits, label=labels))
+        run = make_evaluator("accuracy", {"predict": lambda _, b: b, "heldout": heldout})
         assert run(STATE) == pytest.approx({"top1": expected_top1, "top5": expected_top5, "images": 103})
+
+
+def test_a_classifier_that_says_nothing_finds_nothing():
+    labels = np.arange(12) % 6
+    for value, outcome in ((0.5, {"top1": 0.0, "top5": 0.0, "images": 12}), (np.nan, None)):
+        heldout = list(batches(12, 4, logits=np.full((12, 6), value), label=labels))
+        run = make_evaluator("accuracy", {"predict": lambda _, b: b, "heldout": heldout})
+        if outcome:
+            assert run(STATE) == outcome
+        else:
+            with pytest.raises(NonFiniteError):
+                run(STATE)
 
 
 def test_knn_equals_a_computation_by_hand():
@@ -70,24 +82,30 @@ def test_features_are_read_once_a_step_from_valid_labelled_images():
 
     def extract(params, batch):
         calls.append(1)
-        return batch["image"]
+        return batch
 
     x, labels = clusters(21, 1.0)
     labels[4] = -1
-    sets = [list(batches(21, 8, image=x, label=labels))] * 2
+    sets = [list(batches(21, 8, features=x, label=labels))] * 2
     read = make_feature_reader(extract=extract, train=sets[0], heldout=sets[1])
     features = read(STATE)
     assert read(STATE) is features
     assert len(calls) == 6
     np.testing.assert_array_equal(features.train, np.delete(x, 4, axis=0))
     with pytest.raises(NonFiniteError):
-        make_feature_reader(extract=lambda *_: np.full((8, 2), np.nan), train=sets[0], heldout=sets[1])(STATE)
+        make_feature_reader(
+            extract=lambda _, b: b | {"features": np.log(b["features"])}, train=sets[0], heldout=sets[1]
+        )(STATE)
 
 
 def test_the_held_out_loss_does_not_depend_on_the_batch_size_and_draws_the_same_pictures(tmp_path):
     objective, data = tiny_objective(), jax.tree.map(np.asarray, tiny_batch(20))
     params, key = objective.init(jax.random.key(0)), jax.random.key(9)
-    predict = lambda params, batch: objective.predict(params, {k: jnp.asarray(batch[k]) for k in data}, key)  # noqa: E731
+
+    def predict(params, batch):
+        out = objective.predict(params, {name: jnp.asarray(batch[name]) for name in data}, key)
+        return jax.device_get(out) | {name: batch[name] for name in ("position", "valid")}
+
     results = {}
     for size in (4, 20, 32):
         heldout = list(batches(20, size, **data))
@@ -117,6 +135,28 @@ def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
     assert sheet.shape == (16 + 2 * (96 + 4), 4 * (144 + 4) + 4, 3)
     tile = lambda n: sheet[16 + 48, 4 + n * 148 + np.array([36, 108]), 0].tolist()  # noqa: E731 - a hidden, a visible pixel
     assert [tile(n) for n in range(4)] == [[51, 51], [128, 51], [204, 204], [204, 51]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("knn", {"neighbours": 0}),
+        ("linear", {"iterations": 0}),
+        ("knn", {"neighbors": 5}),
+        ("reconstruction", {"pictures": -1}),
+    ],
+)
+def test_options_that_cannot_work_are_refused(name, options):
+    supplies = {"features": len, "predict": len, "heldout": [], "spread": len, "folder": ""}
+    with pytest.raises(ConfigError):
+        make_evaluator(name, supplies, **options)
+
+
+def test_a_probe_needs_two_classes():
+    (train, _), (heldout, labels) = clusters(10, 1.0), clusters(10, 1.0)
+    run = make_evaluator("linear", {"features": lambda _: Features(train, np.zeros(10, int), heldout, labels)})
+    with pytest.raises(ConfigError, match="eval_images"):
+        run(STATE)
 
 
 def test_an_unknown_evaluator_is_refused():

@@ -9,7 +9,7 @@ from simmim_jax.metrics import Clock, Progress, Records, duration, read_rows, wr
 
 def test_rows_after_the_restored_step_are_cut_and_a_torn_line_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n, "loss": n}) + "\n" for n in range(1, 9)) + '{"st'
+        "".join(json.dumps({"step": n, "loss": n}) + "\n" for n in range(1, 9)) + '{"loss": 9}\n[1]\n{"st'
     )
     (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "knn": 0.1}\n{"step": 8, "knn": 0.2}\n')
     records = Records(str(tmp_path), 5)

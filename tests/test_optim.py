@@ -90,7 +90,7 @@ def test_adamw_equals_its_equations():
     expected = {"kernel": w, "bias": b}
     for step in range(1, 4):
         grads = {"kernel": np.array([[30.0, -4.0]]) * step, "bias": np.array([6.0])}
-        updates, opt_state = tx.update(jax.tree.map(jnp.asarray, grads), opt_state, params)
+        updates, opt_state = tx.update(jax.tree.map(jnp.asarray, grads), opt_state, params, step=0)
         params = optax.apply_updates(params, updates)
         norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
         for name, g in grads.items():
@@ -117,6 +117,12 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
     trained = sum(x.size for name in ("head", "mask_token") for x in jax.tree.leaves(state.params[name]))
     assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.size > 1) == 2 * trained
     assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("option", [{"betas": (2.0, 3.0)}, {"clip": -5.0}, {"weight_decay": -1.0}, {"lr": 1.0}])
+def test_options_that_cannot_work_are_refused(option):
+    with pytest.raises(ConfigError):
+        make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, **option)
 
 
 def test_unknown_names_are_refused():

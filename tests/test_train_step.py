@@ -16,7 +16,8 @@ from simmim_jax.train import compile_step
 from simmim_jax.train_step import init_state, train_step
 
 KEY = jax.random.key(0)
-OBJECTIVE = tiny_objective(tiny_encoder(width=128))  # wide enough that fsdp splits something
+# Wide enough that fsdp splits something; with stochastic depth, whose draws must not depend on the split either.
+OBJECTIVE = tiny_objective(tiny_encoder(width=128, drop_path=0.3))
 # SGD: Adam divides a gradient that is nothing but rounding by its own size, and would show no more than that.
 TX, _ = make_optimizer("sgd", steps=100, steps_per_epoch=10, schedule="constant", learning_rate=0.1, weight_decay=0.05)
 
@@ -64,7 +65,7 @@ def test_fsdp_splits_large_parameters_and_their_moments_alike():
     state = sharding.place(jax.eval_shape(partial(init_state, init=OBJECTIVE.init, tx=tx), KEY), mesh)
     place = lambda x: x.sharding.spec  # noqa: E731
     params = jax.tree.map(place, state.params)
-    moments = state.opt_state[1][0]
+    moments = state.opt_state[1]
     assert jax.tree.map(place, moments.mu) == jax.tree.map(place, moments.nu) == params
     assert params["encoder"]["block_0"]["mlp"]["fc1"]["kernel"] == P(None, "fsdp")
     assert params["encoder"]["norm"]["scale"] == P(None)
@@ -96,6 +97,15 @@ def test_every_step_draws_other_masks_and_a_repeated_step_the_same():
     assert first == again != later
 
 
+def test_the_rate_is_that_of_the_step_whatever_was_skipped():
+    tx, rate = make_optimizer("adamw", steps=10, steps_per_epoch=10, schedule="linear", learning_rate=1.0)
+    params = {"kernel": jnp.ones((2, 2))}
+    for step in (0, 3, 9):
+        updates, _ = tx.update({"kernel": jnp.ones((2, 2))}, tx.init(params), params, step=jnp.int32(step))
+        # Adam's first step is the gradient's sign; decay adds 0.05 of the parameter
+        np.testing.assert_allclose(updates["kernel"], -1.05 * float(rate(step)), rtol=1e-5)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
     def loss_fn(params, batch, key, train):
         loss, metrics = OBJECTIVE.loss_fn(params, batch, key, train)
@@ -116,7 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
 )
 def test_a_batch_that_does_not_come_out_even_is_refused_with_those_that_do(batch_size, devices, microbatches, hint):
     with pytest.raises(ConfigError, match=hint):
-        sharding.check_batch_size(batch_size, devices, microbatches)
+        sharding.check_batch_size("batch_size", batch_size, devices, microbatches)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (0, 8), (-1, 0), (-2, 4)])

@@ -126,6 +126,8 @@ def check_batches(
     """Refuse arguments of `make_batches` that cannot work, as it does itself, before anything is opened."""
     _check_shapes(batch_size, processes, process, image_size, interpolation)
     _check(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
+    for key, value in {"crop_scale": crop_scale, "crop_ratio": crop_ratio}.items():
+        _check(len(value) == 2, key, value, "must be two numbers, (low, high)")
     _check(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "must be (low, high) within (0, 1]")
     _check(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "must be (low, high), above 0")
     _check(0 <= flip <= 1, "flip", flip, "must be in [0, 1]")

@@ -4,9 +4,10 @@ The contract. `make_evaluator(name, supplies, **options)` returns `run(state) ->
 what it evaluates (a compiled function, the images of one pass) and knows neither config nor model. Its metrics are the
 same for any batch size and device count. Supplies, of which each evaluator's signature picks what it needs:
 
-    heldout     one pass over the held-out images: iterable of batches with "image", "label", "position", "valid"
+    heldout     one pass over the held-out images: iterable of batches
     spread      (count) -> a pass over so many of them, spread evenly
-    predict     (params, batch) -> dict: what the objective makes of a batch
+    predict     (params, batch) -> dict of numpy arrays: what the objective makes of the batch, and of the same images
+                "label", "position" and "valid" (false where a batch is filled up); of all processes' images
     features    (state) -> evals.features.Features of training and held-out images
     folder      where figures go: <folder>/<name>_<step>.png
 
@@ -16,7 +17,7 @@ A new evaluator is one file, and one line in `EVALUATORS`.
 import inspect
 from collections.abc import Callable
 
-from simmim_jax.errors import choose
+from simmim_jax.errors import check_options, choose
 from simmim_jax.evals import accuracy, knn, linear, reconstruction
 
 EVALUATORS = {
@@ -31,4 +32,5 @@ def make_evaluator(name: str, supplies: dict, **options) -> Callable:
     """The evaluator `name`. Raises ConfigError for an unknown name."""
     make = choose("evaluator", name, EVALUATORS)
     wanted = inspect.signature(make).parameters
+    check_options(f"{name} evaluator", make, options)
     return make(**{supply: value for supply, value in supplies.items() if supply in wanted}, **options)

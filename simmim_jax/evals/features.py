@@ -17,7 +17,10 @@ class Features(NamedTuple):
 
 
 def make_feature_reader(*, extract: Callable, train: Iterable[dict], heldout: Iterable[dict]) -> Callable:
-    """A function state -> Features that works once for each step. extract(params, batch) -> [b, d]."""
+    """A function state -> Features that works once for each step.
+
+    extract(params, batch) -> {"features" [b, d], "label" [b], "valid" [b]}.
+    """
     newest: dict[int, Features] = {}
 
     def read(state) -> Features:
@@ -34,9 +37,10 @@ def _collect(extract: Callable, params, batches: Iterable[dict]):
     """Features and labels of the valid, labelled images of `batches`."""
     features, labels = [], []
     for batch in batches:
-        use = batch["valid"] & (batch["label"] >= 0)
-        features.append(np.asarray(extract(params, batch))[use])
-        labels.append(batch["label"][use])
+        out = extract(params, batch)
+        use = out["valid"] & (out["label"] >= 0)
+        features.append(out["features"][use])
+        labels.append(out["label"][use])
     features = np.concatenate(features)
     if not np.isfinite(features).all():
         raise NonFiniteError(

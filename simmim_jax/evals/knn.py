@@ -8,9 +8,13 @@ from collections.abc import Callable
 import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
 
+from simmim_jax.errors import check_minimum
+
 
 def make_knn(*, features: Callable, neighbours: int = 20, temperature: float = 0.07):
     """features(state) -> `evals.features.Features`. Metric: "knn", top-1 accuracy on the held-out set in 0..1."""
+    check_minimum("evals.knn.neighbours", neighbours, 1)
+    check_minimum("evals.knn.temperature", temperature, 0, strict=True)
 
     def run(state) -> dict[str, float]:
         x = features(state)

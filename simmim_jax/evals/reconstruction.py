@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw
 
+from simmim_jax.errors import check_minimum
+
 COLUMNS = ("original", "masked", "prediction", "pasted")
 
 
@@ -18,24 +20,28 @@ def make_reconstruction(
     folder: str,
     pictures: int = 8,
 ):
-    """predict(params, batch) -> {"loss" [b], "image", "prediction" [b, y, x, c] in 0..1, "mask" [b, y, x]}.
+    """predict(params, batch) -> "loss", "valid", "position" [b], "image", "prediction" [b, y, x, c], "mask" [b, y, x].
 
-    Masks depend on an image's "position" alone. Metric: "masked_loss", the mean over the held-out images. As many as
-    `pictures` (0: none), spread evenly over them, are drawn to `folder`/reconstruction_<step>.png.
+    Images and predictions are in 0..1; masks depend on an image's "position" alone. Metric: "masked_loss", the mean
+    over the held-out images. As many as `pictures` (0: none), spread evenly over them, are drawn to
+    `folder`/reconstruction_<step>.png.
     """
 
+    check_minimum("evals.reconstruction.pictures", pictures, 0)
+
     def run(state) -> dict[str, float]:
-        losses = [np.asarray(predict(state.params, batch)["loss"])[batch["valid"]] for batch in heldout]
-        shown = []
+        outs = (predict(state.params, batch) for batch in heldout)
+        losses = np.concatenate([out["loss"][out["valid"]] for out in outs])
+        shown = {}  # by position
         for batch in spread(pictures) if pictures else ():
             out = predict(state.params, batch)
-            columns = (np.asarray(out[name])[batch["valid"]] for name in ("image", "mask", "prediction"))
-            shown += zip(*columns, strict=True)
+            rows = zip(out["image"], out["mask"], out["prediction"], strict=True)
+            shown |= {p: row for p, row, valid in zip(out["position"], rows, out["valid"], strict=True) if valid}
         if shown:
             path = Path(folder) / f"reconstruction_{int(state.step)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw(shown)).save(path)
-        return {"masked_loss": float(np.concatenate(losses).mean(dtype=np.float64))}
+            Image.fromarray(draw([shown[position] for position in sorted(shown)])).save(path)
+        return {"masked_loss": float(losses.mean(dtype=np.float64))}
 
     return run
 

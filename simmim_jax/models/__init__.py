@@ -2,15 +2,16 @@
 
 The contract. An encoder is a `flax.linen` module with
 
-    embed(images) -> tokens              [b, i, j, c]: one token for each `token_stride` x `token_stride` pixels
-    trunk(tokens, train) -> features     [b, k, l, d]: one feature for each `feature_stride` x `feature_stride` pixels
-    check()                              raises ConfigError for options that cannot work
-    token_stride, feature_stride, depth  pixels, pixels, number of blocks
+    embed(images) -> tokens                    [b, i, j, c]: one for each `token_stride` x `token_stride` pixels
+    trunk(tokens, train, position) -> features [b, k, l, d]: one for each `feature_stride` x `feature_stride` pixels
+    check()                                    raises ConfigError for options that cannot work
+    token_stride, feature_stride, depth        pixels, pixels, number of blocks
 
-and `encoder(images, train)` is `trunk(embed(images), train)`. Images are normalised float32, channels last; tokens and
-features are float32 whatever the dtype of the matmuls. `trunk` sows each block's output [b, k, l, d] as
-`intermediates/blocks`, which probes read and training ignores. Masked image modelling replaces tokens between `embed`
-and `trunk`: what depends on position must come after, in `trunk`.
+and `encoder(images, train, position)` is the two in turn. `position` [b] is each image's place in the whole batch, by
+which stochastic depth draws from the rng stream "drop_path" while `train` is true (None: 0, 1, 2, ...). Images are
+normalised float32, channels last; tokens and features are float32 whatever the dtype of the matmuls. `trunk` sows each
+block's output [b, k, l, d] as `intermediates/blocks`, which probes read and training ignores. Masked image modelling
+replaces tokens between `embed` and `trunk`: what depends on position must come after, in `trunk`.
 
 A new encoder is one file with its `SIZES`, and one line in `ENCODERS`.
 """

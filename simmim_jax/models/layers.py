@@ -63,17 +63,22 @@ class LayerScale(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: zero a whole residual branch for an image with probability `rate`, and scale up the others.
 
-    Draws from the rng stream "drop_path" while `train` is true (Huang et al. 2016, arXiv 1603.09382).
+    Draws from the rng stream "drop_path" while `train` is true, for each image by its `position` in the whole batch, so
+    that no draw depends on how the batch is split (Huang et al. 2016, arXiv 1603.09382).
     """
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], train: bool, position: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b n d"]:
         if not train or self.rate == 0.0:
             return x
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), 1.0 - self.rate, (x.shape[0], 1, 1))
-        return jnp.where(kept, x / (1.0 - self.rate), 0.0)
+        key = self.make_rng("drop_path")
+        position = jnp.arange(x.shape[0]) if position is None else position
+        kept = jax.vmap(lambda place: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - self.rate))(position)
+        return jnp.where(kept[:, None, None], x / (1.0 - self.rate), 0.0)
 
 
 def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.ndarray, "n n"]:

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError
+from simmim_jax.errors import ConfigError, check_minimum
 from simmim_jax.models.layers import DropPath, LayerScale, Mlp, RelativePositionBias, layer_norm, truncated_normal
 
 SIZES = {
@@ -89,12 +89,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], bias: Float[Array, "h n n"] | None, grid: tuple[int, int], train: bool
+        self,
+        x: Float[Array, "b n d"],
+        bias: Float[Array, "h n n"] | None,
+        grid: tuple[int, int],
+        train: bool,
+        position: Int[Array, " b"] | None,
     ) -> Float[Array, "b n d"]:
         def add_branch(x, branch, name):
             if self.layer_scale:
                 branch = LayerScale(self.layer_scale, name=f"scale_{name}")(branch)
-            return x + DropPath(self.drop_path, name=f"drop_{name}")(branch, train)
+            return x + DropPath(self.drop_path, name=f"drop_{name}")(branch, train, position)
 
         rescale = (2 * self.number) ** -0.5
         if self.per_block_bias:
@@ -168,6 +173,9 @@ class ViT(nn.Module):
             raise ConfigError(f"sincos positions need a width in fours, not {self.width}", "encoder.width")
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
+        for field in ("mlp_ratio", "init_truncation", "norm_epsilon"):
+            check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
+        check_minimum("encoder.layer_scale", self.layer_scale, 0)
 
     @property
     def token_stride(self) -> int:
@@ -192,7 +200,9 @@ class ViT(nn.Module):
         return self.patch_embed(images).astype(jnp.float32)
 
     @nn.compact
-    def trunk(self, tokens: Float[Array, "b i j d"], train: bool = False) -> Float[Array, "b i j d"]:
+    def trunk(
+        self, tokens: Float[Array, "b i j d"], train: bool = False, position: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b i j d"]:
         """The features of the patches. Each block's output is sown as `intermediates/blocks`, before the final norm."""
         b, i, j, d = tokens.shape
         x = tokens.reshape(b, i * j, d)  # b n d
@@ -227,11 +237,13 @@ class ViT(nn.Module):
                 dtype=self.dtype,
                 name=f"block_{n}",
             )
-            x = block(x, bias, (i, j), train)
+            x = block(x, bias, (i, j), train, position)
             self.sow("intermediates", "blocks", to_map(x))
         if self.final_norm:
             x = layer_norm(self.norm_epsilon, "norm")(x)
         return to_map(x)
 
-    def __call__(self, images: Float[Array, "b y x c"], train: bool = False) -> Float[Array, "b i j d"]:
-        return self.trunk(self.embed(images), train)
+    def __call__(
+        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b i j d"]:
+        return self.trunk(self.embed(images), train, position)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from simmim_jax.errors import choose
+from simmim_jax.errors import check_options, choose
 from simmim_jax.objectives import classify, simmim
 
 
@@ -34,4 +34,6 @@ OBJECTIVES = {"simmim": simmim.make_simmim, "classify": classify.make_classify}
 
 def make_objective(name: str, encoder: nn.Module, **options) -> Objective:
     """The objective `name` over `encoder`. Raises ConfigError for an unknown name, or options that cannot work."""
-    return Objective(*choose("objective", name, OBJECTIVES)(encoder, **options))
+    make = choose("objective", name, OBJECTIVES)
+    check_options(f"{name} objective", make, options)
+    return Objective(*make(encoder, **options))

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models.layers import layer_norm, truncated_normal
@@ -16,7 +16,7 @@ from simmim_jax.objectives.pixels import normalise
 
 
 def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0):
-    """A function (encoder_params, images uint8, train, key) -> features [b, d]: the mean over the patches' features.
+    """A function (params, images uint8, train, key, position) -> [b, d]: the mean over the encoder's patch features.
 
     block: 1 to depth for that block's output, as the paper's linear evaluation reads block 8 of 12
     (microsoft/SimMIM#14); 0 for what the trunk puts out after its final norm.
@@ -28,13 +28,17 @@ def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[flo
         )  # fmt: skip
 
     def features(
-        params, images: UInt8[Array, "b y x c"], train: bool = False, key: jax.Array | None = None
+        params,
+        images: UInt8[Array, "b y x c"],
+        train: bool = False,
+        key: Key[Array, ""] | None = None,
+        position: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b d"]:
         rngs = None if key is None else {"drop_path": key}
         images = normalise(images, mean, std)
         if block == 0:
-            return encoder.apply({"params": params}, images, train, rngs=rngs).mean(axis=(1, 2))
-        _, sown = encoder.apply({"params": params}, images, train, rngs=rngs, mutable=["intermediates"])
+            return encoder.apply({"params": params}, images, train, position, rngs=rngs).mean(axis=(1, 2))
+        _, sown = encoder.apply({"params": params}, images, train, position, rngs=rngs, mutable=["intermediates"])
         return sown["intermediates"]["blocks"][block - 1].mean(axis=(1, 2))  # later blocks are dead code to XLA
 
     return features
@@ -65,11 +69,13 @@ def make_classify(
     pool_norm: bool = True,
     head_scale: float = 0.001,
     label_smoothing: float = 0.0,
+    train_encoder: bool = True,
 ):
     """(init, loss_fn, predict) of cross entropy over `num_classes`; `predict` gives "logits" [b, n].
 
     params: "encoder" and "head". loss_fn's metrics: "top1", the share of right answers.
     head_scale: factor on the head's initial N(0, 0.02) (official: 0.001 for ViT).
+    train_encoder: whether the encoder is in training mode, with stochastic depth; false where it is frozen.
     """
     if num_classes < 2:
         raise ConfigError(
@@ -87,11 +93,11 @@ def make_classify(
         pooled = jax.eval_shape(features, encoder_params, images)
         return {"encoder": encoder_params, "head": head.init(head_key, jnp.zeros(pooled.shape))["params"]}
 
-    def logits_of(params, images, train=False, key=None):
-        return head.apply({"params": params["head"]}, features(params["encoder"], images, train, key))
+    def logits_of(params, images, *mode):
+        return head.apply({"params": params["head"]}, features(params["encoder"], images, *mode))
 
     def loss_fn(params, batch, key, train):
-        logits = logits_of(params, batch["image"], train, jax.random.fold_in(key, batch["position"][0]))
+        logits = logits_of(params, batch["image"], train and train_encoder, key, batch["position"])
         targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), label_smoothing)
         right = logits.argmax(axis=-1) == batch["label"]
         return optax.softmax_cross_entropy(logits, targets).mean(), {"top1": right.mean(dtype=jnp.float32)}

@@ -39,16 +39,16 @@ def make_head(channels: int, stride: int, width: int, dtype: str) -> nn.Dense:
 
 
 def make_forward(encoder: nn.Module, *, channels: int) -> Callable:
-    """A function (params, images, mask, key, train) -> (features [b, k, l, d], prediction [b, k, l, p]).
+    """A function (params, images, mask, key, train, position) -> (features [b, k, l, d], prediction [b, k, l, p]).
 
     images: normalised, float32. mask: [b, i, j]; nothing of the hidden pixels reaches the features.
     """
 
-    def forward(params, images, mask, key, train):
+    def forward(params, images, mask, key, train, position=None):
         encoder_params = {"params": params["encoder"]}
         tokens = encoder.apply(encoder_params, images, method="embed")
         tokens = jnp.where(mask[..., None], params["mask_token"], tokens)  # float32: the gradient sums over the batch
-        features = encoder.apply(encoder_params, tokens, train, method="trunk", rngs={"drop_path": key})
+        features = encoder.apply(encoder_params, tokens, train, position, method="trunk", rngs={"drop_path": key})
         head = make_head(channels, encoder.feature_stride, features.shape[-1], encoder.dtype)
         return features, head.apply({"params": params["head"]}, features).astype(jnp.float32)
 
@@ -99,9 +99,7 @@ def make_simmim(
         images = normalise(batch["image"], mean, std)
         mask_key, drop_key = jax.random.split(key)
         mask = masks(mask_key, batch["position"])
-        # Stochastic depth is drawn per microbatch, of which the first position is the name.
-        drop_key = jax.random.fold_in(drop_key, batch["position"][0])
-        _, prediction = forward(params, images, mask, drop_key, train)
+        _, prediction = forward(params, images, mask, drop_key, train, batch["position"])
         hidden = jnp.repeat(jnp.repeat(mask, encoder.token_stride, axis=1), encoder.token_stride, axis=2)
         return images, hidden, prediction
 
