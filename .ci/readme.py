@@ -22,6 +22,7 @@ SMALL = {  # what makes a command small: flags added by its config, or None wher
         "--config.data.heldout_fraction=0.3", "--config.save_every=2",
     ],
     "configs/cifar10_vit_tiny.py": ["--config.batch_size=16", "--config.steps=3", "--config.eval_images=32"],
+    "configs/cifar10_linear.py": ["--config.batch_size=16", "--config.steps=3"],
     "configs/simmim_vit_b_800ep.py": [
         "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depth=1",
         "--config.eval_images=8", "--config.data.workers=1",
@@ -61,9 +62,10 @@ def readme_commands() -> list[str]:
 
 def main(scratch: Path) -> None:
     folder = scratch / "images"
-    folder.mkdir()
     for n in range(40):
-        picture(n).save(folder / f"{n}.jpg")
+        path = folder / f"class_{n % 10}" / f"{n}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(n).save(path)
     places = {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/"}
     Cifar10(data_dir=str(scratch / "tfds"), file_format="array_record").download_and_prepare()
 
