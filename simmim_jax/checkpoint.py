@@ -27,9 +27,12 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from simmim_jax.errors import BusyError, CheckpointError
 from simmim_jax.train_step import TrainState
 
+MAKE_ROOM = "earlier checkpoints are kept; make room or mend the folder, and run the same command again"
+
 
 def make_manager(workdir: str, *, keep: int = 2, keep_every: int = 0) -> ocp.CheckpointManager:
     """The checkpoints of `workdir`: the newest `keep`, and all whose step is a multiple of `keep_every` (0: none)."""
+    logging.get_absl_handler().addFilter(_is_told_here)
     policies = [preservation_policy.LatestN(max(keep, 1))]
     if keep_every:
         policies.append(preservation_policy.EveryNSteps(keep_every))
@@ -44,6 +47,11 @@ def make_manager(workdir: str, *, keep: int = 2, keep_every: int = 0) -> ocp.Che
         "meta": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options, item_handlers=handlers)
+
+
+def _is_told_here(record) -> bool:
+    """False for the tracebacks of Orbax's saving threads: `save` and `finish` raise what failed, as one line."""
+    return not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 def checksum(x: Array) -> UInt32[Array, ""]:
@@ -79,6 +87,11 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
 
     Raises CheckpointError if the disk cannot take it, now or at the save before.
     """
+    needed, free = (n / 2**20 for n in (sum(x.nbytes for x in jax.tree.leaves(state)), _free_bytes(manager)))
+    if needed > free:
+        raise CheckpointError(
+            f"could not save: {needed:.1f} MiB needed, {free:.1f} MiB free", str(manager.directory), MAKE_ROOM
+        )
     step = int(state.step)
     items = {"params": state.params, "opt_state": state.opt_state}
     meta = meta | {"step": step, "checksums": checksums(items)}
@@ -87,29 +100,31 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
         opt_state=ocp.args.StandardSave(state.opt_state),
         meta=ocp.args.JsonSave(meta),
     )
-    with _told_of_disk(manager, step):
+    with _told_of_disk(manager):
         manager.save(step, args=arguments)
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
     """Wait until what is being saved is on the disk. Raises CheckpointError if it did not get there."""
-    with _told_of_disk(manager, None):
+    with _told_of_disk(manager):
         manager.wait_until_finished()
 
 
+def _free_bytes(manager: ocp.CheckpointManager) -> int:
+    """Of the disk that the checkpoints are on; 0 if their folder is gone."""
+    folder = Path(manager.directory)
+    return shutil.disk_usage(folder).free if folder.exists() else 0
+
+
 @contextlib.contextmanager
-def _told_of_disk(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
+def _told_of_disk(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        folder = Path(manager.directory)
-        free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
-        what = "could not save" if step is None else f"could not save step {step}"
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(
-            f"{what}: {reason}", f"{folder} ({free} MiB free)",
-            "earlier checkpoints are kept; make room or mend the folder, and run the same command again",
-        ) from error  # fmt: skip
+            f"could not save: {reason}", f"{manager.directory} ({_free_bytes(manager) / 2**20:.1f} MiB free)", MAKE_ROOM
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[TrainState, dict] | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,15 @@ def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path):
     resumed = run(*flags)
     assert resumed.stdout.startswith("resuming at step 7"), resumed.stderr
     assert resumed.returncode == 0
+
+
+def test_too_little_room_is_told_before_anything_is_written(saved, monkeypatch):
+    manager = checkpoint.make_manager(str(saved))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(CheckpointError, match=r"could not save: \d.\d MiB needed, 1.0 MiB free"):
+        checkpoint.save(manager, make_state(3), {"data": {}})
+    assert manager.latest_step() == 2
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["1", "2"]
 
 
 def test_linear_evaluation_takes_the_encoder_and_leaves_it_as_it_is(tmp_path):
