@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -138,7 +139,9 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[Train
         folder = Path(manager.directory) / str(step)
         try:
             meta = _read_meta(folder)
-            _refuse_other_model(manager.item_metadata(step), abstract, folder)
+            with _quiet():
+                saved = manager.item_metadata(step)
+            _refuse_other_model(saved, abstract, folder)
             wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
             arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in wanted.items()})
             with _quiet():
@@ -267,13 +270,24 @@ def _move_aside(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's hundreds of lines about a damaged file: the error says it once."""
-    level = logging.get_verbosity()
+    """Without the hundreds of lines about a damaged file: the error says it once.
+
+    They come from Orbax's log and, written straight to the file descriptor, from TensorStore's threads, which go on for
+    a moment after the first failure.
+    """
+    level, stderr, nowhere = logging.get_verbosity(), os.dup(2), os.open(os.devnull, os.O_WRONLY)
     logging.set_verbosity(logging.FATAL)
+    os.dup2(nowhere, 2)
     try:
         yield
+    except Exception:
+        time.sleep(1)
+        raise
     finally:
+        os.dup2(stderr, 2)
         logging.set_verbosity(level)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 class StopSignal:

@@ -35,8 +35,10 @@ def run() -> None:
     except (UserError, Preempted) as error:
         if os.environ.get("SIMMIM_TRACEBACK"):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.stdout.flush()
+        print(error, file=sys.stderr, flush=True)
+        # All is closed by now, and the line must be the last: Orbax's threads print while the interpreter shuts down.
+        os._exit(error.exit_code)
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
