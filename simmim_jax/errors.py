@@ -11,7 +11,7 @@ This module imports nothing of ours, and nothing heavy: it is needed before JAX 
 import difflib
 import inspect
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -72,13 +72,18 @@ class Preempted(Exception):
         return f"stopped by {self.name}: {state}; run the same command again to go on"
 
 
+def nearest_of(name: str, choices: Iterable[str]) -> str:
+    """What to do about a `name` that is not among the choices: the nearest of them, and all."""
+    near = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}choose one of {', '.join(sorted(choices))}"
+
+
 def choose(what: str, name: str, choices):
     """`choices[name]` (or `name`, of a set), or a ConfigError that lists the choices and the nearest."""
     if name in choices:
         return choices[name] if isinstance(choices, dict) else name
-    near = difflib.get_close_matches(str(name), choices, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(f"unknown {what} {name!r}", fix=f"{hint}choose one of {', '.join(sorted(choices))}")
+    raise ConfigError(f"unknown {what} {name!r}", fix=nearest_of(name, choices))
 
 
 def check_options(what: str, function: Callable, options: dict) -> None:

@@ -137,7 +137,7 @@ def test_unknown_and_unprepared_datasets_are_told(tmp_path):
     assert "cifar10" in line
     assert "tfds build cifar10 --file_format=array_record" in line
     assert "did you mean cifar10" in told(*flags, "--config.data.name=cifar11", code=3)
-    assert "did you mean 'folder'" in told(*flags, "--config.data.source=foldr", code=2)
+    assert "did you mean folder" in told(*flags, "--config.data.source=foldr", code=2)
 
 
 def test_held_out_images_without_the_classes_are_told(tmp_path, images):

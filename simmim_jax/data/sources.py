@@ -10,11 +10,11 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from simmim_jax.errors import ConfigError, DataError
+from simmim_jax.errors import ConfigError, DataError, nearest_of
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 EVALUATION = ("val", "valid", "validation", "test")  # one thing, by four names
@@ -44,7 +44,7 @@ def make_source(
       DataError: where there are no such images.
     """
     if source not in SOURCES:
-        raise ConfigError(f"unknown source {source!r}", "data.source", _choose(source, SOURCES))
+        raise ConfigError(f"unknown source {source!r}", "data.source", nearest_of(source, SOURCES))
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction={heldout_fraction}", "data.heldout_fraction", "must be in [0, 1)")
     return SOURCES[source](path=path, name=name, data_dir=data_dir, split=split, heldout_fraction=heldout_fraction)
@@ -78,7 +78,9 @@ def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Fold
     else:
         own = split if split in folders else ""
         if split != "train" and not own:
-            raise ConfigError(f"{path} has no {split!r}", "data.split", _choose(split, ["train", "val", *folders[:10]]))
+            raise ConfigError(
+                f"{path} has no {split!r}", "data.split", nearest_of(split, {"train", "val", *folders[:10]})
+            )
         if not own and evaluation:
             fix = "name the images to train on train/, or point data.path one level down"
             raise DataError(f"{path} has {evaluation[0]}/ but no train/", "data.path", fix)
@@ -316,12 +318,6 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _is_file(entry: os.DirEntry) -> bool:
     return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
-
-
-def _choose(wrong: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(wrong, choices, n=1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    return f"{meant}choose one of {', '.join(sorted(set(choices)))}"
 
 
 def _nearest_folder(path: str) -> str:
