@@ -162,10 +162,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     if path and not os.path.isfile(path.split(":")[0]):
         near = difflib.get_close_matches(path, _config_files(path), n=1, cutoff=0.3)
         raise ConfigError("no such config file", path, f"did you mean {near[0]}?" if near else "give --config=FILE.py")
-    if path is None and not {"--help", "--helpfull", "--helpshort", "-h", "-help"} & set(argv):
-        raise ConfigError(
-            "no config given", "--config", "give --config=configs/digits_vit_tiny.py, or another of configs/"
-        )
+    if not {"--help", "--helpfull", "--helpshort", "-h", "-help"} & set(argv):
+        if path is None:
+            fix = "give --config=configs/digits_vit_tiny.py, or another of configs/"
+            raise ConfigError("no config given", "--config", fix)
+        if _flag_value(argv, "workdir") is None:
+            raise ConfigError("no workdir given", "--workdir", "give a folder for the run, like --workdir=runs/mine")
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # absl's and ml_collections' many, and whatever the config file raises

@@ -88,7 +88,7 @@ def test_missing_and_broken_configs_are_told(tmp_path):
     )
     assert "no config given" in told("--workdir=x", code=2)
     assert "no such config file" in told("--config=configs", "--workdir=x", code=2)
-    assert "--workdir" in told(*DIGITS[:1], code=2)
+    assert "no workdir given" in told(*DIGITS[:1], code=2)
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
     assert "ZeroDivisionError" in told("--config", broken, "--workdir=x", code=2)
