@@ -26,6 +26,7 @@ from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from simmim_jax.errors import BusyError, CheckpointError
+from simmim_jax.optim import path_of
 from simmim_jax.train_step import TrainState
 
 MAKE_ROOM = "earlier checkpoints are kept; make room or mend the folder, and run the same command again"
@@ -76,11 +77,7 @@ def _checksums(tree: PyTree) -> PyTree:
 def checksums(tree: PyTree) -> dict[str, int]:
     """The checksum of every array of `tree`, by path."""
     sums = jax.device_get(_checksums(tree))
-    return {_name(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return {path_of(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
@@ -241,7 +238,7 @@ def _refuse_difference(saved: PyTree, wanted: PyTree, folder: Path, hint: str) -
 
     def describe(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return {_name(path): f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves}
+        return {path_of(path): f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves}
 
     have, want = describe(saved), describe(wanted)
     different = [name for name in sorted(have | want) if have.get(name) != want.get(name)]

@@ -181,7 +181,8 @@ def _explained(error: Exception, argv: list[str], path: str) -> ConfigError:
     """What is wrong in `argv`, with the nearest field where it is a field that the config does not have."""
     message = " ".join(str(error).split())
     try:
-        fields = [name for name, _ in _flat(digest(load(path)))]
+        config = load(path)
+        fields = [name for name, _ in _flat(digest(config))]
     except Exception as broken:  # the config file itself fails: any error can come out of it
         return ConfigError(f"{type(broken).__name__}: {' '.join(str(broken).split())}", path, "mend the config file")
     for argument in argv[1:]:
@@ -191,7 +192,7 @@ def _explained(error: Exception, argv: list[str], path: str) -> ConfigError:
             hint = f"did you mean {near[0]}?" if near else f"fields are listed in {path} and simmim_jax/config.py"
             return ConfigError(f"unknown field {name.group(1)}", path, hint)
         if name and name.group(0) in message:
-            value = config_field(load(path), name.group(1))
+            value = config_field(config, name.group(1))
             like = f"give a {type(value).__name__}, like {value!r}"
             if isinstance(value, ConfigDict):
                 like = f"set its fields one by one: --{name.group(0).lstrip('-')}.{next(iter(value), 'field')}=value"

@@ -88,7 +88,7 @@ def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
 
 
 def train_labels(params: PyTree, frozen: str) -> PyTree:
-    """ "frozen" for each parameter whose path the regular expression matches from its start, else "trained"."""
+    """For each parameter "frozen", if the regular expression matches its path from the start, or else "trained"."""
     label = lambda path, _: "frozen" if re.match(frozen, path_of(path)) else "trained"  # noqa: E731
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -109,7 +109,8 @@ def scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs
     """Times minus the rate of the `step` that `update` is given: optax's own count falls behind a skipped step."""
 
     def update(updates, state, params=None, *, step, **_):
-        return jax.tree.map(lambda x: -rate(step) * x, updates), state
+        factor = -rate(step)
+        return jax.tree.map(lambda x: factor * x, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

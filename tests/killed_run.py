@@ -1,7 +1,8 @@
 """python killed_run.py WHEN SIGNAL [main's flags]: a run that gets SIGNAL at WHEN, from inside, at exactly that place.
 
 WHEN: "step:7" right after step 7 is sent to the device; "save:10" while step 10's checkpoint is being written in the
-background; "evaluation:0" at the start of the evaluation at step 0; "compile:0" before compilation.
+background; "evaluation:0" when the evaluators have run at step 0 and nothing is written yet; "compile:0" before
+compilation.
 """
 
 import os
