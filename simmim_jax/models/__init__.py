@@ -5,13 +5,20 @@ The contract. An encoder is a `flax.linen` module with
     embed(images) -> tokens                    [b, i, j, c]: one for each `token_stride` x `token_stride` pixels
     trunk(tokens, train, position) -> features [b, k, l, d]: one for each `feature_stride` x `feature_stride` pixels
     check()                                    raises ConfigError for options that cannot work
+    layer_of(path) -> layer                    of a parameter: 0 what embeds, 1 to depth the blocks, depth + 1 the rest
     token_stride, feature_stride, depth        pixels, pixels, number of blocks
+    init_truncation                            where the normal that tokens start from is cut, in standard deviations
 
 and `encoder(images, train, position)` is the two in turn. `position` [b] is each image's place in the whole batch, by
 which stochastic depth draws from the rng stream "drop_path" while `train` is true (None: 0, 1, 2, ...). Images are
 normalised float32, channels last; tokens and features are float32 whatever the dtype of the matmuls. `trunk` sows each
 block's output [b, k, l, d] as `intermediates/blocks`, which probes read and training ignores. Masked image modelling
-replaces tokens between `embed` and `trunk`: what depends on position must come after, in `trunk`.
+replaces tokens between `embed` and `trunk`: what depends on position, or mixes pixels of different tokens, must come
+after, in `trunk`, so that nothing of a hidden pixel reaches a feature.
+
+Batch norm's running mean and variance are parameters, named "mean" and "var": they are saved, placed and exchanged as
+such, and get no gradient. While `train` is true and the collection "statistics" is mutable, an encoder puts their new
+values there, under the same paths, and the training step writes them over the old.
 
 A new encoder is one file with its `SIZES`, and one line in `ENCODERS`.
 """

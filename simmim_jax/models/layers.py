@@ -1,6 +1,7 @@
 """What encoders share: initialisers, Mlp, DropPath, LayerScale, relative position bias.
 
-Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid.
+Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid; "..."
+stands for n tokens or for a map of them.
 
 Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residual stream, norms, softmax and biases of
 the attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
@@ -42,7 +43,7 @@ class Mlp(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b ... d"]) -> Float[Array, "b ... d"]:
         first = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=truncated_normal(self.init_truncation), name="fc1")
         second = nn.Dense(
             x.shape[-1], dtype=self.dtype, kernel_init=truncated_normal(self.init_truncation, self.rescale), name="fc2"
@@ -56,7 +57,7 @@ class LayerScale(nn.Module):
     initial: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b ... d"]) -> Float[Array, "b ... d"]:
         return x * self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
 
 
@@ -71,14 +72,19 @@ class DropPath(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], train: bool, position: Int[Array, " b"] | None = None
-    ) -> Float[Array, "b n d"]:
+        self, x: Float[Array, "b ... d"], train: bool, position: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b ... d"]:
         if not train or self.rate == 0.0:
             return x
         key = self.make_rng("drop_path")
         position = jnp.arange(x.shape[0]) if position is None else position
         kept = jax.vmap(lambda place: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - self.rate))(position)
-        return jnp.where(kept[:, None, None], x / (1.0 - self.rate), 0.0)
+        return jnp.where(jnp.expand_dims(kept, range(1, x.ndim)), x / (1.0 - self.rate), 0.0)
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rate of stochastic depth of each of `depth` blocks: from 0 in the first, linearly to `last` in the last."""
+    return [last * n / max(depth - 1, 1) for n in range(depth)]
 
 
 def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.ndarray, "n n"]:
@@ -99,13 +105,14 @@ def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number per head and displacement, added to the attention logits; zero at the start."""
+    """A learned number per head and displacement, added to the attention logits."""
 
     heads: int
-    class_token: bool
+    class_token: bool = False
+    initializer: jax.nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, grid: tuple[int, int]) -> Float[Array, "h n n"]:
         index = relative_position_index(grid, self.class_token)
-        table = self.param("table", nn.initializers.zeros, (int(index.max()) + 1, self.heads))
+        table = self.param("table", self.initializer, (int(index.max()) + 1, self.heads))
         return table[index].transpose(2, 0, 1)  # h n n

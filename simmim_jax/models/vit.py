@@ -4,6 +4,8 @@ Shape letters: b images, i and j the token grid, n tokens of one image (class to
 Source: microsoft/SimMIM models/vision_transformer.py; the paper's section 4.1 and appendix.
 """
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
-from simmim_jax.models.layers import DropPath, LayerScale, Mlp, RelativePositionBias, layer_norm, truncated_normal
+from simmim_jax.models.layers import (
+    DropPath,
+    LayerScale,
+    Mlp,
+    RelativePositionBias,
+    drop_path_rates,
+    layer_norm,
+    truncated_normal,
+)
 
 SIZES = {
     "ti": {"width": 192, "depth": 12, "heads": 3},
@@ -185,6 +195,12 @@ class ViT(nn.Module):
     def feature_stride(self) -> int:
         return self.patch_size
 
+    def layer_of(self, path: str) -> int:
+        """The layer of a parameter, for layer-wise learning rates: official `get_vit_layer`."""
+        if block := re.match(r"block_(\d+)/", path):
+            return int(block.group(1)) + 1
+        return 0 if path.startswith(("cls_token", "pos_embed", "patch_embed")) else self.depth + 1
+
     def setup(self):
         self.patch_embed = nn.Conv(
             self.width,
@@ -220,6 +236,7 @@ class ViT(nn.Module):
         def to_map(x):
             return x[:, int(self.class_token) :].reshape(b, i, j, d)
 
+        rates = drop_path_rates(self.drop_path, self.depth)
         # `train` and `grid` go by position: remat traces keyword arguments.
         block_class = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
         for n in range(self.depth):
@@ -231,7 +248,7 @@ class ViT(nn.Module):
                 per_block_bias=self.relative_position == "per_block",
                 class_token=self.class_token,
                 layer_scale=self.layer_scale,
-                drop_path=self.drop_path * n / max(self.depth - 1, 1),
+                drop_path=rates[n],
                 norm_epsilon=self.norm_epsilon,
                 init_truncation=self.init_truncation,
                 dtype=self.dtype,
