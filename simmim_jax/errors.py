@@ -4,14 +4,18 @@ Every error a user can cause ends as one line on stderr::
 
     ERROR[kind] what - where - what to do
 
-`main` prints it without a traceback (set SIMMIM_TRACEBACK=1 to see one) and exits with the code of its kind.
+`told_in_one_line` prints it without a traceback (set SIMMIM_TRACEBACK=1 to see one) and exits with the code of its
+kind.
 This module imports nothing of ours, and nothing heavy: it is needed before JAX is.
 """
 
+import contextlib
 import difflib
 import inspect
+import os
 import signal
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
@@ -97,3 +101,26 @@ def check_minimum(where: str, value: int | float, minimum: int, *, strict: bool 
     if not (value > minimum if strict else value >= minimum):  # so that NaN is refused
         bound = "above" if strict else "of at least"
         raise ConfigError(f"{where.split('.')[-1]} is {value}", where, f"give a number {bound} {minimum}")
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """End the process as promised above, if what runs inside raises UserError or Preempted; quietly if it is cut off.
+
+    For the entry of a program: the exit codes are those of the errors, 141 where nobody reads the output any more, as
+    after `| head`, and 130 for a Ctrl-C before a run has begun (later it is a signal like SIGTERM).
+    """
+    try:
+        yield
+    except (UserError, Preempted) as error:
+        if os.environ.get("SIMMIM_TRACEBACK"):
+            raise
+        sys.stdout.flush()
+        print(error, file=sys.stderr, flush=True)
+        # All is closed by now, and the line must be the last: Orbax's threads print while the interpreter shuts down.
+        os._exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,14 +3,13 @@
 Pretrains, or evaluates, as the config says. Run the same command again to go on after any interruption.
 """
 
-import os
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from simmim_jax.config import parse_flags
-from simmim_jax.errors import Preempted, UserError
+from simmim_jax.errors import told_in_one_line
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", required=True)
@@ -30,20 +29,8 @@ def run() -> None:
         import jax
 
         jax.config.config_with_absl()
-    try:
+    with told_in_one_line():
         app.run(main, flags_parser=parse_flags)
-    except (UserError, Preempted) as error:
-        if os.environ.get("SIMMIM_TRACEBACK"):
-            raise
-        sys.stdout.flush()
-        print(error, file=sys.stderr, flush=True)
-        # All is closed by now, and the line must be the last: Orbax's threads print while the interpreter shuts down.
-        os._exit(error.exit_code)
-    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:  # before the run has begun; later it is a signal like SIGTERM
-        sys.exit(130)
 
 
 if __name__ == "__main__":
