@@ -1,0 +1,368 @@
+"""The official state dicts: microsoft/SimMIM and microsoft/Swin-Transformer (ViT, Swin, Swin V2), pretrained,
+fine-tuned or bare, and facebookresearch/ConvNeXt.
+
+Pretraining puts "encoder." before the encoder's names, and has `mask_token` and `decoder.0`; fine-tuning has no prefix,
+and a `head` (a ViT's with `fc_norm`). timm's BEiT has the names of the official ViT, and its Swin nearly those of the
+official one: `timm` shares these tables. The yacs config in the files is dropped by `pickles`.
+"""
+
+import math
+
+import numpy as np
+
+from simmim_jax.errors import CheckpointError
+from simmim_jax.interop.found import (
+    Found,
+    Shapes,
+    prefix_of,
+    ratio_of,
+    side_of_table,
+    square,
+    whole_root,
+    without_prefix,
+)
+from simmim_jax.interop.reading import Weights
+from simmim_jax.interop.rules import (
+    PER_HEAD,
+    POINTWISE,
+    POSITIONS,
+    TO_WIDTH,
+    TOKEN,
+    VECTOR,
+    Rule,
+    convolution,
+    dense,
+    norm,
+    one,
+)
+from simmim_jax.models.vit import sincos_position
+
+NAME = "official"
+BEIT = ("gamma_1", "attn.q_bias", "relative_position_bias_table")  # what timm's plain ViT has not
+LAYER_SCALE = 0.1  # its initial value in every official ViT; trained weights do not tell it
+
+
+def recognise(weights: Weights) -> str | None:
+    """The encoder that these names are of; None if they are not official."""
+    names = weights.arrays.keys()
+    prefix = prefix_of(names, "patch_embed.proj.weight")
+    if prefix is None:
+        return "convnext" if prefix_of(names, "downsample_layers.0.0.weight") is not None else None
+    if any(name.startswith(f"{prefix}layers.0.downsample.") for name in names) or (
+        prefix == "encoder." and any(name.startswith(f"{prefix}layers.0.") for name in names)
+    ):
+        return "swinv2" if any(name.endswith("logit_scale") for name in names) else "swin"
+    if any(name.startswith(f"{prefix}blocks.0.") for name in names) and (
+        prefix == "encoder." or any(name.endswith(BEIT) for name in names)
+    ):
+        return "vit"
+    return None
+
+
+def describe(name: str, weights: Weights) -> Found:
+    """The model that these weights are, as far as they tell."""
+    return {"vit": describe_vit, "swin": describe_swin, "swinv2": describe_swin, "convnext": describe_convnext}[name](
+        weights, NAME, name
+    )
+
+
+def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: float = LAYER_SCALE) -> Found:
+    """A ViT, or BEiT, with blocks named `blocks.0`."""
+    prefix = prefix_of(weights.arrays, "patch_embed.proj.weight")
+    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    patch = shapes["patch_embed.proj.weight"]
+    width, notes = patch[0], []
+    table, shared = shapes.first("relative_position_bias_table"), "rel_pos_bias.relative_position_bias_table" in shapes
+    heads = table[1] if table else None
+    if heads is None and width % 64 == 0:
+        heads = width // 64
+        notes.append(f"took {heads} heads, 64 channels for each, which these weights do not tell: see --encoder.heads")
+    class_token = "cls_token" in shapes
+    encoder = {
+        "name": "vit",
+        "width": width,
+        "depth": shapes.count("blocks."),
+        "heads": heads,
+        "mlp_ratio": ratio_of(shapes["blocks.0.mlp.fc1.weight"][0], width),
+        "patch_size": square(patch, weights.where),
+        "class_token": class_token,
+        "absolute_position": position_of(weights.arrays.get(f"{prefix}pos_embed"), class_token),
+        "relative_position": "shared" if shared else "per_block" if table else "none",
+        "qkv_bias": "qv" if shapes.any("attn.q_bias") else "qkv" if shapes.any("attn.qkv.bias") else "none",
+        "layer_scale": layer_scale if shapes.any("gamma_1") or shapes.any("ls1.gamma") else 0.0,
+        "final_norm": "norm.weight" in shapes,
+        "norm_epsilon": 1e-6,
+    }
+    extra = 3 if class_token else 0
+    side = side_of_table(table[0] - extra) if table else None
+    if "pos_embed" in shapes:
+        side = whole_root(shapes["pos_embed"][1] - class_token)
+    image_size = (side * encoder["patch_size"],) * 2 if side else None
+    objective = objective_of(weights, shapes, prefix, encoder["final_norm"], of_patches="fc_norm.weight")
+    return Found(format, encoder, objective, image_size, patch[1], prefix, tuple(notes))
+
+
+def position_of(table: np.ndarray | None, class_token: bool) -> str:
+    """Of an absolute position embedding [1, n, d]: "learned", or "sincos" where it holds just those numbers."""
+    if table is None:
+        return "none"
+    side = whole_root(table.shape[1] - class_token)
+    if side and table.shape[2] % 4 == 0:
+        fixed = sincos_position((side, side), table.shape[2], class_token)
+        if np.allclose(table[0], fixed, rtol=0, atol=1e-5):
+            return "sincos"
+    return "learned"
+
+
+def objective_of(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool, of_patches: str = "") -> dict:
+    """The objective that the heads in the file are of.
+
+    of_patches: of a ViT, the name of the norm whose presence says that the classifier pools patches. Raises
+    CheckpointError for one that reads the class token: ours would feed it something else.
+    """
+    if "decoder.0.weight" in weights.arrays:
+        return {"name": "simmim"}
+    if "head.weight" not in weights.arrays:
+        return {"name": "none"}
+    if of_patches and (of_patches not in shapes or final_norm):
+        raise CheckpointError(
+            "the classifier in this file does not read the mean of the patches and fc_norm of it, as ours would",
+            weights.where, "leave it out with --allow 'head.*'",
+        )  # fmt: skip
+    return {
+        "name": "classify", "num_classes": weights.arrays["head.weight"].shape[0], "pool_norm": bool(of_patches)
+    }  # fmt: skip
+
+
+def describe_swin(weights: Weights, format: str, name: str) -> Found:
+    """A Swin or Swin V2 with stages named `layers.0`."""
+    prefix = prefix_of(weights.arrays, "patch_embed.proj.weight")
+    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    derived = {n.removeprefix(prefix): x for n, x in weights.derived.items()}
+    patch, stages = shapes["patch_embed.proj.weight"], shapes.count("layers.")
+    patch_size = square(patch, weights.where)
+    firsts = [f"layers.{stage}.blocks.0" for stage in range(stages)]
+    encoder = {
+        "name": name,
+        "width": patch[0],
+        "depths": tuple(shapes.count(f"layers.{stage}.blocks.") for stage in range(stages)),
+        "patch_size": patch_size,
+        "mlp_ratio": ratio_of(shapes["layers.0.blocks.0.mlp.fc1.weight"][0], patch[0]),
+        "absolute_position": "learned" if "absolute_pos_embed" in shapes else "none",
+        "patch_norm": "patch_embed.norm.weight" in shapes,
+        "final_norm": "norm.weight" in shapes,
+        "norm_epsilon": 1e-5,
+    }
+    if name == "swin":
+        tables = [shapes[f"{first}.attn.relative_position_bias_table"] for first in firsts]
+        windows = [side_of_table(table[0]) for table in tables]
+        encoder["stage_heads"] = tuple(table[1] for table in tables)
+        encoder["qkv_bias"] = "qkv" if shapes.any("attn.qkv.bias") else "none"
+    else:
+        encoder["stage_heads"] = tuple(shapes[f"{first}.attn.logit_scale"][0] for first in firsts)
+        encoder["qkv_bias"] = "qv" if shapes.any("attn.q_bias") else "none"
+        coordinates = [derived.get(f"{first}.attn.relative_coords_table") for first in firsts]
+        indices = [derived.get(f"{first}.attn.relative_position_index") for first in firsts]
+        windows = [
+            (c.shape[1] + 1) // 2 if c is not None else whole_root(i.shape[0]) if i is not None else None
+            for c, i in zip(coordinates, indices, strict=True)
+        ]
+        encoder["pretrained_windows"] = pretrained_windows(coordinates, windows)
+    known = None not in windows
+    encoder["window"] = max(windows) if known else None
+    grid = None  # of the first stage
+    if "absolute_pos_embed" in shapes:
+        grid = whole_root(shapes["absolute_pos_embed"][1])
+    elif mask := shifted_map(derived):
+        grid = mask
+    elif known and min(windows) < encoder["window"]:
+        stage = next(s for s in range(stages) if windows[s] < encoder["window"])
+        grid = windows[stage] * 2**stage  # a window shrinks to its map
+    objective = objective_of(weights, shapes, prefix, encoder["final_norm"])
+    return Found(
+        format, encoder, objective, (grid * patch_size,) * 2 if grid else None, patch[1], prefix,
+        windows=tuple(windows) if known else None,
+    )  # fmt: skip
+
+
+def shifted_map(derived: dict[str, np.ndarray]) -> int | None:
+    """The side of the first stage's map, from the mask [windows, n, n] of a block of it that shifts."""
+    for name, mask in sorted(derived.items()):
+        if name.endswith("attn_mask") and name.startswith("layers.0.") and mask.ndim == 3:
+            return whole_root(mask.shape[0] * mask.shape[1])
+    return None
+
+
+def pretrained_windows(coordinates: list[np.ndarray | None], windows: list[int | None]) -> tuple[int, ...]:
+    """Swin V2's PRETRAINED_WINDOW_SIZES, from the scaled coordinates of each stage; () where they are its own."""
+    sides = []
+    for table, window in zip(coordinates, windows, strict=True):
+        if table is None or window is None or window < 2:
+            return ()
+        reach = 2 ** (float(np.max(table)) * math.log2(8)) - 1  # 8 * (window - 1) / (pretrained window - 1)
+        sides.append(round(1 + 8 * (window - 1) / reach))
+    return () if sides == windows else tuple(sides)
+
+
+def describe_convnext(weights: Weights, format: str, name: str = "convnext") -> Found:
+    """A ConvNeXt under the names of facebookresearch/ConvNeXt."""
+    prefix = prefix_of(weights.arrays, "downsample_layers.0.0.weight")
+    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    stages = shapes.count("stages.")
+    encoder = {
+        "name": "convnext",
+        "depths": tuple(shapes.count(f"stages.{stage}.") for stage in range(stages)),
+        "widths": tuple(shapes[f"stages.{stage}.0.dwconv.weight"][0] for stage in range(stages)),
+        "layer_scale": 1e-6 if shapes.any("gamma") else 0.0,
+        "norm_epsilon": 1e-6,
+    }
+    classes = weights.arrays.get("head.weight")
+    objective = {"name": "simmim"} if "decoder.0.weight" in weights.arrays else {"name": "none"}
+    if classes is not None:
+        objective = {"name": "classify", "num_classes": classes.shape[0], "pool_norm": True}
+    return Found(format, encoder, objective, None, shapes["downsample_layers.0.0.weight"][1], prefix)
+
+
+def exported_objective(encoder, objective: dict) -> dict:
+    """All of it has a place."""
+    return objective
+
+
+def export_prefix(objective: str) -> str:
+    """What the encoder's names begin with in a file that we write."""
+    return "encoder." if objective == "simmim" else ""
+
+
+def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
+    """Why this format cannot hold the model; empty if it can."""
+    name = type(encoder).__name__
+    if name == "ResNet":
+        return "there is no official ResNet; timm has its names"
+    if name == "ViT":
+        if not encoder.class_token:
+            return "the official ViT always has a class token; timm's need not"
+        if encoder.qkv_bias == "qkv":
+            return "the official ViT has no bias on keys; timm's ViT has, if it has no relative positions"
+    elif name in ("Swin", "SwinV2") and not encoder.final_norm:
+        return "the official Swin always has a final norm"
+    return refusal_of_head(name, encoder, objective)
+
+
+def refusal_of_head(name: str, encoder, objective: dict) -> str:
+    """Why official and timm models have no such classifier; empty if they do."""
+    if objective["name"] != "classify":
+        return ""
+    hint = "leave the classifier out with --allow head"
+    if objective.get("block", 0):
+        return f"the classifier reads block {objective['block']}, theirs reads the output; {hint}"
+    if name == "ViT" and (encoder.final_norm or not objective["pool_norm"]):
+        return f"theirs has one norm, after pooling: final_norm=False and pool_norm=True; {hint}"
+    if name in ("Swin", "SwinV2", "ResNet") and objective["pool_norm"]:
+        return f"theirs has no norm after pooling (pool_norm); {hint}"
+    if name == "ConvNeXt" and not objective["pool_norm"]:
+        return f"theirs has a norm after pooling (pool_norm); {hint}"
+    return ""
+
+
+def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
+    """The table of this encoder and objective."""
+    table = {"ViT": vit, "Swin": swin, "SwinV2": swin, "ConvNeXt": convnext}[type(encoder).__name__]
+    encoder_rules = under_encoder(table(encoder, prefix, image_size))
+    if objective["name"] == "simmim":
+        return encoder_rules + one("mask_token", f"{prefix}mask_token", TOKEN) + dense("head", "decoder.0", POINTWISE)
+    if objective["name"] == "classify":
+        norm_name = f"{prefix}norm" if type(encoder).__name__ == "ConvNeXt" else f"{prefix}fc_norm"
+        head_norm = norm("head/norm", norm_name) if objective["pool_norm"] else []
+        return encoder_rules + head_norm + dense("head/logits", "head")
+    return encoder_rules
+
+
+def under_encoder(table: list[Rule]) -> list[Rule]:
+    """The same rules for an encoder within a whole tree."""
+    return [rule._replace(ours=f"encoder/{rule.ours}") for rule in table]
+
+
+def positions(encoder, prefix: str, image_size: tuple[int, int], name: str) -> list[Rule]:
+    """The absolute positions of a ViT, which are stored there even where they are fixed here."""
+    if encoder.absolute_position == "learned":
+        return one("pos_embed", f"{prefix}{name}", POSITIONS)
+    if encoder.absolute_position == "sincos":
+        grid = tuple(size // encoder.patch_size for size in image_size)
+        fixed = sincos_position(grid, encoder.width, encoder.class_token)
+        return [Rule("", (f"{prefix}{name}",), POSITIONS, fixed)]
+    return []
+
+
+def vit(encoder, prefix: str, image_size: tuple[int, int], scales: tuple = ("gamma_1", "gamma_2")) -> list[Rule]:
+    """scales: what LayerScale is called there."""
+    table = convolution("patch_embed", f"{prefix}patch_embed.proj")
+    if encoder.class_token:
+        table += one("cls_token", f"{prefix}cls_token", TOKEN)
+    table += positions(encoder, prefix, image_size, "pos_embed")
+    if encoder.relative_position == "shared":
+        table += one("rel_pos_bias/table", f"{prefix}rel_pos_bias.relative_position_bias_table")
+    for n in range(encoder.depth):
+        ours, theirs = f"block_{n}", f"{prefix}blocks.{n}"
+        table += norm(f"{ours}/norm1", f"{theirs}.norm1")
+        table += dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv", bias=encoder.qkv_bias == "qkv")
+        if encoder.qkv_bias == "qv":
+            table += one(f"{ours}/attn/q_bias", f"{theirs}.attn.q_bias", VECTOR)
+            table += one(f"{ours}/attn/v_bias", f"{theirs}.attn.v_bias", VECTOR)
+        if encoder.relative_position == "per_block":
+            table += one(f"{ours}/rel_pos_bias/table", f"{theirs}.attn.relative_position_bias_table")
+        table += dense(f"{ours}/attn/proj", f"{theirs}.attn.proj", TO_WIDTH)
+        table += norm(f"{ours}/norm2", f"{theirs}.norm2")
+        table += dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
+        if encoder.layer_scale:
+            table += one(f"{ours}/scale_attn/gamma", f"{theirs}.{scales[0]}")
+            table += one(f"{ours}/scale_mlp/gamma", f"{theirs}.{scales[1]}")
+    return table + (norm("norm", f"{prefix}norm") if encoder.final_norm else [])
+
+
+def swin(encoder, prefix: str, image_size: tuple[int, int], merge_at: int = 0) -> list[Rule]:
+    """Swin and Swin V2. merge_at: 0 where merging ends a stage, 1 where it begins the next (timm)."""
+    second = type(encoder).__name__ == "SwinV2"
+    table = convolution("patch_embed", f"{prefix}patch_embed.proj")
+    if encoder.patch_norm:
+        table += norm("patch_norm", f"{prefix}patch_embed.norm")
+    if encoder.absolute_position == "learned":
+        table += one("pos_embed", f"{prefix}absolute_pos_embed", POSITIONS)
+    for stage, depth in enumerate(encoder.depths):
+        for n in range(depth):
+            ours, theirs = f"stage_{stage}_block_{n}", f"{prefix}layers.{stage}.blocks.{n}"
+            table += norm(f"{ours}/norm1", f"{theirs}.norm1")
+            table += dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv", bias=encoder.qkv_bias == "qkv")
+            if encoder.qkv_bias == "qv":
+                table += one(f"{ours}/attn/q_bias", f"{theirs}.attn.q_bias", VECTOR)
+                table += one(f"{ours}/attn/v_bias", f"{theirs}.attn.v_bias", VECTOR)
+            if second:
+                table += one(f"{ours}/attn/logit_scale", f"{theirs}.attn.logit_scale", PER_HEAD)
+                table += dense(f"{ours}/attn/cpb/fc1", f"{theirs}.attn.cpb_mlp.0")
+                table += dense(f"{ours}/attn/cpb/fc2", f"{theirs}.attn.cpb_mlp.2", bias=False)
+            else:
+                table += one(f"{ours}/attn/rel_pos_bias/table", f"{theirs}.attn.relative_position_bias_table")
+            table += dense(f"{ours}/attn/proj", f"{theirs}.attn.proj", TO_WIDTH)
+            table += norm(f"{ours}/norm2", f"{theirs}.norm2")
+            table += dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
+        if stage < len(encoder.depths) - 1:
+            theirs = f"{prefix}layers.{stage + merge_at}.downsample"
+            table += norm(f"stage_{stage}_merge/norm", f"{theirs}.norm")
+            table += dense(f"stage_{stage}_merge/reduction", f"{theirs}.reduction", bias=False)
+    return table + (norm("norm", f"{prefix}norm") if encoder.final_norm else [])
+
+
+def convnext(encoder, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
+    """The names of facebookresearch/ConvNeXt."""
+    table = convolution("patch_embed", f"{prefix}downsample_layers.0.0")
+    table += norm("patch_norm", f"{prefix}downsample_layers.0.1")
+    for stage, depth in enumerate(encoder.depths):
+        if stage:
+            table += norm(f"stage_{stage}_down/norm", f"{prefix}downsample_layers.{stage}.0")
+            table += convolution(f"stage_{stage}_down/conv", f"{prefix}downsample_layers.{stage}.1")
+        for n in range(depth):
+            ours, theirs = f"stage_{stage}_block_{n}", f"{prefix}stages.{stage}.{n}"
+            table += convolution(f"{ours}/conv", f"{theirs}.dwconv") + norm(f"{ours}/norm", f"{theirs}.norm")
+            table += dense(f"{ours}/mlp/fc1", f"{theirs}.pwconv1") + dense(f"{ours}/mlp/fc2", f"{theirs}.pwconv2")
+            if encoder.layer_scale:
+                table += one(f"{ours}/scale/gamma", f"{theirs}.gamma")
+    return table

@@ -1,0 +1,26 @@
+"""An encoder as a StableHLO program, by `jax.export`: it runs without this code, for any batch size.
+
+`jax.export.deserialize(file)` gives a function of uint8 images [b, y, x, c]; `.call(images)` is float32 features
+[b, k, l, d]. Weights and normalisation are inside.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from simmim_jax.objectives.pixels import normalise
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def serialise(
+    encoder: nn.Module, params: dict, *, image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> bytes:
+    """The program, for images of `image_size` on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder."""
+
+    def features(images):
+        return encoder.apply({"params": params}, normalise(images, mean, std))
+
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *image_size, len(mean)), jnp.uint8)
+    return bytes(jax.export.export(jax.jit(features), platforms=PLATFORMS)(images).serialize())
