@@ -28,9 +28,13 @@ import dataclasses
 import flax.linen as nn
 
 from simmim_jax.errors import choose
-from simmim_jax.models import vit
+from simmim_jax.models import convnext, resnet, vit
 
-ENCODERS = {"vit": (vit.ViT, vit.SIZES)}
+ENCODERS = {
+    "convnext": (convnext.ConvNeXt, convnext.SIZES),
+    "resnet": (resnet.ResNet, resnet.SIZES),
+    "vit": (vit.ViT, vit.SIZES),
+}
 
 
 def make_encoder(name: str, size: str, **options) -> nn.Module:

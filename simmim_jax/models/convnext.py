@@ -1,0 +1,193 @@
+"""ConvNeXt, the first version: a ResNet's stages with the habits of a transformer.
+
+Shape letters: b images, y x pixels, i j the token grid, k l a feature map, d channels.
+Source: Liu et al. 2022, arXiv 2201.03545; facebookresearch/ConvNeXt models/convnext.py.
+
+How a ConvNeXt is masked. Its first convolution is 4x4 with stride 4: tokens of 4x4 pixels that share none, so the
+learned token can take their place between `embed` and `trunk`, as in SimMIM's Swin, and no hidden pixel reaches a
+feature. Whole squares of 32 pixels, the stride of the features, should be hidden, as for Swin.
+
+This is SimMIM applied as it is; the literature on convolutions goes other ways, because a dense convolution also works
+on the hidden places: A2MIM (Li et al. 2022, arXiv 2205.13943) fills hidden pixels with the mean colour and adds its
+learned token to a feature map further up; SparK (Tian et al. 2023, arXiv 2301.03580) computes on the visible places
+alone, by sparse convolutions; so does ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808), which found a masked autoencoder
+on a plain ConvNeXt to fall short and changed the block too (global response normalisation, which is not built here).
+"""
+
+import re
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.models.layers import DropPath, LayerScale, Mlp, drop_path_rates, layer_norm, truncated_normal
+
+SIZES = {
+    "t": {"depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)},
+    "s": {"depths": (3, 3, 27, 3), "widths": (96, 192, 384, 768)},
+    "b": {"depths": (3, 3, 27, 3), "widths": (128, 256, 512, 1024)},
+    "l": {"depths": (3, 3, 27, 3), "widths": (192, 384, 768, 1536)},
+}
+
+
+class Downsample(nn.Module):
+    """LayerNorm, and a 2x2 convolution of stride 2 to `width` channels: between two stages."""
+
+    width: int
+    norm_epsilon: float
+    init_truncation: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b k1 l1 d1"]) -> Float[Array, "b k2 l2 d2"]:
+        convolution = nn.Conv(
+            self.width,
+            (2, 2),
+            strides=2,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=truncated_normal(self.init_truncation),
+            name="conv",
+        )
+        return convolution(layer_norm(self.norm_epsilon, "norm")(x)).astype(jnp.float32)
+
+
+class Block(nn.Module):
+    """A 7x7 convolution of each channel by itself, LayerNorm and an MLP, in one residual branch."""
+
+    layer_scale: float
+    drop_path: float
+    norm_epsilon: float
+    init_truncation: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b k l d"], train: bool, position: Int[Array, " b"] | None
+    ) -> Float[Array, "b k l d"]:
+        width = x.shape[-1]
+        branch = nn.Conv(
+            width,
+            (7, 7),
+            padding=3,
+            feature_group_count=width,
+            dtype=self.dtype,
+            kernel_init=truncated_normal(self.init_truncation),
+            name="conv",
+        )(x)
+        branch = layer_norm(self.norm_epsilon, "norm")(branch.astype(jnp.float32))
+        branch = Mlp(4 * width, self.init_truncation, dtype=self.dtype, name="mlp")(branch)
+        if self.layer_scale:
+            branch = LayerScale(self.layer_scale, name="scale")(branch)
+        return x + DropPath(self.drop_path, name="drop")(branch, train, position)
+
+
+class ConvNeXt(nn.Module):
+    """A ConvNeXt under the encoder contract (see `simmim_jax.models`); how it is masked stands above.
+
+    depths, widths: number of blocks, and channels, of each of the four stages.
+    layer_scale: initial value of LayerScale; 0 for none.
+    drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
+    init_truncation: cut of the initial normals, in standard deviations; the official one, an absolute 2, is at 100.
+    remat: recompute each block's activations in the backward pass: less memory, about a third more work.
+    dtype: of the convolutions and matmuls, "float32" or "bfloat16".
+
+    The last map is not normalised: a classifier's LayerNorm comes after pooling (`pool_norm` of its objective).
+    """
+
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    widths: tuple[int, ...] = (96, 192, 384, 768)
+    layer_scale: float = 1e-6
+    drop_path: float = 0.0
+    norm_epsilon: float = 1e-6
+    init_truncation: float = 100.0
+    remat: bool = False
+    dtype: str = "float32"
+
+    CHOICES = {"dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
+
+    def check(self) -> None:
+        """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
+        if self.dtype not in self.CHOICES["dtype"]:
+            raise ConfigError(
+                f"unknown dtype {self.dtype!r}", "encoder.dtype", f"choose one of {', '.join(self.CHOICES['dtype'])}"
+            )
+        for field in ("depths", "widths"):
+            numbers = getattr(self, field)
+            if len(numbers) != 4 or min(numbers) < 1:
+                raise ConfigError(f"{field} is {numbers}", f"encoder.{field}", "give four numbers above 0, one a stage")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
+        for field in ("init_truncation", "norm_epsilon"):
+            check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
+        check_minimum("encoder.layer_scale", self.layer_scale, 0)
+
+    @property
+    def token_stride(self) -> int:
+        return 4
+
+    @property
+    def feature_stride(self) -> int:
+        return 32
+
+    @property
+    def depth(self) -> int:
+        return sum(self.depths)
+
+    def layer_of(self, path: str) -> int:
+        """The layer of a parameter, for layer-wise learning rates: each block is one, as for a ViT.
+
+        What leads to a stage counts with its first block. (Official ConvNeXt groups its blocks into 12 layers.)
+        """
+        if place := re.match(r"stage_(\d+)_(?:down|block_(\d+))/", path):
+            stage, number = (int(group or 0) for group in place.groups())
+            return sum(self.depths[:stage]) + number + 1
+        return 0 if path.startswith("patch_") else self.depth + 1
+
+    def setup(self):
+        self.patch_embed = nn.Conv(
+            self.widths[0],
+            (4, 4),
+            strides=4,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=truncated_normal(self.init_truncation),
+        )
+        self.patch_norm = layer_norm(self.norm_epsilon)
+
+    def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
+        """One token for each 4x4 pixels: a linear map of them, normalised."""
+        return self.patch_norm(self.patch_embed(images).astype(jnp.float32))
+
+    @nn.compact
+    def trunk(
+        self, tokens: Float[Array, "b i j d1"], train: bool = False, position: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b k l d2"]:
+        """The map of the last stage, not normalised. Each block's output is sown as `intermediates/blocks`."""
+        x = tokens
+        rates = iter(drop_path_rates(self.drop_path, self.depth))
+        # `train` goes by position: remat traces keyword arguments.
+        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for stage, (blocks, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            if stage > 0:
+                x = Downsample(
+                    width, self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_down"
+                )(x)  # fmt: skip
+            for n in range(blocks):
+                block = block_class(
+                    layer_scale=self.layer_scale,
+                    drop_path=next(rates),
+                    norm_epsilon=self.norm_epsilon,
+                    init_truncation=self.init_truncation,
+                    dtype=self.dtype,
+                    name=f"stage_{stage}_block_{n}",
+                )
+                x = block(x, train, position)
+                self.sow("intermediates", "blocks", x)
+        return x
+
+    def __call__(
+        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b k l d"]:
+        return self.trunk(self.embed(images), train, position)
