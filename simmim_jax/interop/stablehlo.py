@@ -17,6 +17,7 @@ def serialise(
     encoder: nn.Module, params: dict, *, image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> bytes:
     """The program, for images of `image_size` on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder."""
+    params = jax.tree.map(jnp.asarray, params)
 
     def features(images):
         return encoder.apply({"params": params}, normalise(images, mean, std))

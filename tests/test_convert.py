@@ -1,0 +1,285 @@
+"""The conversion tool from its command line: in, out, back, and every mistake in one line."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import run
+from safetensors.numpy import load_file, save_file
+from test_interop import NORMED, SIMMIM, SWINS, VIT, assert_same, exported, official_buffers
+from torch_files import Call, CfgNode, Global, write_pth
+
+from simmim_jax import checkpoint
+from simmim_jax.errors import CheckpointError, ConfigError
+from simmim_jax.models import make_encoder
+from simmim_jax.tools import convert
+
+CONVERT = ("-m", "simmim_jax.tools.convert")
+
+
+def tool(*arguments):
+    """The tool in this process."""
+    convert.run([str(argument) for argument in arguments])
+
+
+def told(*arguments, kind=ConfigError) -> str:
+    """The one line of the tool's error."""
+    with pytest.raises(kind) as caught:
+        tool(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def state(tmp_path):
+    """(path of a tiny official ViT as safetensors, its parameters as ours)."""
+    weights, params = exported("official", VIT, SIMMIM)
+    save_file(weights.arrays, tmp_path / "vit.safetensors")
+    return tmp_path / "vit.safetensors", params
+
+
+@pytest.fixture
+def workdir(tmp_path, state):
+    """A workdir of a tiny ViT."""
+    tool(state[0], tmp_path / "workdir")
+    return tmp_path / "workdir"
+
+
+def official_file(path, options, objective, **more):
+    """A .pth as the official code saves one: weights, optimizer, schedule, and a config of yacs. Returns our params."""
+    weights, params = exported("official", options, objective)
+    arrays = dict(weights.arrays)
+    if options["name"].startswith("swin"):
+        prefix = "encoder." if objective == SIMMIM else ""
+        for stage, window in enumerate((4, 4, 4, 2)):
+            buffers = official_buffers(window, window)
+            if options["name"] == "swin":
+                del buffers["relative_coords_table"]
+            for name, value in buffers.items():
+                if name != "attn_mask":
+                    arrays[f"{prefix}layers.{stage}.blocks.0.attn.{name}"] = value
+        arrays[f"{prefix}layers.0.blocks.1.attn_mask"] = official_buffers()["attn_mask"]
+    moments = {0: {"step": 3, "exp_avg": np.zeros(4, np.float32)}}
+    content = {
+        "model": {more.get("wrapper", "") + name: x for name, x in arrays.items()},
+        "optimizer": {"state": moments, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "lr_scheduler": {"base_values": [1e-4]},
+        "max_accuracy": 0.0,
+        "epoch": 799,
+        "config": CfgNode({"MODEL": CfgNode({"TYPE": options["name"]})}),
+        **more.get("content", {}),
+    }
+    write_pth(path, content, legacy=more.get("legacy", False))
+    return params
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "objective"),
+    [("vit", VIT, SIMMIM), ("swin", SWINS[0], SIMMIM), ("swinv2", SWINS[1], SIMMIM),
+     ("finetuned", {**VIT, "relative_position": "per_block", "final_norm": False}, NORMED)],
+)  # fmt: skip
+def test_an_official_pth_becomes_a_workdir(tmp_path, capsys, name, options, objective):
+    params = official_file(tmp_path / "official.pth", options, objective, legacy=name == "vit", wrapper="module.")
+    tool(tmp_path / "official.pth", tmp_path / "workdir")
+    back, config = checkpoint.read_params(str(tmp_path / "workdir"))
+    assert_same(back, params)
+    assert config["imported"].keys() == {"from", "format", "sha256"}
+    assert config["objective"] == objective
+    assert config["image_size"] == list((32, 32) if options["name"] == "vit" else (64, 64))
+    assert make_encoder(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["encoder"].items()}) is not None
+    out = capsys.readouterr().out
+    assert f"official {options['name']} ({objective['name']})" in out
+    assert f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters" in out
+    assert f"--config.init_from={tmp_path / 'workdir'}" in out
+    assert ("not weights, left out" in out) == options["name"].startswith("swin")
+
+
+def test_a_hostile_file_is_refused_with_exit_code_5_and_without_a_trace(tmp_path):
+    marker = tmp_path / "marker"
+    harm = Call(Global("os", "system"), f"touch {marker}")
+    official_file(tmp_path / "evil.pth", VIT, SIMMIM, content={"config": harm})
+    done = run(tmp_path / "evil.pth", tmp_path / "workdir", script=CONVERT)
+    assert done.returncode == 5, done.stderr
+    assert re.fullmatch(r"ERROR\[checkpoint\] .+ - .+", done.stderr.strip().splitlines()[-1])
+    assert not marker.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+
+def test_the_command_line_imports_and_exports(tmp_path, state):
+    done = run(state[0], tmp_path / "workdir", script=CONVERT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    done = run(tmp_path / "workdir", tmp_path / "out.safetensors", "--format=official", script=CONVERT)
+    assert done.returncode == 0, done.stderr
+    assert "official vit (simmim)" in done.stdout
+    theirs, ours = load_file(state[0]), load_file(tmp_path / "out.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(theirs[name].tobytes() == ours[name].tobytes() for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("a",), "the following arguments are required: TO - command line"),
+        (("a", "b", "c"), "unknown argument 'c' - command line - give FROM and TO"),
+        (("a", "b", "--alow=x"), "unknown argument '--alow=x' - command line - did you mean --allow"),
+        (("a", "b", "--image_size=big"), "--image_size=big - command line - give positive numbers"),
+        (("a", "b", "--image_size=1,2,3"), "--image_size=1,2,3"),
+        (("a", "b", "--image_size=0"), "--image_size=0"),
+        (("a", "b", "--format=tim"), "unknown format 'tim' - did you mean timm"),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_line_and_exit_code_2(tmp_path, arguments, line):
+    assert line in told(*arguments)
+
+
+def test_help_and_mistakes_are_told_without_importing_jax():
+    for arguments, code in ((("--help",), 0), (("a", "b", "--alow=x"), 2)):
+        done = run(*arguments, script=("-X", "importtime", *CONVERT))
+        assert done.returncode == code
+        imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+        assert "argparse" in imported
+        assert not imported & {"jax", "flax", "numpy", "orbax", "safetensors"}
+        if code:
+            assert done.stderr.strip().splitlines()[-1].startswith("ERROR[config] unknown argument '--alow=x'")
+        else:
+            assert "examples:" in done.stdout
+
+
+def test_a_field_that_does_not_exist_or_does_not_fit_is_told(tmp_path, state):
+    assert "unknown vit field 'head' - did you mean heads" in told(state[0], tmp_path / "w", "--encoder.head=2")
+    assert "--encoder.heads=two - command line - give a int, like 12" in told(
+        state[0], tmp_path / "w", "--encoder.heads=two"
+    )
+    assert "unknown vit field 'window'" in told(state[0], tmp_path / "w", "--encoder.window", "12")
+    assert "no mean for 3 channel(s)" in told(state[0], tmp_path / "w", "--mean=0.5")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_source_that_is_nothing_is_told(tmp_path, workdir):
+    assert "no such file or folder" in told(tmp_path / "nowhere", tmp_path / "w", kind=CheckpointError)
+    assert "nowhere is no run of ours" in told(tmp_path / "nowhere", tmp_path / "w", "--format=timm")
+    assert "--image_size in an export" in told(workdir, tmp_path / "w", "--image_size=32")
+    assert "--encoder.heads in an export" in told(workdir, tmp_path / "w", "--encoder.heads=2")
+    assert "a state dict under whose names?" in told(workdir, tmp_path / "w.safetensors")
+
+
+def test_what_is_there_is_kept_unless_told_to_overwrite_it_and_then_only_what_a_conversion_wrote(
+    tmp_path, state, workdir
+):
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert "there is something already" in told(state[0], workdir)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    tool(state[0], workdir, "--overwrite", "--mean=0.5,0.5,0.5")
+    assert json.loads((workdir / "config.json").read_text())["mean"] == [0.5, 0.5, 0.5]
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or ".old" in path.name] == []
+
+    (workdir / "metrics.jsonl").write_text("")
+    assert "a run has gone on in this folder" in told(state[0], workdir, "--overwrite")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("")
+    assert "no conversion has written this folder" in told(state[0], tmp_path / "photos", "--overwrite")
+    assert (tmp_path / "photos" / "one.jpg").exists()
+
+    out = tmp_path / "out.safetensors"
+    out.write_text("something")
+    assert "there is something already" in told(workdir, out, "--format=official")
+    assert out.read_text() == "something"
+    tool(workdir, out, "--format=official", "--overwrite")
+    assert load_file(out).keys() == load_file(state[0]).keys()
+
+
+def test_a_failure_amid_writing_leaves_nothing_behind(tmp_path, state, workdir, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("simmim_jax.tools.weights.save_file", fail)
+    for target in ((tmp_path / "hf",), (tmp_path / "out.safetensors", "--format=official")):
+        assert "cannot write: No space left on device" in told(workdir, *target, kind=CheckpointError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
+
+
+def test_a_target_below_a_file_is_told(tmp_path, state, workdir):
+    assert "cannot write" in told(workdir, state[0] / "hf", kind=CheckpointError)
+
+
+def test_allow_leaves_parts_out_and_says_so(tmp_path, state, workdir, capsys):
+    line = told(state[0], tmp_path / "bare", "--allow=decoder.*", kind=CheckpointError)
+    assert "encoder.mask_token" in line
+    capsys.readouterr()
+    tool(state[0], tmp_path / "bare", "--allow=decoder.*", "--allow", "encoder.mask_token")
+    assert "skipped, as --allow says: decoder.0.bias, decoder.0.weight, encoder.mask_token" in capsys.readouterr().out
+    params, config = checkpoint.read_params(str(tmp_path / "bare"))
+    assert (list(params), config["objective"]) == (["encoder"], {"name": "none"})
+
+    tool(workdir, tmp_path / "bare.safetensors", "--format=official", "--allow=head,mask_token")
+    assert "left out: head, mask_token" in capsys.readouterr().out
+    assert not [name for name in load_file(tmp_path / "bare.safetensors") if "decoder" in name or "mask" in name]
+
+
+def test_an_export_that_a_format_cannot_hold_names_the_reason(tmp_path, state):
+    weights, _ = exported("official", SWINS[0], SIMMIM)
+    save_file(weights.arrays, tmp_path / "swin.safetensors")
+    tool(tmp_path / "swin.safetensors", tmp_path / "swin")
+    line = told(tmp_path / "swin", tmp_path / "hf", kind=CheckpointError)
+    assert "huggingface cannot hold this model: transformers does not shrink a table" in line
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_hugging_face_folder_goes_out_and_comes_back(tmp_path, capsys):
+    weights, params = exported("official", {**SWINS[1], "window": 2}, SIMMIM)
+    save_file(weights.arrays, tmp_path / "swin.safetensors")
+    tool(tmp_path / "swin.safetensors", tmp_path / "swin", "--encoder.window=2", "--image_size=64", "--std=.2,.3,.4")
+    (tmp_path / "swin" / "summary.json").write_text(json.dumps({"step": 5, "masked_loss": 0.25, "start": {"x": 1}}))
+    tool(tmp_path / "swin", tmp_path / "hf")
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["Swinv2ForMaskedImageModeling"]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "- masked_loss: 0.25" in card
+    assert "swin.safetensors" in card  # where the weights came from
+    tool(tmp_path / "hf", tmp_path / "again")
+    back, read = checkpoint.read_params(str(tmp_path / "again"))
+    assert_same(back, params)
+    first = json.loads((tmp_path / "swin" / "config.json").read_text())
+    assert {name: read[name] for name in read if name != "imported"} == {
+        name: first[name] for name in first if name != "imported"
+    }
+    assert read["std"] == [0.2, 0.3, 0.4]
+
+
+def test_what_has_no_place_in_a_format_is_left_out_and_told(tmp_path, workdir, state, capsys):
+    tool(workdir, tmp_path / "beit")
+    out = capsys.readouterr().out
+    assert "huggingface vit (none)" in out
+    assert "left out: head, mask_token" in out
+    assert "Left out" in (tmp_path / "beit" / "README.md").read_text()
+    tool(tmp_path / "beit", tmp_path / "again")
+    assert_same(checkpoint.read_params(str(tmp_path / "again"))[0], {"encoder": state[1]["encoder"]})
+
+
+def test_a_stablehlo_program_gives_the_same_features_for_any_batch_size(tmp_path, workdir, state):
+    tool(workdir, tmp_path / "vit.stablehlo")
+    program = jax.export.deserialize(bytearray((tmp_path / "vit.stablehlo").read_bytes()))
+    assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+    config = json.loads((workdir / "config.json").read_text())
+    encoder = make_encoder(**config["encoder"])
+    mean, std = np.float32(config["mean"]), np.float32(config["std"])
+    for batch in (1, 3):
+        images = np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), np.uint8)
+        features = program.call(images)
+        params = jax.tree.map(jnp.asarray, state[1]["encoder"])
+        expected = encoder.apply({"params": params}, jnp.asarray((images.astype(np.float32) / 255 - mean) / std))
+        assert features.shape == (batch, 4, 4, 16)
+        assert features.dtype == np.float32
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)  # fused otherwise, by the exporter's jit
+
+
+def test_a_step_and_a_checkpoints_folder_are_runs_of_ours(tmp_path, workdir, state):
+    for number, source in enumerate((workdir / "checkpoints", workdir / "checkpoints" / "0")):
+        tool(source, tmp_path / f"{number}.safetensors", "--format=official")
+        assert load_file(tmp_path / f"{number}.safetensors").keys() == load_file(state[0]).keys()

@@ -1,0 +1,495 @@
+"""Weights of others: what goes out and comes back is the same to the bit; what does not fit is told from both sides."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from simmim_jax import interop
+from simmim_jax.errors import CheckpointError
+from simmim_jax.interop import huggingface, mae, official, rules
+from simmim_jax.interop.found import ratio_of, side_of_table, whole_root
+from simmim_jax.interop.reading import Weights, read_weights
+from simmim_jax.models import make_encoder
+from simmim_jax.tools.weights import abstract_model
+
+PIXELS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
+SIMMIM, BARE = {"name": "simmim"}, {"name": "none"}
+NORMED, PLAIN = (
+    {"name": "classify", "num_classes": 5, "pool_norm": True},
+    {"name": "classify", "num_classes": 5, "pool_norm": False},
+)
+VIT = {"name": "vit", "size": "ti", "width": 16, "depth": 2, "heads": 2, "patch_size": 8}
+SWIN = {"size": "t", "width": 8, "depths": (2, 1, 1, 1), "stage_heads": (1, 1, 2, 2), "window": 4}
+RESNET = {"name": "resnet", "size": "50", "width": 8, "depths": (2, 1, 1, 1)}
+CONVNEXT = {"name": "convnext", "size": "t", "widths": (8, 16, 24, 32), "depths": (2, 1, 1, 1)}
+IMAGE = {"vit": (32, 32), "swin": (64, 64), "swinv2": (64, 64), "resnet": (64, 64), "convnext": (64, 64)}
+
+
+def with_values(**options):
+    """Every combination of the values given for each field."""
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def cases(format, bases, options, objectives):
+    for base, chosen, objective in itertools.product(bases, options, objectives):
+        yield pytest.param(format, {**base, **chosen}, objective, id="-".join(
+            [format, base["name"], objective["name"], *(f"{k}={v}" for k, v in chosen.items())]
+        ))  # fmt: skip
+
+
+SWINS = [{"name": "swin", **SWIN}, {"name": "swinv2", **SWIN}]
+POSITIONS = ("none", "learned", "sincos")
+EVERY = [
+    # official
+    *cases("official", [VIT], with_values(absolute_position=POSITIONS, relative_position=("none", "shared")), [SIMMIM]),
+    *cases("official", [VIT], with_values(qkv_bias=("qv", "none"), layer_scale=(0.0, 0.1)), [SIMMIM]),
+    *cases("official", [VIT], with_values(relative_position=("shared", "per_block"), final_norm=(True, False)), [BARE]),
+    *cases("official", [VIT], [{"relative_position": "per_block", "final_norm": False}], [NORMED]),
+    *cases("official", SWINS, with_values(absolute_position=("none", "learned"), patch_norm=(True, False)), [SIMMIM]),
+    *cases("official", SWINS, [{}, {"qkv_bias": "none", "mlp_ratio": 2.5}], [BARE, PLAIN]),
+    *cases("official", [CONVNEXT], with_values(layer_scale=(0.0, 1e-6)), [BARE, NORMED, SIMMIM]),
+    # timm
+    *cases("timm", [VIT], with_values(class_token=(True, False), relative_position=("none",), qkv_bias=("qkv", "none"),
+                                      absolute_position=("learned", "sincos"), layer_scale=(0.0, 1e-5)), [BARE]),
+    *cases("timm", [VIT], [{"qkv_bias": "qkv", "relative_position": "none", "absolute_position": "learned",
+                            "layer_scale": 0.0, "final_norm": False}], [NORMED]),
+    *cases("timm", [VIT], [{"relative_position": "per_block", "final_norm": False}], [NORMED]),
+    *cases("timm", SWINS, [{}, {"qkv_bias": "none"}], [BARE, PLAIN]),
+    *cases("timm", [RESNET], [{}], [BARE, PLAIN]),
+    *cases("timm", [CONVNEXT], with_values(layer_scale=(0.0, 1e-6)), [BARE, NORMED]),
+    # Hugging Face
+    *cases("huggingface", [VIT], with_values(relative_position=("none",), qkv_bias=("qkv", "none"), layer_scale=(0.0,),
+                                             absolute_position=("learned", "sincos")), [BARE, SIMMIM]),
+    *cases("huggingface", [VIT], with_values(absolute_position=POSITIONS, layer_scale=(0.0, 0.1),
+                                             relative_position=("none", "shared", "per_block")), [BARE]),
+    *cases("huggingface", [VIT], [{"relative_position": "per_block", "final_norm": False}], [NORMED]),
+    *cases("huggingface", SWINS, [{"window": 2}, {"window": 2, "qkv_bias": "none", "absolute_position": "learned"}],
+           [BARE, PLAIN, SIMMIM]),
+    *cases("huggingface", SWINS[1:], [{"pretrained_windows": (4, 4, 4, 2)}], [BARE]),
+]  # fmt: skip
+
+
+def make(options, objective, image_size=None):
+    """(encoder, shapes) of a small model."""
+    image_size = image_size or IMAGE[options["name"]]
+    return abstract_model(options, objective, image_size, PIXELS)
+
+
+def random_params(abstract, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
+
+
+def exported(format, options, objective, image_size=None):
+    """(Weights as if read from a file of this format, our parameters)."""
+    image_size = image_size or IMAGE[options["name"]]
+    encoder, abstract = make(options, objective, image_size)
+    chosen = interop.EXPORTS[format]
+    assert chosen.refusal(encoder, objective, image_size) == ""
+    assert chosen.exported_objective(encoder, objective) == objective
+    params = random_params(abstract)
+    table = chosen.rules(encoder, objective, chosen.export_prefix(objective["name"]), image_size)
+    config = {}
+    if format == "huggingface":
+        config = json.loads(json.dumps(huggingface.config_of(encoder, objective, image_size, 3)))
+    return Weights(rules.to_theirs(table, params), {}, config, {}, "file", ""), params
+
+
+def imported(weights, given=None, image_size=None):
+    """(parameters, what was found) of a file; `given` and `image_size` as on the command line."""
+    found = interop.settle(interop.describe(weights), given or {}, image_size, weights.where)
+    encoder, abstract = make({"size": "t" if "swin" in found.encoder["name"] else SIZES[found.encoder["name"]],
+                              **found.encoder}, found.objective, found.image_size)  # fmt: skip
+    table = interop.rules_of(found.format, encoder, found.objective, found.prefix, found.image_size)
+    return rules.to_ours(table, weights.arrays, abstract, weights.where), found
+
+
+SIZES = {"vit": "ti", "resnet": "50", "convnext": "t"}
+
+
+def assert_same(params, expected):
+    ours, theirs = rules.flatten(params), rules.flatten(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+    assert all(ours[name].shape == theirs[name].shape for name in ours)
+
+
+@pytest.mark.parametrize(("format", "options", "objective"), EVERY)
+def test_what_is_exported_and_imported_is_the_same_to_the_bit(format, options, objective):
+    weights, params = exported(format, options, objective)
+    name, given, image_size = options["name"], {}, None
+    if name == "vit" and format != "huggingface":
+        given["heads"] = 2
+    if name == "swinv2" and format != "huggingface":
+        given["window"] = options["window"]
+    if name == "swinv2" or name in ("resnet", "convnext") or (name == "vit" and "image_size" not in weights.config):
+        image_size = IMAGE[name]
+    back, found = imported(weights, given, image_size)
+    assert_same(back, params)
+    assert found.objective == objective
+    # timm's BEiT has the official names, and an official ViT without anything of BEiT's has timm's.
+    assert found.format in ({"official", "timm"} if name == "vit" and format != "huggingface" else {format})
+    whole = {f: getattr(make_encoder(**options), f) for f in found.encoder if f != "name"}
+    assert {f: v for f, v in found.encoder.items() if f != "name"} == whole
+    assert found.image_size == IMAGE[name]
+
+
+# What the weights tell without help.
+
+
+def test_a_table_or_a_position_embedding_tells_the_image_size():
+    for options in ({"absolute_position": "learned", "relative_position": "none"}, {"relative_position": "shared"}):
+        weights, _ = exported("official", {**VIT, **options}, SIMMIM)
+        assert interop.describe(weights).image_size == (32, 32)
+    weights, _ = exported("official", {**SWINS[0], "absolute_position": "learned"}, SIMMIM)
+    assert interop.describe(weights).image_size == (64, 64)
+
+
+def test_a_window_that_shrank_tells_the_image_size():
+    weights, _ = exported("official", SWINS[0], SIMMIM)
+    found = interop.describe(weights)
+    assert (found.image_size, found.encoder["window"], found.windows) == ((64, 64), 4, (4, 4, 4, 2))
+
+
+def official_buffers(window=4, pretrained=4, side=16):
+    """Buffers of an official Swin V2's first stage, and of the last, which has one window of its map."""
+    steps = np.arange(1 - window, window) * 8 / (pretrained - 1)
+    steps = np.sign(steps) * np.log2(np.abs(steps) + 1) / 3
+    table = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1)[None].astype(np.float32)
+    return {
+        "relative_coords_table": table,
+        "relative_position_index": np.zeros((window**2, window**2), np.int64),
+        "attn_mask": np.zeros(((side // window) ** 2, window**2, window**2), np.float32),
+    }
+
+
+def test_the_buffers_of_an_official_swin_v2_tell_windows_image_size_and_the_windows_of_pretraining(tmp_path):
+    weights, params = exported("official", SWINS[1], PLAIN)
+    arrays = dict(weights.arrays)
+    for stage, window in enumerate((4, 4, 4, 2)):
+        buffers = official_buffers(window, window)
+        for name, value in buffers.items():
+            arrays[f"layers.{stage}.blocks.0.attn.{name}"] = value
+    arrays["layers.0.blocks.1.attn_mask"] = official_buffers()["attn_mask"]
+    save_file(arrays, tmp_path / "file.safetensors")
+    read = read_weights(str(tmp_path / "file.safetensors"))
+    back, found = imported(read)
+    assert (found.image_size, found.encoder["window"]) == ((64, 64), 4)
+    assert found.encoder["pretrained_windows"] == ()
+    assert_same(back, params)
+    assert len(read.derived) == 13
+    coordinates = [
+        official_buffers(window, pretrained)["relative_coords_table"] for window, pretrained in ((7, 6), (4, 3))
+    ]
+    assert official.pretrained_windows(coordinates, [7, 4]) == (6, 3)
+
+
+def test_what_weights_do_not_tell_is_asked_for():
+    weights, _ = exported("timm", SWINS[1], BARE)
+    found = interop.describe(weights)
+    with pytest.raises(CheckpointError, match=r"give --encoder.window=VALUE, --image_size=HEIGHT,WIDTH"):
+        interop.settle(found, {}, None, "file")
+    with pytest.raises(CheckpointError, match=r"give --image_size=HEIGHT,WIDTH"):
+        interop.settle(found, {"window": 4}, None, "file")
+    weights, _ = exported("official", {**VIT, "absolute_position": "none", "relative_position": "none"}, SIMMIM)
+    with pytest.raises(CheckpointError, match=r"give --encoder.heads=VALUE, --image_size=HEIGHT,WIDTH"):
+        imported(weights)
+
+
+def test_heads_that_are_guessed_are_told():
+    options = {**VIT, "width": 128, "relative_position": "none", "absolute_position": "learned"}
+    weights, _ = exported("official", options, SIMMIM)
+    _, found = imported(weights)
+    assert found.encoder["heads"] == 2
+    assert "took 2 heads" in found.notes[0]
+
+
+def test_sides_of_tables_and_ratios():
+    assert [side_of_table((2 * n - 1) ** 2) for n in range(1, 20)] == list(range(1, 20))
+    assert side_of_table(16) is None
+    assert whole_root(15) is None
+    assert all(
+        int(width * ratio_of(hidden, width)) == hidden for width in range(90, 1200, 37) for hidden in (1, 999, 4304)
+    )
+
+
+# What does not fit.
+
+
+def changed(weights, **arrays):
+    """`weights` with arrays added, replaced, or (None) removed."""
+    merged = {**weights.arrays, **{name.replace("__", "."): value for name, value in arrays.items()}}
+    return weights._replace(arrays={name: x for name, x in merged.items() if x is not None})
+
+
+def message(weights, given=None, image_size=None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        imported(weights, given, image_size)
+    return str(caught.value)
+
+
+def test_a_missing_array_is_told():
+    weights, _ = exported("official", VIT, SIMMIM)
+    told = message(changed(weights, encoder__blocks__1__norm2__bias=None))
+    assert "1 that the model needs are not in the file: encoder.blocks.1.norm2.bias" in told
+    assert told.startswith("ERROR[checkpoint]")
+
+
+def test_a_surplus_array_is_told_with_the_option_that_skips_it_and_nothing_else():
+    weights, params = exported("official", VIT, SIMMIM)
+    names = ("encoder__blocks__0__attn__q_norm__weight", "encoder__blocks__1__attn__q_norm__weight")
+    more = changed(weights, **dict.fromkeys((*names, "lm_head__weight", "lm_head__bias"), np.zeros(8, np.float32)))
+    told = message(more)
+    assert "4 arrays of the file have no place in the model: encoder.blocks.0.attn.q_norm.weight" in told
+    assert "--allow 'encoder.blocks.*.attn.q_norm.*,lm_head.*'" in told
+    skipped = interop.skip(more.arrays, ["encoder.blocks.*.attn.q_norm.*", "lm_head.*"])
+    assert len(skipped) == 4
+    rest = more._replace(arrays={name: x for name, x in more.arrays.items() if name not in skipped})
+    assert_same(imported(rest)[0], params)
+
+
+def test_a_pattern_that_fits_nothing_is_told():
+    with pytest.raises(CheckpointError, match=r"--allow 'haed.*' fits none of the 2 names - they are like head.bias"):
+        interop.skip(["head.bias", "head.weight"], ["haed.*"])
+
+
+def test_another_shape_is_told_from_both_sides():
+    weights, _ = exported("official", VIT, SIMMIM)
+    told = message(changed(weights, encoder__norm__weight=np.zeros(17, np.float32)))
+    assert "1 have another shape: encoder.norm.weight is [17] in the file and [16] in the model" in told
+
+
+def test_an_image_size_that_disagrees_with_the_tables_is_told():
+    weights, _ = exported("official", VIT, SIMMIM)
+    told = message(weights, image_size=(64, 64))
+    assert "rel_pos_bias.relative_position_bias_table is [52, 2] in the file and [228, 2] in the model" in told
+
+
+def test_windows_that_disagree_are_told():
+    weights, _ = exported("official", SWINS[0], SIMMIM)
+    told = message(weights, {"window": 2})
+    assert "windows disagree: [4, 4, 4, 2] by stage in the file; [2, 2, 2, 2] follow from window 2" in told
+    assert "windows disagree" in message(weights, image_size=(128, 128))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("window_size", 4, "window_size is 2 in the weights, 4 there"),
+        ("depths", [2, 1, 2, 1], "depths is (2, 1, 1, 1) in the weights, (2, 1, 2, 1) there"),
+        ("num_heads", [1, 1, 1, 1], "num_heads is (1, 1, 2, 2)"),
+        ("embed_dim", 16, "embed_dim is 8 in the weights, 16 there"),
+        ("patch_size", 8, "patch_size is [4, 4] in the weights, [8, 8] there"),
+        ("num_channels", 1, "num_channels is 3 in the weights, 1 there"),
+        ("hidden_act", "relu", "hidden_act 'relu'"),
+        ("layer_norm_eps", 1e-6, "layer_norm_eps 1e-06"),
+        ("model_type", "bert", "model_type 'bert'"),
+    ],
+)
+def test_a_config_that_disagrees_with_its_weights_is_told(field, value, told):
+    weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
+    assert told in message(weights._replace(config=weights.config | {field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("num_hidden_layers", 3, "num_hidden_layers is 2 in the weights, 3 there"),
+        ("num_attention_heads", 4, "num_attention_heads is 2 in the weights, 4 there"),
+        ("hidden_size", 32, "hidden_size is 16 in the weights, 32 there"),
+        ("image_size", 64, "image_size is 32 in the weights, 64 there"),
+        ("use_shared_relative_position_bias", False, "relative positions is shared in the weights, none there"),
+    ],
+)
+def test_a_beit_config_that_disagrees_with_its_weights_is_told(field, value, told):
+    weights, _ = exported("huggingface", {**VIT, "relative_position": "shared"}, BARE)
+    assert told in message(weights._replace(config=weights.config | {field: value}))
+
+
+def test_foreign_names_are_told_with_what_is_supported():
+    weights = Weights({"transformer.wte.weight": np.zeros((3, 3), np.float32)}, {}, {}, {}, "gpt.pth", "")
+    with pytest.raises(
+        CheckpointError, match=r"unknown weights: 1 arrays .* transformer.wte.weight - gpt.pth - supported"
+    ):
+        interop.describe(weights)
+
+
+def test_a_hugging_face_file_without_its_config_is_told():
+    weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
+    assert "without its config.json" in message(weights._replace(config={}))
+
+
+def test_the_names_of_transformers_5_in_memory_are_told():
+    weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
+    renamed = {name.replace("patch_embeddings", "patches"): x for name, x in weights.arrays.items()}
+    assert "give what save_pretrained writes" in message(weights._replace(arrays=renamed))
+
+
+def test_a_classifier_of_the_class_token_is_refused_until_it_is_left_out():
+    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
+    weights, params = exported("timm", plain, BARE)
+    head = {"head__weight": np.zeros((5, 16), np.float32), "head__bias": np.zeros(5, np.float32)}
+    told = message(changed(weights, **head), {"heads": 2})
+    assert "does not read the mean of the patches" in told
+    assert "--allow 'head.*'" in told
+    assert_same(imported(weights, {"heads": 2})[0], params)
+    weights, _ = exported("huggingface", plain, BARE)
+    head = {"classifier__weight": head["head__weight"], "classifier__bias": head["head__bias"]}
+    assert "--allow 'classifier.*'" in message(changed(weights, **head))
+
+
+def test_a_mae_is_its_encoder_with_fixed_positions_when_its_decoder_is_left_out():
+    plain = {**VIT, "relative_position": "none", "absolute_position": "sincos", "qkv_bias": "qkv", "layer_scale": 0.0}
+    weights, params = exported("timm", plain, BARE)
+    x = np.zeros((8, 16), np.float32)
+    whole = changed(weights, mask_token=x[:1, None, :8], decoder_pos_embed=x[None], decoder_embed__weight=x,
+                    decoder_blocks__0__norm1__weight=x[0], decoder_norm__weight=x[0],
+                    decoder_pred__weight=x)  # fmt: skip
+    assert mae.recognise(whole) == "vit"
+    told = message(whole, {"heads": 2})
+    assert "mask_token" in told
+    allow = told.split("--allow '")[1].split("'")[0].split(",")
+    for patterns in (allow, ["decoder_*", "mask_token"]):
+        skipped = interop.skip(whole.arrays, patterns)
+        assert len(skipped) == 6
+        rest = whole._replace(arrays={name: y for name, y in whole.arrays.items() if name not in skipped})
+        back, found = imported(rest, {"heads": 2})
+        assert found.encoder["absolute_position"] == "sincos"
+        assert_same(back, params)
+
+
+def test_register_tokens_are_refused():
+    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
+    weights, _ = exported("timm", plain, BARE)
+    told = message(changed(weights, reg_token=np.zeros((1, 4, 16), np.float32)), {"heads": 2})
+    assert "no place in the model: reg_token" in told
+
+
+# What a format cannot hold.
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "objective", "told"),
+    [
+        ("huggingface", {**VIT, "relative_position": "none", "qkv_bias": "qkv"}, BARE, "LayerScale or relative"),
+        ("huggingface", {**VIT, "class_token": False}, BARE, "always has a class token"),
+        ("huggingface", {**VIT, "final_norm": False}, SIMMIM, "always has a final norm"),
+        ("huggingface", {**VIT, "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0}, BARE,
+         "always has absolute positions"),
+        ("huggingface", SWINS[0], BARE, "does not shrink a table of window 4 to a map of 2"),
+        ("huggingface", {**SWINS[0], "patch_norm": False}, BARE, "norm after the patches"),
+        ("huggingface", {**SWINS[1], "window": 2}, NORMED, "no norm after pooling"),
+        ("huggingface", VIT, NORMED, "one norm, after pooling"),
+        ("huggingface", RESNET, BARE, "timm has its names"),
+        ("official", RESNET, BARE, "no official ResNet"),
+        ("official", {**VIT, "qkv_bias": "qkv"}, BARE, "no bias on keys"),
+        ("official", {**VIT, "class_token": False}, BARE, "always has a class token"),
+        ("official", {**SWINS[0], "final_norm": False}, BARE, "always has a final norm"),
+        ("official", {**VIT, "final_norm": False}, {**NORMED, "block": 2}, "reads block 2"),
+        ("official", CONVNEXT, PLAIN, "norm after pooling"),
+        ("timm", {**VIT, "qkv_bias": "qkv"}, BARE, "no bias on keys"),
+        ("timm", {**SWINS[0], "absolute_position": "learned"}, BARE, "no absolute positions"),
+        ("timm", RESNET, NORMED, "no norm after pooling"),
+    ],
+)  # fmt: skip
+def test_a_model_that_a_format_cannot_hold_is_refused_with_the_reason(format, options, objective, told):
+    assert told in interop.EXPORTS[format].refusal(make_encoder(**options), objective, IMAGE[options["name"]])
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("official_vit_pretrain_ape", {"heads": 3}),
+        ("official_vit_pretrain_shared_rpb", {}),
+        ("official_vit_finetune", {}),
+        ("official_swin_pretrain", {}),
+        ("official_swin_finetune", {}),
+        ("official_swinv2_pretrain_normtarget47", {"window": 4}),
+        ("official_swinv2_finetune", {"window": 4}),
+    ],
+)
+def test_every_name_and_shape_of_an_official_model_goes_in_and_comes_out(golden, name, given):
+    arrays = {key.removeprefix("params/"): x for key, x in golden(name).items() if key.startswith("params/")}
+    weights = Weights(arrays, {}, {}, {}, name, "")
+    params, found = imported(weights, given, (64, 64))
+    assert found.format == "official"
+    encoder, _ = make({"size": SIZES.get(found.encoder["name"], "t"), **found.encoder}, found.objective, (64, 64))
+    table = official.rules(encoder, found.objective, official.export_prefix(found.objective["name"]), (64, 64))
+    out = rules.to_theirs(table, params)
+    assert out.keys() == arrays.keys()
+    assert all(np.array_equal(out[key], arrays[key]) for key in arrays)
+
+
+def test_a_rectangular_model_goes_out_and_comes_back():
+    weights, params = exported("official", VIT, SIMMIM, (32, 64))
+    assert interop.describe(weights).image_size is None  # 7 * 15 displacements are no square
+    back, _ = imported(weights, {}, (32, 64))
+    assert_same(back, params)
+
+
+def test_gradients_go_the_same_way_as_weights():
+    weights, params = exported("official", VIT, SIMMIM)
+    doubled = weights._replace(arrays={name: 2 * x for name, x in weights.arrays.items()})
+    assert_same(imported(doubled)[0], jax.tree.map(lambda x: 2 * x, params))
+
+
+# Reading.
+
+
+def test_half_precision_is_widened_and_told(tmp_path):
+    save_file({"a.weight": np.ones(3, np.float16)}, tmp_path / "half.safetensors")
+    weights = read_weights(str(tmp_path / "half.safetensors"))
+    assert weights.arrays["a.weight"].dtype == np.float32
+    assert weights.notes == ("converted float16 to float32",)
+    assert len(weights.sha256) == 64
+
+
+def test_the_wrapper_and_old_names_are_taken_off_and_derived_arrays_set_apart(tmp_path):
+    x = np.ones(3, np.float32)
+    names = ("module.a.rpe_mlp.0.weight", "module.a.attn_mask", "module.a.k_bias", "module.a.num_batches_tracked")
+    save_file({**dict.fromkeys(names, x), "module.a.k_bias": 0 * x}, tmp_path / "file.safetensors")
+    weights = read_weights(str(tmp_path / "file.safetensors"))
+    assert list(weights.arrays) == ["a.cpb_mlp.0.weight"]
+    assert sorted(weights.derived) == ["a.attn_mask", "a.k_bias", "a.num_batches_tracked"]
+    save_file({"a.k_bias": x}, tmp_path / "file.safetensors")
+    assert list(read_weights(str(tmp_path / "file.safetensors")).arrays) == ["a.k_bias"]  # no zeros: it is a weight
+
+
+def test_a_folder_of_shards_is_read_whole(tmp_path):
+    weights, params = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
+    names = sorted(weights.arrays)
+    parts = {"model-1-of-2.safetensors": names[:40], "model-2-of-2.safetensors": names[40:]}
+    for file, part in parts.items():
+        save_file({name: weights.arrays[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        read_weights(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(weights.config))
+    assert_same(imported(read_weights(str(tmp_path)))[0], params)
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 2 shards missing: model-2-of-2.safetensors"):
+        read_weights(str(tmp_path))
+
+
+def test_damaged_and_foreign_files_are_told(tmp_path):
+    whole = tmp_path / "whole.safetensors"
+    save_file({"a": np.ones(100, np.float32)}, whole)
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"damaged safetensors file"):
+        read_weights(str(tmp_path / "cut.safetensors"))
+    (tmp_path / "weights.npy").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"unknown kind of file '.npy'"):
+        read_weights(str(tmp_path / "weights.npy"))
+    with pytest.raises(CheckpointError, match=r"no such file or folder"):
+        read_weights(str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match=r"no model.safetensors or pytorch_model.bin"):
+        read_weights(str(tmp_path))
+    assert load_file(whole)["a"].sum() == 100
