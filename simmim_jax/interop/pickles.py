@@ -19,8 +19,8 @@ What becomes of a global, first rule that fits:
 A Dropped swallows the state, items and entries that the pickle gives it. What is read is bounded by the file: sizes are
 checked before memory is taken, copies are counted, and content that unfolds beyond MOST_OBJECTS is refused.
 
-Sources: torch/serialization.py, torch/_utils.py and torch/_tensor.py of PyTorch 2.13 (and their git history for the
-legacy stream), CPython's pickletools and its table of Python 2's names, and what NumPy 1 and 2 pickle.
+Sources: torch/serialization.py, torch/_utils.py, torch/_tensor.py and _weights_only_unpickler.py of PyTorch 2.13,
+CPython's pickletools and its table of Python 2's names, and what NumPy 1 and 2 pickle.
 """
 
 import _compat_pickle
