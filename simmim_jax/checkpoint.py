@@ -13,7 +13,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -125,11 +125,14 @@ def _told_of_disk(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[TrainState, dict] | None:
+def restore(
+    manager: ocp.CheckpointManager, abstract: TrainState, new_moments: Callable[[PyTree], PyTree] | None = None
+) -> tuple[TrainState, dict] | None:
     """(state, meta) of the newest checkpoint that is whole, placed as `abstract` says; None if there is none at all.
 
-    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried. Raises CheckpointError if none
-    of them is whole, or if the newest is of another model.
+    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried. One that holds parameters alone
+    (see `write_params`) is given the optimizer's `new_moments` of them, and is refused where that is None. Raises
+    CheckpointError if none is whole, or if the newest is of another model.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
@@ -138,8 +141,10 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[Train
             meta = _read_meta(folder)
             with _quiet():
                 saved = manager.item_metadata(step)
-            _refuse_other_model(saved, abstract, folder)
             wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
+            if new_moments and not any(name.startswith("opt_state/") for name in meta["checksums"]):
+                del wanted["opt_state"]
+            _refuse_other_model(saved, wanted, folder)
             arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in wanted.items()})
             with _quiet():
                 restored = manager.restore(step, args=arguments)
@@ -147,6 +152,8 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[Train
             damaged = _damaged(items, meta["checksums"])
             if damaged:
                 raise ValueError(f"{len(damaged)} arrays differ from their checksums, e.g. {damaged[0]}")
+            if "opt_state" not in items:
+                items["opt_state"] = new_moments(items["params"])
             count = jax.device_put(np.int32(meta["step"]), abstract.step.sharding)
             return TrainState(step=count, **items), meta
         except CheckpointError:
@@ -166,34 +173,52 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[Train
     return None
 
 
-def restore_encoder(init_from: str, abstract: PyTree) -> PyTree:
-    """The encoder's parameters out of a run, placed as `abstract` says: no head, no optimizer, any number of devices.
+def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -> Path:
+    """Make `workdir` one that holds `params` and no optimizer's moments, as if trained for `step` steps.
 
-    init_from: a workdir, its `checkpoints` folder, or one step's folder in it.
-    Raises CheckpointError if there is no checkpoint, it is damaged, or the encoder in it is another.
+    config: what its config.json shall say. `init_from` takes such a workdir, and a run in it goes on from it.
+    Raises CheckpointError if the disk cannot take it, or there is a checkpoint already.
+    """
+    if has_steps(workdir):
+        raise CheckpointError("there are checkpoints here already", workdir, "give another folder")
+    params = jax.tree.map(jnp.asarray, params)
+    try:
+        folder = Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write: {error.strerror}", workdir, "give another folder") from error
+    meta = {"step": step, "checksums": checksums({"params": params}), "data": {}}
+    with make_manager(workdir) as manager, _told_of_disk(manager):
+        manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
+        manager.wait_until_finished()
+    return folder / "checkpoints" / str(step)
+
+
+def read_params(init_from: str) -> tuple[dict, dict]:
+    """(parameters as nested dicts of numpy arrays, config.json) of a run, whatever devices it was trained on.
+
+    init_from: a workdir, its `checkpoints` folder, or one step's folder in it. The config is empty where there is none.
+    Raises CheckpointError if there is no checkpoint, or it is damaged.
     """
     folder = find_step(init_from)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
-        with _quiet():
-            saved = checkpointer.metadata(folder / "params").item_metadata.tree
-        if "encoder" not in saved:
-            raise CheckpointError("no encoder in this checkpoint", str(folder), "give a run of simmim_jax")
-        _refuse_difference(saved["encoder"], abstract, folder, "set config.encoder to that of the run's config.json")
-        target = {"encoder": abstract}
-        arguments = ocp.args.PyTreeRestore(
-            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-        )
+    hint = "give another step's folder"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             with _quiet():
-                restored = checkpointer.restore(folder / "params", args=arguments)
-            damaged = _damaged({"params": restored}, _read_meta(folder)["checksums"])
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise CheckpointError(f"damaged checkpoint: {reason}", str(folder), "give another step's folder") from error
+                saved = checkpointer.metadata(folder / "params").item_metadata.tree
+                arguments = jax.tree.map(
+                    lambda x: ocp.RestoreArgs(restore_type=np.ndarray), saved, is_leaf=lambda x: hasattr(x, "shape")
+                )
+                params = checkpointer.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=arguments))
+            damaged = _damaged({"params": params}, _read_meta(folder)["checksums"])
+        except Exception as error:  # whatever Orbax, TensorStore or JSON say of damaged files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise CheckpointError(f"damaged checkpoint: {reason}", str(folder), hint) from error
     if damaged:
-        raise CheckpointError(f"damaged array {damaged[0]}", str(folder), "give another step's folder")
-    return restored["encoder"]
+        raise CheckpointError(f"damaged array {damaged[0]}", str(folder), hint)
+    config = folder.parent.parent / "config.json"
+    return params, json.loads(config.read_text()) if config.is_file() else {}
 
 
 def has_steps(workdir: str) -> bool:
@@ -227,10 +252,9 @@ def _damaged(items: PyTree, expected: dict[str, int]) -> list[str]:
     return [name for name, value in checksums(items).items() if expected.get(name) != value]
 
 
-def _refuse_other_model(saved, abstract: TrainState, folder: Path) -> None:
-    hint = "give the config of that run, or a new --workdir"
-    _refuse_difference(saved["params"].tree, abstract.params, folder, hint)
-    _refuse_difference(saved["opt_state"].tree, abstract.opt_state, folder, hint)
+def _refuse_other_model(saved, wanted: dict[str, PyTree], folder: Path) -> None:
+    for name, abstract in wanted.items():
+        _refuse_difference(saved[name].tree, abstract, folder, "give the config of that run, or a new --workdir")
 
 
 def _refuse_difference(saved: PyTree, wanted: PyTree, folder: Path, hint: str) -> None:

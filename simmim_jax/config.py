@@ -24,7 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Fields that may change between two runs of one workdir, because no parameter depends on them.
 FREE = (
     "data.workers", "data.threads", "data.prefetch", "data.path", "data.data_dir", "data.max_bad_fraction", "mesh.",
-    "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block",
+    "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block", "encoder.size", "imported.",
 )  # fmt: skip
 
 
@@ -36,7 +36,8 @@ def base_config() -> ConfigDict:
     c.steps = 0  # length of the run in steps instead, if above 0
     c.batch_size = 2048  # global: of all devices and processes together
     c.microbatches = 1  # parts that a batch is worked off in, one after another; the update is the same
-    c.init_from = ""  # workdir, or step folder in it, of which to take the encoder
+    c.init_from = ""  # workdir, or step folder in it, of which to take parameters
+    c.init_parts = ()  # which: of encoder, mask_token, head; empty: all after the same objective, else the encoder
     c.image_size = (224, 224)  # height, width in pixels
     c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # per channel on the scale 0..1; their length is the number of channels
 
@@ -57,7 +58,7 @@ def base_config() -> ConfigDict:
     c.data.max_bad_fraction = 0.01  # of all images; beyond it the run stops
     c.data.max_pixels = 64_000_000
 
-    c.encoder = vit_encoder("b")
+    c.encoder = encoder_config("vit", "b")
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"
@@ -71,6 +72,8 @@ def base_config() -> ConfigDict:
     c.optim.late = 0  # 1: each step uses the rate of the one before, as official code does
     c.optim.betas, c.optim.epsilon = (0.9, 0.999), 1e-8
     c.optim.weight_decay = 0.05
+    c.optim.decay_mask_token = c.optim.decay_bias_tables = False  # true: as official code does for a ViT
+    c.optim.layer_decay = 1.0  # factor on the peak rate from each layer to the one before
     c.optim.clip = 5.0  # of the gradient's global norm; 0: not
     c.optim.frozen = ""  # regular expression of parameter paths that are not trained
 
@@ -87,21 +90,22 @@ def base_config() -> ConfigDict:
     return c
 
 
-def vit_encoder(size: str) -> ConfigDict:
-    """The fields of `models.vit.ViT` as SimMIM pretrains it; width, depth and heads are the size's unless given."""
-    c = ConfigDict({"name": "vit", "size": size})
-    c.width, c.depth, c.heads = placeholder(int), placeholder(int), placeholder(int)
-    c.patch_size, c.mlp_ratio = 16, 4.0
-    c.class_token = True
-    c.absolute_position = "none"  # none, learned, sincos
-    c.relative_position = "shared"  # none, shared, per_block
-    c.qkv_bias = "qv"  # qv, qkv, none
-    c.layer_scale = 0.1
-    c.drop_path = 0.0
-    c.final_norm, c.norm_epsilon = True, 1e-6
-    c.init_truncation = 1.0  # standard deviations
-    c.remat = False
-    c.dtype = "float32"  # of matmuls; bfloat16 on GPUs and TPUs
+def encoder_config(name: str, size: str) -> ConfigDict:
+    """The fields of every encoder; those that are None are what its class and its size in `SIZES` have.
+
+    A field that the encoder of this name does not have must stay None.
+    """
+    c = ConfigDict({"name": name, "size": size})
+    for field in ("width", "depth", "heads", "patch_size", "window"):
+        c[field] = placeholder(int)
+    for field in ("widths", "depths", "stage_heads", "pretrained_windows"):  # a number per stage
+        c[field] = placeholder(tuple)
+    for field in ("class_token", "patch_norm", "final_norm", "remat"):
+        c[field] = placeholder(bool)
+    for field in ("absolute_position", "relative_position", "qkv_bias", "dtype"):
+        c[field] = placeholder(str)
+    for field in ("mlp_ratio", "layer_scale", "drop_path", "norm_epsilon", "norm_momentum", "init_truncation"):
+        c[field] = placeholder(float)
     return c
 
 
@@ -109,7 +113,7 @@ def pretrain_config() -> ConfigDict:
     """SimMIM pretraining: blocks of 32 pixels, ratio 0.6, held-out loss and pictures."""
     c = base_config()
     c.objective = ConfigDict({"name": "simmim", "strategy": "aligned_blocks", "block_size": 32, "ratio": 0.6})
-    c.objective.mask_token_truncation = 1.0
+    c.objective.norm_target = 0  # side in pixels of the windows that normalise the target; 0: it is not
     c.evals.reconstruction = ConfigDict({"pictures": 8})
     return c
 
@@ -136,10 +140,13 @@ def digest(config: ConfigDict) -> dict:
     return json.loads(config.copy_and_resolve_references().to_json())
 
 
-def refuse_change(saved: dict, config: ConfigDict, where: str) -> None:
-    """Raise ConfigError, naming what differs, if `config` would not continue the run of `saved` (its config.json)."""
-    now, before = dict(_flat(digest(config))), dict(_flat(saved))
-    changed = [name for name in sorted(now | before) if now.get(name) != before.get(name) and not name.startswith(FREE)]
+def refuse_change(saved: dict, now: dict, where: str) -> None:
+    """Raise ConfigError, naming what differs, if the config `now` would not continue the run of `saved`.
+
+    Both as config.json has them. What `saved` does not say is free: an imported model says little.
+    """
+    now, before = dict(_flat(now)), dict(_flat(saved))
+    changed = [name for name in sorted(before) if now.get(name) != before[name] and not name.startswith(FREE)]
     if changed:
         examples = ", ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -11,7 +11,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Key
+from scipy.ndimage import distance_transform_edt
 
 from simmim_jax.errors import ConfigError, choose
 
@@ -57,6 +59,16 @@ def make_masks(
         return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)
 
     return masks
+
+
+def average_distance(hidden: Bool[np.ndarray, "y x"]) -> float:
+    """The mean distance of a hidden pixel to the nearest visible one, in pixels: AvgDist (paper section 4.1.2).
+
+    The paper finds 10 to 20 to serve best. Raises ValueError where no pixel is hidden, or none visible.
+    """
+    if hidden.all() or not hidden.any():
+        raise ValueError("a mask that hides all or nothing has no distances")
+    return float(distance_transform_edt(hidden)[hidden].mean())
 
 
 def check_multiple(size: int, unit: int, where: str, of_what: str) -> None:

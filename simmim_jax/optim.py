@@ -14,9 +14,13 @@ from jaxtyping import PyTree
 
 from simmim_jax.errors import ConfigError, check_minimum, check_options, choose
 
-# What official SimMIM leaves undecayed for a ViT. Its mask token and relative-position tables do decay
-# (microsoft/SimMIM#26).
-NO_DECAY = ("bias", "scale", "gamma", "q_bias", "v_bias", "cls_token", "pos_embed")
+# Names in a path that spare a parameter weight decay. Official code spares what has one dimension, and by name a Swin's
+# mask token, positions and tables ("cpb" and "logit_scale" are Swin V2's); but of a ViT the mask token and the tables
+# do decay there (microsoft/SimMIM#26): see `decay_mask_token` and `decay_bias_tables`. "mean" and "var" are measured.
+NO_DECAY = (
+    "bias", "scale", "gamma", "q_bias", "v_bias", "cls_token", "pos_embed", "mask_token", "table", "cpb", "logit_scale",
+    "mean", "var",
+)  # fmt: skip
 
 
 def make_schedule(
@@ -83,8 +87,24 @@ def path_of(key_path) -> str:
 
 
 def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
-    """True for each parameter that weight decay applies to: all but those whose last name is in `no_decay`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_of(path).split("/")[-1] not in no_decay, params)
+    """True for each parameter that weight decay applies to: all whose path has no name of `no_decay` in it."""
+    spared = lambda path: not set(no_decay).isdisjoint(path_of(path).split("/"))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, _: not spared(path), params)
+
+
+def layers(params: PyTree, layer_of: Callable[[str], int], depth: int) -> PyTree:
+    """The layer of each parameter: 0 what embeds and the mask token, 1 to `depth` the blocks, `depth` + 1 the rest.
+
+    layer_of: the encoder's, of paths below "encoder/". Official `get_swin_layer` and `get_vit_layer`.
+    """
+
+    def layer(key_path, _):
+        part, _, rest = path_of(key_path).partition("/")
+        if part == "encoder":
+            return layer_of(rest)
+        return 0 if part == "mask_token" else depth + 1
+
+    return jax.tree_util.tree_map_with_path(layer, params)
 
 
 def train_labels(params: PyTree, frozen: str) -> PyTree:
@@ -105,12 +125,15 @@ def freeze(loss_fn: Callable, frozen: str) -> Callable:
     return frozen_loss_fn
 
 
-def scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Times minus the rate of the `step` that `update` is given: optax's own count falls behind a skipped step."""
+def scale_by_rate(rates: list[optax.Schedule], layer_of_each: Callable[[PyTree], PyTree]):
+    """Times minus the rate of the parameter's layer at the `step` that `update` is given.
+
+    optax's own count would fall behind at a skipped step.
+    """
 
     def update(updates, state, params=None, *, step, **_):
-        factor = -rate(step)
-        return jax.tree.map(lambda x: factor * x, updates), state
+        factors = [-rate(step) for rate in rates]
+        return jax.tree.map(lambda x, layer: factors[layer] * x, updates, layer_of_each(updates)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -122,39 +145,63 @@ def make_optimizer(
     steps_per_epoch: int,
     schedule: str,
     learning_rate: float,
+    layer_of: Callable[[str], int] | None = None,
+    depth: int = 0,
+    layer_decay: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
     weight_decay: float = 0.05,
     no_decay: tuple[str, ...] = NO_DECAY,
+    decay_mask_token: bool = False,
+    decay_bias_tables: bool = False,
     clip: float = 5.0,
     frozen: str = "",
     **schedule_options,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """(tx, schedule). Gradients are clipped to the global norm `clip` (0: not), then AdamW or SGD with momentum.
 
-    `tx.update` takes the step as a keyword argument, `step`.
+    `tx.update` takes the step as a keyword argument, `step`. `schedule` is that of the last layer.
 
-    Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the last names
-    of paths that it spares. `frozen` parameters get no update and no moments.
+    layer_decay: below 1, the peak rate of layer n is `learning_rate` * layer_decay ** (depth + 1 - n), with the layers
+        of `layer_of` (see `layers`); the rates that warm-up starts from and that the schedule ends at are the same for
+        all, as official code has it.
+    Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the names in
+    paths that it spares. decay_mask_token, decay_bias_tables: decay these nonetheless, as official code does for a ViT.
+    `frozen` parameters get no update and no moments.
     """
     check_options("optimizer", make_schedule, schedule_options)
-    rate = make_schedule(
-        schedule, steps=steps, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate, **schedule_options
-    )
+    check_minimum("optim.layer_decay", layer_decay, 0, strict=True)
+    scales = [1.0] if layer_decay == 1 else [layer_decay ** (depth + 1 - layer) for layer in range(depth + 2)]
+    rates = [
+        make_schedule(
+            schedule,
+            steps=steps,
+            steps_per_epoch=steps_per_epoch,
+            learning_rate=learning_rate * scale,
+            **schedule_options,
+        )
+        for scale in scales
+    ]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(f"betas {betas}", "optim.betas", "give two numbers in [0, 1), like 0.9,0.999")
     check_minimum("optim.epsilon", epsilon, 0, strict=True)
     check_minimum("optim.weight_decay", weight_decay, 0)
     check_minimum("optim.clip", clip, 0)
-    decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, no_decay))
+    too = {"mask_token": decay_mask_token, "table": decay_bias_tables}
+    spared = tuple(word for word in no_decay if not too.get(word))
+    decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, spared))
     rules = {
         "adamw": (optax.scale_by_adam(*betas, eps=epsilon), decay),
         "sgd": (decay, optax.trace(betas[0])),
     }
     clips = (optax.clip_by_global_norm(clip),) if clip else ()
-    tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rate))
+
+    def layer_of_each(params):
+        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_of, depth)
+
+    tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rates, layer_of_each))
     if frozen:
         tx = optax.partition(
             {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, frozen)
         )
-    return tx, rate
+    return tx, rates[-1]

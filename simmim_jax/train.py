@@ -4,6 +4,7 @@ batches -> masks -> encoder -> objective -> step -> checkpoint -> evaluation, on
 """
 
 import contextlib
+import dataclasses
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simmim_jax import checkpoint, data, metrics, optim, sharding
+from simmim_jax import checkpoint, data, metrics, optim, pretrained, sharding
 from simmim_jax.config import digest, refuse_change
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted, check_minimum
 from simmim_jax.evals import make_evaluator
@@ -50,13 +51,20 @@ def train(config: ConfigDict, workdir: str) -> dict:
         raise ConfigError(f"a run of {steps} steps", "epochs", "give --config.epochs or --config.steps above 0")
     if config.optim.warmup_epochs * steps_per_epoch >= steps:
         logging.warning("the warm-up, %g epochs, is as long as the run: its rate stays low", config.optim.warmup_epochs)
-    tx, schedule = optim.make_optimizer(steps=steps, steps_per_epoch=steps_per_epoch, **config.optim)
+    tx, schedule = optim.make_optimizer(
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        layer_of=encoder.layer_of,
+        depth=encoder.depth,
+        **config.optim,
+    )
+    record_of_config = with_whole_encoder(digest(config), encoder)
     init_from = None
     if config.init_from and not checkpoint.has_steps(workdir):
         init_from = checkpoint.find_step(config.init_from)
-        refuse_other_encoder(init_from, config)
+        refuse_other_encoder(init_from, record_of_config)
 
-    with hold_workdir(config, workdir), checkpoint.StopSignal() as stop:
+    with hold_workdir(record_of_config, workdir), checkpoint.StopSignal() as stop:
         summary = read_json(Path(workdir) / "summary.json")
         if summary.get("step") == steps:
             print(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
@@ -79,16 +87,16 @@ def train(config: ConfigDict, workdir: str) -> dict:
         if heldout_source:
             fingerprint["heldout"] = heldout_source.fingerprint()
         with clock.measure("state"):
-            restored = checkpoint.restore(manager, abstract)
+            new_moments = jax.jit(tx.init, out_shardings=shardings.opt_state)
+            restored = checkpoint.restore(manager, abstract, new_moments)
             if restored:
                 state, meta = restored
                 refuse_other_data(meta["data"], fingerprint, workdir)
             else:
                 state = jax.jit(make_state, out_shardings=shardings)(init_key)
                 if init_from:
-                    print(f"the encoder is that of {init_from}", flush=True)
-                    taken = checkpoint.restore_encoder(str(init_from), abstract.params["encoder"])
-                    state = state.replace(params=state.params | {"encoder": taken})
+                    taken = take_params(init_from, config, abstract.params)
+                    state = state.replace(params=state.params | taken)
         start = step = int(state.step)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         print(
@@ -254,7 +262,7 @@ def batch_options(config: ConfigDict) -> tuple[dict, dict]:
 
 
 @contextlib.contextmanager
-def hold_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
+def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
     """Hold `workdir`, made where it is missing, for this config, and write the config down in it."""
     if not workdir:
         raise ConfigError("no workdir", "--workdir", "give a folder for the run, like runs/mine")
@@ -266,7 +274,7 @@ def hold_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
             saved = read_json(folder / "config.json")
             if saved and checkpoint.has_steps(workdir):  # else there is nothing yet to go on from
                 refuse_change(saved, config, workdir)
-            metrics.write_atomically(folder / "config.json", json.dumps(digest(config), indent=2) + "\n")
+            metrics.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
@@ -292,21 +300,51 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def refuse_other_encoder(step_folder: Path, config: ConfigDict) -> None:
-    """Raise CheckpointError if the run of `init_from` fed or built its encoder differently, even in the same shapes."""
-    saved = read_json(step_folder.parent.parent / "config.json")
-    now = digest(config)
-    free = ("dtype", "remat", "drop_path", "init_truncation")  # of these its parameters' meaning does not depend
-    sides = []
-    for side in (saved, now):
-        fields = {f"encoder.{name}": value for name, value in side.get("encoder", {}).items() if name not in free}
-        sides.append(fields | {name: side.get(name) for name in ("mean", "std")})
-    different = [name for name in sides[1] if saved and sides[0].get(name) != sides[1][name]]
-    if different:
-        examples = ", ".join(f"{name}: {sides[0].get(name)!r} there, {sides[1][name]!r} here" for name in different[:3])
-        raise CheckpointError(
-            f"another encoder ({examples})", str(step_folder), "give these fields as that run had them"
-        )
+def with_whole_encoder(config: dict, encoder) -> dict:
+    """A config as JSON data, with all of the encoder's fields: what its size and its class leave open is filled in."""
+    fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder) if f.name not in ("parent", "name")}
+    named = {name: config["encoder"][name] for name in ("name", "size")}
+    return json.loads(json.dumps({**config, "encoder": named | fields}))
+
+
+def config_of(step_folder: Path) -> dict:
+    """The config.json of the run that a step's folder belongs to; empty if it has none."""
+    return read_json(step_folder.parent.parent / "config.json")
+
+
+def refuse_other_encoder(step_folder: Path, now: dict) -> None:
+    """Raise CheckpointError if the run of `init_from` fed or built its encoder in a way that cannot be bridged."""
+    saved = config_of(step_folder)
+    pretrained.refuse_other_encoder(saved, now, str(step_folder))
+    if "pretrained_windows" in saved.get("encoder", {}) and saved.get("image_size"):
+        there, here = (measuring_windows(config) for config in (saved, now))
+        pretrained.refuse_other_windows(there, here, str(step_folder))
+
+
+def measuring_windows(config: dict) -> tuple[int, ...]:
+    """The side of the window by which each stage of a Swin V2 measures its displacements."""
+    encoder = make_encoder(**config["encoder"])
+    return encoder.pretrained_windows or encoder.stage_windows(tuple(config["image_size"]))
+
+
+def take_params(step_folder: Path, config: ConfigDict, abstract: dict) -> dict:
+    """The parts of a run's parameters that `config` asks for, in the shapes and places of `abstract`."""
+    same = config_of(step_folder).get("objective", {}).get("name") == config.objective.name
+    saved, _ = checkpoint.read_params(str(step_folder))
+    parts = config.init_parts or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
+    for part in parts:
+        for side in (saved, abstract):
+            if part not in side:
+                raise ConfigError(
+                    f"no {part!r} among {', '.join(sorted(side))}", f"init_parts, {step_folder}",
+                    f"choose of {', '.join(sorted(saved.keys() & abstract.keys()))}",
+                )  # fmt: skip
+    wanted = {part: abstract[part] for part in parts}
+    taken, notes = pretrained.fit({part: saved[part] for part in parts}, wanted, str(step_folder))
+    print(f"{', '.join(parts)}: taken from {step_folder}", flush=True)
+    for note in notes:
+        print(f"  {note}", flush=True)
+    return jax.tree.map(lambda value, x: jax.device_put(value, x.sharding), taken, wanted)
 
 
 def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
@@ -381,7 +419,7 @@ def make_evaluators(
         supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
         supplies["predict"] = run_everywhere(lambda params, batch: objective.predict(params, batch, key))
         supplies["features"] = make_feature_reader(
-            extract=run_everywhere(lambda params, batch: {"features": features(params["encoder"], batch["image"])}),
+            extract=run_everywhere(lambda params, batch: {"features": features(params["encoder"], batch["image"])[0]}),
             train=epoch(source, limit=config.eval_images),
             heldout=heldout,
         )

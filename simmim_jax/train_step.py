@@ -48,6 +48,13 @@ def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Cal
     return jax.tree.map(lambda x: x / microbatches, (loss, metrics, grads))
 
 
+def write_over(params: PyTree, part: PyTree) -> PyTree:
+    """`params` with the arrays of `part`, a tree of some of its paths, in the place of its own."""
+    if not isinstance(params, dict):
+        return part
+    return {name: write_over(value, part[name]) if name in part else value for name, value in params.items()}
+
+
 def train_step(
     state: TrainState,
     batch: dict,
@@ -60,7 +67,8 @@ def train_step(
     """One update, and its metrics: loss, grad_norm (before clipping), those of `loss_fn`, and `skipped`.
 
     The key of the step is `key` folded with `state.step`: nothing random is stored, and a resumed run draws the same.
-    A step whose loss or gradient is not finite changes neither parameters nor moments, and says `skipped` = 1.
+    Running statistics that `loss_fn` has measured are written over those in the parameters. A step whose loss or
+    gradient is not finite changes neither parameters nor moments, and says `skipped` = 1.
     """
     key = jax.random.fold_in(key, state.step)
     loss, metrics, grads = mean_grads(state.params, batch, key, loss_fn=loss_fn, microbatches=microbatches)
@@ -68,7 +76,7 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
-    new = (optax.apply_updates(state.params, updates), opt_state)
+    new = (write_over(optax.apply_updates(state.params, updates), metrics.pop("statistics", {})), opt_state)
     params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, "skipped": 1.0 - finite}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -132,21 +132,36 @@ def test_a_fault_of_the_machine_is_told_and_no_checkpoint_is_set_aside(saved, mo
 
 
 @pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/2"])
-def test_an_encoder_comes_out_alone_to_the_bit(saved, part):
+def test_parameters_come_out_alone_to_the_bit(saved, part):
     shutil.rmtree(saved / "checkpoints" / "2" / "opt_state")  # not needed
-    abstract = placed(make_state(), fsdp=-1).params["encoder"]
-    encoder = checkpoint.restore_encoder(str(saved / part), abstract)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(encoder), make_state().params["encoder"])
+    params, config = checkpoint.read_params(str(saved / part))
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(make_state().params))
+    assert config == {}
 
 
-def test_a_damaged_encoder_is_refused(saved):
+def test_a_workdir_of_parameters_alone_is_gone_on_from_with_new_moments(tmp_path):
+    state = make_state(0)
+    checkpoint.write_params(str(tmp_path), jax.device_get(state.params), {"seed": 3}, step=7)
+    params, config = checkpoint.read_params(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.params))
+    assert config == {"seed": 3}
+    with pytest.raises(CheckpointError, match="checkpoints here already"):
+        checkpoint.write_params(str(tmp_path), params, {})
+    manager = checkpoint.make_manager(str(tmp_path))
+    restored, _ = checkpoint.restore(manager, placed(state, fsdp=-1), TX.init)
+    assert restored.step == 7
+    expected = (state.params, TX.init(state.params))
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, ((restored.params, restored.opt_state), expected)))
+
+
+def test_damaged_parameters_are_refused(saved):
     folder = saved / "checkpoints" / "2" / "params"
     path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = path.read_bytes()
     middle = len(content) // 2
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :])
     with pytest.raises(CheckpointError, match="damaged"):
-        checkpoint.restore_encoder(str(saved), placed(make_state()).params["encoder"])
+        checkpoint.read_params(str(saved))
 
 
 def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path):

@@ -49,7 +49,7 @@ def images(tmp_path):
         ("--config.objective.block_size=7", "7 is no multiple of .* 4 - objective.block_size - try 4 or 8"),
         ("--config.image_size=36,36", "36 is no multiple of .* 8 - image height - try 32 or 40"),
         ("--config.encoder.name=vitt", "unknown encoder 'vitt' - did you mean vit"),
-        ("--config.encoder.size=xl", "unknown encoder size 'xl' - .*choose one of b, h, l, s, ti"),
+        ("--config.encoder.size=xl", "unknown size of vit 'xl' - .*choose one of b, h, l, s, ti"),
         ("--config.objective.name=simmin", "unknown objective 'simmin' - did you mean simmim"),
         ("--config.optim.schedule=cos", "unknown schedule 'cos'"),
         ("--config.mean=0.5,0.5", "mean .* and std .* - mean, std"),

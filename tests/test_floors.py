@@ -11,9 +11,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The highest prefix that fits counts. `errors` is below all: it imports nothing.
 FLOORS = {
     "errors": -1, "config": 0, "masking": 0, "optim": 0, "sharding": 0, "train_step": 0,
-    "models.layers": 1, "data.": 1, "objectives.pixels": 1, "checkpoint": 1, "metrics": 1, "evals.features": 1,
+    "models.layers": 1, "models.windows": 1, "data.": 1, "objectives.pixels": 1, "evals.features": 1, "checkpoint": 1,
+    "metrics": 1, "pretrained": 1,
     "models.": 2, "objectives.": 2, "evals.": 2,
-    "models": 3, "objectives": 3, "evals": 3, "data": 3,
+    "models": 3, "objectives": 3, "evals": 3, "data": 3, "interop.": 3, "interop": 3,
     "train": 4,
     "main": 5, "tools.": 5,
 }  # fmt: skip
@@ -23,6 +24,9 @@ HEAVY = {"torch", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"}
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+OURS = {f"simmim_jax.{module_name(path)}" for path in MODULES}
 
 
 def floor_of(name: str) -> int:
@@ -36,10 +40,9 @@ def imports_of(tree: ast.AST):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.module == "simmim_jax":
-                yield from ((f"simmim_jax.{alias.name}", node) for alias in node.names)
-            else:
-                yield node.module, node
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole if whole in OURS else node.module), node
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if module_name(p)], ids=lambda p: module_name(p))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.masking import hidden_count, make_masks
+from simmim_jax.masking import average_distance, hidden_count, make_masks
 from simmim_jax.sharding import batch_sharding, make_mesh
 
 KEY = jax.random.key(0)
@@ -91,3 +91,30 @@ def test_sizes_and_ratios_that_do_not_work_are_refused_with_those_that_do(option
 def test_an_unknown_strategy_is_refused_with_the_choices():
     with pytest.raises(ConfigError, match="did you mean aligned_blocks"):
         make_masks("aligned_block", image_size=(64, 64), token_stride=16, block_size=16, ratio=0.6)
+
+
+# By block size, for the ratios 0.1, 0.2, ... 0.9 on 192 x 192 pixels. The project's specification computed them from few
+# masks; two cells of 32 pixels had strayed by 5 and 6 %: for 0.8 and 0.9 these are means of 2,000 masks drawn by numpy
+# as official code draws them (26.00 +- 0.11 and 46.12 +- 0.21, where it has 24.8 and 49.0).
+AVERAGE_DISTANCES = {
+    4: (1.3, 1.4, 1.5, 1.6, 1.8, 2.1, 2.5, 3.2, 5.0),
+    8: (2.1, 2.2, 2.5, 2.8, 3.1, 3.7, 4.6, 6.1, 10.0),
+    16: (3.8, 4.1, 4.6, 5.2, 6.0, 7.2, 8.9, 12.5, 20.2),
+    32: (7.6, 8.8, 10.0, 11.4, 12.3, 15.7, 20.3, 26.0, 46.1),
+    64: (17.7, 19.3, 22.6, 24.6, 29.7, 36.5, 46.3, 69.9),
+}
+
+
+@pytest.mark.parametrize(("block_size", "count"), [(4, 2), (8, 8), (16, 16), (32, 120), (64, 200)])
+def test_hidden_pixels_are_as_far_from_visible_ones_as_the_specification_says(block_size, count):
+    for tenth, expected in enumerate(AVERAGE_DISTANCES[block_size], start=1):
+        masks = draw(count, block_size=block_size, ratio=tenth / 10).repeat(4, axis=1).repeat(4, axis=2)
+        assert np.mean([average_distance(mask) for mask in masks]) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_distance_of_a_pixel_is_to_the_nearest_visible_one():
+    hidden = np.zeros((5, 9), bool)
+    hidden[1:4, 2:5] = True
+    assert average_distance(hidden) == pytest.approx((8 * 1 + 2) / 9)
+    with pytest.raises(ValueError, match="all or nothing"):
+        average_distance(np.ones((4, 4), bool))

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_batch, tiny_objective
+from tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.optim import NO_DECAY, decayed, freeze, make_optimizer, make_schedule, path_of
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import make_objective
+from simmim_jax.optim import freeze, make_optimizer, make_schedule, path_of
 from simmim_jax.train_step import init_state, train_step
 
 KEY = jax.random.key(0)
@@ -64,18 +66,58 @@ def test_a_run_shorter_than_its_warm_up_warms_up_throughout():
     assert (np.diff(rates("cosine", steps=5)) > 0).all()
 
 
-def test_exactly_these_parameters_decay():
-    params = jax.eval_shape(tiny_objective().init, KEY)
-    flags = {path_of(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params, NO_DECAY))}
-    blocks = [f"encoder/block_{n}/{name}" for n in range(2) for name in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")]
-    assert {name for name, flag in flags.items() if flag} == {
-        "mask_token",  # decayed in the official ViT: microsoft/SimMIM#26
-        "encoder/rel_pos_bias/table",  # likewise
-        "encoder/patch_embed/kernel",
-        "head/kernel",
-        *(f"{block}/kernel" for block in blocks),
-    }
-    assert len(flags) == 9 + 2 * 15
+def names_of_decayed(params, **options) -> set[str]:
+    """The paths of all parameters that an update with no gradient changes."""
+    tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, **options)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, step=0)
+    return {path_of(path) for path, x in jax.tree_util.tree_leaves_with_path(updates) if (x != 0).any()}
+
+
+def test_exactly_these_parameters_of_a_vit_decay():
+    params = jax.eval_shape(tiny_objective(tiny_encoder(absolute_position="learned")).init, KEY)
+    layers = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
+    kernels = {f"encoder/block_{n}/{name}/kernel" for n in range(2) for name in layers}
+    kernels |= {"encoder/patch_embed/kernel", "head/kernel"}
+    assert names_of_decayed(params) == kernels
+    # As official code has it: microsoft/SimMIM#26.
+    official = names_of_decayed(params, decay_mask_token=True, decay_bias_tables=True)
+    assert official == kernels | {"mask_token", "encoder/rel_pos_bias/table"}
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_exactly_these_parameters_of_a_swin_decay(name):
+    encoder = make_encoder(name, "t", width=8, depths=(1, 1), stage_heads=(1, 2), absolute_position="learned")
+    params = jax.eval_shape(make_objective("simmim", encoder, **PIXELS, block_size=16).init, KEY)
+    layers = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
+    kernels = {f"encoder/stage_{n}_block_0/{name}/kernel" for n in range(2) for name in layers}
+    kernels |= {"encoder/patch_embed/kernel", "encoder/stage_0_merge/reduction/kernel", "head/kernel"}
+    assert names_of_decayed(params) == kernels
+
+
+def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
+    """What the official fine-tuning does, and a factor on the whole schedule would not."""
+    encoder = tiny_encoder()
+    params = jax.eval_shape(tiny_objective(encoder).init, KEY)
+    tx, schedule = make_optimizer(
+        "sgd", steps=100, steps_per_epoch=10, schedule="cosine", learning_rate=1.0, warmup_epochs=2.0,
+        warmup_learning_rate=0.1, min_learning_rate=0.01, weight_decay=0.0, betas=(0.0, 0.0), clip=0.0,
+        layer_decay=0.5, layer_of=encoder.layer_of, depth=encoder.depth,
+    )  # fmt: skip
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+
+    def rates(step):
+        updates, _ = tx.update(ones, tx.init(ones), ones, step=step)
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        return {path_of(path): -float(x.ravel()[0]) for path, x in leaves}
+
+    scales = {"mask_token": 1 / 8, "encoder/patch_embed/kernel": 1 / 8, "encoder/cls_token": 1 / 8,
+              "encoder/block_0/norm1/scale": 1 / 4, "encoder/block_1/mlp/fc2/bias": 1 / 2,
+              "encoder/norm/bias": 1.0, "encoder/rel_pos_bias/table": 1.0, "head/kernel": 1.0}  # fmt: skip
+    assert set(rates(0).values()) == {np.float32(0.1)}
+    assert set(rates(100).values()) == {np.float32(0.01)}
+    assert {name: rates(20)[name] for name in scales} == pytest.approx(scales)
+    assert schedule(20) == pytest.approx(1.0)
 
 
 def test_adamw_equals_its_equations():

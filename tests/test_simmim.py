@@ -50,14 +50,14 @@ def test_no_hidden_pixel_reaches_a_feature(options):
 
 def test_no_visible_pixel_is_a_target(setting):
     forward, params, images, mask = setting
-    _, prediction = forward(params, images, mask, KEY, False)
+    _, prediction, _ = forward(params, images, mask, KEY, False)
     gradient = jax.grad(lambda targets: masked_l1(prediction, targets, pixels_of(mask), 8))(images)
     assert ((jnp.abs(gradient).max(axis=-1) > 0) == pixels_of(mask)).all()
 
 
 def test_no_gradient_comes_from_the_prediction_of_a_visible_pixel(setting):
     forward, params, images, mask = setting
-    _, prediction = forward(params, images, mask, KEY, False)
+    _, prediction, _ = forward(params, images, mask, KEY, False)
     gradient = jax.grad(lambda prediction: masked_l1(prediction, images, pixels_of(mask), 8))(prediction)
     assert ((jnp.abs(gradient).max(axis=-1) > 0) == mask).all()
 

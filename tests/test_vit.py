@@ -129,7 +129,7 @@ def test_sincos_positions_are_distinct_and_bounded():
         ({"relative_position": "both"}, "choose one of none, shared, per_block"),
         ({"absolute_position": "sincos", "width": 6, "heads": 2}, "in fours"),
         ({"drop_path": 1.0}, r"not in \[0, 1\)"),
-        ({"depth": 0}, "above 0"),
+        ({"depth": 0}, "at least 1"),
         ({"dtype": "float16"}, "choose one of float32, bfloat16"),
         ({"patch_sise": 8}, "did you mean patch_size"),
     ],

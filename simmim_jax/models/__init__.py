@@ -28,26 +28,30 @@ import dataclasses
 import flax.linen as nn
 
 from simmim_jax.errors import choose
-from simmim_jax.models import convnext, resnet, vit
+from simmim_jax.models import convnext, resnet, swin, swinv2, vit
 
 ENCODERS = {
     "convnext": (convnext.ConvNeXt, convnext.SIZES),
     "resnet": (resnet.ResNet, resnet.SIZES),
+    "swin": (swin.Swin, swin.SIZES),
+    "swinv2": (swinv2.SwinV2, swinv2.SIZES),
     "vit": (vit.ViT, vit.SIZES),
 }
 
 
-def make_encoder(name: str, size: str, **options) -> nn.Module:
-    """The encoder `name` of a `size` of its table; `options` override the size's own numbers, field by field (None:
-    not).
+def make_encoder(name: str, size: str | None, **options) -> nn.Module:
+    """The encoder `name` of a `size` of its table; `options` override the size's own numbers, field by field.
 
+    An option that is None is not given. A size that is None leaves all to the options and the class.
     Raises ConfigError for an unknown name, size or option, with the nearest that exist.
     """
     encoder_class, sizes = choose("encoder", name, ENCODERS)
     fields = {field.name for field in dataclasses.fields(encoder_class)} - {"parent", "name"}
-    for option in options:
-        choose("encoder option", option, fields)
     given = {option: value for option, value in options.items() if value is not None}
-    encoder = encoder_class(**{**choose("encoder size", size, sizes), **given})
+    for option in given:
+        choose(f"option of {name}", option, fields)
+    of_size = {} if size is None else choose(f"size of {name}", size, sizes)
+    given = {option: tuple(value) if isinstance(value, list) else value for option, value in given.items()}
+    encoder = encoder_class(**{**of_size, **given})
     encoder.check()
     return encoder

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
-from simmim_jax.models.layers import DropPath, LayerScale, Mlp, drop_path_rates, layer_norm, truncated_normal
+from simmim_jax.models.layers import (
+    DropPath,
+    LayerScale,
+    Mlp,
+    check_choices,
+    drop_path_rates,
+    layer_norm,
+    truncated_normal,
+)
 
 SIZES = {
     "t": {"depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)},
@@ -109,16 +117,11 @@ class ConvNeXt(nn.Module):
 
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
-        if self.dtype not in self.CHOICES["dtype"]:
-            raise ConfigError(
-                f"unknown dtype {self.dtype!r}", "encoder.dtype", f"choose one of {', '.join(self.CHOICES['dtype'])}"
-            )
+        check_choices(self, self.CHOICES)
         for field in ("depths", "widths"):
             numbers = getattr(self, field)
             if len(numbers) != 4 or min(numbers) < 1:
                 raise ConfigError(f"{field} is {numbers}", f"encoder.{field}", "give four numbers above 0, one a stage")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
         for field in ("init_truncation", "norm_epsilon"):
             check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
         check_minimum("encoder.layer_scale", self.layer_scale, 0)

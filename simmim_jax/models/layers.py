@@ -13,6 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from simmim_jax.errors import ConfigError, check_minimum
+
+
+def check_choices(encoder: nn.Module, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raise ConfigError unless each field of `choices` has one of them, and drop_path is a rate."""
+    for field, allowed in choices.items():
+        value = getattr(encoder, field)
+        if value not in allowed:
+            raise ConfigError(f"unknown {field} {value!r}", f"encoder.{field}", f"choose one of {', '.join(allowed)}")
+    if not 0 <= encoder.drop_path < 1:
+        raise ConfigError(f"drop_path {encoder.drop_path} is not in [0, 1)", "encoder.drop_path")
+
+
+def check_heads(width: int, heads: int, where: str) -> None:
+    """Raise ConfigError unless `width` divides into `heads`; name the nearest widths that do."""
+    check_minimum(where, heads, 1)
+    if width % heads:
+        near = width // heads * heads
+        raise ConfigError(
+            f"width {width} is no multiple of {heads} heads", where, f"try {near or heads} or {near + heads}"
+        )
+
 
 def truncated_normal(sigmas: float, scale: float = 1.0) -> jax.nn.initializers.Initializer:
     """N(0, 0.02) cut at `sigmas` standard deviations, not rescaled for the cut, then times `scale`.
@@ -29,9 +51,37 @@ def uniform_by_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm in float32 with the two-pass variance of PyTorch (Flax's one-pass default cancels in float32)."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, name=name)
+def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -> nn.LayerNorm:
+    """LayerNorm in float32 with the two-pass variance of PyTorch (Flax's one-pass default cancels in float32).
+
+    scale: what its weights start from; its bias starts from 0.
+    """
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        scale_init=nn.initializers.constant(scale),
+        name=name,
+    )
+
+
+class PatchEmbed(nn.Module):
+    """One token for each square of `patch_size` pixels: a convolution without overlap, initialised as PyTorch does."""
+
+    width: int
+    patch_size: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
+        shape = (self.patch_size, self.patch_size, images.shape[-1], self.width)
+        initial = uniform_by_fan_in(shape[0] * shape[1] * shape[2])
+        kernel, bias = self.param("kernel", initial, shape), self.param("bias", initial, shape[3:])
+        images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
+        tokens = jax.lax.conv_general_dilated(
+            images, kernel, shape[:2], "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return (tokens + bias).astype(jnp.float32)
 
 
 class Mlp(nn.Module):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
-from simmim_jax.models.layers import DropPath, drop_path_rates
+from simmim_jax.models.layers import DropPath, check_choices, drop_path_rates
 
 SIZES = {
     "50": {"depths": (3, 4, 6, 3), "width": 64},
@@ -141,15 +141,10 @@ class ResNet(nn.Module):
 
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
-        if self.dtype not in self.CHOICES["dtype"]:
-            raise ConfigError(
-                f"unknown dtype {self.dtype!r}", "encoder.dtype", f"choose one of {', '.join(self.CHOICES['dtype'])}"
-            )
+        check_choices(self, self.CHOICES)
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ConfigError(f"depths is {self.depths}", "encoder.depths", "give four numbers above 0, one a stage")
         check_minimum("encoder.width", self.width, 1)
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
         if not 0 < self.norm_momentum <= 1:
             raise ConfigError(f"norm_momentum {self.norm_momentum} is not in (0, 1]", "encoder.norm_momentum")
         for field in ("init_truncation", "norm_epsilon"):

@@ -18,6 +18,8 @@ from simmim_jax.models.layers import (
     LayerScale,
     Mlp,
     RelativePositionBias,
+    check_choices,
+    check_heads,
     drop_path_rates,
     layer_norm,
     truncated_normal,
@@ -163,26 +165,12 @@ class ViT(nn.Module):
 
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
-        for field, choices in self.CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ConfigError(
-                    f"unknown {field} {getattr(self, field)!r}",
-                    f"encoder.{field}",
-                    f"choose one of {', '.join(choices)}",
-                )
+        check_choices(self, self.CHOICES)
         for field in ("width", "depth", "heads", "patch_size"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}", f"encoder.{field}", "give a number above 0")
-        if self.width % self.heads:
-            near = self.width // self.heads * self.heads
-            raise ConfigError(
-                f"width {self.width} is no multiple of {self.heads} heads", "encoder.width",
-                f"try {near or self.heads} or {near + self.heads}",
-            )  # fmt: skip
+            check_minimum(f"encoder.{field}", getattr(self, field), 1)
+        check_heads(self.width, self.heads, "encoder.width")
         if self.absolute_position == "sincos" and self.width % 4:
             raise ConfigError(f"sincos positions need a width in fours, not {self.width}", "encoder.width")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
         for field in ("mlp_ratio", "init_truncation", "norm_epsilon"):
             check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
         check_minimum("encoder.layer_scale", self.layer_scale, 0)

@@ -3,7 +3,9 @@
 The contract. `make_objective(name, encoder, **options)` returns an `Objective` of three pure functions:
 
     init(key) -> params                                    float32; the encoder's own under "encoder"
-    loss_fn(params, batch, key, train) -> (loss, metrics)  a float32 scalar to minimise; a dict of float32 scalars
+    loss_fn(params, batch, key, train) -> (loss, metrics)  a float32 scalar to minimise; a dict of float32 scalars, and
+                                                           "statistics": those of params that training measures and
+                                                           does not learn, new (batch norm's; most often none)
     predict(params, batch, key) -> dict                    for evaluators: what it makes of a batch; see each file
 
 A batch is a dict of arrays with b in front: "image" uint8 [b, h, w, c], "label" int32 [b] (-1: unlabelled), and

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models.layers import layer_norm, truncated_normal
@@ -16,7 +16,10 @@ from simmim_jax.objectives.pixels import normalise
 
 
 def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0):
-    """A function (params, images uint8, train, key, position) -> [b, d]: the mean over the encoder's patch features.
+    """A function (params, images uint8, train, key, position) -> (pooled, statistics).
+
+    pooled: [b, d], the mean over the encoder's features. statistics: the encoder's new running ones, where it has them
+    and is trained; else empty.
 
     block: 1 to depth for that block's output, as the paper's linear evaluation reads block 8 of 12
     (microsoft/SimMIM#14); 0 for what the trunk puts out after its final norm.
@@ -33,13 +36,18 @@ def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[flo
         train: bool = False,
         key: Key[Array, ""] | None = None,
         position: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "b d"]:
-        rngs = None if key is None else {"drop_path": key}
-        images = normalise(images, mean, std)
-        if block == 0:
-            return encoder.apply({"params": params}, images, train, position, rngs=rngs).mean(axis=(1, 2))
-        _, sown = encoder.apply({"params": params}, images, train, position, rngs=rngs, mutable=["intermediates"])
-        return sown["intermediates"]["blocks"][block - 1].mean(axis=(1, 2))  # later blocks are dead code to XLA
+    ) -> tuple[Float[Array, "b d"], PyTree]:
+        out, seen = encoder.apply(
+            {"params": params},
+            normalise(images, mean, std),
+            train,
+            position,
+            rngs=None if key is None else {"drop_path": key},
+            mutable=["statistics", "intermediates"],
+        )
+        if block:
+            out = seen["intermediates"]["blocks"][block - 1]  # later blocks are dead code to XLA
+        return out.mean(axis=(1, 2)), seen.get("statistics", {})
 
     return features
 
@@ -90,19 +98,21 @@ def make_classify(
         encoder_key, head_key = jax.random.split(key)
         images = jnp.zeros((1, *image_size, len(mean)), jnp.uint8)
         encoder_params = encoder.init(encoder_key, normalise(images, mean, std))["params"]
-        pooled = jax.eval_shape(features, encoder_params, images)
+        pooled, _ = jax.eval_shape(features, encoder_params, images)
         return {"encoder": encoder_params, "head": head.init(head_key, jnp.zeros(pooled.shape))["params"]}
 
     def logits_of(params, images, *mode):
-        return head.apply({"params": params["head"]}, features(params["encoder"], images, *mode))
+        pooled, statistics = features(params["encoder"], images, *mode)
+        return head.apply({"params": params["head"]}, pooled), statistics
 
     def loss_fn(params, batch, key, train):
-        logits = logits_of(params, batch["image"], train and train_encoder, key, batch["position"])
+        logits, statistics = logits_of(params, batch["image"], train and train_encoder, key, batch["position"])
         targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), label_smoothing)
         right = logits.argmax(axis=-1) == batch["label"]
-        return optax.softmax_cross_entropy(logits, targets).mean(), {"top1": right.mean(dtype=jnp.float32)}
+        metrics = {"top1": right.mean(dtype=jnp.float32), "statistics": {"encoder": statistics}}
+        return optax.softmax_cross_entropy(logits, targets).mean(), metrics
 
     def predict(params, batch, key):
-        return {"logits": logits_of(params, batch["image"])}
+        return {"logits": logits_of(params, batch["image"])[0]}
 
     return init, loss_fn, predict

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from simmim_jax.errors import ConfigError
 from simmim_jax.masking import check_multiple, make_masks
 from simmim_jax.models.layers import truncated_normal, uniform_by_fan_in
-from simmim_jax.objectives.pixels import denormalise, from_patches, normalise, to_patches
+from simmim_jax.objectives.pixels import denormalise, from_patches, local_moments, normalise, to_patches
 
 
 def masked_l1(
@@ -39,18 +40,23 @@ def make_head(channels: int, stride: int, width: int, dtype: str) -> nn.Dense:
 
 
 def make_forward(encoder: nn.Module, *, channels: int) -> Callable:
-    """A function (params, images, mask, key, train, position) -> (features [b, k, l, d], prediction [b, k, l, p]).
+    """A function (params, images, mask, key, train, position) -> (features, prediction, statistics).
 
-    images: normalised, float32. mask: [b, i, j]; nothing of the hidden pixels reaches the features.
+    images: [b, y, x, c], normalised, float32. mask: [b, i, j]; nothing of the hidden pixels reaches the features.
+    features: [b, k, l, d]. prediction: [b, k, l, p]. statistics: the encoder's new running ones, where it has them and
+    is trained; else empty.
     """
 
     def forward(params, images, mask, key, train, position=None):
         encoder_params = {"params": params["encoder"]}
         tokens = encoder.apply(encoder_params, images, method="embed")
         tokens = jnp.where(mask[..., None], params["mask_token"], tokens)  # float32: the gradient sums over the batch
-        features = encoder.apply(encoder_params, tokens, train, position, method="trunk", rngs={"drop_path": key})
+        features, measured = encoder.apply(
+            encoder_params, tokens, train, position, method="trunk", rngs={"drop_path": key}, mutable=["statistics"]
+        )
         head = make_head(channels, encoder.feature_stride, features.shape[-1], encoder.dtype)
-        return features, head.apply({"params": params["head"]}, features).astype(jnp.float32)
+        prediction = head.apply({"params": params["head"]}, features).astype(jnp.float32)
+        return features, prediction, measured.get("statistics", {})
 
     return forward
 
@@ -64,14 +70,19 @@ def make_simmim(
     strategy: str = "aligned_blocks",
     block_size: int = 32,
     ratio: float = 0.6,
-    mask_token_truncation: float = 1.0,
+    norm_target: int = 0,
 ):
     """(init, loss_fn, predict) of SimMIM for images [b, *image_size, len(mean)].
 
     `predict` gives "loss" [b], "image" and "prediction" [b, y, x, c] float32 in 0..1, and "mask" [b, y, x] bool.
     params: "encoder", "mask_token" [c of the tokens], "head" (kernel [d, p], bias [p]).
-    mask_token_truncation: cut of the token's initial N(0, 0.02), in standard deviations (official: 1 for ViT).
+    norm_target: side of the window, odd, in pixels, over which each target pixel is normalised; 0: not (official
+        NORM_TARGET; 47 for Swin V2). The prediction that `predict` shows is that of the image, not normalised so.
     """
+    if norm_target < 0 or (norm_target and norm_target % 2 == 0) or norm_target == 1:
+        raise ConfigError(
+            f"norm_target is {norm_target}", "objective.norm_target", "give an odd side in pixels, like 47, or 0"
+        )
     stride, channels = encoder.feature_stride, len(mean)
     masks = make_masks(
         strategy, image_size=image_size, token_stride=encoder.token_stride, block_size=block_size, ratio=ratio
@@ -90,30 +101,39 @@ def make_simmim(
         head = make_head(channels, stride, features.shape[-1], encoder.dtype)
         return {
             "encoder": variables["params"],
-            "mask_token": truncated_normal(mask_token_truncation)(token_key, tokens.shape[-1:]),
+            "mask_token": truncated_normal(encoder.init_truncation)(token_key, tokens.shape[-1:]),
             "head": head.init(head_key, jnp.zeros(features.shape))["params"],
         }
 
     def see(params, batch, key, train):
-        """The normalised images, which of their pixels are hidden [b, y, x], and the prediction."""
+        """The normalised images, which of their pixels are hidden [b, y, x], the prediction, running statistics."""
         images = normalise(batch["image"], mean, std)
         mask_key, drop_key = jax.random.split(key)
         mask = masks(mask_key, batch["position"])
-        _, prediction = forward(params, images, mask, drop_key, train, batch["position"])
+        _, prediction, statistics = forward(params, images, mask, drop_key, train, batch["position"])
         hidden = jnp.repeat(jnp.repeat(mask, encoder.token_stride, axis=1), encoder.token_stride, axis=2)
-        return images, hidden, prediction
+        return images, hidden, prediction, statistics
+
+    def target_of(images):
+        """What is predicted, and its inverse, from a prediction in patches to an image."""
+        if not norm_target:
+            return images, lambda prediction: from_patches(prediction, stride)
+        centre, spread = local_moments(images, norm_target)
+        return (images - centre) / spread, lambda prediction: from_patches(prediction, stride) * spread + centre
 
     def loss_fn(params, batch, key, train):
-        images, hidden, prediction = see(params, batch, key, train)
-        return masked_l1(prediction, images, hidden, stride), {}
+        images, hidden, prediction, statistics = see(params, batch, key, train)
+        target, _ = target_of(images)
+        return masked_l1(prediction, target, hidden, stride), {"statistics": {"encoder": statistics}}
 
     def predict(params, batch, key):
-        images, hidden, prediction = see(params, batch, key, False)
-        losses = jax.vmap(lambda *one: masked_l1(*(x[None] for x in one), stride))(prediction, images, hidden)
+        images, hidden, prediction, _ = see(params, batch, key, False)
+        target, to_image = target_of(images)
+        losses = jax.vmap(lambda *one: masked_l1(*(x[None] for x in one), stride))(prediction, target, hidden)
         return {
             "loss": losses,
             "image": denormalise(images, mean, std),
-            "prediction": denormalise(from_patches(prediction, stride), mean, std),
+            "prediction": denormalise(to_image(prediction), mean, std),
             "mask": hidden,
         }
 

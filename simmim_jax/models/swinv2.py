@@ -1,0 +1,172 @@
+"""Swin Transformer V2 as official SimMIM pretrains it (Liu et al. 2022, arXiv 2111.09883).
+
+What differs from Swin: norms stand after each branch and start at zero; attention is the cosine of query and key over a
+learned temperature; the bias of a displacement comes from a small network of its logarithm, so that a model fits other
+windows than those it was trained with; merging norms after it reduces.
+Shape letters: b images, i and j the token map, m windows of one image, n tokens of one window, d width, h heads, w side
+of a window. Source: models/swin_transformer_v2.py of microsoft/Swin-Transformer.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from simmim_jax.errors import ConfigError
+from simmim_jax.models import swin
+from simmim_jax.models.layers import DropPath, Mlp, layer_norm, relative_position_index, truncated_normal
+from simmim_jax.models.swin import attend, in_windows, project
+from simmim_jax.models.windows import quarters, stage_grids, window_and_shift
+
+DEPTHS = (2, 2, 18, 2)
+SIZES = {
+    "t": {"width": 96, "depths": (2, 2, 6, 2), "stage_heads": (3, 6, 12, 24)},
+    "s": {"width": 96, "depths": DEPTHS, "stage_heads": (3, 6, 12, 24)},
+    "b": {"width": 128, "depths": DEPTHS, "stage_heads": (4, 8, 16, 32)},
+    "l": {"width": 192, "depths": DEPTHS, "stage_heads": (6, 12, 24, 48)},
+    "h": {"width": 352, "depths": DEPTHS, "stage_heads": (11, 22, 44, 88)},
+    "giant": {"width": 448, "depths": DEPTHS, "stage_heads": (14, 28, 56, 112)},
+}
+
+
+def log_displacements(side: int, pretrained_window: int) -> Float[np.ndarray, "r 2"]:
+    """The logarithmic displacement (rows, columns) of each row of a window's bias table, r = (2 * side - 1)**2.
+
+    Displacements are a share of the window's reach, or of that of `pretrained_window` (0: the window itself), times 8;
+    then sign * log2(1 + magnitude) / log2(8). The paper's equation 5, with the official scale.
+    """
+    steps = np.arange(1 - side, side, dtype=np.float32)
+    steps *= np.float32(8) / max((pretrained_window or side) - 1, 1)
+    steps = np.sign(steps) * np.log2(np.abs(steps) + 1) / np.float32(np.log2(8))
+    return np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+class ContinuousPositionBias(nn.Module):
+    """The bias of each displacement and head, between 0 and 16, from two linear layers with ReLU between."""
+
+    heads: int
+    pretrained_window: int
+    init_truncation: float
+
+    @nn.compact
+    def __call__(self, side: int) -> Float[Array, "h n n"]:
+        initial = truncated_normal(self.init_truncation)
+        x = nn.relu(nn.Dense(512, kernel_init=initial, name="fc1")(log_displacements(side, self.pretrained_window)))
+        table = nn.Dense(self.heads, use_bias=False, kernel_init=initial, name="fc2")(x)
+        index = relative_position_index((side, side), class_token=False)
+        return 16 * nn.sigmoid(table[index].transpose(2, 0, 1))
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention within windows; biases on queries and values alone."""
+
+    heads: int
+    qkv_bias: str
+    pretrained_window: int
+    init_truncation: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b m n d"], side: int, mask: Float[Array, "m n n"] | None
+    ) -> Float[Array, "b m n d"]:
+        width, head_width = x.shape[-1], x.shape[-1] // self.heads
+        qkv = nn.DenseGeneral(
+            (3, self.heads, head_width),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=truncated_normal(self.init_truncation),
+            name="qkv",
+        )(x)  # b m n 3 h d/h
+        query, key, value = (qkv[..., part, :, :] for part in range(3))
+        if self.qkv_bias == "qv":
+            query += self.param("q_bias", nn.initializers.zeros, (self.heads, head_width)).astype(query.dtype)
+            value += self.param("v_bias", nn.initializers.zeros, (self.heads, head_width)).astype(value.dtype)
+        query, key = (unit_length(x.astype(jnp.float32)).astype(self.dtype) for x in (query, key))
+        scale = self.param("logit_scale", nn.initializers.constant(np.log(10.0)), (self.heads,))
+        logits = jnp.einsum("bmqhc,bmkhc->bmhqk", query, key, preferred_element_type=jnp.float32)  # b m h n n
+        logits *= jnp.exp(jnp.minimum(scale, np.log(100.0)))[:, None, None]
+        logits += ContinuousPositionBias(self.heads, self.pretrained_window, self.init_truncation, name="cpb")(side)
+        x = attend(logits, mask, value)
+        return project(x, width, self.init_truncation, self.dtype)
+
+
+def unit_length(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+    """Each vector over its length, or over 1e-12 if it is shorter (PyTorch's `normalize`)."""
+    squared = (x * x).sum(axis=-1, keepdims=True)
+    long = squared > 1e-24  # else the root has no gradient at zero
+    return x / jnp.where(long, jnp.sqrt(jnp.where(long, squared, 1.0)), 1e-12)
+
+
+class Block(nn.Module):
+    """Attention in windows and MLP, each with a norm after it that starts at zero, and stochastic depth."""
+
+    heads: int
+    window: int
+    pretrained_window: int
+    shifted: bool
+    mlp_ratio: float
+    qkv_bias: str
+    drop_path: float
+    norm_epsilon: float
+    init_truncation: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b i j d"], train: bool, position: Int[Array, " b"] | None
+    ) -> Float[Array, "b i j d"]:
+        attention = WindowAttention(
+            self.heads, self.qkv_bias, self.pretrained_window, self.init_truncation, self.dtype, name="attn"
+        )
+        branch = in_windows(attention, x, self.window, self.shifted)
+        branch = layer_norm(self.norm_epsilon, "norm1", scale=0.0)(branch)
+        x += DropPath(self.drop_path, name="drop_attn")(branch, train, position)
+        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, dtype=self.dtype, name="mlp")
+        branch = layer_norm(self.norm_epsilon, "norm2", scale=0.0)(mlp(x))
+        return x + DropPath(self.drop_path, name="drop_mlp")(branch, train, position)
+
+
+class PatchMerging(nn.Module):
+    """Four tokens to one of twice the width: a linear map without bias, then LayerNorm."""
+
+    norm_epsilon: float
+    init_truncation: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b k l 2*d"]:
+        initial = truncated_normal(self.init_truncation)
+        reduction = nn.Dense(2 * x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=initial, name="reduction")
+        return layer_norm(self.norm_epsilon, "norm")(reduction(quarters(x)))
+
+
+class SwinV2(swin.Swin):
+    """A Swin Transformer V2 under the encoder contract: `swin.Swin` with other blocks.
+
+    qkv_bias: "qv" or "none". pretrained_windows: for a model that was trained with other windows, the side that each
+    stage's windows had there, like 12,12,12,6 (official PRETRAINED_WINDOW_SIZES); empty: this model's own.
+    """
+
+    qkv_bias: str = "qv"
+    pretrained_windows: tuple[int, ...] = ()
+
+    CHOICES = {**swin.Swin.CHOICES, "qkv_bias": ("qv", "none")}  # noqa: RUF012
+    BLOCK, MERGING = Block, PatchMerging
+
+    def check(self) -> None:
+        super().check()
+        if self.pretrained_windows and len(self.pretrained_windows) != len(self.depths):
+            raise ConfigError(
+                f"pretrained_windows {self.pretrained_windows} for {len(self.depths)} stages",
+                "encoder.pretrained_windows", "give one number per stage, like 12,12,12,6, or none",
+            )  # fmt: skip
+
+    def of_stage(self, stage: int) -> dict:
+        pretrained = self.pretrained_windows[stage] if self.pretrained_windows else 0
+        return {**super().of_stage(stage), "pretrained_window": pretrained}
+
+    def stage_windows(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """The side of each stage's windows for images of this size: what `pretrained_windows` of a later model is."""
+        grids = stage_grids(image_size, self.patch_size, len(self.depths))
+        return tuple(window_and_shift(grid, self.window, False)[0] for grid in grids)

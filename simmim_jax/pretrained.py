@@ -1,0 +1,182 @@
+"""Parameters of one model taken into another: of other windows, another image size, shared tables or one per block.
+
+Relative-position tables are resized as official `load_pretrained` does (utils.py of microsoft/SimMIM and
+microsoft/Swin-Transformer), absolute ones bicubically; Swin V2's continuous bias needs `pretrained_windows` instead.
+Shape letters: r rows of a table (displacements, and three for a class token), h heads, n positions, d width.
+"""
+
+import itertools
+import math
+import re
+
+import jax
+import numpy as np
+from jaxtyping import Float, PyTree
+from scipy.interpolate import RectBivariateSpline
+
+from simmim_jax.errors import CheckpointError
+from simmim_jax.optim import path_of
+
+# Encoder fields that say nothing of what its parameters mean, and those that `fit` can bridge.
+FREE = ("size", "dtype", "remat", "drop_path", "init_truncation")
+BRIDGED = ("window", "pretrained_windows", "relative_position", "final_norm")
+
+
+def progression(source: int, target: int) -> Float[np.ndarray, " s"]:
+    """Where the `source` displacements of one axis stand on the axis of `target` displacements, both odd.
+
+    They stand at 0, 1, 1 + q, 1 + q + q**2, ... and their negatives, with the q for which the last reaches the target's
+    last, (target - 1) / 2; q lies between 1.01 and 1.5, found by halving as official code does.
+    """
+    reach, low, high = source // 2, 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**reach) / (1 - q) > target // 2 else (q, high)
+    steps = list(itertools.accumulate(q**power for power in range(reach)))
+    return np.array([-step for step in reversed(steps)] + [0.0] + steps)
+
+
+def resize_bias_table(table: Float[np.ndarray, "r h"], rows: int, extra: int = 0) -> Float[np.ndarray, "rows h"]:
+    """A relative-position table for windows of another side, by a bicubic spline through each head's displacements.
+
+    The last `extra` rows, which are no displacements, stay as they are. Beyond the outermost displacement of the source
+    its value is held. Raises ValueError where the displacements are not those of a square.
+    """
+    displacements, rest = np.split(table, [len(table) - extra])
+    source, target = math.isqrt(len(displacements)), math.isqrt(rows - extra)
+    if source**2 != len(displacements) or target**2 != rows - extra:
+        raise ValueError(f"tables of {len(table)} and {rows} rows are not both those of square windows")
+    if source == target:
+        return table
+    at, wanted = progression(source, target), np.arange(target) - target // 2
+    if source < 4:  # too few for a cubic spline
+        raise ValueError(f"a window of {(source + 1) // 2} tokens has too few displacements to interpolate")
+    wanted = np.clip(wanted, at[0], at[-1])
+    maps = [
+        RectBivariateSpline(at, at, values.reshape(source, source), kx=3, ky=3, s=0)(wanted, wanted)
+        for values in displacements.T.astype(np.float64)
+    ]
+    return np.concatenate([np.stack(maps, axis=-1).reshape(target**2, -1), rest]).astype(table.dtype)
+
+
+def cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
+    """Rows of weights that resample `source` values at `target` places, bicubically (a = -0.75), pixels as areas.
+
+    As PyTorch's `interpolate(mode="bicubic", align_corners=False)`: no antialiasing, borders repeated.
+    """
+    a = -0.75
+    places = (np.arange(target) + 0.5) * source / target - 0.5
+    first = np.floor(places).astype(int) - 1
+    weights = np.zeros((target, source))
+    for tap in range(4):
+        distance = np.abs(places - (first + tap))
+        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        np.add.at(weights, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(distance <= 1, near, far))
+    return weights
+
+
+def resize_positions(table: Float[np.ndarray, "n d"], positions: int, extra: int = 0) -> Float[np.ndarray, "m d"]:
+    """An absolute position embedding for another number of patches of a square image, bicubically.
+
+    The first `extra` rows, which are no patches, stay as they are. Raises ValueError where the patches are no square.
+    """
+    rest, patches = np.split(table, [extra])
+    source, target = math.isqrt(len(patches)), math.isqrt(positions - extra)
+    if source**2 != len(patches) or target**2 != positions - extra:
+        raise ValueError(f"embeddings of {len(table)} and {positions} positions are not both those of square images")
+    weights = cubic_weights(source, target)
+    resized = np.einsum("as,bt,std->abd", weights, weights, patches.reshape(source, source, -1).astype(np.float64))
+    return np.concatenate([rest, resized.reshape(target**2, -1)]).astype(table.dtype)
+
+
+def refuse_other_encoder(saved: dict, now: dict, where: str) -> None:
+    """Raise CheckpointError if the encoder of a run was built, or fed, in a way that `fit` cannot bridge.
+
+    saved, now: the configs of the two runs as config.json has them, with all of the encoder's fields.
+    """
+
+    def sides(config):
+        fields = {f"encoder.{name}": value for name, value in config.get("encoder", {}).items()}
+        if "encoder.layer_scale" in fields:  # what it starts from does not matter, only whether it is there
+            fields["encoder.layer_scale"] = bool(fields["encoder.layer_scale"])
+        return fields | {name: config[name] for name in ("mean", "std") if name in config}
+
+    then, here = sides(saved), sides(now)
+    bridged = {f"encoder.{name}" for name in FREE + BRIDGED}
+    different = [name for name in here if name in then and name not in bridged and then[name] != here[name]]
+    tables = tuple(side.get("encoder.relative_position") for side in (then, here))
+    if None not in tables and tables[0] != tables[1] and tables != ("shared", "per_block"):
+        different.append("encoder.relative_position")
+    if here.get("encoder.final_norm") and not then.get("encoder.final_norm", True):
+        different.append("encoder.final_norm")
+    if different:
+        examples = ", ".join(f"{name}: {then.get(name)!r} there, {here.get(name)!r} here" for name in different[:3])
+        raise CheckpointError(f"another encoder ({examples})", where, "give these fields as that run had them")
+
+
+def refuse_other_windows(there: tuple[int, ...], here: tuple[int, ...], where: str) -> None:
+    """Raise CheckpointError unless Swin V2's displacements are measured by the same windows, stage by stage."""
+    if there != here:
+        sides = ",".join(map(str, there))
+        raise CheckpointError(
+            f"trained with windows of {sides} tokens by stage, here displacements are measured by "
+            f"{','.join(map(str, here))}", where, f"give --config.encoder.pretrained_windows={sides}",
+        )  # fmt: skip
+
+
+def fit(saved: dict, abstract: dict, where: str) -> tuple[dict, list[str]]:
+    """(`saved` in the paths and shapes of `abstract`, what was done to it): nested dicts of numpy arrays.
+
+    Tables are resized, a shared table is copied to each block that wants its own, and a final norm that `abstract` does
+    not have is left out. Raises CheckpointError, with examples from both sides, if anything else differs.
+    """
+    have, want = flat(saved), flat(abstract)
+    notes, taken, used, failed = [], {}, set(), []
+    class_positions, class_rows = (1, 3) if any(name.endswith("cls_token") for name in want) else (0, 0)
+    for name, x in want.items():
+        source = name if name in have else re.sub(r"block_\d+/rel_pos_bias/", "rel_pos_bias/", name)
+        if source not in have:
+            failed.append(f"{name} is absent there and {shape_of(x)} here")
+            continue
+        used.add(source)
+        value = have[source]
+        try:
+            if value.shape != x.shape and name.endswith("rel_pos_bias/table") and value.shape[1:] == x.shape[1:]:
+                value = resize_bias_table(value, x.shape[0], class_rows)
+            elif value.shape != x.shape and name.endswith("pos_embed") and value.shape[1:] == x.shape[1:]:
+                value = resize_positions(value, x.shape[0], class_positions)
+        except ValueError as error:
+            failed.append(f"{name}: {error}")
+            continue
+        if value.shape != x.shape:
+            failed.append(f"{name} is {shape_of(value)} there and {shape_of(x)} here")
+            continue
+        if have[source].shape != x.shape:
+            notes.append(f"{name}: resized from {len(have[source])} to {len(value)} rows")
+        if source != name:
+            notes.append(f"{name}: a copy of {source}")
+        taken[name] = np.asarray(value, x.dtype)
+    left = [name for name in have if name not in used]
+    for name in left:
+        if name.removeprefix("encoder/").startswith("norm/"):
+            notes.append(f"{name}: left out, this encoder has no final norm")
+        else:
+            failed.append(f"{name} is {shape_of(have[name])} there and absent here")
+    if failed:
+        more = f", and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise CheckpointError(
+            f"another model: {'; '.join(failed[:3])}{more}", where,
+            "set config.encoder and config.objective to those of its config.json, or take fewer parts with "
+            "--config.init_parts=encoder",
+        )  # fmt: skip
+    return jax.tree_util.tree_map_with_path(lambda path, _: taken[path_of(path)], abstract), notes
+
+
+def shape_of(x) -> str:
+    return f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+
+def flat(tree: PyTree) -> dict:
+    """The arrays of `tree` by path."""
+    return {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,0 +1,152 @@
+"""Parameters taken into another model: tables resized as official code does, and nothing taken in silence."""
+
+import jax
+import numpy as np
+import pytest
+from scipy.interpolate import CubicSpline
+from tiny import PIXELS, tiny_encoder
+
+from simmim_jax.errors import CheckpointError
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import make_objective
+from simmim_jax.pretrained import (
+    fit,
+    progression,
+    refuse_other_encoder,
+    refuse_other_windows,
+    resize_bias_table,
+    resize_positions,
+)
+
+KEY = jax.random.key(0)
+WINDOWS = ((6, 7), (7, 14), (12, 14), (14, 16), (14, 12))
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_a_resized_table_equals_what_scipys_removed_interp2d_gave(golden, windows):
+    """tests/golden/resizing.npz is by scipy 1.13.1 itself; the same FITPACK routines compute both."""
+    name, arrays = "{}_{}".format(*windows), golden("resizing")
+    expected = arrays[f"resized_{name}"]
+    np.testing.assert_allclose(resize_bias_table(arrays[f"table_{name}"], len(expected)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_a_resized_table_equals_two_natural_steps_along_each_axis(golden, windows):
+    """Independent of FITPACK: not-a-knot cubic splines along the rows, then along the columns, held at the borders."""
+    source, target = (2 * window - 1 for window in windows)
+    table = golden("resizing")["table_{}_{}".format(*windows)].astype(np.float64)
+    at = progression(source, target)
+    wanted = np.clip(np.arange(target) - target // 2, at[0], at[-1])
+    rows = CubicSpline(at, table.reshape(source, source, -1), axis=0, bc_type="not-a-knot")(wanted)
+    expected = CubicSpline(at, rows, axis=1, bc_type="not-a-knot")(wanted)
+    resized = resize_bias_table(table, target**2)
+    np.testing.assert_allclose(resized, expected.reshape(target**2, -1), atol=1e-9)
+
+
+def test_displacements_stand_in_a_geometric_progression_that_spans_the_target():
+    places = progression(2 * 6 - 1, 2 * 7 - 1)
+    steps = np.diff(places[len(places) // 2 :])
+    np.testing.assert_allclose(steps[1:] / steps[:-1], steps[1] / steps[0])
+    np.testing.assert_array_equal(places, -places[::-1])
+    assert places[-1] == pytest.approx(6, abs=1e-4)
+
+
+def test_rows_that_are_no_displacements_and_tables_of_the_right_size_stay_to_the_bit():
+    table = np.random.default_rng(0).normal(size=(27 * 27 + 3, 2)).astype(np.float32)
+    assert resize_bias_table(table, 27 * 27 + 3, extra=3) is table
+    larger = resize_bias_table(table, 31 * 31 + 3, extra=3)
+    np.testing.assert_array_equal(larger[-3:], table[-3:])
+    with pytest.raises(ValueError, match="not both those of square windows"):
+        resize_bias_table(table, 7 * 5 + 3, extra=3)
+
+
+@pytest.mark.parametrize("sides", [(4, 6), (7, 5), (12, 14)])
+def test_resized_positions_equal_pytorchs_bicubic_interpolation(golden, sides):
+    """tests/golden/resizing.npz is by torch 2.13; the tolerance covers its float32."""
+    name, arrays = "{}_{}".format(*sides), golden("resizing")
+    expected = arrays[f"moved_{name}"]
+    np.testing.assert_allclose(resize_positions(arrays[f"positions_{name}"], len(expected)), expected, atol=5e-6)
+
+
+def params_of(encoder, image_size=(32, 32)):
+    """Random parameters of a pretraining, every one of them."""
+    objective = make_objective("simmim", encoder, **{**PIXELS, "image_size": image_size}, block_size=16)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(objective.init, KEY)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def test_what_fits_is_taken_to_the_bit():
+    params = params_of(tiny_encoder())
+    taken, notes = fit(params, params, "here")
+    jax.tree.map(np.testing.assert_array_equal, taken, params)
+    assert notes == []
+
+
+def test_a_shared_table_is_copied_to_each_block_and_resized_and_an_unused_norm_left_out():
+    saved = params_of(tiny_encoder())
+    other = tiny_encoder(relative_position="per_block", final_norm=False)
+    taken, notes = fit(saved, params_of(other), "here")
+    for n in range(2):
+        np.testing.assert_array_equal(
+            taken["encoder"][f"block_{n}"]["rel_pos_bias"]["table"], saved["encoder"]["rel_pos_bias"]["table"]
+        )
+    assert "norm" not in taken["encoder"]
+    assert notes == [
+        "encoder/block_0/rel_pos_bias/table: a copy of encoder/rel_pos_bias/table",
+        "encoder/block_1/rel_pos_bias/table: a copy of encoder/rel_pos_bias/table",
+        "encoder/norm/bias: left out, this encoder has no final norm",
+        "encoder/norm/scale: left out, this encoder has no final norm",
+    ]
+    taken, notes = fit(saved, params_of(other, image_size=(48, 48)), "here")
+    expected = resize_bias_table(saved["encoder"]["rel_pos_bias"]["table"], 11**2 + 3, extra=3)
+    np.testing.assert_array_equal(taken["encoder"]["block_1"]["rel_pos_bias"]["table"], expected)
+    assert "encoder/block_1/rel_pos_bias/table: resized from 52 to 124 rows" in notes
+
+
+def test_a_swins_tables_follow_its_windows_and_its_positions_the_image():
+    sizes = {"width": 8, "depths": (1, 1), "stage_heads": (1, 2), "absolute_position": "learned"}
+    saved = params_of(make_encoder("swin", "t", window=4, **sizes))
+    taken, notes = fit(saved, params_of(make_encoder("swin", "t", window=6, **sizes), (48, 48)), "here")
+    assert taken["encoder"]["stage_0_block_0"]["attn"]["rel_pos_bias"]["table"].shape == (121, 1)
+    expected = resize_positions(saved["encoder"]["pos_embed"], 144)
+    np.testing.assert_array_equal(taken["encoder"]["pos_embed"], expected)
+    assert notes == [
+        "encoder/pos_embed: resized from 64 to 144 rows",
+        "encoder/stage_0_block_0/attn/rel_pos_bias/table: resized from 49 to 121 rows",
+        "encoder/stage_1_block_0/attn/rel_pos_bias/table: resized from 49 to 121 rows",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 3}, "encoder/block_2/.* is absent there and float32"),
+        ({"depth": 1}, "encoder/block_1/.* there and absent here"),
+        ({"width": 64}, r"is float32\[32\] there and float32\[64\] here"),
+        ({"layer_scale": 0.0}, "scale_attn/gamma is float32.* there and absent here"),
+        ({"absolute_position": "learned"}, "pos_embed is absent there"),
+    ],
+)
+def test_whatever_else_differs_is_refused_with_both_sides(options, message):
+    with pytest.raises(CheckpointError, match=message):
+        fit(params_of(tiny_encoder()), params_of(tiny_encoder(**options)), "here")
+
+
+def test_an_encoder_that_only_shares_its_shapes_is_refused():
+    saved = {"encoder": {"name": "vit", "heads": 2, "relative_position": "shared", "drop_path": 0.0}, "mean": [0.5]}
+    same = {"encoder": {**saved["encoder"], "relative_position": "per_block", "drop_path": 0.1}, "mean": [0.5]}
+    refuse_other_encoder(saved, same, "here")
+    refuse_other_encoder({}, same, "here")  # a run without config.json says nothing
+    for change in ({"encoder": {**saved["encoder"], "heads": 4}}, {"mean": [0.4]},
+                   {"encoder": {**saved["encoder"], "relative_position": "none"}}):  # fmt: skip
+        with pytest.raises(CheckpointError, match="another encoder"):
+            refuse_other_encoder(saved, {**saved, **change}, "here")
+
+
+def test_swin_v2_wants_to_know_the_windows_it_was_trained_with():
+    there = make_encoder("swinv2", "b", window=12).stage_windows((192, 192))
+    assert there == (12, 12, 12, 6)
+    moved = make_encoder("swinv2", "b", window=14)
+    with pytest.raises(CheckpointError, match=r"give --config\.encoder\.pretrained_windows=12,12,12,6"):
+        refuse_other_windows(there, moved.stage_windows((224, 224)), "here")

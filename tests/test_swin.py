@@ -1,0 +1,207 @@
+"""Swin and Swin V2: sizes, windows that shift, shrink and pad, initial values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import PIXELS, relative_difference
+
+from simmim_jax.errors import ConfigError
+from simmim_jax.models import make_encoder, swin, swinv2
+from simmim_jax.models.swin import in_windows
+from simmim_jax.models.swinv2 import log_displacements, unit_length
+from simmim_jax.models.windows import join_windows, shift_mask, split_windows, stage_grids, window_and_shift
+from simmim_jax.objectives import make_objective
+from simmim_jax.objectives.simmim import make_forward
+
+KEY = jax.random.key(0)
+NAMES = ("swin", "swinv2")
+TINY = {"width": 8, "depths": (2, 2), "stage_heads": (1, 2), "window": 4}
+
+
+def tiny_swin(name, **options):
+    return make_encoder(name, "t", **{**TINY, **options})
+
+
+def random_params(encoder, images, seed=0):
+    """Parameters of an encoder, every one random: what starts at zero hides mistakes."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(encoder.init, KEY, images)["params"]
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), shapes)
+
+
+def count(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("size", "window", "total"), [("b", 6, 89_874_104), ("l", 12, 199_881_204)])
+def test_a_swin_pretraining_has_the_official_parameter_count(size, window, total):
+    pixels = {**PIXELS, "image_size": (192, 192)}
+    objective = make_objective("simmim", make_encoder("swin", size, window=window), **pixels)
+    params = jax.eval_shape(objective.init, KEY)
+    assert count(params) == total
+    assert size != "b" or count(params["encoder"]) == 86_725_176
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("s", 49.0), ("b", 86.9), ("l", 195.2), ("h", 655.2), ("giant", 1061.0)]
+)
+def test_a_swin_v2_has_the_official_parameter_count(size, millions):
+    """Of the backbone, as microsoft/Swin-Transformer's MODELHUB.md lists them, to the digits that it gives."""
+    encoder = make_encoder("swinv2", size, window=12)
+    params = jax.eval_shape(encoder.init, KEY, jnp.zeros((1, 192, 192, 3)))
+    assert count(params) / 1e6 == pytest.approx(millions, abs=0.05 if millions < 1000 else 0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("image_size", "channels"), [((64, 96), 1), ((32, 32), 5), ((36, 52), 3)])
+def test_every_map_has_the_contracts_shape_for_any_image(name, image_size, channels):
+    """36 x 52 pixels are maps of 9 x 13 and 5 x 7 tokens: windows do not tile them, nor squares of two the first."""
+    encoder, images = tiny_swin(name), jnp.zeros((2, *image_size, channels))
+    variables = jax.eval_shape(encoder.init, KEY, images)
+    apply = lambda v, x: encoder.apply(v, x, mutable=["intermediates"])  # noqa: E731
+    features, sown = jax.eval_shape(apply, variables, images)
+    grids = stage_grids(image_size, 4, 2)
+    assert (encoder.token_stride, encoder.feature_stride, encoder.depth) == (4, 8, 4)
+    assert features.shape == (2, *grids[1], 16)
+    shapes = [(2, *grids[0], 8)] * 2 + [(2, *grids[1], 16)] * 2
+    assert [x.shape for x in sown["intermediates"]["blocks"]] == shapes
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("image_size", [(64, 64), (48, 80)])
+def test_no_hidden_pixel_reaches_a_feature(name, image_size):
+    """Also where maps are padded (48 x 80 pixels: 12 x 20 and 6 x 10 tokens, windows of 5), in training mode too."""
+    encoder = tiny_swin(name, window=5, absolute_position="learned", drop_path=0.2)
+    images = jax.random.normal(KEY, (2, *image_size, 3))
+    objective = make_objective("simmim", encoder, **{**PIXELS, "image_size": image_size}, block_size=16)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), jax.eval_shape(objective.init, KEY)
+    )
+    mask = jax.random.bernoulli(KEY, 0.5, (2, image_size[0] // 16, image_size[1] // 16)).repeat(4, 1).repeat(4, 2)
+    forward = make_forward(encoder, channels=3)
+    seen = jax.jit(jax.grad(lambda x: (forward(params, x, mask, KEY, True)[0] ** 2).sum()))(images).any(axis=-1)
+    hidden = mask.repeat(4, 1).repeat(4, 2)
+    assert not (seen & hidden).any()
+    assert (seen == ~hidden).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rematerialisation_changes_no_value_and_bfloat16_few(name):
+    images, sizes = jax.random.normal(KEY, (2, 16, 24, 3)), {"depths": (2,), "stage_heads": (2,), "window": 2}
+    plain = tiny_swin(name, drop_path=0.3, **sizes)
+    params = random_params(plain, images)
+
+    def loss(encoder):
+        function = lambda p: encoder.apply({"params": p}, images, True, rngs={"drop_path": KEY}).std()  # noqa: E731
+        return jax.jit(jax.value_and_grad(function))(params)
+
+    value, grads = loss(plain)
+    assert relative_difference(loss(tiny_swin(name, drop_path=0.3, remat=True, **sizes)), (value, grads)) < 1e-4
+    half, half_grads = loss(tiny_swin(name, drop_path=0.3, dtype="bfloat16", **sizes))
+    assert {x.dtype for x in jax.tree.leaves((half, half_grads))} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(half, value, rtol=2e-2)  # bfloat16 keeps eight bits
+
+
+def test_windows_tile_a_map_and_return_to_it():
+    x = jnp.arange(2 * 6 * 9 * 2.0).reshape(2, 6, 9, 2)
+    windows = split_windows(x, 3)
+    assert windows.shape == (2, 6, 9, 2)
+    np.testing.assert_array_equal(windows[1, 4].reshape(3, 3, 2), x[1, 3:6, 3:6])
+    np.testing.assert_array_equal(join_windows(windows, (6, 9)), x)
+
+
+def test_a_map_no_larger_than_a_window_has_smaller_windows_and_no_shift():
+    assert window_and_shift((48, 48), 12, True) == (12, 6)
+    assert window_and_shift((12, 12), 12, True) == (12, 0)
+    assert window_and_shift((6, 6), 12, True) == (6, 0)
+    assert window_and_shift((8, 20), 12, True) == (8, 0)
+    assert window_and_shift((14, 14), 7, False) == (7, 0)
+    assert [window_and_shift(grid, 12, False)[0] for grid in stage_grids((192, 192), 4, 4)] == [12, 12, 12, 6]
+
+
+def test_the_shift_mask_parts_what_the_roll_has_joined():
+    """Tokens of one window see each other if, and only if, they lay in one window's reach before the roll."""
+    grid, side, shift = (6, 9), 3, 1
+    row, column = np.meshgrid(*map(np.arange, grid), indexing="ij")
+    rolled = np.stack([np.roll(axis, (-shift, -shift), axis=(0, 1)) for axis in (row, column)], axis=-1)
+    tiles = rolled.reshape(2, 3, 3, 3, 2).swapaxes(1, 2).reshape(6, 9, 2)
+    near = np.abs(tiles[:, :, None] - tiles[:, None, :]).max(axis=-1) < side
+    np.testing.assert_array_equal(shift_mask(grid, side, shift), np.where(near, 0.0, -100.0).astype(np.float32))
+
+
+def test_padding_stands_below_and_to_the_right_and_is_cut_off_again():
+    seen = []
+
+    def attention(windows, side, mask):
+        seen.append((windows.shape, side, mask))
+        return windows + 1
+
+    x = jax.random.normal(KEY, (1, 5, 7, 2))
+    np.testing.assert_array_equal(in_windows(attention, x, 4, True), x + 1)
+    ((shape, side, mask),) = seen
+    assert (shape, side, mask.shape) == ((1, 4, 16, 2), 4, (4, 16, 16))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_are_counted_as_official_code_counts_them(name):
+    encoder = tiny_swin(name)
+    layers = {"patch_embed/kernel": 0, "patch_norm/scale": 0, "stage_0_block_0/norm1/scale": 1,
+              "stage_0_block_1/mlp/fc1/bias": 2, "stage_0_merge/reduction/kernel": 2,
+              "stage_1_block_0/attn/proj/bias": 3, "stage_1_block_1/norm2/bias": 4, "norm/scale": 5,
+              "pos_embed": 5}  # fmt: skip
+    assert {path: encoder.layer_of(path) for path in layers} == layers
+
+
+def test_a_swin_v2_starts_with_silent_branches_and_the_temperature_of_ten():
+    images = jnp.zeros((1, 32, 32, 3))
+    one = {"depths": (1,), "stage_heads": (1,)}
+    params = tiny_swin("swinv2", **one).init(KEY, images)["params"]
+    block = params["stage_0_block_0"]
+    for norm in ("norm1", "norm2"):
+        assert not block[norm]["scale"].any()
+        assert not block[norm]["bias"].any()
+    np.testing.assert_allclose(jnp.exp(block["attn"]["logit_scale"]), 10, rtol=1e-6)
+    table = tiny_swin("swin", **one).init(KEY, images)["params"]["stage_0_block_0"]["attn"]["rel_pos_bias"]["table"]
+    np.testing.assert_allclose(table.std(), 0.02, rtol=0.3)
+
+
+def test_displacements_of_a_larger_window_are_measured_by_the_pretrained_one():
+    own, moved = (log_displacements(8, window).reshape(15, 15, 2) for window in (0, 4))
+    assert own[0, 0, 0] == pytest.approx(-np.log2(9) / 3)
+    np.testing.assert_allclose(moved[4:11, 4:11], log_displacements(4, 0).reshape(7, 7, 2), rtol=1e-6)
+    assert (own[7, 7] == 0).all()
+    assert np.isfinite(log_displacements(1, 0)).all()
+
+
+def test_a_vector_of_zeros_has_a_direction_without_nan():
+    x = jnp.zeros((2, 3)).at[0].set(jnp.array([3.0, 0.0, 4.0]))
+    np.testing.assert_allclose(unit_length(x), [[0.6, 0, 0.8], [0, 0, 0]], rtol=1e-6)
+    assert jnp.isfinite(jax.grad(lambda x: unit_length(x).sum())(x)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage_heads": (3, 2)}, "width 8 is no multiple of 3 heads"),
+        ({"depths": (2, 2, 2)}, "one number above 0 per stage"),
+        ({"window": 0}, "window is 0"),
+        ({"absolute_position": "sincos"}, "choose one of none, learned"),
+        ({"qkv_bias": "all"}, "unknown qkv_bias"),
+        ({"heads": 3}, "unknown option of swin(v2)? 'heads' - did you mean stage_heads"),
+        ({"drop_path": 1.5}, r"not in \[0, 1\)"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_swin(name, **options)
+
+
+def test_every_size_can_be_built():
+    for name, sizes in (("swin", swin.SIZES), ("swinv2", swinv2.SIZES)):
+        for size in sizes:
+            assert make_encoder(name, size).feature_stride == 32
+    with pytest.raises(ConfigError, match="one number per stage"):
+        make_encoder("swinv2", "b", pretrained_windows=(12, 6))
