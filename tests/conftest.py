@@ -1,5 +1,6 @@
 """Eight simulated devices for every test, float32 matmuls in full, and shape checks on every annotated function."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -36,3 +37,9 @@ def golden():
         return arrays
 
     return load
+
+
+@pytest.fixture
+def golden_json():
+    """A function: the content of a reference JSON file."""
+    return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
