@@ -35,7 +35,7 @@ from simmim_jax.interop.rules import (
     one,
     three_dense,
 )
-from simmim_jax.models.windows import stage_grids
+from simmim_jax.models.windows import stage_grids, window_and_shift
 
 NAME = "huggingface"
 MODEL_TYPES = {"vit": "vit", "beit": "vit", "swin": "swin", "swinv2": "swinv2"}
@@ -189,6 +189,10 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
     if name == "swinv2":
         pretrained = tuple(weights.config.get("pretrained_window_sizes") or ())
         encoder["pretrained_windows"] = pretrained if any(pretrained) else ()
+        size = _of(weights, "image_size", 224)
+        image_size = tuple(size) if isinstance(size, list) else (size, size)
+        if rounds_down(image_size, encoder["patch_size"], window, depths):
+            raise CheckpointError(ROUNDED_DOWN.format("x".join(map(str, image_size))), weights.where)
     objective = {"name": "none"}
     if "decoder.0.weight" in weights.arrays:
         objective = {"name": "simmim"}
@@ -196,6 +200,22 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
         classes = weights.arrays["classifier.weight"].shape[0]
         objective = {"name": "classify", "num_classes": classes, "pool_norm": False}
     return Found(NAME, encoder, objective, None, 3, prefix, windows=tuple(windows) if None not in windows else None)
+
+
+ROUNDED_DOWN = (
+    "for images of {} the Swinv2 of transformers has windows for maps rounded down at each halving, and maps that are "
+    "rounded up: no other code has those"
+)
+
+
+def rounds_down(image_size: tuple[int, int], patch_size: int, window: int, depths: tuple[int, ...]) -> bool:
+    """Whether the windows of transformers' Swinv2, which halves maps rounding down, are not those of its maps."""
+    for stage, grid in enumerate(stage_grids(image_size, patch_size, len(depths))):
+        down = tuple(size // patch_size // 2**stage for size in image_size)
+        shifted = depths[stage] > 1
+        if min(down) < 1 or window_and_shift(down, window, shifted) != window_and_shift(grid, window, shifted):
+            return True
+    return False
 
 
 def pixels_of(weights: Weights) -> dict:
@@ -243,6 +263,8 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
                 f"transformers does not shrink a table of window {encoder.window} to a map of {min(grids[-1])}, so its "
                 "Swin fails there; the official and timm's formats hold it"
             )
+        if kind == "swinv2" and rounds_down(image_size, encoder.patch_size, encoder.window, encoder.depths):
+            return ROUNDED_DOWN.format("x".join(map(str, image_size)))
         if image_size[0] != image_size[1]:
             return "the masked image models of transformers are square; the official format says nothing of image sizes"
     if objective["name"] != "classify":

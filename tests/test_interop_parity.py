@@ -1,0 +1,404 @@
+"""Parity with the living implementations, transformers and timm, both ways; random weights, nothing is downloaded.
+
+Runs where they are installed (tests/requirements-parity.txt), and is skipped elsewhere. All go through the tool and
+through files, as a user's weights do. Tolerances are float32 rounding: 1e-5 of the largest value.
+"""
+
+import importlib.machinery
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from simmim_jax import checkpoint
+from simmim_jax.errors import CheckpointError
+from simmim_jax.interop.rules import flatten
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import make_objective
+from simmim_jax.objectives.pixels import from_patches
+from simmim_jax.objectives.simmim import make_forward, masked_l1
+from simmim_jax.tools import convert
+from simmim_jax.tools.weights import abstract_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXELS = {"mean": MEAN, "std": STD}
+
+
+@pytest.fixture(scope="module")
+def timm():
+    """timm, with a stand-in for torchvision: what it imports of that serves models and transforms not used here."""
+    transformers.utils.is_torchvision_available()  # asked before, and kept: transformers must not see the stand-in
+
+    class Anything(type):
+        def __getattr__(cls, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return name
+
+    def placeholder(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything(name, (), {"__init__": lambda self, *_, **__: None})
+
+    folders = ("transforms", "transforms.functional", "transforms.v2", "ops", "ops.misc", "models", "utils",
+               "models.feature_extraction", "datasets", "datasets.folder")  # fmt: skip
+    for name in ("torchvision", *(f"torchvision.{folder}" for folder in folders)):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        module.__path__, module.__version__, module.__getattr__ = [], "0", placeholder
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    try:
+        yield pytest.importorskip("timm")
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def images_of(size, batch=2):
+    return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+
+
+def normalised(images):
+    """Images as our encoders take them."""
+    return ((images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)).astype(np.float32)
+
+
+def to_torch(images):
+    return torch.from_numpy(normalised(images).transpose(0, 3, 1, 2).copy())
+
+
+def with_random_weights(model, seed=0):
+    """The model in evaluation, every weight and statistic of it drawn anew, so that none hides at zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            spread = 0.05 * torch.randn(x.shape, generator=generator)
+            is_scale = x.ndim == 1 and name.endswith("weight")
+            base = 1.0 if is_scale else float(np.log(10)) if name.endswith("logit_scale") else 0.0
+            x.copy_(base + spread)
+        for name, x in model.named_buffers():
+            if name.endswith("running_var"):
+                x.copy_(0.5 + torch.rand(x.shape, generator=generator))
+            elif name.endswith("running_mean"):
+                x.copy_(0.1 * torch.randn(x.shape, generator=generator))
+    return model.eval()
+
+
+def load(folder):
+    """(encoder, parameters, config) of a workdir."""
+    params, config = checkpoint.read_params(str(folder))
+    encoder = make_encoder(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["encoder"].items()})
+    return encoder, jax.tree.map(jnp.asarray, params), config
+
+
+def imported(folder, source, *flags):
+    convert.run([str(source), str(folder / "workdir"), *flags])
+    return load(folder / "workdir")
+
+
+def write_workdir(folder, options, objective, size):
+    """A workdir of a model of ours with random weights: (encoder, parameters)."""
+    encoder, abstract = abstract_model(options, objective, (size, size), PIXELS)
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        name = jax.tree_util.keystr(path)
+        base = 1.0 if "'scale'" in name or "'var'" in name else np.log(10) if "logit_scale" in name else 0.0
+        spread = rng.random(x.shape) if "'var'" in name else rng.standard_normal(x.shape)
+        return np.float32(base + 0.05 * spread)
+
+    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    config = {"encoder": {**options, "depths": list(options["depths"])} if "depths" in options else options}
+    config |= {"objective": objective, "image_size": [size, size], "mean": list(MEAN), "std": list(STD)}
+    checkpoint.write_params(str(folder / "workdir"), params, config)
+    return encoder, jax.tree.map(jnp.asarray, params)
+
+
+def features_of(encoder, params, images):
+    return np.asarray(encoder.apply({"params": params["encoder"]}, jnp.asarray(normalised(images))))
+
+
+def logits_of(encoder, params, config, images):
+    objective = {**config["objective"], **PIXELS, "image_size": images.shape[1:3]}
+    predict = make_objective(encoder=encoder, **objective).predict
+    batch = {"image": jnp.asarray(images), "position": jnp.arange(len(images))}
+    return np.asarray(predict(params, batch, jax.random.key(0))["logits"])
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs.detach(), np.float64)
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 1e-3  # a comparison of zeros would tell nothing
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+def as_map(tokens, features):
+    """[b, n, d] of theirs in the shape of our [b, k, l, d], less a class token."""
+    b, k, n, d = features.shape
+    return tokens[:, -k * n :].reshape(b, k, n, d)
+
+
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 64,
+           "patch_size": 16, "encoder_stride": 16}  # fmt: skip
+SWIN = {"embed_dim": 8, "depths": [2, 1, 2, 1], "num_heads": [1, 1, 2, 2], "drop_path_rate": 0.0}
+
+
+def hugging_face_models():
+    """(name, model) of every kind, with sizes at which windows tile the maps, pad them (96 and 72: 6 by 4, 3 by 2, 5 by
+    2), and shrink to them (Swin V2 alone: transformers' Swin fails on a map smaller than its window)."""
+    t = transformers
+    yield "vit", t.ViTForMaskedImageModeling(t.ViTConfig(**VIT))
+    yield "vit_without_bias", t.ViTForMaskedImageModeling(t.ViTConfig(**VIT, qkv_bias=False, layer_norm_eps=1e-6))
+    yield "swin", t.SwinForMaskedImageModeling(t.SwinConfig(**SWIN, image_size=64, window_size=2))
+    yield "swin_padded", t.SwinForMaskedImageModeling(t.SwinConfig(**SWIN, image_size=96, window_size=2))
+    yield (
+        "swin_absolute",
+        t.SwinForMaskedImageModeling(
+            t.SwinConfig(**SWIN, image_size=64, window_size=2, use_absolute_embeddings=True, qkv_bias=False)
+        ),
+    )
+    yield "swinv2", t.Swinv2ForMaskedImageModeling(t.Swinv2Config(**SWIN, image_size=64, window_size=2))
+    yield (
+        "swinv2_padded_and_shrunk",
+        t.Swinv2ForMaskedImageModeling(t.Swinv2Config(**SWIN, image_size=96, window_size=4)),
+    )
+    yield (
+        "swinv2_pretrained",
+        t.Swinv2ForMaskedImageModeling(
+            t.Swinv2Config(**SWIN, image_size=64, window_size=4, pretrained_window_sizes=[3, 3, 3, 2])
+        ),
+    )
+
+
+@pytest.mark.parametrize(("name", "model"), list(hugging_face_models()), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_masked_image_model_of_transformers_gives_the_same_features_reconstruction_and_loss(tmp_path, name, model):
+    model = with_random_weights(model)
+    model.save_pretrained(tmp_path / "hf")
+    encoder, params, config = imported(tmp_path, tmp_path / "hf")
+    assert config["objective"] == {"name": "simmim"}
+
+    images = images_of(model.config.image_size)
+    base = getattr(model, model.base_model_prefix)
+    features = features_of(encoder, params, images)
+    assert_close(features, as_map(base(to_torch(images)).last_hidden_state, features))
+
+    grid = images.shape[1] // encoder.token_stride
+    mask = np.random.default_rng(1).random((len(images), grid, grid)) < 0.6
+    theirs = model(to_torch(images), bool_masked_pos=torch.from_numpy(mask.reshape(len(images), -1)))
+    forward = make_forward(encoder, channels=3)
+    pixels = jnp.asarray(normalised(images))
+    prediction = forward(params, pixels, jnp.asarray(mask), jax.random.key(0), False)[1]
+    reconstruction = from_patches(prediction, encoder.feature_stride)
+    assert_close(reconstruction, theirs.reconstruction.permute(0, 2, 3, 1))
+    hidden = jnp.asarray(mask.repeat(encoder.token_stride, 1).repeat(encoder.token_stride, 2))
+    assert_close(masked_l1(prediction, pixels, hidden, encoder.feature_stride), theirs.loss)
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
+def test_maps_that_windows_do_not_tile_and_odd_maps_give_the_same_features(tmp_path, kind):
+    """72 pixels: maps of 18, 9, 5 and 3."""
+    config = getattr(transformers, f"{kind}Config")(**SWIN, image_size=72, window_size=2)
+    model = with_random_weights(getattr(transformers, f"{kind}Model")(config))
+    model.save_pretrained(tmp_path / "hf")
+    encoder, params, _ = imported(tmp_path, tmp_path / "hf")
+    images = images_of(72)
+    features = features_of(encoder, params, images)
+    assert features.shape[1:3] == (3, 3)
+    assert_close(features, as_map(model(to_torch(images)).last_hidden_state, features))
+
+
+def test_windows_that_transformers_takes_from_maps_rounded_down_are_refused(tmp_path):
+    """Its Swinv2 sizes windows for maps of 18, 9, 4 and 2, then runs on 18, 9, 5, 3; in official code none is odd."""
+    config = transformers.Swinv2Config(**SWIN, image_size=72, window_size=4)
+    transformers.Swinv2Model(config).save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="rounded down"):
+        imported(tmp_path, tmp_path / "hf")
+
+
+def test_the_swin_of_transformers_fails_on_a_map_smaller_than_its_window():
+    """Why we refuse to export such a model: if this begins to work there, the refusal can go."""
+    model = transformers.SwinModel(transformers.SwinConfig(**SWIN, image_size=64, window_size=4))
+    with pytest.raises(RuntimeError):
+        model(to_torch(images_of(64)))
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
+def test_a_classifier_of_transformers_gives_the_same_logits(tmp_path, kind):
+    config = getattr(transformers, f"{kind}Config")(**SWIN, image_size=64, window_size=2, num_labels=7)
+    model = with_random_weights(getattr(transformers, f"{kind}ForImageClassification")(config))
+    model.save_pretrained(tmp_path / "hf")
+    encoder, params, config = imported(tmp_path, tmp_path / "hf")
+    assert_close(logits_of(encoder, params, config, images_of(64)), model(to_torch(images_of(64))).logits)
+
+
+BEIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 64,
+            "patch_size": 16, "layer_norm_eps": 1e-6, "drop_path_rate": 0.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_beit_of_transformers_gives_the_same_features(tmp_path, shared, absolute):
+    config = transformers.BeitConfig(
+        **BEIT, use_shared_relative_position_bias=shared, use_relative_position_bias=not shared,
+        use_absolute_position_embeddings=absolute, use_mean_pooling=False,
+    )  # fmt: skip
+    model = with_random_weights(transformers.BeitModel(config, add_pooling_layer=False))
+    model.save_pretrained(tmp_path / "hf")
+    encoder, params, _ = imported(tmp_path, tmp_path / "hf")
+    images = images_of(64)
+    features = features_of(encoder, params, images)
+    assert_close(features, as_map(model(to_torch(images)).last_hidden_state, features))
+
+
+def test_a_beit_classifier_of_transformers_gives_the_same_logits(tmp_path):
+    config = transformers.BeitConfig(**BEIT, use_relative_position_bias=True, num_labels=7)
+    model = with_random_weights(transformers.BeitForImageClassification(config))
+    model.save_pretrained(tmp_path / "hf")
+    encoder, params, config = imported(tmp_path, tmp_path / "hf")
+    assert_close(logits_of(encoder, params, config, images_of(64)), model(to_torch(images_of(64))).logits)
+
+
+OUR_VIT = {"name": "vit", "size": "ti", "width": 32, "depth": 2, "heads": 4, "patch_size": 16}
+PLAIN = {"relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0}
+OUR_SWIN = {"size": "t", "width": 8, "depths": (2, 1, 2, 1), "stage_heads": (1, 1, 2, 2), "window": 2}
+SIMMIM, BARE = {"name": "simmim"}, {"name": "none"}
+CLASSIFY = {"name": "classify", "num_classes": 7, "pool_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "objective", "kind"),
+    [
+        ({**OUR_VIT, **PLAIN, "absolute_position": "learned"}, SIMMIM, "ViTModel"),
+        ({**OUR_VIT, **PLAIN, "absolute_position": "sincos"}, BARE, "ViTModel"),
+        (OUR_VIT, SIMMIM, "BeitModel"),
+        ({**OUR_VIT, "relative_position": "per_block", "absolute_position": "learned"}, BARE, "BeitModel"),
+        ({**OUR_VIT, "layer_scale": 0.0}, SIMMIM, "BeitModel"),
+        ({"name": "swin", **OUR_SWIN}, SIMMIM, "SwinModel"),
+        ({"name": "swin", **OUR_SWIN, "absolute_position": "learned", "qkv_bias": "none"}, CLASSIFY, "SwinModel"),
+        ({"name": "swinv2", **OUR_SWIN, "window": 4}, SIMMIM, "Swinv2Model"),
+        ({"name": "swinv2", **OUR_SWIN, "pretrained_windows": (4, 4, 4, 2)}, CLASSIFY, "Swinv2Model"),
+    ],
+)  # fmt: skip
+def test_what_we_export_is_loaded_by_transformers_and_gives_the_same_features(tmp_path, options, objective, kind):
+    encoder, params = write_workdir(tmp_path, options, objective, 64)
+    convert.run([str(tmp_path / "workdir"), str(tmp_path / "hf")])
+    model, info = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(model).__name__ == kind
+    assert all(name.startswith("pooler.") for name in info["missing_keys"])
+    assert not info["mismatched_keys"]
+    images = images_of(64)
+    features = features_of(encoder, params, images)
+    assert_close(features, as_map(model.eval()(to_torch(images)).last_hidden_state, features))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**OUR_VIT, **PLAIN, "absolute_position": "learned"},
+        {"name": "swin", **OUR_SWIN},
+        {"name": "swinv2", **OUR_SWIN},
+    ],
+    ids=lambda options: options["name"],
+)
+def test_an_exported_masked_image_model_is_whole(tmp_path, options):
+    write_workdir(tmp_path, options, SIMMIM, 64)
+    convert.run([str(tmp_path / "workdir"), str(tmp_path / "hf")])
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    kind = getattr(transformers, config.architectures[0])
+    _, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    images = images_of(64)
+    pixels = processor(list(images), return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(pixels.numpy().transpose(0, 2, 3, 1), normalised(images), atol=1e-5)
+
+
+def timm_models(timm):
+    """(flags of the tool, image size, model) by name."""
+    from timm.models import beit, convnext, resnet, swin_transformer, swin_transformer_v2, vision_transformer
+
+    vit = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
+    swin = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 2, 1), "num_heads": (1, 1, 2, 2), "num_classes": 7}
+    heads = ("--encoder.heads=4",)
+    return {
+        "vit": (heads, 64, lambda: vision_transformer.VisionTransformer(**vit | {"num_classes": 0})),
+        "vit_average": (heads, 64, lambda: vision_transformer.VisionTransformer(
+            **vit, global_pool="avg", class_token=False, init_values=1e-5)),
+        "beit": ((), 64, lambda: beit.Beit(**vit, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)),
+        "beit_shared": ((), 64, lambda: beit.Beit(**vit, use_shared_rel_pos_bias=True, init_values=0.1)),
+        "swin": (("--image_size=64",), 64, lambda: swin_transformer.SwinTransformer(**swin, window_size=2)),
+        "swin_shrunk": ((), 64, lambda: swin_transformer.SwinTransformer(**swin, window_size=4)),
+        "swinv2": (("--image_size=64", "--encoder.window=2"), 64,
+                   lambda: swin_transformer_v2.SwinTransformerV2(**swin, window_size=2)),
+        "swinv2_pretrained": (
+            ("--image_size=64", "--encoder.window=4", "--encoder.pretrained_windows=3,3,3,2"), 64,
+            lambda: swin_transformer_v2.SwinTransformerV2(**swin, window_size=4, pretrained_window_sizes=(3, 3, 3, 2))),
+        "resnet": ((), 64, lambda: resnet.ResNet(resnet.Bottleneck, (2, 1, 2, 1), num_classes=7)),
+        "convnext": ((), 64, lambda: convnext.ConvNeXt(depths=(2, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=7)),
+    }  # fmt: skip
+
+
+TIMM = ("vit", "vit_average", "beit", "beit_shared", "swin", "swin_shrunk", "swinv2", "swinv2_pretrained", "resnet",
+        "convnext")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_timm_model_gives_the_same_features_and_logits_and_goes_back(tmp_path, timm, name):
+    flags, size, make = timm_models(timm)[name]
+    model = with_random_weights(make())
+    state = {key: x.numpy() for key, x in model.state_dict().items()}
+    save_file(state, tmp_path / "timm.safetensors")
+    encoder, params, config = imported(tmp_path, tmp_path / "timm.safetensors", *flags)
+
+    images = images_of(size)
+    features = features_of(encoder, params, images)
+    theirs = model.forward_features(to_torch(images))
+    if name in ("resnet", "convnext"):
+        theirs = theirs.permute(0, 2, 3, 1)
+    assert_close(features, as_map(theirs, features) if theirs.ndim == 3 else theirs)
+    if name != "vit":
+        assert_close(logits_of(encoder, params, config, images), model(to_torch(images)))
+
+    convert.run([str(tmp_path / "workdir"), str(tmp_path / "back.safetensors"), "--format=timm"])
+    back = {key: torch.from_numpy(x) for key, x in load_file(tmp_path / "back.safetensors").items()}
+    fresh = with_random_weights(make(), seed=1)
+    fresh.load_state_dict(back, strict=True)
+    weights = {key: x for key, x in fresh.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert [key for key, x in weights.items() if x.numpy().tobytes() != state[key].tobytes()] == []
+
+
+COUNTS = {
+    "vit_base_patch16_224": 86_567_656,
+    "resnet50": 25_557_032,
+    "convnext_tiny": 28_589_128,
+    "swin_base_patch4_window7_224": 87_768_224,
+}
+
+
+@pytest.mark.parametrize(("size", "count"), COUNTS.items())
+def test_parameter_counts_are_those_of_timm(timm, size, count):
+    with torch.device("meta"):
+        model = timm.create_model(size, pretrained=False)
+    assert sum(x.numel() for x in model.parameters()) == count
+    classify = {"name": "classify", "num_classes": 1000}
+    options, pooled = {
+        "vit_base_patch16_224": ({"name": "vit", "size": "b", **PLAIN, "absolute_position": "learned"}, False),
+        "resnet50": ({"name": "resnet", "size": "50"}, False),
+        "convnext_tiny": ({"name": "convnext", "size": "t"}, True),
+        "swin_base_patch4_window7_224": ({"name": "swin", "size": "b", "window": 7}, False),
+    }[size]
+    _, abstract = abstract_model(options, {**classify, "pool_norm": pooled}, (224, 224), PIXELS)
+    leaves = flatten(abstract).items()
+    assert sum(x.size for path, x in leaves if path.rpartition("/")[2] not in ("mean", "var")) == count
