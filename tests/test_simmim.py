@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_batch, tiny_encoder, tiny_objective
+from tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.pixels import denormalise, from_patches, normalise, to_patches
+from simmim_jax.objectives.pixels import denormalise, from_patches, local_moments, normalise, to_patches
 from simmim_jax.objectives.simmim import make_forward, masked_l1
 
 KEY = jax.random.key(1)
@@ -93,6 +93,32 @@ def test_pixels_return_from_normalisation():
     images = tiny_batch()["image"]
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
     np.testing.assert_allclose(denormalise(normalise(images, mean, std), mean, std) * 255, images, atol=1e-3)
+
+
+def test_local_moments_equal_those_counted_pixel_by_pixel():
+    images = np.asarray(jax.random.normal(KEY, (2, 9, 12, 2)))
+    mean, deviation = map(np.asarray, local_moments(jnp.asarray(images), 5))
+    for row, column in ((0, 0), (4, 6), (8, 11), (2, 1)):
+        window = images[:, max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3].astype(np.float64)
+        np.testing.assert_allclose(mean[:, row, column], window.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+        expected = np.sqrt(window.var(axis=(1, 2), ddof=1) + 1e-6)
+        np.testing.assert_allclose(deviation[:, row, column], expected, rtol=1e-5)
+
+
+def test_a_normalised_target_is_learnt_and_its_prediction_shown_as_an_image():
+    """A head that says 0 everywhere predicts the local mean of the image."""
+    objective, batch = tiny_objective(norm_target=9), tiny_batch()
+    params = objective.init(KEY)
+    params = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
+    out = objective.predict(params, batch, KEY)
+    images = normalise(batch["image"], PIXELS["mean"], PIXELS["std"])
+    mean, deviation = local_moments(images, 9)
+    expected = np.abs(np.asarray((images - mean) / deviation))[np.asarray(out["mask"])].mean()
+    np.testing.assert_allclose(out["loss"].mean(), expected, rtol=1e-5)
+    np.testing.assert_allclose(out["prediction"], denormalise(mean, PIXELS["mean"], PIXELS["std"]), atol=1e-5)
+    for size in (8, 1, -3):
+        with pytest.raises(ConfigError, match="give an odd side"):
+            tiny_objective(norm_target=size)
 
 
 @pytest.mark.parametrize(("image_size", "channels"), [((32, 64), 3), ((64, 16), 1), ((32, 32), 6)])

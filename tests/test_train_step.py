@@ -120,6 +120,29 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
     assert float(step(state, batch, KEY)[1]["skipped"]) == 0.0
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_what_the_loss_measures_is_written_over_the_parameter_and_never_learnt(microbatches):
+    """As batch norm's running mean, here of the labels; over microbatches their mean. A step that fails leaves it."""
+
+    def loss_fn(params, batch, key, train):
+        labels = batch["label"].astype(jnp.float32)
+        new = 0.9 * params["encoder"]["norm"]["mean"] + 0.1 * labels.mean()
+        loss = (params["kernel"] * labels).sum() / jnp.where(batch["label"][0] == 99, 0.0, 1.0)
+        return loss, {"statistics": {"encoder": {"norm": {"mean": new}}}}
+
+    params = {"encoder": {"norm": {"mean": jnp.ones(()), "scale": jnp.ones(())}}, "kernel": jnp.ones(())}
+    state = init_state(KEY, init=lambda key: params, tx=TX)
+    step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX, microbatches=microbatches))
+    batch = tiny_batch()
+    after, metrics = step(state, batch, KEY)
+    np.testing.assert_allclose(after.params["encoder"]["norm"]["mean"], 0.9 + 0.1 * batch["label"].mean(), rtol=1e-6)
+    assert after.params["encoder"]["norm"]["scale"] == 1.0
+    assert after.params["kernel"] < 1.0
+    assert "statistics" not in metrics
+    failed, _ = step(state, batch | {"label": batch["label"].at[0].set(99)}, KEY)
+    assert failed.params["encoder"]["norm"]["mean"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("batch_size", "devices", "microbatches", "hint"),
     [(100, 8, 1, "try 96 or 104"), (4, 8, 1, "try 8"), (36, 8, 4, "try 32 or 64")],
