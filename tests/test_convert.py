@@ -201,6 +201,19 @@ def test_a_failure_amid_writing_leaves_nothing_behind(tmp_path, state, workdir, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
 
 
+def test_an_overwriting_that_fails_at_the_last_moment_leaves_what_was_there(tmp_path, state, workdir, monkeypatch):
+    before = (workdir / "config.json").read_text()
+
+    def fail(self, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    line = told(state[0], workdir, "--overwrite", "--mean=.1,.1,.1", kind=CheckpointError)
+    assert "cannot write: Input/output error" in line
+    assert (workdir / "config.json").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
+
+
 def test_a_target_below_a_file_is_told(tmp_path, state, workdir):
     assert "cannot write" in told(workdir, state[0] / "hf", kind=CheckpointError)
 

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -73,10 +74,16 @@ EVERY = [
 ]  # fmt: skip
 
 
+MADE = {}  # a model is exported and imported in one test: its shapes are traced once
+
+
 def make(options, objective, image_size=None):
     """(encoder, shapes) of a small model."""
     image_size = image_size or IMAGE[options["name"]]
-    return abstract_model(options, objective, image_size, PIXELS)
+    key = (repr(make_encoder(**options)), repr(objective), image_size)
+    if key not in MADE:
+        MADE[key] = abstract_model(options, objective, image_size, PIXELS)
+    return MADE[key]
 
 
 def random_params(abstract, seed=0):
@@ -208,6 +215,20 @@ def test_heads_that_are_guessed_are_told():
     assert "took 2 heads" in found.notes[0]
 
 
+def test_heads_of_a_known_size_are_those_of_the_size():
+    assert [official.heads_of(*size) for size in ((1280, 32), (768, 12), (384, 6), (100, 2))] == [16, 12, 6, None]
+
+
+def test_a_folder_of_timm_on_the_hub_tells_image_size_and_pixels():
+    weights, params = exported("timm", {**SWINS[0], "window": 2}, BARE)
+    cfg = {"input_size": [3, 64, 64], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    weights = weights._replace(config={"architecture": "swin_tiny", "pretrained_cfg": cfg})
+    back, found = imported(weights)
+    assert_same(back, params)
+    assert found.image_size == (64, 64)
+    assert interop.pixels_of(weights) == {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+
 def test_sides_of_tables_and_ratios():
     assert [side_of_table((2 * n - 1) ** 2) for n in range(1, 20)] == list(range(1, 20))
     assert side_of_table(16) is None
@@ -308,6 +329,18 @@ def test_a_config_that_disagrees_with_its_weights_is_told(field, value, told):
 def test_a_beit_config_that_disagrees_with_its_weights_is_told(field, value, told):
     weights, _ = exported("huggingface", {**VIT, "relative_position": "shared"}, BARE)
     assert told in message(weights._replace(config=weights.config | {field: value}))
+
+
+def test_shapes_that_no_model_has_are_told():
+    weights, _ = exported("official", VIT, SIMMIM)
+    name = "encoder.rel_pos_bias.relative_position_bias_table"
+    for shape in ((5,), (), (5, 0)):
+        assert message(changed(weights, **{name.replace(".", "__"): np.zeros(shape, np.float32)}))
+    assert "patches of [8, 4]" in message(
+        changed(weights, encoder__patch_embed__proj__weight=np.zeros((16, 3, 8, 4), np.float32))
+    )
+    weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
+    assert "no swin has" in message(weights._replace(config=weights.config | {"depths": 7}))
 
 
 def test_foreign_names_are_told_with_what_is_supported():
@@ -444,10 +477,12 @@ def test_gradients_go_the_same_way_as_weights():
 
 
 def test_half_precision_is_widened_and_told(tmp_path):
-    save_file({"a.weight": np.ones(3, np.float16)}, tmp_path / "half.safetensors")
+    arrays = {"a.weight": np.ones(3, np.float16), "b.weight": np.full(3, 1.5, ml_dtypes.bfloat16)}
+    save_file(arrays, tmp_path / "half.safetensors")
     weights = read_weights(str(tmp_path / "half.safetensors"))
-    assert weights.arrays["a.weight"].dtype == np.float32
-    assert weights.notes == ("converted float16 to float32",)
+    assert {x.dtype for x in weights.arrays.values()} == {np.dtype(np.float32)}
+    assert weights.arrays["b.weight"].tolist() == [1.5, 1.5, 1.5]
+    assert weights.notes == ("converted bfloat16, float16 to float32",)
     assert len(weights.sha256) == 64
 
 

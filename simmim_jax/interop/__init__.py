@@ -33,6 +33,7 @@ __all__ = [
     "Found",
     "Weights",
     "describe",
+    "pixels_of",
     "read_weights",
     "rules_of",
     "settle",
@@ -53,12 +54,29 @@ def describe(weights: Weights) -> Found:
     """What `weights` are. Raises CheckpointError, with some of the names, if no format knows them."""
     for format in FORMATS.values():
         if encoder := format.recognise(weights):
-            found = format.describe(encoder, weights)
+            try:
+                found = format.describe(encoder, weights)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"shapes or fields that no {encoder} has ({type(error).__name__}: {error})",
+                    weights.where,
+                    SUPPORTED,
+                ) from error
             return found._replace(notes=(*weights.notes, *found.notes))
     names = sorted(weights.arrays)
     raise CheckpointError(
         f"unknown weights: {len(names)} arrays with names like {', '.join(names[:3])}", weights.where, SUPPORTED
     )
+
+
+def pixels_of(weights: Weights) -> dict:
+    """mean and std of the images, as far as the files beside the weights tell them."""
+    timms = weights.config.get("pretrained_cfg", {})
+    told = {
+        "mean": weights.pixels.get("image_mean") or timms.get("mean"),
+        "std": weights.pixels.get("image_std") or timms.get("std"),
+    }
+    return {name: tuple(values) for name, values in told.items() if values}
 
 
 def rules_of(format: str, encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:

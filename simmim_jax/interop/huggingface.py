@@ -165,7 +165,7 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
         "embed_dim": (shapes[f"{PATCHES}.weight"][0], width),
         "depths": (tuple(shapes.count(f"encoder.layers.{stage}.blocks.") for stage in range(stages)), depths),
         "num_heads": (tuple(columns), heads),
-        "window_size": (windows[0], window if windows[0] == max(windows, key=lambda w: w or 0) else None),
+        "window_size": (windows[0], window),
     }, weights.where)  # fmt: skip
     if epsilon != 1e-5:
         raise CheckpointError(
@@ -216,12 +216,6 @@ def rounds_down(image_size: tuple[int, int], patch_size: int, window: int, depth
         if min(down) < 1 or window_and_shift(down, window, shifted) != window_and_shift(grid, window, shifted):
             return True
     return False
-
-
-def pixels_of(weights: Weights) -> dict:
-    """mean and std of preprocessor_config.json, where it has them."""
-    pixels = {"mean": weights.pixels.get("image_mean"), "std": weights.pixels.get("image_std")}
-    return {name: tuple(values) for name, values in pixels.items() if values}
 
 
 def model_type(encoder) -> str:
@@ -468,9 +462,10 @@ def model_card(encoder, objective: dict, config: dict, summary: dict, left_out: 
         told = ("objective", "encoder", "optim", "epochs", "steps", "batch_size", "image_size", "mean", "std")
         recipe = {name: config[name] for name in told if name in config}
         parts += ["## Recipe", f"```json\n{json.dumps(recipe, indent=2)}\n```"]
-    metrics = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    about = ("step", "images_per_second")
+    metrics = {name: value for name, value in summary.items() if isinstance(value, int | float) and name not in about}
     if metrics:
-        parts += ["## Metrics", "As measured by the run itself, on held-out images:"]
+        parts += ["## Metrics", f"On held-out images, as the run itself measured them after {summary['step']} steps:"]
         parts.append("\n".join(f"- {name}: {value}" for name, value in metrics.items()))
     header = "---\nlibrary_name: transformers\ntags:\n- simmim\n- masked-image-modeling\n---\n"
     return header + "\n# " + type(encoder).__name__ + "\n\n" + "\n\n".join(parts) + "\n"

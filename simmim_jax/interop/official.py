@@ -35,7 +35,7 @@ from simmim_jax.interop.rules import (
     norm,
     one,
 )
-from simmim_jax.models.vit import sincos_position
+from simmim_jax.models.vit import SIZES, sincos_position
 
 NAME = "official"
 BEIT = ("gamma_1", "attn.q_bias", "relative_position_bias_table")  # what timm's plain ViT has not
@@ -73,15 +73,15 @@ def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: 
     patch = shapes["patch_embed.proj.weight"]
     width, notes = patch[0], []
     table, shared = shapes.first("relative_position_bias_table"), "rel_pos_bias.relative_position_bias_table" in shapes
-    heads = table[1] if table else None
-    if heads is None and width % 64 == 0:
-        heads = width // 64
-        notes.append(f"took {heads} heads, 64 channels for each, which these weights do not tell: see --encoder.heads")
+    depth, heads = shapes.count("blocks."), table[1] if table else None
+    if heads is None:
+        heads = heads_of(width, depth)
+        notes += [f"took {heads} heads, which these weights do not tell: see --encoder.heads"] if heads else []
     class_token = "cls_token" in shapes
     encoder = {
         "name": "vit",
         "width": width,
-        "depth": shapes.count("blocks."),
+        "depth": depth,
         "heads": heads,
         "mlp_ratio": ratio_of(shapes["blocks.0.mlp.fc1.weight"][0], width),
         "patch_size": square(patch, weights.where),
@@ -100,6 +100,12 @@ def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: 
     image_size = (side * encoder["patch_size"],) * 2 if side else None
     objective = objective_of(weights, shapes, prefix, encoder["final_norm"], of_patches="fc_norm.weight")
     return Found(format, encoder, objective, image_size, patch[1], prefix, tuple(notes))
+
+
+def heads_of(width: int, depth: int) -> int | None:
+    """The heads of the known ViT of this width and depth; else one for every 64 channels; None where that fails."""
+    known = [size["heads"] for size in SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
+    return known[0] if known else width // 64 if width % 64 == 0 else None
 
 
 def position_of(table: np.ndarray | None, class_token: bool) -> str:

@@ -35,10 +35,13 @@ def recognise(weights: Weights) -> str | None:
 def describe(name: str, weights: Weights) -> Found:
     """The model that these weights are, as far as they tell."""
     if name == "vit":
-        return official.describe_vit(weights, NAME, layer_scale=LAYER_SCALE)
-    if name in ("swin", "swinv2"):
-        return _describe_swin(name, weights)
-    return _describe_resnet(weights) if name == "resnet" else _describe_convnext(weights)
+        found = official.describe_vit(weights, NAME, layer_scale=LAYER_SCALE)
+    elif name in ("swin", "swinv2"):
+        found = _describe_swin(name, weights)
+    else:
+        found = _describe_resnet(weights) if name == "resnet" else _describe_convnext(weights)
+    size = weights.config.get("pretrained_cfg", {}).get("input_size")  # of timm's folders on the Hugging Face hub
+    return found._replace(image_size=tuple(size[1:])) if size else found
 
 
 def _describe_swin(name: str, weights: Weights) -> Found:

@@ -37,7 +37,7 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
     found = interop.settle(found, fields, options.image_size, weights.where)
 
     imagenet = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if found.channels == 3 else {}
-    pixels = imagenet | huggingface.pixels_of(weights)
+    pixels = imagenet | interop.pixels_of(weights)
     pixels |= {n: getattr(options, n) for n in ("mean", "std") if getattr(options, n)}
     for statistic in ("mean", "std"):
         if len(pixels.get(statistic, ())) != found.channels:
@@ -255,7 +255,12 @@ def replaced(options: argparse.Namespace) -> Iterator[Path]:
         yield partial
         if target.is_dir():
             target.rename(old)
-        partial.replace(target)
+        try:
+            partial.replace(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     except OSError as error:
         raise CheckpointError(
             f"cannot write: {error.strerror or error}", options.target, "mend the disk or folder, or give another TO"
