@@ -93,7 +93,8 @@ def base_config() -> ConfigDict:
 def encoder_config(name: str, size: str) -> ConfigDict:
     """The fields of every encoder; those that are None are what its class and its size in `SIZES` have.
 
-    A field that the encoder of this name does not have must stay None.
+    A field that the encoder of this name does not have must stay None. An empty name: the encoder of the run that
+    `init_from` names, with what is set here changed.
     """
     c = ConfigDict({"name": name, "size": size})
     for field in ("width", "depth", "heads", "patch_size", "window"):
@@ -128,6 +129,32 @@ def linear_config() -> ConfigDict:
     c.optim.weight_decay = 0.0
     c.optim.warmup_epochs = 0.0
     c.optim.min_learning_rate = 0.0
+    c.data.crop_scale = (0.08, 1.0)
+    c.data.interpolation = "bicubic"
+    c.eval_images = 0
+    c.evals.accuracy = ConfigDict({})
+    return c
+
+
+def finetune_config() -> ConfigDict:
+    """Fine-tuning of the encoder of another run, whichever that is: layer-wise rates, stochastic depth, mean pooling.
+
+    Rates, decay and schedule are the official ones (config.py and configs of microsoft/SimMIM); mixing and random
+    augmentation are not here yet.
+    """
+    c = base_config()
+    c.encoder = encoder_config("", "")
+    c.encoder.drop_path = 0.1
+    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0, "pool_norm": True})
+    c.objective.head_scale, c.objective.label_smoothing = 0.001, 0.1
+    c.objective.train_encoder = True
+    c.epochs = 100.0
+    c.base_learning_rate = 1.25e-3
+    c.optim.schedule = "cosine_global"
+    c.optim.warmup_epochs = 20.0
+    c.optim.warmup_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
+    c.optim.min_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
+    c.optim.layer_decay = 0.65
     c.data.crop_scale = (0.08, 1.0)
     c.data.interpolation = "bicubic"
     c.eval_images = 0

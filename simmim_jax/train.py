@@ -38,7 +38,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
     # What the run is, without a device: what the user can have got wrong is told here, at once.
     check_numbers(config)
-    encoder = make_encoder(**config.encoder)
+    encoder_fields = whole_encoder(config, workdir)
+    encoder = make_encoder(**encoder_fields)
     pixels = {"mean": config.mean, "std": config.std}
     objective = make_objective(encoder=encoder, image_size=config.image_size, **pixels, **config.objective)
     features = make_features(encoder, **pixels, block=config.probe_block)
@@ -58,7 +59,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         depth=encoder.depth,
         **config.optim,
     )
-    record_of_config = with_whole_encoder(digest(config), encoder)
+    record_of_config = digest(config) | {"encoder": record_of_encoder(encoder, encoder_fields)}
     init_from = None
     if config.init_from and not checkpoint.has_steps(workdir):
         init_from = checkpoint.find_step(config.init_from)
@@ -300,11 +301,32 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def with_whole_encoder(config: dict, encoder) -> dict:
-    """A config as JSON data, with all of the encoder's fields: what its size and its class leave open is filled in."""
+def whole_encoder(config: ConfigDict, workdir: str) -> dict:
+    """The options of the encoder; where it has no name, those of the run that `init_from` names, and what is given.
+
+    A run that is gone on from has its encoder in its own config.json: the other may be gone by then.
+    """
+    given = {name: value for name, value in digest(config)["encoder"].items() if value is not None}
+    if given["name"]:
+        return {"size": None, **given}
+    there = {}
+    if workdir and checkpoint.has_steps(workdir):
+        there = read_json(Path(workdir) / "config.json")
+    elif config.init_from:
+        there = config_of(checkpoint.find_step(config.init_from))
+    if "encoder" not in there:
+        where = f"config.json of {config.init_from}" if config.init_from else "encoder.name"
+        raise ConfigError("no encoder", where, "give --config.encoder.name, or a run's workdir as --config.init_from")
+    taken = dict(there["encoder"])
+    if "pretrained_windows" in taken:
+        taken["pretrained_windows"] = measuring_windows(there)
+    return taken | {name: value for name, value in given.items() if name not in ("name", "size")}
+
+
+def record_of_encoder(encoder, options: dict) -> dict:
+    """All fields of an encoder as JSON data, what its size and its class leave open filled in."""
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder) if f.name not in ("parent", "name")}
-    named = {name: config["encoder"][name] for name in ("name", "size")}
-    return json.loads(json.dumps({**config, "encoder": named | fields}))
+    return json.loads(json.dumps({"name": options["name"], "size": options["size"], **fields}))
 
 
 def config_of(step_folder: Path) -> dict:

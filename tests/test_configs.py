@@ -1,5 +1,6 @@
 """Every config of configs/: it loads, its model has shapes, and it says what it must."""
 
+import math
 import re
 from pathlib import Path
 
@@ -18,7 +19,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def parameters(config):
-    encoder = make_encoder(**config.encoder)
+    of_a_run = {} if config.encoder.name else {"name": "vit", "size": "s"}  # which a config may leave to its init_from
+    encoder = make_encoder(**{**config.encoder, **of_a_run})
     objective = make_objective(
         encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
     )
@@ -35,7 +37,7 @@ def from_the_root(monkeypatch):
 def test_a_config_builds_its_model_and_its_optimizer(name):
     config = load(f"configs/{name}.py")
     parameters(config)
-    make_optimizer(steps=10, steps_per_epoch=5, **config.optim)
+    make_optimizer(steps=10, steps_per_epoch=5, layer_of=lambda path: 0, depth=1, **config.optim)
     digest(config)
 
 
@@ -47,24 +49,40 @@ def test_a_config_says_command_hardware_time_and_result(name):
     assert re.search("not yet run|measured", text)
 
 
-def test_the_official_vit_b_recipe():
-    """Against simmim_pretrain__vit_base__img224__800ep.yaml and config.py of microsoft/SimMIM d3e29bc."""
-    config = load("configs/simmim_vit_b_800ep.py")
-    # decoder 768 * 768 + 768, mask token 768, on the encoder that test_vit.py counts
-    assert sum(x.size for x in jax.tree.leaves(parameters(config))) == 85_665_360 + 768 * 768 + 768 + 768
-    _, rate = make_optimizer(steps=800 * 625, steps_per_epoch=625, **config.optim)
-    expected = {
-        0: 2e-6,
-        1: 2e-6,
-        3126: 2e-6 + (4e-4 - 2e-6) / 2,
-        6251: 4e-4,
-        437_500: 4e-4,
-        437_501: 4e-5,
-        499_999: 4e-5,
-    }
-    np.testing.assert_allclose([float(rate(step)) for step in expected], list(expected.values()), rtol=1e-5)
-    assert (config.objective.block_size, config.objective.ratio, config.encoder.drop_path) == (32, 0.6, 0.1)
-    assert (config.optim.weight_decay, config.optim.clip, config.optim.betas) == (0.05, 5.0, (0.9, 0.999))
+IN_STEPS = {0: 2e-6, 1: 2e-6, 3126: 2e-6 + (4e-4 - 2e-6) / 2, 6251: 4e-4, 437_500: 4e-4, 437_501: 4e-5, 499_999: 4e-5}
+# The cosine runs from step 0 on: at the end of the warm-up, step 6250 of 62,500, it stands at 0.976 of the peak.
+IN_A_COSINE = {0: 4e-6, 1: 4e-6, 6250: 4e-6 + (8e-4 - 4e-6) * 6249 / 6250, 62_500: 4e-5}
+IN_A_COSINE |= {6251: 4e-5 + (8e-4 - 4e-5) * (1 + math.cos(math.pi / 10)) / 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "image", "window", "drop_path", "norm_target", "parameters_of_all", "rates"),
+    [
+        ("swin_b_100ep", 100, 192, 6, 0.0, 0, 89_874_104, IN_A_COSINE),
+        ("swin_b_800ep", 800, 192, 6, 0.0, 0, 89_874_104, IN_STEPS),
+        ("swin_l_800ep", 800, 192, 12, 0.0, 0, 199_881_204, IN_STEPS),
+        # decoder 1024 * 3072 + 3072 and mask token 128 on the backbone's 86.9 M
+        ("swinv2_b_800ep", 800, 192, 12, 0.1, 47, 86_893_816 + 3_148_800 + 128, IN_STEPS),
+        # decoder 768 * 768 + 768, mask token 768, on the encoder that test_vit.py counts
+        ("vit_b_800ep", 800, 224, None, 0.1, 0, 85_665_360 + 768 * 768 + 768 + 768, IN_STEPS),
+    ],
+)
+def test_an_official_recipe(name, epochs, image, window, drop_path, norm_target, parameters_of_all, rates):
+    """Against the yaml files and config.py of microsoft/SimMIM d3e29bc and microsoft/Swin-Transformer f82860b."""
+    config = load(f"configs/simmim_{name}.py")
+    assert sum(x.size for x in jax.tree.leaves(parameters(config))) == parameters_of_all
+    encoder = make_encoder(**config.encoder)
+    assert (config.epochs, config.batch_size, config.image_size) == (epochs, 2048, (image, image))
+    assert (getattr(encoder, "window", None), encoder.drop_path) == (window, drop_path)
+    objective = config.objective
+    assert (objective.block_size, objective.ratio, objective.norm_target) == (32, 0.6, norm_target)
+    _, rate = make_optimizer(steps=epochs * 625, steps_per_epoch=625, **config.optim)
+    np.testing.assert_allclose([float(rate(step)) for step in rates], list(rates.values()), rtol=2e-5)
+    optim, data, is_vit = config.optim, config.data, name.startswith("vit")
+    assert (optim.name, optim.betas, optim.epsilon, optim.clip) == ("adamw", (0.9, 0.999), 1e-8, 5.0)
+    assert (optim.weight_decay, optim.decay_mask_token, optim.decay_bias_tables) == (0.05, is_vit, is_vit)
+    assert (data.crop_scale, data.crop_ratio, data.flip) == ((0.67, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert data.interpolation == "bilinear"
 
 
 def test_the_learning_rate_follows_the_batch():

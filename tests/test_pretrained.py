@@ -1,8 +1,12 @@
 """Parameters taken into another model: tables resized as official code does, and nothing taken in silence."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from runs import arrays, run
 from scipy.interpolate import CubicSpline
 from tiny import PIXELS, tiny_encoder
 
@@ -150,3 +154,46 @@ def test_swin_v2_wants_to_know_the_windows_it_was_trained_with():
     moved = make_encoder("swinv2", "b", window=14)
     with pytest.raises(CheckpointError, match=r"give --config\.encoder\.pretrained_windows=12,12,12,6"):
         refuse_other_windows(there, moved.stage_windows((224, 224)), "here")
+
+
+SMALL_SWIN = (
+    "--config=configs/folder_vit_small.py", "--config.encoder.name=swinv2", "--config.encoder.size=t",
+    "--config.encoder.width=16", "--config.encoder.depths=1,1", "--config.encoder.stage_heads=1,2",
+    "--config.encoder.window=4", "--config.image_size=32,32", "--config.objective.block_size=8",
+)  # fmt: skip
+DIGITS = (
+    "--config.data.source=digits", "--config.data.heldout_split=test", "--config.mean=0.3,", "--config.std=0.4,",
+    "--config.batch_size=32", "--config.steps=2", "--config.eval_images=64", "--config.optim.warmup_epochs=0",
+)  # fmt: skip
+
+
+def test_another_backbone_is_a_name_on_the_command_line_and_is_fine_tuned_at_another_window_and_size(tmp_path):
+    """Fine-tuning takes the architecture from the run, and tells Swin V2 what windows it was trained with."""
+    done = run(*SMALL_SWIN, *DIGITS, "--workdir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    tune = ("--config=configs/folder_finetune.py", *DIGITS, "--config.objective.num_classes=10",
+            "--config.encoder.window=6", "--config.image_size=48,48")  # fmt: skip
+    tuned = (*tune, "--config.init_from", tmp_path / "run", "--workdir", tmp_path / "tuned",
+             "--config.optim.learning_rate=0", "--config.optim.min_learning_rate=0")  # fmt: skip
+    done = run(*tuned)
+    assert done.returncode == 0, done.stderr
+    assert "encoder: taken from" in done.stdout
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())["encoder"]
+    assert (config["name"], config["window"], config["pretrained_windows"]) == ("swinv2", 6, [4, 4])
+    before, after = arrays(tmp_path / "run", 2), arrays(tmp_path / "tuned", 2)
+    names = [name for name in after if name.startswith("params['encoder']")]
+    assert len(names) > 30
+    assert all(before[name].tobytes() == after[name].tobytes() for name in names)
+
+    shutil.rmtree(tmp_path / "run")  # a run goes on without the one that it began from
+    done = run(*tuned, "--config.steps=3")
+    assert "steps: 2 there, 3 now" in done.stderr
+    done = run(*tuned)
+    assert "nothing to do" in done.stdout, done.stderr
+    assert "ERROR[config] no encoder" in run(*tune, "--workdir", tmp_path / "none").stderr
+
+
+def test_an_option_of_another_backbone_is_refused_by_name():
+    done = run(*SMALL_SWIN, "--config.encoder.heads=3", "--workdir=unused")
+    assert "ERROR[config] unknown option of swinv2 'heads' - did you mean stage_heads?" in done.stderr
+    assert done.returncode == 2

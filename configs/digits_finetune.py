@@ -1,0 +1,31 @@
+"""Fine-tuning of a digits run: every layer of the encoder is trained on.
+
+    python -m simmim_jax.main --config configs/digits_finetune.py --config.init_from=runs/digits \
+        --workdir runs/digits_finetuned
+
+Architecture and pixels are those of the run that `init_from` names.
+Hardware: two CPU cores. Time and result: not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.digits_vit_tiny import get_config as pretraining
+from simmim_jax.config import finetune_config
+
+
+def get_config() -> ConfigDict:
+    c, run = finetune_config(), pretraining()
+    c.image_size, c.mean, c.std = run.image_size, run.mean, run.std
+    c.data.source, c.data.heldout_split, c.data.flip = "digits", "test", 0.0
+    c.data.crop_scale = (0.67, 1.0)
+    c.data.interpolation = "bilinear"
+    c.objective.num_classes = 10
+
+    c.epochs = 30.0
+    c.batch_size = 64
+    c.base_learning_rate = 8e-3
+    c.optim.warmup_epochs = 3.0
+    c.optim.layer_decay = 0.75
+    c.log_every = 60
+    c.save_every = 330
+    return c

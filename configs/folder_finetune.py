@@ -1,0 +1,25 @@
+"""Fine-tuning of any pretrained or imported encoder on a folder of images by class.
+
+    python -m simmim_jax.main --config configs/folder_finetune.py --config.init_from=RUN --config.data.path=DIR \
+        --config.objective.num_classes=N --workdir runs/finetuned
+
+RUN is a workdir of pretraining, or what `python -m simmim_jax.tools.convert` has made of somebody's weights; the
+architecture is the one there. At another resolution give --config.image_size=224,224, and for a Swin its windows, like
+--config.encoder.window=7: tables and positions are resized as official code does, and each is told. Where RUN was
+trained with other pixel statistics than ImageNet's, give --config.mean and --config.std.
+
+Rates are the official ones of SimMIM's fine-tuning; its layer decay is 0.65 for ViT-B, 0.8 or 0.9 for Swin-B, 0.7 for
+Swin-L, 0.75 for Swin V2-B: --config.optim.layer_decay. Mixup, CutMix and RandAugment are not here yet.
+Hardware: one GPU. Time and result: not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from simmim_jax.config import finetune_config
+
+
+def get_config() -> ConfigDict:
+    c = finetune_config()
+    c.batch_size = 256
+    c.eval_every = 2000
+    return c
