@@ -88,7 +88,6 @@ def test_an_official_pth_becomes_a_workdir(tmp_path, capsys, name, options, obje
     assert config["imported"].keys() == {"from", "format", "sha256"}
     assert config["objective"] == objective
     assert config["image_size"] == list((32, 32) if options["name"] == "vit" else (64, 64))
-    assert make_encoder(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["encoder"].items()}) is not None
     out = capsys.readouterr().out
     assert f"official {options['name']} ({objective['name']})" in out
     assert f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters" in out
@@ -125,14 +124,26 @@ def test_the_command_line_imports_and_exports(tmp_path, state):
         (("a",), "the following arguments are required: TO - command line"),
         (("a", "b", "c"), "unknown argument 'c' - command line - give FROM and TO"),
         (("a", "b", "--alow=x"), "unknown argument '--alow=x' - command line - did you mean --allow"),
-        (("a", "b", "--image_size=big"), "--image_size=big - command line - give positive numbers"),
+        (("a", "b", "--image_size=big"), "--image_size=big - command line - give numbers above 0"),
         (("a", "b", "--image_size=1,2,3"), "--image_size=1,2,3"),
         (("a", "b", "--image_size=0"), "--image_size=0"),
+        (("a", "b", "--std=0.1,0.0,0.1"), "--std=0.1,0.0,0.1"),
+        (("a", "b", "--mean=nan"), "--mean=nan"),
         (("a", "b", "--format=tim"), "unknown format 'tim' - did you mean timm"),
     ],
 )
 def test_a_mistake_in_an_option_is_one_line_and_exit_code_2(tmp_path, arguments, line):
     assert line in told(*arguments)
+
+
+def test_values_on_the_command_line_are_numbers_tuples_and_words():
+    given = ("--encoder.depths=2,2", "--encoder.stage_heads=[1, 2]", "--encoder.window", "7", "--encoder.qkv_bias=none",
+             "--encoder.final_norm=False", "--image_size=192", "--mean=0,0,0", "--allow=a,b",
+             "--allow", "c.*")  # fmt: skip
+    options, fields = convert.parse(["FROM", "TO", *given])
+    assert fields == {"depths": (2, 2), "stage_heads": (1, 2), "window": 7, "qkv_bias": "none", "final_norm": False}
+    assert (options.image_size, options.mean, options.allow) == ((192, 192), (0.0, 0.0, 0.0), ["a", "b", "c.*"])
+    assert (options.source, options.target, options.overwrite) == ("FROM", "TO", False)
 
 
 def test_help_and_mistakes_are_told_without_importing_jax():
@@ -239,6 +250,15 @@ def test_an_export_that_a_format_cannot_hold_names_the_reason(tmp_path, state):
     line = told(tmp_path / "swin", tmp_path / "hf", kind=CheckpointError)
     assert "huggingface cannot hold this model: transformers does not shrink a table" in line
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_checkpoint_whose_config_is_lost_or_of_no_known_objective_is_told(tmp_path, workdir):
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"objective": {"name": "contrast"}}))
+    assert "leave them out with --allow head,mask_token" in told(workdir, tmp_path / "hf", kind=CheckpointError)
+    tool(workdir, tmp_path / "hf", "--allow=head,mask_token")
+    (workdir / "config.json").unlink()
+    assert "no config.json that tells what it is" in told(workdir, tmp_path / "hf2", kind=CheckpointError)
 
 
 def test_a_hugging_face_folder_goes_out_and_comes_back(tmp_path, capsys):

@@ -465,7 +465,7 @@ def model_card(encoder, objective: dict, config: dict, summary: dict, left_out: 
     about = ("step", "images_per_second")
     metrics = {name: value for name, value in summary.items() if isinstance(value, int | float) and name not in about}
     if metrics:
-        parts += ["## Metrics", f"On held-out images, as the run itself measured them after {summary['step']} steps:"]
+        parts += ["## Metrics", f"On held-out images, as the run measured them at step {summary.get('step')}:"]
         parts.append("\n".join(f"- {name}: {value}" for name, value in metrics.items()))
     header = "---\nlibrary_name: transformers\ntags:\n- simmim\n- masked-image-modeling\n---\n"
     return header + "\n# " + type(encoder).__name__ + "\n\n" + "\n\n".join(parts) + "\n"

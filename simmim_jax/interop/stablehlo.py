@@ -8,15 +8,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from simmim_jax.errors import CheckpointError
 from simmim_jax.objectives.pixels import normalise
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+LARGEST = 2**31 - 2**24  # bytes of weights: the file format counts in 32 bits, with a sign
 
 
 def serialise(
     encoder: nn.Module, params: dict, *, image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> bytes:
-    """The program, for images of `image_size` on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder."""
+    """The program, for images of `image_size` on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder.
+
+    Raises CheckpointError if they are more than such a file holds.
+    """
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    if size > LARGEST:
+        raise CheckpointError(f"{size / 2**30:.1f} GiB of weights", "", "a StableHLO file holds less than 2 GiB")
     params = jax.tree.map(jnp.asarray, params)
 
     def features(images):

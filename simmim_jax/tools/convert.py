@@ -5,6 +5,7 @@ Other people's weights into a workdir that init_from takes, and a run of ours ou
 
 import argparse
 import ast
+import math
 import sys
 from pathlib import Path
 
@@ -81,7 +82,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     options.image_size = numbers("image_size", options.image_size, int, counts=(1, 2))
     if options.image_size and len(options.image_size) == 1:
         options.image_size *= 2
-    options.mean, options.std = (numbers(name, getattr(options, name), float) for name in ("mean", "std"))
+    options.mean, options.std = (
+        numbers("mean", options.mean, float, above=-math.inf),
+        numbers("std", options.std, float),
+    )
     options.allow = [pattern for given in options.allow for pattern in given.split(",") if pattern]
     return options, fields
 
@@ -89,21 +93,25 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
 def parse_value(text: str):
     """A number, a bool or a tuple where `text` is one in Python, else `text`."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+    return tuple(value) if isinstance(value, list) else value
 
 
-def numbers(name: str, text: str | None, kind: type, counts: tuple[int, ...] = ()) -> tuple | None:
-    """The comma-separated numbers of an option. Raises ConfigError if they are none, or not as many as they should."""
+def numbers(name: str, text: str | None, kind: type, *, above: float = 0, counts: tuple[int, ...] = ()) -> tuple | None:
+    """The comma-separated numbers of an option, each larger than `above`.
+
+    Raises ConfigError if they are none, or not as many as they should.
+    """
     if text is None:
         return None
     try:
         values = tuple(kind(part) for part in text.strip("()").split(",") if part.strip())
     except ValueError:
         values = ()
-    if not values or (counts and len(values) not in counts) or min(values) <= 0:
-        raise ConfigError(f"--{name}={text}", "command line", "give positive numbers with commas between, like 224,224")
+    if not values or (counts and len(values) not in counts) or not all(above < value < math.inf for value in values):
+        raise ConfigError(f"--{name}={text}", "command line", "give numbers above 0 with commas between, like 224,224")
     return values
 
 

@@ -130,21 +130,22 @@ def export_run(options: argparse.Namespace) -> None:
     check_target(options)
     params, config = checkpoint.read_params(options.source)
     where = str(options.source)
-    if not config.get("encoder") or "encoder" not in params:
-        raise CheckpointError("no config.json with an encoder", where, "give the workdir of a run, or a step in it")
+    if "encoder" not in params or not {"encoder", "image_size", "mean", "std"} <= config.keys():
+        raise CheckpointError(
+            "no encoder, or no config.json that tells what it is", where, "give the workdir of a run, or a step in it"
+        )
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config["encoder"].items()}
     encoder = make_encoder(**fields)
     image_size, mean, std = (tuple(config[name]) for name in ("image_size", "mean", "std"))
-    objective, left_out = exported_parts(config, params, options.allow, where)
+    objective = exported_objective(config, params, options.allow, where)
     if format == "stablehlo":
         objective = {"name": "none"}
     else:
         if reason := interop.EXPORTS[format].refusal(encoder, objective, image_size):
             raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
         objective = interop.EXPORTS[format].exported_objective(encoder, objective)
-    if objective["name"] == "none":
-        left_out = sorted(params.keys() - {"encoder"})
-        params = {"encoder": params["encoder"]}
+    left_out = sorted(params.keys() - {"encoder"}) if objective["name"] == "none" else []
+    params = {name: part for name, part in params.items() if name not in left_out}
 
     if format == "stablehlo":
         program = stablehlo.serialise(encoder, params["encoder"], image_size=image_size, mean=mean, std=std)
@@ -197,19 +198,18 @@ def inferred_format(target: str) -> str:
     return {".stablehlo": "stablehlo", ".jax_exported": "stablehlo"}.get(suffix, "huggingface")
 
 
-def exported_parts(config: dict, params: dict, allow: list[str], where: str) -> tuple[dict, list[str]]:
-    """(objective, parts left out): what heads the checkpoint has, less those that `allow` leaves out."""
+def exported_objective(config: dict, params: dict, allow: list[str], where: str) -> dict:
+    """The objective whose heads the checkpoint has; "none" if it has none, or `allow` leaves one out."""
     objective = config.get("objective") or {}
-    heads = [name for name in params if name != "encoder"]
-    left_out = interop.skip(heads, allow)
-    if not heads or left_out:
-        return {"name": "none"}, heads
+    heads = sorted(params.keys() - {"encoder"})
+    if not heads or interop.skip(heads, allow):
+        return {"name": "none"}
     if objective.get("name") == "simmim":
-        return {"name": "simmim"}, []
+        return {"name": "simmim"}
     if objective.get("name") == "classify":
         head = params["head"]
         found = {"num_classes": head["logits"]["kernel"].shape[-1], "pool_norm": "norm" in head}
-        return {"name": "classify", "block": objective.get("block", 0), **found}, []
+        return {"name": "classify", "block": objective.get("block", 0), **found}
     raise CheckpointError(
         f"heads of an unknown objective {objective.get('name')!r}: {', '.join(heads)}", where,
         f"leave them out with --allow {','.join(heads)}",
