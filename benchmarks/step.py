@@ -1,15 +1,16 @@
-"""Speed and memory of a SimMIM training step of ViT, beside the same model of `transformers` in PyTorch.
+"""Speed and memory of a SimMIM training step of ViT or Swin, beside the same model of `transformers` in PyTorch.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/step.py --models=ti,s,b --dtypes=float32,bfloat16 --batch=8 --out=step.json
+    python benchmarks/step.py --models=vit_ti,vit_s,swin_t --dtypes=float32,bfloat16 --batch=8 --out=step.json
     python benchmarks/step.py --peer=none          # without PyTorch
 
 A step: uint8 images on the device -> normalise -> hide 60 % of the 32-pixel blocks -> forward -> masked L1 -> backward
 -> clip the gradient to norm 5 -> AdamW. There are three sides:
 
-    official   ours as SimMIM has it: relative position bias shared by all blocks, LayerScale, biases on q and v
-    plain      ours as the peer has it: learned absolute positions, biases on q, k and v, no LayerScale
-    peer       transformers' ViTForMaskedImageModeling, SDPA attention, torch.autocast for bfloat16, fused AdamW
+    official   ours as SimMIM has it: a ViT with one relative position bias, LayerScale, biases on q and v
+    plain      ours as the peer has it: a ViT with learned positions, biases on q, k and v, no LayerScale. No Swin:
+               SimMIM's is the peer's as it stands
+    peer       transformers' ...ForMaskedImageModeling, SDPA attention, torch.autocast for bfloat16, fused AdamW
 
 Each side is a process of its own with all cores, so that no memory and no thread pool is shared. They start one after
 another (there "first step" is timed), then measure in turns, one at a time, in an order that every round reverses. A
@@ -34,39 +35,118 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-PATCH, BLOCK, RATIO, CLIP, LEARNING_RATE, WEIGHT_DECAY = 16, 32, 0.6, 5.0, 1e-4, 0.05
+BLOCK, RATIO, CLIP, LEARNING_RATE, WEIGHT_DECAY = 32, 0.6, 5.0, 1e-4, 0.05
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MATMUL_SIZES = {"cpu": 2048}  # side of the square matmul, by JAX's or PyTorch's name of the device; elsewhere 8192
-OURS = {  # options of make_encoder for each of our sides
-    "plain": {"absolute_position": "learned", "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0},
-    "official": {"absolute_position": "none", "relative_position": "shared", "qkv_bias": "qv", "layer_scale": 0.1},
-}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
-def step_flops(image: int, width: int, depth: int, batch: int) -> int:
-    """Multiplications and additions in the matmuls of a training step: three times those of its forward pass.
+class Family(NamedTuple):
+    """What a family of models has of its own; its name is that of `make_encoder`."""
 
-    Forward, n tokens of width d (class token included): a block takes 24nd^2 (projections 8, MLP 16) + 4n^2 d (logits,
-    values); embedding and head take 2d(3 * 16^2) a patch each. Backward does each twice: for the input, for the weight.
-    The images need no gradient, so 3 counts a little too much; norms, softmax, GELU and the optimizer count nothing.
+    image: int  # side in pixels, unless --image says otherwise
+    ours: dict[str, dict]  # our sides, and the options of make_encoder for each
+    fitted: Callable[[int], dict]  # those that follow from the image
+    shape: tuple[str, ...]  # what of our encoder the peer and the count of flops are made from
+    flops: Callable[..., int]  # in the matmuls of an image's forward pass
+    peer: str  # what its classes in transformers begin with
+    peer_options: Callable[..., dict]  # of its configuration there
+    peer_spared: tuple[str, ...]  # besides norms: ends of its parameters' names that spare weight decay
+
+
+def vit_flops(image: int, width: int, depth: int, patch_size: int, **_) -> int:
+    """In n tokens of width d, class token included, a block takes 24nd^2 (projections 8, MLP 16) + 4n^2 d (logits,
+    values); embedding and head take 2d(3 * 16^2) a patch each.
     """
-    patches = (image // PATCH) ** 2
+    patches = (image // patch_size) ** 2
     tokens = patches + 1
     blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-    return 3 * batch * (blocks + 2 * 2 * patches * width * 3 * PATCH**2)
+    return blocks + 2 * 2 * patches * width * 3 * patch_size**2
+
+
+def swin_flops(image: int, width: int, depths: list[int], window: int, patch_size: int, **_) -> int:
+    """In a map of n tokens of width d, which windows of w x w tile, a block takes 24nd^2 (projections 8, MLP 16)
+    + 4nw^2 d (logits, values), and merging 2(n/4)(4d)(2d). Embedding takes 2d(3 * 4^2) a token of the first map, the
+    head 2d(3 * 32^2) a token of the last.
+    """
+    tokens, stages = (image // patch_size) ** 2, len(depths)
+    total = 2 * tokens * width * 3 * patch_size**2
+    for stage, depth in enumerate(depths):
+        total += depth * (24 * tokens * width**2 + 4 * tokens * window**2 * width)
+        if stage < stages - 1:
+            tokens, width = tokens // 4, 2 * width
+            total += 2 * tokens * (2 * width) * width
+    return total + 2 * tokens * width * 3 * (patch_size * 2 ** (stages - 1)) ** 2
+
+
+def vit_peer(image: int, width: int, depth: int, heads: int, patch_size: int) -> dict:
+    return {
+        "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": 4 * width,
+        "image_size": image, "patch_size": patch_size, "encoder_stride": patch_size, "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+
+
+def swin_peer(image: int, width: int, depths: list[int], stage_heads: list[int], window: int, patch_size: int) -> dict:
+    return {
+        "embed_dim": width, "depths": depths, "num_heads": stage_heads, "window_size": window, "image_size": image,
+        "patch_size": patch_size, "encoder_stride": patch_size * 2 ** (len(depths) - 1), "layer_norm_eps": 1e-5,
+        "use_absolute_embeddings": False, "drop_path_rate": 0.0,  # 0.1 there; its dropout is 0
+    }  # fmt: skip
+
+
+FAMILIES = {
+    "vit": Family(
+        image=224,
+        ours={
+            "plain": {
+                "absolute_position": "learned", "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0,
+            },
+            "official": {
+                "absolute_position": "none", "relative_position": "shared", "qkv_bias": "qv", "layer_scale": 0.1,
+            },
+        },
+        fitted=lambda image: {"patch_size": 16},
+        shape=("width", "depth", "heads", "patch_size"),
+        flops=vit_flops,
+        peer="ViT",
+        peer_options=vit_peer,
+        peer_spared=("bias", "cls_token", "position_embeddings"),
+    ),
+    "swin": Family(
+        image=192,
+        ours={"official": {}},
+        # Windows of SimMIM's 6 tokens at 192 pixels; at any size they tile every map, the last is one window. The peer
+        # fails on a map smaller than its window.
+        fitted=lambda image: {"patch_size": 4, "window": image // 32},
+        shape=("width", "depths", "stage_heads", "window", "patch_size"),
+        flops=swin_flops,
+        peer="Swin",
+        peer_options=swin_peer,
+        peer_spared=("bias", "relative_position_bias_table", "mask_token"),
+    ),
+}  # fmt: skip
+
+
+def step_flops(family: str, image: int, shape: dict, batch: int) -> int:
+    """Multiplications and additions in the matmuls of a training step: three times those of its forward pass.
+
+    Forward: see `vit_flops` and `swin_flops`. Backward does each twice: for the input, for the weight. The images need
+    no gradient, so 3 counts a little too much; norms, softmax, GELU and the optimizer count nothing.
+    """
+    return 3 * batch * FAMILIES[family].flops(image, **shape)
 
 
 # A side is (step, matmul, matmul_size, wait, facts): two functions that start work, one that waits until all is done,
 # and one that tells what there is to know after the first step. It calls `phase` with the name of what it has finished.
 
 
-def ours(phase: Callable, side: str, size: str, dtype: str, batch: int, image: int, **_) -> tuple:
+def ours(phase: Callable, family: str, side: str, size: str, dtype: str, batch: int, image: int, **_) -> tuple:
     """The step of `simmim_jax`, compiled by the very function that a run compiles it with."""
     import jax
     import jax.numpy as jnp
@@ -79,7 +159,8 @@ def ours(phase: Callable, side: str, size: str, dtype: str, batch: int, image: i
 
     phase("import")
     mesh, key, device = sharding.make_mesh(), jax.random.key(0), jax.devices()[0]
-    encoder = make_encoder("vit", size, patch_size=PATCH, dtype=dtype, **OURS[side])
+    of_family = FAMILIES[family]
+    encoder = make_encoder(family, size, dtype=dtype, **of_family.ours[side], **of_family.fitted(image))
     masking = {"image_size": (image, image), "block_size": BLOCK, "ratio": RATIO}
     objective = make_objective("simmim", encoder, mean=MEAN, std=STD, **masking)
     rate = {"schedule": "constant", "steps": 10**6, "steps_per_epoch": 1, "learning_rate": LEARNING_RATE}
@@ -115,16 +196,29 @@ def ours(phase: Callable, side: str, size: str, dtype: str, batch: int, image: i
             "loss": float(newest["metrics"]["loss"]),
             "device": f"{jax.device_count()} x {device.device_kind}",
             "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-            "shape": {"width": encoder.width, "depth": encoder.depth, "heads": encoder.heads},
+            "shape": {name: getattr(encoder, name) for name in of_family.shape},
         }
 
     return step, matmul, matmul_size, lambda: jax.block_until_ready((state, newest)), facts
 
 
-def peer(phase: Callable, mode: str, shape: dict, dtype: str, batch: int, image: int, **_) -> tuple:
-    """The step of the ViT for masked image modelling of `transformers`, run in `mode` "eager" or "compile"."""
+def peer_model(transformers, family: str, image: int, shape: dict) -> tuple:
+    """The model for masked image modelling of the module `transformers`, and AdamW's groups of its parameters."""
+    of_family = FAMILIES[family]
+    make_config = getattr(transformers, f"{of_family.peer}Config")
+    config = make_config(**of_family.peer_options(image, **shape), attn_implementation="sdpa")
+    model = getattr(transformers, f"{of_family.peer}ForMaskedImageModeling")(config)
+    groups = {0.0: [], WEIGHT_DECAY: []}
+    for name, parameter in model.named_parameters():
+        spared = name.endswith(of_family.peer_spared) or "norm" in name
+        groups[0.0 if spared else WEIGHT_DECAY].append(parameter)
+    return model, [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+def peer(phase: Callable, family: str, mode: str, shape: dict, dtype: str, batch: int, image: int, **_) -> tuple:
+    """The step of the same model in `transformers`, run in `mode` "eager" or "compile"."""
     import torch
-    from transformers import ViTConfig, ViTForMaskedImageModeling
+    import transformers
 
     phase("import")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,21 +226,12 @@ def peer(phase: Callable, mode: str, shape: dict, dtype: str, batch: int, image:
     torch.set_num_threads(CORES)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which JAX takes by default
-    config = ViTConfig(
-        hidden_size=shape["width"], num_hidden_layers=shape["depth"], num_attention_heads=shape["heads"],
-        intermediate_size=4 * shape["width"], image_size=image, patch_size=PATCH, encoder_stride=PATCH,
-        layer_norm_eps=1e-6, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = ViTForMaskedImageModeling(config).to(device).train()
-    groups = {0.0: [], WEIGHT_DECAY: []}
-    for name, parameter in model.named_parameters():
-        spared = name.endswith(("bias", "cls_token", "position_embeddings")) or "norm" in name
-        groups[0.0 if spared else WEIGHT_DECAY].append(parameter)
-    by_decay = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
-    optimizer = torch.optim.AdamW(by_decay, lr=LEARNING_RATE, fused=True)
+    model, groups = peer_model(transformers, family, image, shape)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     mean, std = (torch.tensor(x, device=device).reshape(1, 3, 1, 1) for x in (MEAN, STD))
     images = torch.randint(0, 256, (batch, 3, image, image), dtype=torch.uint8, device=device)
-    blocks, tokens = image // BLOCK, BLOCK // PATCH
+    blocks, tokens = image // BLOCK, BLOCK // shape["patch_size"]
 
     def loss_fn(images, mask):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -239,12 +324,21 @@ def ask(process: subprocess.Popen, question: dict) -> dict:
     return json.loads(reply)
 
 
-def measure(size: str, dtype: str, batch: int, options: argparse.Namespace) -> list[dict]:
+def family_and_size(model: str) -> tuple[str, str]:
+    """Of a name like "swin_t"; a size alone is a ViT's."""
+    family, _, size = model.rpartition("_")
+    return family or "vit", size
+
+
+def measure(model: str, dtype: str, batch: int, options: argparse.Namespace) -> list[dict]:
     """The rows of one model in one dtype: its sides start one after another, then measure in turns."""
-    spec = {"size": size, "dtype": dtype, "batch": batch, "image": options.image, "mode": options.peer}
+    family, size = family_and_size(model)
+    image = options.image or FAMILIES[family].image
+    spec = {"family": family, "size": size, "dtype": dtype, "batch": batch, "image": image, "mode": options.peer}
+    sides = [side for side in options.ours if side in FAMILIES[family].ours]
     processes, firsts, shape = {}, {}, None
     with contextlib.ExitStack() as stack:
-        for side in [*options.ours, *(["peer"] if options.peer != "none" else [])]:
+        for side in [*sides, *(["peer"] if options.peer != "none" else [])]:
             processes[side], firsts[side] = start({"side": side, "shape": shape, **spec})
             stack.callback(processes[side].communicate)  # closes its stdin, at which it ends
             shape = firsts[side].pop("shape", shape)
@@ -252,10 +346,10 @@ def measure(size: str, dtype: str, batch: int, options: argparse.Namespace) -> l
         for number in range(options.rounds + 2):
             for side in list(processes)[:: -1 if number % 2 else 1]:
                 rounds[side].append(ask(processes[side], {"seconds": options.seconds}))
-    flops = step_flops(options.image, shape["width"], shape["depth"], batch)
+    flops = step_flops(family, image, shape, batch)
     rounds = {side: of_side[2:] for side, of_side in rounds.items()}  # the first two warm up and count the calls
     return [
-        {"model": size, "dtype": dtype, "side": side, "batch": batch, "image": options.image, **firsts[side]}
+        {"model": f"{family}_{size}", "dtype": dtype, "side": side, "batch": batch, "image": image, **firsts[side]}
         | summarise(rounds[side], [] if side == "peer" else rounds.get("peer", []), batch, flops)
         for side in processes
     ]
@@ -324,12 +418,12 @@ def describe() -> dict:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="ti,s,b", help="sizes of simmim_jax.models.vit")
+    parser.add_argument("--models", default="ti,s,b", help="like vit_s,swin_t,swin_b; a size alone is a ViT's")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--ours", default="plain,official", help="which of our sides")
+    parser.add_argument("--ours", default="plain,official", help="which of our sides, of those that a model has")
     parser.add_argument("--peer", choices=("eager", "compile", "none"), default="eager", help="how PyTorch runs")
     parser.add_argument("--batch", default="8", help="images a step: one number, or one for each model")
-    parser.add_argument("--image", type=int, default=224, help="side in pixels, a multiple of 32")
+    parser.add_argument("--image", type=int, help="side in pixels, a multiple of 32; else 224 for ViT, 192 for Swin")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of steps by each side in a round, at least one")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -338,6 +432,14 @@ def main(arguments: list[str]) -> None:
     if options.peer != "none" and missing:
         parser.exit(2, f"no {' and '.join(missing)}: pip install -r benchmarks/requirements.txt, or give --peer=none\n")
     models, options.ours = options.models.split(","), options.ours.split(",")
+    if unknown := set(options.ours).difference(*(family.ours for family in FAMILIES.values())):
+        parser.exit(2, f"no side {', '.join(sorted(unknown))}: give some of plain,official\n")
+    for model in models:
+        family, _ = family_and_size(model)
+        if family not in FAMILIES:
+            parser.exit(2, f"no model {model!r}: give a size after one of {', '.join(FAMILIES)}, like swin_t\n")
+        if set(options.ours).isdisjoint(FAMILIES[family].ours):
+            parser.exit(2, f"{model} has no side {options.ours[0]}: give {' or '.join(FAMILIES[family].ours)}\n")
     batches = [int(batch) for batch in options.batch.split(",")]
     if len(batches) not in (1, len(models)):
         parser.exit(2, f"{len(batches)} batch sizes for {len(models)} models: give one, or one for each\n")

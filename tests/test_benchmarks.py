@@ -2,19 +2,28 @@
 
 import importlib.util
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 
+from simmim_jax import optim
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 
 STEP = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
-HUGGING_FACE_VIT_B = 86_390_016  # parameters of transformers' ViTForMaskedImageModeling at 224 pixels (see its README)
+# (family, size, our side, image, parameters of transformers' ...ForMaskedImageModeling)
+SAME_AS_THE_PEER = [
+    ("vit", "b", "plain", 224, 86_390_016),
+    ("swin", "t", "official", 192, 29_875_194),
+    ("swin", "b", "official", 192, 89_874_104),
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +34,82 @@ def bench():
     return module
 
 
-def objective_of(bench, side: str, size: str, image: int):
-    encoder = make_encoder("vit", size, patch_size=bench.PATCH, **bench.OURS[side])
-    return make_objective("simmim", encoder, image_size=(image, image), mean=bench.MEAN, std=bench.STD)
-
-
-def test_the_plain_side_has_the_parameters_of_the_peer(bench):
-    params = jax.eval_shape(objective_of(bench, "plain", "b", 224).init, jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(params)) == HUGGING_FACE_VIT_B
-
-
-@pytest.mark.parametrize(("size", "width", "depth", "image"), [("ti", 192, 12, 64), ("b", 768, 12, 224)])
-def test_counted_flops_are_those_that_the_compiler_counts(bench, size, width, depth, image):
-    objective = objective_of(bench, "plain", size, image)
+def sides_model(bench, family: str, size: str, side: str, image: int) -> tuple:
+    """The objective of one of our sides, its abstract parameters, and what the peer is told of its shape."""
+    of_family = bench.FAMILIES[family]
+    encoder = make_encoder(family, size, **of_family.ours[side], **of_family.fitted(image))
+    objective = make_objective("simmim", encoder, image_size=(image, image), mean=bench.MEAN, std=bench.STD)
     params = jax.eval_shape(objective.init, jax.random.key(0))
+    return objective, params, {name: getattr(encoder, name) for name in of_family.shape}
+
+
+@pytest.mark.parametrize(("family", "size", "side", "image", "parameters"), SAME_AS_THE_PEER)
+def test_one_of_our_sides_has_the_parameters_of_the_peer(bench, family, size, side, image, parameters):
+    _, params, _ = sides_model(bench, family, size, side, image)
+    assert sum(x.size for x in jax.tree.leaves(params)) == parameters
+
+
+def test_as_many_parameters_decay_of_the_peers_swin_as_of_ours(bench):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    _, params, shape = sides_model(bench, "swin", "t", "official", 192)
+    with torch.device("meta"):
+        _, groups = bench.peer_model(transformers, "swin", 192, shape)
+    theirs = {group["weight_decay"]: sum(x.numel() for x in group["params"]) for group in groups}
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(optim.decayed(params, optim.NO_DECAY)), strict=True)
+    decayed = sum(x.size for x, decays in pairs if decays)
+    assert theirs == {0.0: SAME_AS_THE_PEER[1][-1] - decayed, bench.WEIGHT_DECAY: decayed}
+
+
+def matmul_flops(jaxpr) -> int:
+    """Multiplications and additions in the matmuls and convolutions of a traced function, and of what it calls."""
+    contracted = {  # the terms of each sum, by the shape of the right operand
+        "dot_general": lambda shape, numbers: math.prod(shape[axis] for axis in numbers[0][1]),
+        "conv_general_dilated": lambda shape, numbers: math.prod(shape) // shape[numbers.rhs_spec[0]],
+    }
+    total = 0
+    for equation in jaxpr.eqns:
+        total += sum(map(matmul_flops, jax.extend.core.jaxprs_in_params(equation.params)))
+        if terms := contracted.get(equation.primitive.name):
+            sums = equation.outvars[0].aval.size
+            total += 2 * sums * terms(equation.invars[1].aval.shape, equation.params["dimension_numbers"])
+    return total
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "side", "image"), [("vit", "ti", "plain", 224), ("swin", "t", "official", 192)]
+)
+def test_counted_flops_are_those_of_the_matmuls_but_for_the_gradient_of_the_images(bench, family, size, side, image):
+    objective, params, shape = sides_model(bench, family, size, side, image)
     integers = jax.ShapeDtypeStruct((2,), jnp.int32)
     batch = {"image": jax.ShapeDtypeStruct((2, image, image, 3), jnp.uint8), "label": integers, "position": integers}
     step = jax.jit(jax.value_and_grad(lambda *x: objective.loss_fn(*x, True)[0]))
-    counted = step.lower(params, batch, jax.random.key(0)).cost_analysis()["flops"]
-    matmuls = bench.step_flops(image, width, depth, 2)
-    assert 1.0 <= counted / matmuls < 1.15  # the compiler also counts norms, GELU and softmax
+    of_images = 2 * 2 * 3 * image**2 * shape["width"]
+    traced = matmul_flops(step.trace(params, batch, jax.random.key(0)).jaxpr.jaxpr)
+    assert traced == bench.step_flops(family, image, shape, 2) - of_images
+
+
+@pytest.mark.parametrize(
+    ("model", "found"), [("swin_t", ("swin", "t")), ("vit_s", ("vit", "s")), ("ti", ("vit", "ti"))]
+)
+def test_a_size_alone_is_that_of_a_vit(bench, model, found):
+    assert bench.family_and_size(model) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--models=swim_t", "vit, swin"),
+        ("--models=vit_s,swin_t --ours=plain", "swin_t has no side plain: give official"),
+        ("--ours=plain,oficial", "no side oficial"),
+    ],
+)
+def test_what_is_not_there_is_one_line(bench, capsys, flags, says):
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*flags.split(), "--peer=none"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert says in message
 
 
 def test_ratios_are_medians_of_quotients_within_a_round(bench):
@@ -73,17 +138,24 @@ def test_a_missing_peer_is_one_line_that_says_what_to_do(bench, monkeypatch, cap
     assert "--peer=none" in message
 
 
-def test_it_measures_without_a_peer(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "image", "side"),
+    [("vit_ti", 32, "plain"), pytest.param("swin_t", 64, "official", marks=pytest.mark.slow)],
+)
+def test_it_measures_without_a_peer(tmp_path, model, image, side):
     out = tmp_path / "step.json"
-    flags = "--models=ti --dtypes=float32 --ours=plain --peer=none --batch=8 --image=32 --rounds=1 --seconds=0.01"
-    done = subprocess.run([sys.executable, STEP, *flags.split(), f"--out={out}"], capture_output=True, text=True)
+    flags = f"--models={model} --dtypes=float32 --ours={side} --peer=none --batch=2 --rounds=1 --seconds=0.01"
+    quickly_compiled = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"XLA_FLAGS": f"{quickly_compiled} --xla_force_host_platform_device_count=2"}
+    command = [sys.executable, STEP, *flags.split(), f"--image={image}", f"--out={out}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     (row,) = report["rows"]
     assert {"import", "build", "compile", "first step"} == set(row["phases"])
-    assert row["side"] == "plain"
+    assert (row["model"], row["side"], row["image"]) == (model, side, image)
     assert row["images_per_second"] > 0
     assert row["times_peer"] is None
     assert report["versions"]["jax"] == jax.__version__
     assert flags in report["command"]
-    assert "| plain |" in done.stdout
+    assert f"| {side} |" in done.stdout
