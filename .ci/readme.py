@@ -14,6 +14,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+from torch_files import write_pth  # noqa: E402
+
 SMALL = {  # what makes a command small: flags added by its config, or None where it runs as it stands
     "configs/digits_vit_tiny.py": None,
     "configs/digits_linear.py": ["--config.epochs=5.0"],
@@ -23,12 +26,22 @@ SMALL = {  # what makes a command small: flags added by its config, or None wher
     ],
     "configs/cifar10_vit_tiny.py": ["--config.batch_size=16", "--config.steps=3", "--config.eval_images=32"],
     "configs/cifar10_linear.py": ["--config.batch_size=16", "--config.steps=3"],
-    "configs/simmim_vit_b_800ep.py": [
-        "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depth=1",
-        "--config.eval_images=8", "--config.data.workers=1",
+    "configs/folder_finetune.py": ["--config.batch_size=8", "--config.steps=2", "--config.eval_batch_size=8"],
+    "configs/digits_finetune.py": ["--config.epochs=4.0"],
+    "configs/simmim_swin_b_100ep.py": [
+        "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depths=1,1,1,1",
+        "--config.encoder.width=32", "--config.encoder.stage_heads=1,1,2,2", "--config.eval_images=8",
+        "--config.data.workers=1",
     ],
 }  # fmt: skip
-AS_THEY_STAND = ("python benchmarks/step.py",)
+INSTEAD = {  # of what makes a command small, where a flag of the command itself has another
+    "--config.encoder.name=swin": [
+        "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depths=1,1,1,1",
+        "--config.data.heldout_fraction=0.3",
+    ],
+    "--config.encoder.name= ": ["--config.batch_size=8", "--config.steps=2", "--config.data.heldout_fraction=0.3"],
+}
+AS_THEY_STAND = ("python benchmarks/step.py", "python -m simmim_jax.tools.convert")
 ALREADY_RUN = ("pip install -r requirements.txt", "python -m pytest")  # by .ci/run itself
 
 
@@ -66,7 +79,12 @@ def main(scratch: Path) -> None:
         path = folder / f"class_{n % 10}" / f"{n}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(n).save(path)
-    places = {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/"}
+    official = "simmim_pretrain__swin_base__img192_window6__800ep.pth"
+    with np.load(ROOT / "tests" / "golden" / "official_swin_pretrain.npz") as arrays:  # a Swin of the size of a stamp
+        model = {name.removeprefix("params/"): arrays[name] for name in arrays if name.startswith("params/")}
+    write_pth(scratch / official, {"model": model, "epoch": 799})
+    places = {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/", "=N ": "=10 "}
+    places |= {"exported/": f"{scratch}/exported/", official: scratch / official}
     Cifar10(data_dir=str(scratch / "tfds"), file_format="array_record").download_and_prepare()
 
     for command in readme_commands():
@@ -78,8 +96,9 @@ def main(scratch: Path) -> None:
         for shown, real in places.items():
             command = command.replace(shown, str(real))
         if config:
-            command = " ".join([command, *(SMALL[config.group(1)] or [])])
-        if "simmim_vit_b" in command:  # of ImageNet, the stand-in's name and split
+            instead = [flags for part, flags in INSTEAD.items() if part in command]
+            command = " ".join([command, *(instead[0] if instead else SMALL[config.group(1)] or [])])
+        if "configs/simmim_" in command:  # of ImageNet, the stand-in's name and split
             command += " --config.data.name=cifar10 --config.data.heldout_split=test"
         print(f"$ {command}", flush=True)
         subprocess.run(command, shell=True, check=True, cwd=ROOT)

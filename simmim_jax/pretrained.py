@@ -48,12 +48,13 @@ def resize_bias_table(table: Float[np.ndarray, "r h"], rows: int, extra: int = 0
         raise ValueError(f"tables of {len(table)} and {rows} rows are not both those of square windows")
     if source == target:
         return table
-    at, wanted = progression(source, target), np.arange(target) - target // 2
-    if source < 4:  # too few for a cubic spline
-        raise ValueError(f"a window of {(source + 1) // 2} tokens has too few displacements to interpolate")
-    wanted = np.clip(wanted, at[0], at[-1])
+    at = progression(source, target)
+    wanted = np.clip(np.arange(target) - target // 2, at[0], at[-1])
+    degree = min(3, source - 1)  # three displacements, of a window of 2 tokens, carry no more than a parabola
+    if degree == 0:
+        return np.concatenate([np.broadcast_to(displacements, (target**2, table.shape[1])), rest])
     maps = [
-        RectBivariateSpline(at, at, values.reshape(source, source), kx=3, ky=3, s=0)(wanted, wanted)
+        RectBivariateSpline(at, at, values.reshape(source, source), kx=degree, ky=degree, s=0)(wanted, wanted)
         for values in displacements.T.astype(np.float64)
     ]
     return np.concatenate([np.stack(maps, axis=-1).reshape(target**2, -1), rest]).astype(table.dtype)
@@ -125,8 +126,8 @@ def refuse_other_windows(there: tuple[int, ...], here: tuple[int, ...], where: s
         )  # fmt: skip
 
 
-def fit(saved: dict, abstract: dict, where: str) -> tuple[dict, list[str]]:
-    """(`saved` in the paths and shapes of `abstract`, what was done to it): nested dicts of numpy arrays.
+def fit(saved: dict, abstract: dict, where: str) -> tuple[dict, list[tuple[str, str]]]:
+    """(`saved` in the paths and shapes of `abstract`, [(path, what was done to it)]): nested dicts of numpy arrays.
 
     Tables are resized, a shared table is copied to each block that wants its own, and a final norm that `abstract` does
     not have is left out. Raises CheckpointError, with examples from both sides, if anything else differs.
@@ -153,14 +154,14 @@ def fit(saved: dict, abstract: dict, where: str) -> tuple[dict, list[str]]:
             failed.append(f"{name} is {shape_of(value)} there and {shape_of(x)} here")
             continue
         if have[source].shape != x.shape:
-            notes.append(f"{name}: resized from {len(have[source])} to {len(value)} rows")
+            notes.append((name, f"resized from {len(have[source])} to {len(value)} rows"))
         if source != name:
-            notes.append(f"{name}: a copy of {source}")
+            notes.append((name, f"a copy of {source}"))
         taken[name] = np.asarray(value, x.dtype)
     left = [name for name in have if name not in used]
     for name in left:
         if name.removeprefix("encoder/").startswith("norm/"):
-            notes.append(f"{name}: left out, this encoder has no final norm")
+            notes.append((name, "left out, as this encoder has no final norm"))
         else:
             failed.append(f"{name} is {shape_of(have[name])} there and absent here")
     if failed:

@@ -364,8 +364,11 @@ def take_params(step_folder: Path, config: ConfigDict, abstract: dict) -> dict:
     wanted = {part: abstract[part] for part in parts}
     taken, notes = pretrained.fit({part: saved[part] for part in parts}, wanted, str(step_folder))
     print(f"{', '.join(parts)}: taken from {step_folder}", flush=True)
-    for note in notes:
-        print(f"  {note}", flush=True)
+    names = {}  # by what was done to them
+    for name, done in notes:
+        names.setdefault(done, []).append(name)
+    for done, of in names.items():
+        print(f"  {done}: {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}", flush=True)
     return jax.tree.map(lambda value, x: jax.device_put(value, x.sharding), taken, wanted)
 
 
