@@ -116,7 +116,7 @@ FAMILIES = {
         flops=vit_flops,
         peer="ViT",
         peer_options=vit_peer,
-        peer_spared=("bias", "cls_token", "position_embeddings"),
+        peer_spared=("bias", "cls_token", "position_embeddings", "mask_token"),
     ),
     "swin": Family(
         image=192,
