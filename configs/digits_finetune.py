@@ -3,8 +3,9 @@
     python -m simmim_jax.main --config configs/digits_finetune.py --config.init_from=runs/digits \
         --workdir runs/digits_finetuned
 
-Architecture and pixels are those of the run that `init_from` names.
-Hardware: two CPU cores. Time and result: not yet run.
+The architecture is that of the run that `init_from` names.
+Hardware: two CPU cores; measured on a Zen 5, 2026-11-22 (benchmarks/results/2026-11-22-cpu-zen5-2cores/recipes.json):
+85 s; top-1 96.7 % of the 360 held-out digits; from random weights, with the same budget, 93.1 %.
 """
 
 from ml_collections import ConfigDict

@@ -136,11 +136,16 @@ class PatchMerging(nn.Module):
     init_truncation: float
     dtype: str
 
+    def reduce(self, x: Float[Array, "b k l c"]) -> Float[Array, "b k l d"]:
+        """The linear map, from all four tokens to half of their width."""
+        initial = truncated_normal(self.init_truncation)
+        width = x.shape[-1] // 2
+        reduction = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=initial, name="reduction")
+        return reduction(x).astype(jnp.float32)
+
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b k l 2*d"]:
-        initial = truncated_normal(self.init_truncation)
-        reduction = nn.Dense(2 * x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=initial, name="reduction")
-        return reduction(layer_norm(self.norm_epsilon, "norm")(quarters(x))).astype(jnp.float32)
+        return self.reduce(layer_norm(self.norm_epsilon, "norm")(quarters(x)))
 
 
 class Swin(nn.Module):

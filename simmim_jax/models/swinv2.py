@@ -98,19 +98,10 @@ def unit_length(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
     return x / jnp.where(long, jnp.sqrt(jnp.where(long, squared, 1.0)), 1e-12)
 
 
-class Block(nn.Module):
+class Block(swin.Block):
     """Attention in windows and MLP, each with a norm after it that starts at zero, and stochastic depth."""
 
-    heads: int
-    window: int
     pretrained_window: int
-    shifted: bool
-    mlp_ratio: float
-    qkv_bias: str
-    drop_path: float
-    norm_epsilon: float
-    init_truncation: float
-    dtype: str
 
     @nn.compact
     def __call__(
@@ -127,18 +118,12 @@ class Block(nn.Module):
         return x + DropPath(self.drop_path, name="drop_mlp")(branch, train, position)
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(swin.PatchMerging):
     """Four tokens to one of twice the width: a linear map without bias, then LayerNorm."""
-
-    norm_epsilon: float
-    init_truncation: float
-    dtype: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b k l 2*d"]:
-        initial = truncated_normal(self.init_truncation)
-        reduction = nn.Dense(2 * x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=initial, name="reduction")
-        return layer_norm(self.norm_epsilon, "norm")(reduction(quarters(x)))
+        return layer_norm(self.norm_epsilon, "norm")(self.reduce(quarters(x)))
 
 
 class SwinV2(swin.Swin):

@@ -72,8 +72,14 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
         print(f"note: {note}")
     print_names("skipped, as --allow says", skipped)
     print_names("not weights, left out", sorted(weights.derived))
-    print(f"written to {options.target}; begin a run of the same encoder with it by")
-    print(f"  python -m simmim_jax.main --config configs/CONFIG.py --config.init_from={options.target} --workdir DIR")
+    print(f"written to {options.target}; to fine-tune it, or (second line) to pretrain it further:")
+    size = ",".join(map(str, found.image_size))
+    of_it = f"--config.init_from={options.target} --config.image_size={size} --config.data.path=DIR --workdir runs/NEW"
+    if pixels != {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}:
+        statistics = (f"--config.{name}={','.join(map(str, values))}," for name, values in pixels.items())
+        of_it = f"{' '.join(statistics)} {of_it}"
+    print(f"  python -m simmim_jax.main --config configs/folder_finetune.py --config.objective.num_classes=N {of_it}")
+    print(f"  python -m simmim_jax.main --config configs/folder_vit_small.py --config.encoder.name= {of_it}")
 
 
 def print_names(what: str, names: list[str], most: int = 20) -> None:
