@@ -49,6 +49,7 @@ def test_one_of_our_sides_has_the_parameters_of_the_peer(bench, family, size, si
     assert sum(x.size for x in jax.tree.leaves(params)) == parameters
 
 
+@pytest.mark.slow
 def test_as_many_parameters_decay_of_the_peers_swin_as_of_ours(bench):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     _, params, shape = sides_model(bench, "swin", "t", "official", 192)

@@ -301,7 +301,7 @@ def harms(marker) -> dict:
         "builtins.exec": Call(exec, write),
         "builtins.__import__": Call(__import__, "os"),
         "builtins.getattr": Call(getattr, Call(__import__, "os"), "system"),
-        "io.open": Call(open, str(marker), "w"),
+        "io.open": Call(Global("io", "open"), str(marker), "w"),
         "builtins.print": [print],
         "builtins.apply": Call(Global("__builtin__", "apply"), os.system, (touch,)),
         "_functools.reduce": Call(Global("_functools", "reduce"), os.system, [touch]),
