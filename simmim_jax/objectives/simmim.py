@@ -77,7 +77,8 @@ def make_simmim(
     `predict` gives "loss" [b], "image" and "prediction" [b, y, x, c] float32 in 0..1, and "mask" [b, y, x] bool.
     params: "encoder", "mask_token" [c of the tokens], "head" (kernel [d, p], bias [p]).
     norm_target: side of the window, odd, in pixels, over which each target pixel is normalised; 0: not (official
-        NORM_TARGET; 47 for Swin V2). The prediction that `predict` shows is that of the image, not normalised so.
+        NORM_TARGET; 47 for Swin V2). For the eye, `predict` undoes that with the mean and deviation of the whole
+        image, hidden pixels included: the colours and shades that a picture then shows were given, not predicted.
     """
     if norm_target < 0 or (norm_target and norm_target % 2 == 0) or norm_target == 1:
         raise ConfigError(
