@@ -18,7 +18,7 @@ from simmim_jax.errors import CheckpointError
 from simmim_jax.optim import path_of
 
 # Encoder fields that say nothing of what its parameters mean, and those that `fit` can bridge.
-FREE = ("size", "dtype", "remat", "drop_path", "init_truncation")
+FREE = ("size", "dtype", "remat", "drop_path", "init_truncation", "norm_momentum")
 BRIDGED = ("window", "pretrained_windows", "relative_position", "final_norm")
 
 
@@ -36,28 +36,32 @@ def progression(source: int, target: int) -> Float[np.ndarray, " s"]:
     return np.array([-step for step in reversed(steps)] + [0.0] + steps)
 
 
-def resize_bias_table(table: Float[np.ndarray, "r h"], rows: int, extra: int = 0) -> Float[np.ndarray, "rows h"]:
-    """A relative-position table for windows of another side, by a bicubic spline through each head's displacements.
+def resize_bias_table(
+    table: Float[np.ndarray, "r h"], source: tuple[int, int], target: tuple[int, int], extra: int = 0
+) -> Float[np.ndarray, "rows h"]:
+    """A relative-position table for windows of another size, by a bicubic spline through each head's displacements.
 
-    The last `extra` rows, which are no displacements, stay as they are. Beyond the outermost displacement of the source
-    its value is held. Raises ValueError where the displacements are not those of a square.
+    source, target: (rows, columns) of tokens of the windows. The last `extra` rows of the table, which are no
+    displacements, stay as they are. Beyond the outermost displacement of the source its value is held.
     """
-    displacements, rest = np.split(table, [len(table) - extra])
-    source, target = math.isqrt(len(displacements)), math.isqrt(rows - extra)
-    if source**2 != len(displacements) or target**2 != rows - extra:
-        raise ValueError(f"tables of {len(table)} and {rows} rows are not both those of square windows")
     if source == target:
         return table
-    at = progression(source, target)
-    wanted = np.clip(np.arange(target) - target // 2, at[0], at[-1])
-    degree = min(3, source - 1)  # three displacements, of a window of 2 tokens, carry no more than a parabola
-    if degree == 0:
-        return np.concatenate([np.broadcast_to(displacements, (target**2, table.shape[1])), rest])
-    maps = [
-        RectBivariateSpline(at, at, values.reshape(source, source), kx=degree, ky=degree, s=0)(wanted, wanted)
-        for values in displacements.T.astype(np.float64)
+    sizes = [2 * side - 1 for side in source]  # displacements along each axis
+    displacements, rest = np.split(table, [sizes[0] * sizes[1]])
+    at = [progression(size, 2 * side - 1) for size, side in zip(sizes, target, strict=True)]
+    wanted = [
+        np.clip(np.arange(1 - side, side), places[0], places[-1]) for side, places in zip(target, at, strict=True)
     ]
-    return np.concatenate([np.stack(maps, axis=-1).reshape(target**2, -1), rest]).astype(table.dtype)
+    degrees = [min(3, size - 1) for size in sizes]  # three displacements, of 2 tokens, carry no more than a parabola
+    if min(degrees) == 0:  # of one token there is one, and nothing to interpolate
+        maps = [np.full([len(places) for places in wanted], values.mean()) for values in displacements.T]
+    else:
+        maps = [
+            RectBivariateSpline(*at, values.reshape(sizes), kx=degrees[0], ky=degrees[1], s=0)(*wanted)
+            for values in displacements.T.astype(np.float64)
+        ]
+    resized = np.stack(maps, axis=-1).reshape(-1, table.shape[1])
+    return np.concatenate([resized, rest]).astype(table.dtype)
 
 
 def cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
@@ -77,18 +81,28 @@ def cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
     return weights
 
 
-def resize_positions(table: Float[np.ndarray, "n d"], positions: int, extra: int = 0) -> Float[np.ndarray, "m d"]:
-    """An absolute position embedding for another number of patches of a square image, bicubically.
+def resize_positions(
+    table: Float[np.ndarray, "n d"], source: tuple[int, int], target: tuple[int, int], extra: int = 0
+) -> Float[np.ndarray, "m d"]:
+    """An absolute position embedding for another grid of patches, bicubically.
 
-    The first `extra` rows, which are no patches, stay as they are. Raises ValueError where the patches are no square.
+    source, target: (rows, columns) of patches. The first `extra` rows of the table, which are no patches, stay as they
+    are.
     """
+    if source == target:
+        return table
     rest, patches = np.split(table, [extra])
-    source, target = math.isqrt(len(patches)), math.isqrt(positions - extra)
-    if source**2 != len(patches) or target**2 != positions - extra:
-        raise ValueError(f"embeddings of {len(table)} and {positions} positions are not both those of square images")
-    weights = cubic_weights(source, target)
-    resized = np.einsum("as,bt,std->abd", weights, weights, patches.reshape(source, source, -1).astype(np.float64))
-    return np.concatenate([rest, resized.reshape(target**2, -1)]).astype(table.dtype)
+    down, across = (cubic_weights(*sides) for sides in zip(source, target, strict=True))
+    resized = np.einsum("as,bt,std->abd", down, across, patches.reshape(*source, -1).astype(np.float64))
+    return np.concatenate([rest, resized.reshape(target[0] * target[1], -1)]).astype(table.dtype)
+
+
+def square(rows: int, of: str) -> tuple[int, int]:
+    """The sides of a square of so many rows of a table. Raises ValueError if they are those of none."""
+    side = math.isqrt(rows)
+    if side**2 != rows:
+        raise ValueError(f"{rows} {of} are not those of a square, and no config.json says of what")
+    return side, side
 
 
 def refuse_other_encoder(saved: dict, now: dict, where: str) -> None:
@@ -126,15 +140,33 @@ def refuse_other_windows(there: tuple[int, ...], here: tuple[int, ...], where: s
         )  # fmt: skip
 
 
-def fit(saved: dict, abstract: dict, where: str) -> tuple[dict, list[tuple[str, str]]]:
+def fit(
+    saved: dict, abstract: dict, where: str, grids: tuple[tuple[int, int], tuple[int, int]] | None = None
+) -> tuple[dict, list[tuple[str, str]]]:
     """(`saved` in the paths and shapes of `abstract`, [(path, what was done to it)]): nested dicts of numpy arrays.
 
     Tables are resized, a shared table is copied to each block that wants its own, and a final norm that `abstract` does
     not have is left out. Raises CheckpointError, with examples from both sides, if anything else differs.
+
+    grids: the maps of tokens there and here, by which positions of the whole image are resized; where nothing says them
+    they must be squares.
     """
     have, want = flat(saved), flat(abstract)
     notes, taken, used, failed = [], {}, set(), []
     class_positions, class_rows = (1, 3) if any(name.endswith("cls_token") for name in want) else (0, 0)
+
+    def resized(name, value, rows):
+        """A table of positions, or of displacements: in an "attn" those of a window, which is a square, else of all."""
+        counts = (len(value), rows)
+        if name.endswith("pos_embed"):
+            sides = grids or [square(count - class_positions, "positions") for count in counts]
+            return resize_positions(value, *sides, class_positions)
+        if grids and "/attn/" not in name:
+            sides = grids
+        else:
+            sides = [tuple((n + 1) // 2 for n in square(count - class_rows, "displacements")) for count in counts]
+        return resize_bias_table(value, *sides, class_rows)
+
     for name, x in want.items():
         source = name if name in have else re.sub(r"block_\d+/rel_pos_bias/", "rel_pos_bias/", name)
         if source not in have:
@@ -143,17 +175,15 @@ def fit(saved: dict, abstract: dict, where: str) -> tuple[dict, list[tuple[str, 
         used.add(source)
         value = have[source]
         try:
-            if value.shape != x.shape and name.endswith("rel_pos_bias/table") and value.shape[1:] == x.shape[1:]:
-                value = resize_bias_table(value, x.shape[0], class_rows)
-            elif value.shape != x.shape and name.endswith("pos_embed") and value.shape[1:] == x.shape[1:]:
-                value = resize_positions(value, x.shape[0], class_positions)
+            if name.endswith(("pos_embed", "rel_pos_bias/table")) and value.shape[1:] == x.shape[1:]:
+                value = resized(name, value, len(x))
         except ValueError as error:
             failed.append(f"{name}: {error}")
             continue
         if value.shape != x.shape:
             failed.append(f"{name} is {shape_of(value)} there and {shape_of(x)} here")
             continue
-        if have[source].shape != x.shape:
+        if value is not have[source]:
             notes.append((name, f"resized from {len(have[source])} to {len(value)} rows"))
         if source != name:
             notes.append((name, f"a copy of {source}"))

@@ -31,7 +31,8 @@ def test_a_resized_table_equals_what_scipys_removed_interp2d_gave(golden, window
     """tests/golden/resizing.npz is by scipy 1.13.1 itself; the same FITPACK routines compute both."""
     name, arrays = "{}_{}".format(*windows), golden("resizing")
     expected = arrays[f"resized_{name}"]
-    np.testing.assert_allclose(resize_bias_table(arrays[f"table_{name}"], len(expected)), expected, atol=1e-6)
+    resized = resize_bias_table(arrays[f"table_{name}"], *((window, window) for window in windows))
+    np.testing.assert_allclose(resized, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("windows", WINDOWS)
@@ -43,7 +44,7 @@ def test_a_resized_table_equals_two_natural_steps_along_each_axis(golden, window
     wanted = np.clip(np.arange(target) - target // 2, at[0], at[-1])
     rows = CubicSpline(at, table.reshape(source, source, -1), axis=0, bc_type="not-a-knot")(wanted)
     expected = CubicSpline(at, rows, axis=1, bc_type="not-a-knot")(wanted)
-    resized = resize_bias_table(table, target**2)
+    resized = resize_bias_table(table, *((window, window) for window in windows))
     np.testing.assert_allclose(resized, expected.reshape(target**2, -1), atol=1e-9)
 
 
@@ -57,20 +58,31 @@ def test_displacements_stand_in_a_geometric_progression_that_spans_the_target():
 
 def test_rows_that_are_no_displacements_and_tables_of_the_right_size_stay_to_the_bit():
     table = np.random.default_rng(0).normal(size=(27 * 27 + 3, 2)).astype(np.float32)
-    assert resize_bias_table(table, 27 * 27 + 3, extra=3) is table
-    larger = resize_bias_table(table, 31 * 31 + 3, extra=3)
+    assert resize_bias_table(table, (14, 14), (14, 14), extra=3) is table
+    larger = resize_bias_table(table, (14, 14), (16, 16), extra=3)
+    assert larger.shape == (31 * 31 + 3, 2)
     np.testing.assert_array_equal(larger[-3:], table[-3:])
-    with pytest.raises(ValueError, match="not both those of square windows"):
-        resize_bias_table(table, 7 * 5 + 3, extra=3)
+
+
+def test_each_axis_is_resized_by_itself():
+    """Tables and positions of rectangles: what depends on the row alone, or the column alone, goes on doing so."""
+    rows, columns = (np.arange(2 * side - 1.0) ** 2 for side in (8, 4))
+    table = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    resized = resize_bias_table(table, (8, 4), (4, 16)).reshape(7, 31, 2)
+    assert np.ptp(resized[..., 0], axis=1).max() < 1e-9
+    assert np.ptp(resized[..., 1], axis=0).max() < 1e-9
+    moved = resize_positions(np.repeat(np.arange(8.0), 4)[:, None], (8, 4), (4, 8)).reshape(4, 8)
+    assert np.ptp(moved, axis=1).max() < 1e-9
+    assert (np.diff(moved[:, 0]) > 0).all()
 
 
 def test_the_smallest_windows_are_resized_with_what_they_have():
     """Official code fails below windows of 3 tokens; a stage of a small model may have them."""
     parabola = np.array([[row**2 + column for column in (-1, 0, 1)] for row in (-1, 0, 1)], np.float32).reshape(9, 1)
-    resized = resize_bias_table(parabola, 25).reshape(5, 5)
+    resized = resize_bias_table(parabola, (2, 2), (3, 3)).reshape(5, 5)
     np.testing.assert_allclose(resized, resized[::-1], atol=1e-6)
     np.testing.assert_allclose(resized[1:4, 1:4].reshape(9, 1), parabola, atol=1e-6)
-    assert (resize_bias_table(np.full((1, 2), 0.5, np.float32), 9) == 0.5).all()
+    assert (resize_bias_table(np.full((1, 2), 0.5, np.float32), (1, 1), (2, 2)) == 0.5).all()
 
 
 @pytest.mark.parametrize("sides", [(4, 6), (7, 5), (12, 14)])
@@ -78,7 +90,8 @@ def test_resized_positions_equal_pytorchs_bicubic_interpolation(golden, sides):
     """tests/golden/resizing.npz is by torch 2.13; the tolerance covers its float32."""
     name, arrays = "{}_{}".format(*sides), golden("resizing")
     expected = arrays[f"moved_{name}"]
-    np.testing.assert_allclose(resize_positions(arrays[f"positions_{name}"], len(expected)), expected, atol=5e-6)
+    moved = resize_positions(arrays[f"positions_{name}"], *((side, side) for side in sides))
+    np.testing.assert_allclose(moved, expected, atol=5e-6)
 
 
 def params_of(encoder, image_size=(32, 32)):
@@ -112,9 +125,21 @@ def test_a_shared_table_is_copied_to_each_block_and_resized_and_an_unused_norm_l
         ("encoder/norm/scale", "left out, as this encoder has no final norm"),
     ]
     taken, notes = fit(saved, params_of(other, image_size=(48, 48)), "here")
-    expected = resize_bias_table(saved["encoder"]["rel_pos_bias"]["table"], 11**2 + 3, extra=3)
+    expected = resize_bias_table(saved["encoder"]["rel_pos_bias"]["table"], (4, 4), (6, 6), extra=3)
     np.testing.assert_array_equal(taken["encoder"]["block_1"]["rel_pos_bias"]["table"], expected)
     assert ("encoder/block_1/rel_pos_bias/table", "resized from 52 to 124 rows") in notes
+
+
+def test_positions_of_a_rectangle_follow_its_sides_even_where_their_number_is_the_same():
+    encoder = tiny_encoder(absolute_position="learned")
+    saved, other = params_of(encoder, (128, 32)), params_of(encoder, (32, 128))
+    taken, notes = fit(saved, other, "here", ((16, 4), (4, 16)))
+    assert {done for _, done in notes} == {"resized from 65 to 65 rows", "resized from 220 to 220 rows"}
+    expected = resize_positions(saved["encoder"]["pos_embed"], (16, 4), (4, 16), extra=1)
+    np.testing.assert_array_equal(taken["encoder"]["pos_embed"], expected)
+    assert fit(saved, saved, "here", ((16, 4), (16, 4)))[1] == []
+    with pytest.raises(CheckpointError, match=r"217 displacements are not those of a square, and no config\.json says"):
+        fit(saved, params_of(encoder, (64, 64)), "here")
 
 
 def test_a_swins_tables_follow_its_windows_and_its_positions_the_image():
@@ -122,7 +147,7 @@ def test_a_swins_tables_follow_its_windows_and_its_positions_the_image():
     saved = params_of(make_encoder("swin", "t", window=4, **sizes))
     taken, notes = fit(saved, params_of(make_encoder("swin", "t", window=6, **sizes), (48, 48)), "here")
     assert taken["encoder"]["stage_0_block_0"]["attn"]["rel_pos_bias"]["table"].shape == (121, 1)
-    expected = resize_positions(saved["encoder"]["pos_embed"], 144)
+    expected = resize_positions(saved["encoder"]["pos_embed"], (8, 8), (12, 12))
     np.testing.assert_array_equal(taken["encoder"]["pos_embed"], expected)
     assert notes == [
         ("encoder/pos_embed", "resized from 64 to 144 rows"),
