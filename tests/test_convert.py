@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from runs import run
 from safetensors.numpy import load_file, save_file
-from test_interop import NORMED, SIMMIM, SWINS, VIT, assert_same, exported, official_buffers
+from test_interop import (
+    NORMED,
+    SIMMIM,
+    SWINS,
+    VIT,
+    assert_same,
+    exported,
+    make,
+    official_buffers,
+    random_params,
+)
 from torch_files import Call, CfgNode, Global, write_pth
 
 from simmim_jax import checkpoint
@@ -127,6 +137,8 @@ def test_the_command_line_imports_and_exports(tmp_path, state):
         (("a", "b", "--image_size=big"), "--image_size=big - command line - give numbers above 0"),
         (("a", "b", "--image_size=1,2,3"), "--image_size=1,2,3"),
         (("a", "b", "--image_size=0"), "--image_size=0"),
+        (("a", "b", "--image_size=-64"), "--image_size=-64"),
+        (("a", "b", "--image_size=1000000"), "--image_size=1000000 - command line - give numbers up to 16384"),
         (("a", "b", "--std=0.1,0.0,0.1"), "--std=0.1,0.0,0.1"),
         (("a", "b", "--mean=nan"), "--mean=nan"),
         (("a", "b", "--format=tim"), "unknown format 'tim' - did you mean timm"),
@@ -164,6 +176,10 @@ def test_a_field_that_does_not_exist_or_does_not_fit_is_told(tmp_path, state):
     assert "--encoder.heads=two - command line - give a int, like 12" in told(
         state[0], tmp_path / "w", "--encoder.heads=two"
     )
+    for value, fix in (("norm_epsilon=1e400", "finite"), ("norm_epsilon=nan", "float"), ("norm_epsilon=-1.0", "0"),
+                       ("patch_size=0", "from 1 to"), ("depth=True", "int")):  # fmt: skip
+        assert re.search(rf"--encoder.{value.split('=')[0]}=.* - command line - .*{fix}",
+                         told(state[0], tmp_path / "w", f"--encoder.{value}"))  # fmt: skip
     assert "unknown vit field 'window'" in told(state[0], tmp_path / "w", "--encoder.window", "12")
     assert "no mean for 3 channel(s)" in told(state[0], tmp_path / "w", "--mean=0.5")
     assert not (tmp_path / "w").exists()
@@ -191,22 +207,112 @@ def test_what_is_there_is_kept_unless_told_to_overwrite_it_and_then_only_what_a_
     assert "a run has gone on in this folder" in told(state[0], workdir, "--overwrite")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("")
-    assert "no conversion has written this folder" in told(state[0], tmp_path / "photos", "--overwrite")
+    assert "no import has written this folder" in told(state[0], tmp_path / "photos", "--overwrite")
     assert (tmp_path / "photos" / "one.jpg").exists()
 
     out = tmp_path / "out.safetensors"
     out.write_text("something")
     assert "there is something already" in told(workdir, out, "--format=official")
+    assert "no conversion to safetensors has written this file" in told(
+        workdir, out, "--format=official", "--overwrite"
+    )
     assert out.read_text() == "something"
+    out.unlink()
+    tool(workdir, out, "--format=official")
     tool(workdir, out, "--format=official", "--overwrite")
     assert load_file(out).keys() == load_file(state[0]).keys()
+
+
+def test_from_and_to_may_not_lie_in_one_another(tmp_path, state, workdir):
+    hf = tmp_path / "downloaded"
+    hf.mkdir()
+    for source, target in ((state[0], state[0]), (workdir, workdir), (workdir, workdir / "hf"), (state[0], tmp_path),
+                           (workdir / "checkpoints" / "0", workdir), (hf, f"{hf}/../downloaded")):  # fmt: skip
+        assert "FROM and TO are the same, or one lies in the other" in told(source, target, "--overwrite")
+    (tmp_path / "link").symlink_to(workdir)
+    assert "FROM and TO are the same" in told(workdir, tmp_path / "link", "--overwrite")
+
+
+def test_overwriting_takes_only_what_bears_our_mark_and_is_of_the_same_kind(tmp_path, state, workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tool("~/workdir", "~/bare", "--allow=head,mask_token")
+    tool(workdir, tmp_path / "bare", "--allow=head,mask_token", "--overwrite")
+    tool(workdir, tmp_path / "a.stablehlo")
+    tool(workdir, tmp_path / "a.stablehlo", "--overwrite")
+    (tmp_path / "bare" / "notes.txt").write_text("mine")
+    assert "it holds 'notes.txt' too" in told(workdir, tmp_path / "bare", "--overwrite")
+    (tmp_path / "bare" / "notes.txt").unlink()
+    save_file({"a": np.zeros(3)}, tmp_path / "bare" / "model.safetensors")  # as save_pretrained would, config.json kept
+    assert "no conversion to huggingface has written" in told(workdir, tmp_path / "bare", "--overwrite")
+    foreign = jax.export.export(jax.jit(lambda x: x))(np.zeros(3)).serialize()
+    (tmp_path / "b.stablehlo").write_bytes(foreign)
+    (tmp_path / "c.stablehlo").write_text("text")
+    for name in ("b.stablehlo", "c.stablehlo"):
+        assert "no conversion to stablehlo has written" in told(workdir, tmp_path / name, "--overwrite")
+    tool(state[0], tmp_path / "other")
+    assert "a folder, where" in told(workdir, tmp_path / "other", "--format=timm", "--overwrite")
+    assert "no conversion to huggingface has written" in told(workdir, tmp_path / "other", "--overwrite")
+    assert checkpoint.has_steps(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "image_size"),
+    [
+        (
+            "official",
+            {**VIT, "relative_position": "none", "absolute_position": "learned", "layer_scale": 0.3},
+            (64, 16),
+        ),
+        ("official", {**SWINS[1], "pretrained_windows": (8, 8, 8, 4)}, (64, 64)),
+        ("timm", {**SWINS[1], "pretrained_windows": (8, 8, 8, 4)}, (64, 64)),
+    ],
+)
+def test_what_the_names_do_not_tell_comes_back_from_our_own_metadata(tmp_path, capsys, format, options, image_size):
+    params = random_params(make(options, {"name": "none"}, image_size)[1])
+    config = {"encoder": options, "image_size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    checkpoint.write_params(str(tmp_path / "run"), params, json.loads(json.dumps(config)))
+    tool(tmp_path / "run", tmp_path / "a.safetensors", f"--format={format}")
+    assert ("note: the file does not tell the windows of pretraining" in capsys.readouterr().out) == (
+        "pretrained_windows" in options
+    )
+    tool(tmp_path / "a.safetensors", tmp_path / "back")
+    assert "note: took" not in capsys.readouterr().out
+    back, read = checkpoint.read_params(str(tmp_path / "back"))
+    assert_same(back, params)
+    assert (tuple(read["image_size"]), read["mean"], read["std"]) == (image_size, [0.5] * 3, [0.25] * 3)
+    assert repr(make_encoder(**read["encoder"])) == repr(make_encoder(**options))
+
+
+def test_the_card_tells_the_step_where_it_began_and_only_the_metrics_of_that_step(tmp_path, state):
+    config = {"encoder": {**VIT}, "objective": {"name": "simmim"}, "image_size": (32, 32), "mean": (0.5,) * 3,
+              "std": (0.25,) * 3, "init_from": "runs/before"}  # fmt: skip
+    checkpoint.write_params(str(tmp_path / "run"), state[1], json.loads(json.dumps(config)), step=70)
+    for step, expected in ((70, True), (90, False)):
+        (tmp_path / "run" / "summary.json").write_text(json.dumps({"step": step, "masked_loss": 0.25}))
+        tool(tmp_path / "run", tmp_path / f"hf{step}", "--allow=head,mask_token")
+        card = (tmp_path / f"hf{step}" / "README.md").read_text()
+        assert "after 70 steps of training" in card
+        assert "began with the weights of `runs/before`" in card
+        assert "as its user chose: head, mask_token" in card
+        assert "no place" not in card
+        assert ("masked_loss: 0.25" in card) == expected
+
+
+def test_what_allow_leaves_out_must_leave_something_of_use(tmp_path, state, workdir):
+    assert "leaves out all 35 arrays" in re.sub(r"all \d+", "all 35", told(state[0], tmp_path / "w", "--allow=*"))
+    line = told(state[0], tmp_path / "w", "--allow=encoder.mask_token")
+    assert "give --allow 'encoder.mask_token,decoder.*', or neither" in line
+    tool(state[0], tmp_path / "bare", "--allow=encoder.mask_token,decoder.*")
+    assert "'hed' fits nothing: the run has an encoder and no heads" in told(
+        tmp_path / "bare", tmp_path / "hf", "--allow=hed", kind=CheckpointError
+    )
 
 
 def test_a_failure_amid_writing_leaves_nothing_behind(tmp_path, state, workdir, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("simmim_jax.tools.weights.save_file", fail)
+    monkeypatch.setattr("simmim_jax.tools.exports.save_file", fail)
     for target in ((tmp_path / "hf",), (tmp_path / "out.safetensors", "--format=official")):
         assert "cannot write: No space left on device" in told(workdir, *target, kind=CheckpointError)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
@@ -239,7 +345,7 @@ def test_allow_leaves_parts_out_and_says_so(tmp_path, state, workdir, capsys):
     assert (list(params), config["objective"]) == (["encoder"], {"name": "none"})
 
     tool(workdir, tmp_path / "bare.safetensors", "--format=official", "--allow=head,mask_token")
-    assert "left out: head, mask_token" in capsys.readouterr().out
+    assert "left out, as --allow says: head, mask_token" in capsys.readouterr().out
     assert not [name for name in load_file(tmp_path / "bare.safetensors") if "decoder" in name or "mask" in name]
 
 
@@ -265,7 +371,7 @@ def test_a_hugging_face_folder_goes_out_and_comes_back(tmp_path, capsys):
     weights, params = exported("official", {**SWINS[1], "window": 2}, SIMMIM)
     save_file(weights.arrays, tmp_path / "swin.safetensors")
     tool(tmp_path / "swin.safetensors", tmp_path / "swin", "--encoder.window=2", "--image_size=64", "--std=.2,.3,.4")
-    (tmp_path / "swin" / "summary.json").write_text(json.dumps({"step": 5, "masked_loss": 0.25, "start": {"x": 1}}))
+    (tmp_path / "swin" / "summary.json").write_text(json.dumps({"step": 0, "masked_loss": 0.25, "start": {"x": 1}}))
     tool(tmp_path / "swin", tmp_path / "hf")
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
@@ -289,8 +395,8 @@ def test_what_has_no_place_in_a_format_is_left_out_and_told(tmp_path, workdir, s
     tool(workdir, tmp_path / "beit")
     out = capsys.readouterr().out
     assert "huggingface vit (none)" in out
-    assert "left out: head, mask_token" in out
-    assert "Left out" in (tmp_path / "beit" / "README.md").read_text()
+    assert "left out, as huggingface has no place for it: head, mask_token" in out
+    assert "because this format has no place for it: head, mask_token" in (tmp_path / "beit/README.md").read_text()
     tool(tmp_path / "beit", tmp_path / "again")
     assert_same(checkpoint.read_params(str(tmp_path / "again"))[0], {"encoder": state[1]["encoder"]})
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import jax
 import ml_dtypes
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from simmim_jax import interop
-from simmim_jax.errors import CheckpointError
+from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import huggingface, mae, official, rules
 from simmim_jax.interop.found import ratio_of, side_of_table, whole_root
 from simmim_jax.interop.reading import Weights, read_weights
@@ -248,7 +249,7 @@ def changed(weights, **arrays):
 
 
 def message(weights, given=None, image_size=None) -> str:
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
         imported(weights, given, image_size)
     return str(caught.value)
 
@@ -309,6 +310,15 @@ def test_windows_that_disagree_are_told():
         ("hidden_act", "relu", "hidden_act 'relu'"),
         ("layer_norm_eps", 1e-6, "layer_norm_eps 1e-06"),
         ("model_type", "bert", "model_type 'bert'"),
+        ("model_type", ["swin"], "model_type \"['swin']\""),
+        ("image_size", "64", "image_size '64' in config.json"),
+        ("image_size", {"height": 64}, "image_size \"{'height': 64}\""),
+        ("image_size", [64], "image_size '[64]'"),
+        ("image_size", [64, 0], "image_size '[64, 0]'"),
+        ("image_size", 10**6, "image size (1000000, 1000000)"),
+        ("num_channels", "3", "num_channels '3'"),
+        ("layer_norm_eps", math.inf, "layer_norm_eps 'inf'"),
+        ("depths", ["2", 1, 1, 1], "depths is"),
     ],
 )
 def test_a_config_that_disagrees_with_its_weights_is_told(field, value, told):
@@ -427,10 +437,57 @@ def test_register_tokens_are_refused():
         ("timm", {**VIT, "qkv_bias": "qkv"}, BARE, "no bias on keys"),
         ("timm", {**SWINS[0], "absolute_position": "learned"}, BARE, "no absolute positions"),
         ("timm", RESNET, NORMED, "no norm after pooling"),
+        ("timm", {**SWINS[0], "window": 3}, BARE, "windows of 3 do not tile the maps"),
+        ("timm", {**SWINS[1], "norm_epsilon": 1e-2}, BARE, "norm_epsilon is 0.01, and always 1e-05 there"),
+        ("official", {**VIT, "norm_epsilon": 1e-5}, BARE, "norm_epsilon is 1e-05, and always 1e-06 there"),
+        ("huggingface", {**SWINS[1], "window": 2, "norm_epsilon": 1e-2}, BARE, "norms of the swinv2 of transformers"),
+        ("huggingface", {**VIT, "final_norm": False, "norm_epsilon": 1e-5}, NORMED, "the norm after pooling"),
     ],
 )  # fmt: skip
 def test_a_model_that_a_format_cannot_hold_is_refused_with_the_reason(format, options, objective, told):
     assert told in interop.EXPORTS[format].refusal(make_encoder(**options), objective, IMAGE[options["name"]])
+
+
+def test_a_rectangular_masked_image_model_is_refused_for_transformers():
+    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
+    assert "are square" in huggingface.refusal(make_encoder(**plain), SIMMIM, (256, 64))
+    assert huggingface.refusal(make_encoder(**plain), BARE, (256, 64)) == ""
+
+
+# What the files beside the weights say.
+
+
+def test_windows_that_timm_pads_elsewhere_are_told():
+    weights, _ = exported("timm", {**SWINS[1], "window": 2}, BARE)
+    notes = {size: imported(weights, {"window": 2}, (size, size))[1].notes for size in (64, 72)}
+    assert [any("timm pads" in note for note in notes[size]) for size in (64, 72)] == [False, True]
+
+
+def test_models_of_timm_with_the_names_of_others_are_refused_or_told():
+    weights, _ = exported("timm", RESNET, BARE)
+    assert any("anti-aliased" in note for note in interop.describe(weights).notes)
+    for architecture in ("resnetblur50", "resnetaa50"):
+        assert f"architecture '{architecture}'" in message(weights._replace(config={"architecture": architecture}))
+    config = {"architecture": "resnet50", "model_args": {"aa_layer": "avg"}}
+    assert "model_args has aa_layer 'avg'" in message(weights._replace(config=config))
+    assert interop.describe(weights._replace(config={"architecture": "resnet50"})).notes == ()
+
+
+@pytest.mark.parametrize(
+    "mean", ["0.5", None, [0.5, 0.5], [0.5, "0.5", 0.5], [math.nan] * 3, [math.inf] * 3, [True] * 3]
+)
+def test_pixel_statistics_that_are_no_numbers_are_told(mean):
+    weights, _ = exported("timm", RESNET, BARE)
+    with pytest.raises(CheckpointError, match=r"mean .* is not 3 number\(s\) - file - give --mean"):
+        interop.pixels_of(weights._replace(pixels={"image_mean": mean}))
+    assert interop.pixels_of(weights._replace(pixels={"image_mean": mean}), 3, ("std",)) == {}
+
+
+def test_one_pixel_statistic_is_that_of_every_channel_and_no_std_is_0():
+    weights, _ = exported("timm", RESNET, BARE)
+    assert interop.pixels_of(weights._replace(pixels={"image_std": 0.5})) == {"std": (0.5, 0.5, 0.5)}
+    with pytest.raises(CheckpointError, match=r"std \[0, 1, 1\] is not 3 number\(s\) above 0"):
+        interop.pixels_of(weights._replace(pixels={"image_std": [0, 1, 1]}))
 
 
 # Names.
@@ -512,6 +569,47 @@ def test_a_folder_of_shards_is_read_whole(tmp_path):
     (tmp_path / "model-2-of-2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"1 of 2 shards missing: model-2-of-2.safetensors"):
         read_weights(str(tmp_path))
+
+
+def test_an_index_decides_which_shard_an_array_is_from(tmp_path):
+    one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    x = np.zeros(2, np.float32)
+    save_file({"x": x, "y": x}, one)
+    save_file({"x": x + 1, "z": x}, two)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": two.name, "y": one.name}}))
+    assert read_weights(str(tmp_path)).arrays["x"].tolist() == [1, 1]
+    for weight_map, told in (
+        ({"y": one.name, "z": two.name}, "x is in both a.safetensors and b.safetensors"),
+        (
+            {"x": one.name, "y": two.name},
+            "1 arrays are not in the files that the index names: y is not in b.safetensors",
+        ),
+        ({"x": 1}, "does not give the file of each array"),
+        ({"x": "../a.safetensors"}, "does not give the file of each array"),
+        ([one.name], "does not give the file of each array"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=told):
+            read_weights(str(tmp_path))
+
+
+def test_two_names_of_one_thing_are_told(tmp_path):
+    x = np.ones(3, np.float32)
+    save_file({"a.rpe_mlp.0.weight": x, "a.cpb_mlp.0.weight": x}, tmp_path / "file.safetensors")
+    with pytest.raises(CheckpointError, match=r"both rpe_mlp and cpb_mlp"):
+        read_weights(str(tmp_path / "file.safetensors"))
+
+
+def test_weights_that_are_not_finite_are_told_and_integers_are_refused(tmp_path):
+    weights, _ = exported("official", VIT, SIMMIM)
+    name = "encoder.norm.weight"
+    save_file({**weights.arrays, name: np.full(16, np.nan, np.float32)}, tmp_path / "nan.safetensors")
+    (note,) = read_weights(str(tmp_path / "nan.safetensors")).notes
+    assert note == f"not all finite: 1 arrays have NaN or infinite values, like {name}"
+    save_file({**weights.arrays, name: np.ones(16, np.int8)}, tmp_path / "int.safetensors")
+    assert f"1 arrays are int8, no real numbers: {name}" in message(read_weights(str(tmp_path / "int.safetensors")))
 
 
 def test_damaged_and_foreign_files_are_told(tmp_path):

@@ -11,6 +11,7 @@ and, where we write it too,
     refusal(encoder, objective, image_size)     why the format cannot hold a model, or ""
     exported_objective(encoder, objective)      what of the objective it has a place for
     export_prefix(objective) -> prefix          what the encoder's names begin with
+    export_notes(encoder) -> notes              what whoever reads the file must say, as the file does not
 
 where `encoder` is a module of `simmim_jax.models` (in `recognise` and `describe`, its name), and `objective` a dict
 {"name": "simmim", "classify" or "none", options}. A file that has been read is `Weights` (`reading`), what it is is
@@ -20,19 +21,25 @@ A new format is one file, and one line in `FORMATS`; they are asked in this orde
 first.
 """
 
-from simmim_jax.errors import CheckpointError
+import dataclasses
+import math
+
+from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import huggingface, mae, official, timm
 from simmim_jax.interop.found import Found
 from simmim_jax.interop.reading import Weights, read_weights
 from simmim_jax.interop.rules import Rule, skip, to_ours, to_theirs
+from simmim_jax.models import convnext, resnet, swin, swinv2, vit
 from simmim_jax.models.windows import stage_grids, window_and_shift
 
 __all__ = [
     "EXPORTS",
     "FORMATS",
+    "LARGEST_IMAGE",
     "Found",
     "Weights",
     "describe",
+    "fields_of",
     "pixels_of",
     "read_weights",
     "rules_of",
@@ -40,8 +47,17 @@ __all__ = [
     "skip",
     "to_ours",
     "to_theirs",
+    "why_not",
 ]
 
+CLASSES = {
+    "convnext": convnext.ConvNeXt,
+    "resnet": resnet.ResNet,
+    "swin": swin.Swin,
+    "swinv2": swinv2.SwinV2,
+    "vit": vit.ViT,
+}
+LARGEST_IMAGE = 16384  # pixels of a side
 FORMATS = {"huggingface": huggingface, "mae": mae, "official": official, "timm": timm}
 EXPORTS = {name: FORMATS[name] for name in ("huggingface", "official", "timm")}
 SUPPORTED = (
@@ -52,7 +68,8 @@ SUPPORTED = (
 
 def describe(weights: Weights) -> Found:
     """What `weights` are. Raises CheckpointError, with some of the names, if no format knows them."""
-    for format in FORMATS.values():
+    formats = [FORMATS.get(weights.made["names"])] if weights.made else FORMATS.values()
+    for format in filter(None, formats):
         if encoder := format.recognise(weights):
             try:
                 found = format.describe(encoder, weights)
@@ -62,21 +79,74 @@ def describe(weights: Weights) -> Found:
                     weights.where,
                     SUPPORTED,
                 ) from error
-            return found._replace(notes=(*weights.notes, *found.notes))
+            found = found._replace(notes=(*weights.notes, *found.notes))
+            return _as_made(found, weights) if weights.made else found
     names = sorted(weights.arrays)
     raise CheckpointError(
-        f"unknown weights: {len(names)} arrays with names like {', '.join(names[:3])}", weights.where, SUPPORTED
+        f"unknown weights: {len(names)} arrays with names like {', '.join(names[:3])}" if names else "no weights",
+        weights.where, SUPPORTED,
+    )  # fmt: skip
+
+
+def _as_made(found: Found, weights: Weights) -> Found:
+    """`found`, of a file of ours, with all that its metadata says in place of what was taken or guessed."""
+    made, name = weights.made, found.encoder["name"]
+    said = {field: tuple(x) if isinstance(x, list) else x for field, x in made["encoder"].items()}
+    defaults = fields_of(name)
+    fields = {field for field in said.keys() & defaults.keys() if field in found.encoder or field == "norm_momentum"}
+    if said.get("name") != name or any(why_not(said[field], defaults[field]) for field in fields):
+        raise CheckpointError("its metadata is of another model", weights.where, "export it again")
+    return found._replace(
+        encoder=found.encoder | {field: said[field] for field in sorted(fields)},
+        image_size=tuple(made["image_size"]),
+        notes=weights.notes,
     )
 
 
-def pixels_of(weights: Weights) -> dict:
-    """mean and std of the images, as far as the files beside the weights tell them."""
-    timms = weights.config.get("pretrained_cfg", {})
-    told = {
-        "mean": weights.pixels.get("image_mean") or timms.get("mean"),
-        "std": weights.pixels.get("image_std") or timms.get("std"),
-    }
-    return {name: tuple(values) for name, values in told.items() if values}
+def fields_of(name: str) -> dict:
+    """The fields of an encoder and their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(CLASSES[name]) if f.name not in ("parent", "name")}
+
+
+def why_not(value, default) -> str:
+    """Why `value` cannot be that of a field with this default; empty if it can."""
+    if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+        return f"give a {type(default).__name__}, like {default!r}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "give a finite number"
+    least = 0 if default == () else 1  # Swin V2's windows of pretraining may be 0, which is none
+    numbers = value if isinstance(value, tuple) else (value,) if type(value) is int and type(default) is int else ()
+    if not all(type(n) is int and least <= n <= LARGEST_IMAGE for n in numbers):
+        return f"give whole numbers from {least} to {LARGEST_IMAGE}"
+    return "give a number of at least 0" if isinstance(default, float) and value < 0 else ""
+
+
+def pixels_of(weights: Weights, channels: int = 3, names: tuple[str, ...] = ("mean", "std")) -> dict:
+    """Those of mean and std of the images that the files beside the weights, or our metadata, tell.
+
+    Raises CheckpointError if they are no numbers that can be those of so many channels.
+    """
+    timms = weights.config.get("pretrained_cfg")
+    timms = timms if isinstance(timms, dict) else {}
+    told = {}
+    for name in names:
+        sources = ((weights.made, name), (weights.pixels, f"image_{name}"), (timms, name))
+        for source, key in sources:
+            if key in source:
+                told[name] = _statistic(name, source[key], channels, weights.where)
+                break
+    return told
+
+
+def _statistic(name: str, values, channels: int, where: str) -> tuple[float, ...]:
+    values = values if isinstance(values, list | tuple) else [values] * channels
+    real = all(type(x) in (int, float) and abs(x) < 1e30 and (name == "mean" or x > 0) for x in values)
+    if not real or len(values) != channels:
+        raise CheckpointError(
+            f"{name} {str(values)[:100]} is not {channels} number(s)" + (" above 0" if name == "std" else ""),
+            where, f"give --{name} with so many numbers",
+        )  # fmt: skip
+    return tuple(map(float, values))
 
 
 def rules_of(format: str, encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
@@ -99,6 +169,12 @@ def settle(found: Found, given: dict, image_size: tuple[int, int] | None, where:
     unknown += ["--image_size=HEIGHT,WIDTH (like 224,224)"] if image_size is None else []
     if unknown:
         raise CheckpointError("these weights do not tell all that the model needs", where, f"give {', '.join(unknown)}")
+    if not all(type(side) is int and 0 < side <= LARGEST_IMAGE for side in image_size) or len(image_size) != 2:
+        raise ConfigError(
+            f"image size {str(tuple(image_size))[:100]}", where, f"give two whole numbers from 1 to {LARGEST_IMAGE}"
+        )
+    if reason := next((f"{f}={encoder[f]!r}: {why}" for f, why in _misfits(encoder)), ""):
+        raise CheckpointError(f"a field that no {encoder['name']} has, {reason}", where, "see --encoder.FIELD")
     if found.windows:
         grids = stage_grids(image_size, encoder["patch_size"], len(encoder["depths"]))
         windows = tuple(window_and_shift(grid, encoder["window"], False)[0] for grid in grids)
@@ -108,4 +184,14 @@ def settle(found: Found, given: dict, image_size: tuple[int, int] | None, where:
                 f"{encoder['window']} and images of {'x'.join(map(str, image_size))}",
                 where, "give the right --encoder.window or --image_size",
             )  # fmt: skip
+    if found.format == "timm" and encoder["name"] in ("swin", "swinv2"):
+        sizes = tuple(image_size), encoder["patch_size"], encoder["window"], len(encoder["depths"])
+        notes += [timm.PADDED] if timm.pads(*sizes) else []
     return found._replace(encoder=encoder, image_size=tuple(image_size), notes=tuple(notes))
+
+
+def _misfits(encoder: dict):
+    defaults = fields_of(encoder["name"])
+    for field, value in encoder.items():
+        if field != "name" and (why := why_not(value, defaults[field])):
+            yield field, why

@@ -7,6 +7,7 @@ and is refused where they tell otherwise.
 """
 
 import json
+import math
 
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.found import (
@@ -50,6 +51,7 @@ def recognise(weights: Weights) -> str | None:
             "a Hugging Face model without its config.json", weights.where, "give the folder that has both"
         )
     model_type = weights.config.get("model_type")
+    model_type = model_type if model_type is None else str(model_type)[:100]
     if not weights.config or (model_type is None and "architecture" in weights.config):  # timm's folders on the hub
         return None
     if model_type not in MODEL_TYPES:
@@ -72,10 +74,7 @@ def describe(name: str, weights: Weights) -> Found:
     if weights.config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"hidden_act {weights.config['hidden_act']!r}", weights.where, "only gelu is here")
     found = (_describe_vit if name == "vit" else _describe_swin)(name, weights, shapes, prefix)
-    size = _of(weights, "image_size", 224)
-    return found._replace(
-        image_size=tuple(size) if isinstance(size, list) else (size, size), channels=_of(weights, "num_channels", 3)
-    )
+    return found._replace(image_size=_image_size(weights), channels=_whole(weights, "num_channels", 3))
 
 
 def _of(weights: Weights, field: str, default=None):
@@ -86,27 +85,54 @@ def _of(weights: Weights, field: str, default=None):
     return value
 
 
+def _whole(weights: Weights, field: str, default=None) -> int:
+    """A field that is a whole number above 0."""
+    value = _of(weights, field, default)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{field} {str(value)[:100]!r} in config.json", weights.where, "make it a whole number")
+    return value
+
+
+def _real(weights: Weights, field: str, default: float) -> float:
+    """A field that is a finite number above 0."""
+    value = _of(weights, field, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{field} {str(value)[:100]!r} in config.json", weights.where, "make it a number above 0")
+    return float(value)
+
+
+def _image_size(weights: Weights) -> tuple[int, int]:
+    """(height, width): one number or two."""
+    size = _of(weights, "image_size", 224)
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise CheckpointError(
+            f"image_size {str(size)[:100]!r} in config.json", weights.where, "make it a whole number, or a list of two"
+        )
+    return tuple(sides)
+
+
 def _patch_size(weights: Weights, shapes: Shapes, default: int) -> int:
     size = _of(weights, "patch_size", default)
     patch = shapes[f"{PATCHES}.weight"]
     sides = size if isinstance(size, list) else [size, size]
     refuse_disagreement({
-        "patch_size": (list(patch[2:]), sides), "num_channels": (patch[1], _of(weights, "num_channels", 3))
+        "patch_size": (list(patch[2:]), sides), "num_channels": (patch[1], _whole(weights, "num_channels", 3))
     }, weights.where)  # fmt: skip
     return square(patch, weights.where)
 
 
 def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> Found:
     beit = weights.config["model_type"] == "beit"
-    width, depth = _of(weights, "hidden_size", 768), _of(weights, "num_hidden_layers", 12)
-    heads = _of(weights, "num_attention_heads", 12)
+    width, depth = _whole(weights, "hidden_size", 768), _whole(weights, "num_hidden_layers", 12)
+    heads = _whole(weights, "num_attention_heads", 12)
     patch_size = _patch_size(weights, shapes, 16)
     table = shapes.first(TABLE)
     shared = f"encoder.relative_position_bias.{TABLE}" in shapes
     said = "shared" if weights.config.get("use_shared_relative_position_bias") else None
     said = said or ("per_block" if weights.config.get("use_relative_position_bias") else "none")
-    size, grid = _of(weights, "image_size", 224), None
-    if not isinstance(size, list):
+    (size, width_in_pixels), grid = _image_size(weights), None
+    if size == width_in_pixels:
         grid = size // patch_size
     side_in_table = side_of_table(table[0] - 3) if table and grid else None
     refuse_disagreement({
@@ -124,7 +150,7 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> F
         "width": width,
         "depth": depth,
         "heads": heads,
-        "mlp_ratio": ratio_of(_of(weights, "intermediate_size", 3072), width),
+        "mlp_ratio": ratio_of(_whole(weights, "intermediate_size", 3072), width),
         "patch_size": patch_size,
         "class_token": "embeddings.cls_token" in shapes,
         "absolute_position": position_of(weights.arrays.get(f"{prefix}embeddings.position_embeddings"), True),
@@ -132,7 +158,7 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> F
         "qkv_bias": bias,
         "layer_scale": scale,
         "final_norm": "layernorm.weight" in shapes,
-        "norm_epsilon": _of(weights, "layer_norm_eps", 1e-12),
+        "norm_epsilon": _real(weights, "layer_norm_eps", 1e-12),
     }
     objective, notes = {"name": "none"}, []
     if "decoder.0.weight" in weights.arrays:
@@ -152,8 +178,8 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> F
 
 def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> Found:
     depths, heads = tuple(_of(weights, "depths")), tuple(_of(weights, "num_heads"))
-    width, window = _of(weights, "embed_dim", 96), _of(weights, "window_size", 7)
-    epsilon = _of(weights, "layer_norm_eps", 1e-5)
+    width, window = _whole(weights, "embed_dim", 96), _whole(weights, "window_size", 7)
+    epsilon = _real(weights, "layer_norm_eps", 1e-5)
     stages = shapes.count("encoder.layers.")
     firsts = [f"encoder.layers.{stage}.blocks.0.attention.self" for stage in range(stages)]
     if name == "swin":
@@ -179,7 +205,7 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
         "stage_heads": heads,
         "window": window,
         "patch_size": _patch_size(weights, shapes, 4),
-        "mlp_ratio": float(_of(weights, "mlp_ratio", 4.0)),
+        "mlp_ratio": _real(weights, "mlp_ratio", 4.0),
         "qkv_bias": {"swin": "qkv", "swinv2": "qv"}[name] if _of(weights, "qkv_bias", True) else "none",
         "absolute_position": "learned" if "embeddings.position_embeddings" in shapes else "none",
         "patch_norm": "embeddings.norm.weight" in shapes,
@@ -189,8 +215,7 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
     if name == "swinv2":
         pretrained = tuple(weights.config.get("pretrained_window_sizes") or ())
         encoder["pretrained_windows"] = pretrained if any(pretrained) else ()
-        size = _of(weights, "image_size", 224)
-        image_size = tuple(size) if isinstance(size, list) else (size, size)
+        image_size = _image_size(weights)
         if rounds_down(image_size, encoder["patch_size"], window, depths):
             raise CheckpointError(ROUNDED_DOWN.format("x".join(map(str, image_size))), weights.where)
     objective = {"name": "none"}
@@ -243,12 +268,18 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
             return f"the {kind} of transformers always has a class token; timm's ViT need not"
         if kind == "vit" and encoder.absolute_position == "none":
             return "the ViT of transformers always has absolute positions; timm's and the official one need not"
+        if objective["name"] == "simmim" and kind == "vit" and image_size[0] != image_size[1]:
+            return "the masked image models of transformers are square; leave the head out with --allow head,mask_token"
         if kind == "beit" and encoder.qkv_bias != "qv":
             return (
                 "LayerScale or relative positions make it a BEiT there, which has biases on queries and values alone; "
                 "timm's ViT takes LayerScale with other biases"
             )
     else:
+        if not math.isclose(encoder.norm_epsilon, 1e-5, rel_tol=1e-6):
+            return (
+                f"norm_epsilon is {encoder.norm_epsilon:g}; some norms of the {kind} of transformers always have 1e-5"
+            )
         if not encoder.patch_norm:
             return f"the {kind} of transformers always has a norm after the patches; the official one need not"
         grids = stage_grids(image_size, encoder.patch_size, len(encoder.depths))
@@ -270,6 +301,8 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
         return f"the classifier reads the mean of the patches, that of transformers the class token; timm's can; {hint}"
     if kind == "beit" and (encoder.final_norm or not objective["pool_norm"]):
         return f"BEiT's classifier has one norm, after pooling: final_norm=False and pool_norm=True; {hint}"
+    if kind == "beit" and encoder.norm_epsilon != 1e-6:
+        return f"the norm after pooling has epsilon 1e-6 here, and {encoder.norm_epsilon:g} there; {hint}"
     if kind.startswith("swin") and objective["pool_norm"]:
         return f"the {kind} of transformers has no norm after pooling (pool_norm); {hint}"
     return ""
@@ -278,6 +311,11 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
 def export_prefix(objective: str) -> str:
     """Names of a bare model have no prefix; others that of their kind, which `rules` completes."""
     return "" if objective == "none" else "{}."
+
+
+def export_notes(encoder) -> tuple[str, ...]:
+    """config.json tells all."""
+    return ()
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
@@ -438,21 +476,31 @@ def preprocessor_config_of(image_size: tuple[int, int], mean: tuple, std: tuple,
     }
 
 
-def model_card(encoder, objective: dict, config: dict, summary: dict, left_out: list[str]) -> str:
+def model_card(
+    encoder, objective: dict, config: dict, *, step: int, summary: dict, no_place: list[str], allowed: list[str]
+) -> str:
     """README.md: what the model is, how it was made, and what was measured, by its run's own files.
 
-    config: the run's config.json. summary: its summary.json, or empty; no number comes from elsewhere.
+    config: the run's config.json. summary: its summary.json, or empty; no number comes from elsewhere, and none of
+    another step than that of the weights. no_place, allowed: what was left out because this format has no place for
+    it, and because the user said so.
     """
     imported, parts = config.get("imported"), []
     what = {"simmim": "pretrained by masked image modelling", "classify": "an image classifier", "none": "an encoder"}
     parts.append(f"A {type(encoder).__name__}, {what[objective['name']]}, as simmim_jax exported it.")
-    if imported:
+    if isinstance(imported, dict):
         parts.append(
-            f"Its weights were imported from `{imported['from']}` ({imported['format']}, sha256 "
-            f"`{imported['sha256']}`); how they were trained is not known here."
+            f"Its weights were imported from `{imported.get('from')}` ({imported.get('format')}, sha256 "
+            f"`{imported.get('sha256')}`); how they were trained is not known here."
         )
-    if left_out:
-        parts.append(f"Left out, because this format has no place for it: {', '.join(left_out)}.")
+    else:
+        parts.append(f"These are its weights after {step} steps of training.")
+    if config.get("init_from"):
+        parts.append(f"Training began with the weights of `{config['init_from']}`.")
+    if no_place:
+        parts.append(f"Left out, because this format has no place for it: {', '.join(no_place)}.")
+    if allowed:
+        parts.append(f"Left out at the export, as its user chose: {', '.join(allowed)}.")
     data = {
         name: value for name, value in config.get("data", {}).items() if name in ("source", "name", "split") and value
     }
@@ -464,8 +512,8 @@ def model_card(encoder, objective: dict, config: dict, summary: dict, left_out: 
         parts += ["## Recipe", f"```json\n{json.dumps(recipe, indent=2)}\n```"]
     about = ("step", "images_per_second")
     metrics = {name: value for name, value in summary.items() if isinstance(value, int | float) and name not in about}
-    if metrics:
-        parts += ["## Metrics", f"On held-out images, as the run measured them at step {summary.get('step')}:"]
+    if metrics and summary.get("step") == step:
+        parts += ["## Metrics", f"On held-out images, as the run measured them at step {step}:"]
         parts.append("\n".join(f"- {name}: {value}" for name, value in metrics.items()))
     header = "---\nlibrary_name: transformers\ntags:\n- simmim\n- masked-image-modeling\n---\n"
     return header + "\n# " + type(encoder).__name__ + "\n\n" + "\n\n".join(parts) + "\n"

@@ -239,6 +239,25 @@ def export_prefix(objective: str) -> str:
     return "encoder." if objective == "simmim" else ""
 
 
+def export_notes(encoder) -> tuple[str, ...]:
+    """What whoever reads the file must say, as the file does not."""
+    if not getattr(encoder, "pretrained_windows", ()):
+        return ()
+    windows = list(encoder.pretrained_windows)
+    return (f"the file does not tell the windows of pretraining: give PRETRAINED_WINDOW_SIZES={windows}",)
+
+
+EPSILONS = {"ViT": 1e-6, "ConvNeXt": 1e-6, "Swin": 1e-5, "SwinV2": 1e-5, "ResNet": 1e-5}
+
+
+def refusal_of_norm(encoder) -> str:
+    """Why official and timm models, whose norms have a fixed epsilon, are other ones; empty if they are not."""
+    theirs = EPSILONS[type(encoder).__name__]
+    if math.isclose(encoder.norm_epsilon, theirs, rel_tol=1e-6):
+        return ""
+    return f"norm_epsilon is {encoder.norm_epsilon:g}, and always {theirs:g} there"
+
+
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
     """Why this format cannot hold the model; empty if it can."""
     name = type(encoder).__name__
@@ -251,7 +270,7 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
             return "the official ViT has no bias on keys; timm's ViT has, if it has no relative positions"
     elif name in ("Swin", "SwinV2") and not encoder.final_norm:
         return "the official Swin always has a final norm"
-    return refusal_of_head(name, encoder, objective)
+    return refusal_of_norm(encoder) or refusal_of_head(name, encoder, objective)
 
 
 def refusal_of_head(name: str, encoder, objective: dict) -> str:

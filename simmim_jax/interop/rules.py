@@ -119,10 +119,16 @@ def to_theirs(rules: list[Rule], params: dict) -> dict[str, np.ndarray]:
 def to_ours(rules: list[Rule], arrays: dict[str, np.ndarray], abstract: dict, where: str) -> dict:
     """The arrays as nested parameters of the shapes of `abstract`.
 
-    Raises CheckpointError that lists both sides if a name is left over, is missing, or has another shape.
+    Raises CheckpointError that lists both sides if a name is left over, is missing, or has another shape, or if
+    weights are integers.
     """
     wanted = flatten(abstract)
     refuse_difference(rules, {name: array.shape for name, array in arrays.items()}, abstract, where)
+    if whole := [name for name in sorted(arrays) if arrays[name].dtype.kind in "biuc"]:
+        raise CheckpointError(
+            f"{len(whole)} arrays are {arrays[whole[0]].dtype}, no real numbers: {_examples(whole)}", where,
+            "give the weights as they were before they were quantised",
+        )  # fmt: skip
     out = {}
     for rule in rules:
         if rule.fixed is None:

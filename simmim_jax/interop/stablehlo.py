@@ -4,6 +4,8 @@
 [b, k, l, d]. Weights and normalisation are inside.
 """
 
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,17 @@ def serialise(
         raise CheckpointError(f"{size / 2**30:.1f} GiB of weights", "", "a StableHLO file holds less than 2 GiB")
     params = jax.tree.map(jnp.asarray, params)
 
-    def features(images):
+    def simmim_jax_features(images):  # its name is in the file, and is the mark of ours
         return encoder.apply({"params": params}, normalise(images, mean, std))
 
     (batch,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *image_size, len(mean)), jnp.uint8)
-    return bytes(jax.export.export(jax.jit(features), platforms=PLATFORMS)(images).serialize())
+    return bytes(jax.export.export(jax.jit(simmim_jax_features), platforms=PLATFORMS)(images).serialize())
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `serialise` made this file."""
+    try:
+        return jax.export.deserialize(bytearray(path.read_bytes())).fun_name == "simmim_jax_features"
+    except Exception:  # whatever the readers of its format say of other bytes
+        return False

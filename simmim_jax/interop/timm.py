@@ -5,16 +5,30 @@ there, at the end of the one before in the official code. timm pads a map after 
 official detection code and transformers do: where windows do not tile a map, features differ.
 """
 
+import re
+
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop import official
 from simmim_jax.interop.found import Found, prefix_of, without_prefix
 from simmim_jax.interop.official import under_encoder
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import Rule, batch_norm, convolution, dense, norm, one
-from simmim_jax.models.windows import stage_grids
+from simmim_jax.models.windows import stage_grids, window_and_shift
 
 NAME = "timm"
 LAYER_SCALE = 1e-5  # the initial value of timm's ViTs that have it; trained weights do not tell it
+PADDED = (
+    "windows do not tile the maps of these images: timm pads a map after it is rolled, this code before, so that "
+    "features differ; give an --image_size whose maps the windows tile, or train further"
+)
+ANTI_ALIASED = (
+    "the names do not tell whether it is an anti-aliased ResNet (resnetaa*, resnetblur*) of timm: those give other "
+    "features here, and are not supported"
+)
+OTHER_KINDS = {  # what timm's `architecture` may say of models that have the names of those here
+    r"resnet(aa|blur)|seresnetaa": "pools for anti-aliasing where a plain ResNet has strides",
+    "quickgelu": "has another GELU",
+}
 
 
 def recognise(weights: Weights) -> str | None:
@@ -34,14 +48,37 @@ def recognise(weights: Weights) -> str | None:
 
 def describe(name: str, weights: Weights) -> Found:
     """The model that these weights are, as far as they tell."""
+    refuse_other_kinds(weights)
     if name == "vit":
         found = official.describe_vit(weights, NAME, layer_scale=LAYER_SCALE)
     elif name in ("swin", "swinv2"):
         found = _describe_swin(name, weights)
     else:
         found = _describe_resnet(weights) if name == "resnet" else _describe_convnext(weights)
+    if name == "resnet" and not weights.config and not weights.made:
+        found = found._replace(notes=(*found.notes, ANTI_ALIASED))
     size = weights.config.get("pretrained_cfg", {}).get("input_size")  # of timm's folders on the Hugging Face hub
     return found._replace(image_size=tuple(size[1:])) if size else found
+
+
+def refuse_other_kinds(weights: Weights) -> None:
+    """Raise CheckpointError if a timm folder says that its model is another one with the same names."""
+    architecture, arguments = weights.config.get("architecture", ""), weights.config.get("model_args") or {}
+    for pattern, why in OTHER_KINDS.items():
+        if re.search(pattern, str(architecture)):
+            raise CheckpointError(f"architecture {architecture!r}", weights.where, f"it {why}, which is not supported")
+    for name in ("aa_layer", "act_layer", "norm_layer", "output_stride", "block_args"):
+        if arguments.get(name) is not None:
+            raise CheckpointError(
+                f"model_args has {name} {str(arguments[name])[:100]!r}", weights.where,
+                "models with it are not supported",
+            )  # fmt: skip
+
+
+def pads(image_size: tuple[int, int], patch_size: int, window: int, stages: int) -> bool:
+    """Whether windows do not tile the map of every stage."""
+    grids = stage_grids(image_size, patch_size, stages)
+    return any(side % window_and_shift(grid, window, False)[0] for grid in grids for side in grid)
 
 
 def _describe_swin(name: str, weights: Weights) -> Found:
@@ -102,6 +139,14 @@ def export_prefix(objective: str) -> str:
     return ""
 
 
+def export_notes(encoder) -> tuple[str, ...]:
+    """What whoever reads the file must say, as the file does not."""
+    if not getattr(encoder, "pretrained_windows", ()):
+        return ()
+    windows = tuple(encoder.pretrained_windows)
+    return (f"the file does not tell the windows of pretraining: give pretrained_window_sizes={windows} to timm",)
+
+
 def is_beit(encoder) -> bool:
     """Whether timm's class for this ViT is BEiT, whose names are the official ones."""
     return encoder.relative_position != "none" or encoder.qkv_bias == "qv"
@@ -125,7 +170,12 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
             return (
                 "timm's Swin shrinks the two sides of a window apart; the official format says nothing of image sizes"
             )
-    return official.refusal_of_head(name, encoder, objective)
+        if pads(image_size, encoder.patch_size, encoder.window, len(encoder.depths)):
+            return (
+                f"windows of {encoder.window} do not tile the maps of these images, and timm pads maps elsewhere; "
+                "the official and transformers' names hold it"
+            )
+    return official.refusal_of_norm(encoder) or official.refusal_of_head(name, encoder, objective)
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:

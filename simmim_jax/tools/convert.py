@@ -6,10 +6,11 @@ Other people's weights into a workdir that init_from takes, and a run of ours ou
 import argparse
 import ast
 import math
+import os
 import sys
 from pathlib import Path
 
-from simmim_jax.errors import ConfigError, choose, nearest_of, told_in_one_line
+from simmim_jax.errors import CheckpointError, ConfigError, choose, nearest_of, told_in_one_line
 
 EXAMPLES = """\
 examples:
@@ -24,6 +25,7 @@ examples:
     python -m simmim_jax.tools.convert runs/mine mine.safetensors --format=timm
     python -m simmim_jax.tools.convert runs/mine mine.stablehlo
 """
+LARGEST_IMAGE = 16384  # pixels of a side, as in `interop`, which is not imported to read a command line
 FORMATS = ("huggingface", "official", "stablehlo", "timm")
 
 
@@ -77,9 +79,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         known = ("--format", "--encoder.FIELD", "--image_size", "--mean", "--std", "--allow", "--overwrite")
         fix = nearest_of(flag, known) if flag.startswith("-") else "give FROM and TO, and no third"
         raise ConfigError(f"unknown argument {surplus[0]!r}", "command line", fix)
+    options.source, options.target = map(os.path.expanduser, (options.source, options.target))
     if options.format:
         choose("format", options.format, set(FORMATS))
     options.image_size = numbers("image_size", options.image_size, int, counts=(1, 2))
+    if options.image_size and max(options.image_size) > LARGEST_IMAGE:
+        size = ",".join(map(str, options.image_size))
+        raise ConfigError(f"--image_size={size}", "command line", f"give numbers up to {LARGEST_IMAGE}")
     if options.image_size and len(options.image_size) == 1:
         options.image_size *= 2
     options.mean, options.std = (
@@ -125,22 +131,27 @@ def is_ours(path: Path) -> bool:
 def run(argv: list[str]) -> None:
     """Import or export, as FROM says."""
     options, fields = parse(argv)
-    from simmim_jax.tools import weights  # JAX comes in here: help, and a mistake in an option, are told without it
-
-    if is_ours(Path(options.source)):
+    is_export = is_ours(Path(options.source))
+    if is_export:
         given = [f"--{name}" for name in ("image_size", "mean", "std") if getattr(options, name)]
         given += [f"--encoder.{name}" for name in fields]
         if given:
             raise ConfigError(
                 f"{given[0]} in an export", "command line", "a run's own config.json says it: leave it out"
             )
-        weights.export_run(options)
-    else:
-        if options.format:
-            raise ConfigError(
-                f"--format in an import: {options.source} is no run of ours", "command line", "leave it out"
-            )
-        weights.import_weights(options, fields)
+    elif options.format:
+        raise ConfigError(f"--format in an import: {options.source} is no run of ours", "command line", "leave it out")
+    from simmim_jax.tools import exports, weights  # JAX comes in here: help and mistakes are told without it
+
+    try:
+        if is_export:
+            exports.export_run(options)
+        else:
+            weights.import_weights(options, fields)
+    except MemoryError as error:
+        raise CheckpointError(
+            "not enough memory", options.source, "run it on a machine with more, or give a smaller model"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""What `convert` does with a run of ours: its newest weights in another format.
+
+options, in each function: those that `convert.parse` gives.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from safetensors.numpy import save_file
+
+from simmim_jax import checkpoint, interop
+from simmim_jax.errors import CheckpointError, ConfigError
+from simmim_jax.interop import huggingface, stablehlo
+from simmim_jax.interop.reading import MADE_BY, read_json
+from simmim_jax.models import make_encoder
+from simmim_jax.tools.targets import check_target, replaced
+from simmim_jax.tools.weights import print_names
+
+READ_IT_WITH = {
+    "huggingface": "transformers.AutoModel.from_pretrained(FILE)",
+    "official": "model.load_state_dict(safetensors.torch.load_file(FILE), strict=False), as it has no buffers",
+    "stablehlo": "jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)",
+    "timm": "model.load_state_dict(safetensors.torch.load_file(FILE))",
+}
+
+
+class Run(NamedTuple):
+    """A run's weights and what it says of them. folder: of its step."""
+
+    params: dict
+    config: dict
+    encoder: nn.Module
+    folder: Path
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return tuple(self.config["image_size"])
+
+    @property
+    def pixels(self) -> dict[str, tuple[float, ...]]:
+        """mean and std."""
+        return {name: tuple(self.config[name]) for name in ("mean", "std")}
+
+
+def export_run(options: argparse.Namespace) -> None:
+    """Write the newest checkpoint of the run `options.source` in another format."""
+    format = options.format or inferred_format(options.target)
+    check_target(options, format if format in ("huggingface", "stablehlo") else "safetensors")
+    run = read_run(options.source)
+    where = str(options.source)
+    objective, allowed = exported_objective(run, options.allow, where)
+    if format == "stablehlo":
+        objective, notes = {"name": "none"}, ()
+    else:
+        chosen = interop.EXPORTS[format]
+        if reason := chosen.refusal(run.encoder, objective, run.image_size):
+            raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
+        objective, notes = chosen.exported_objective(run.encoder, objective), chosen.export_notes(run.encoder)
+    left_out = sorted(run.params.keys() - {"encoder"}) if objective["name"] == "none" else []
+    no_place = [] if allowed else left_out  # a model without one of its heads is a bare encoder
+    run = run._replace(params={name: part for name, part in run.params.items() if name not in left_out})
+
+    with replaced(options) as partial:
+        if format == "stablehlo":
+            program = stablehlo.serialise(run.encoder, run.params["encoder"], image_size=run.image_size, **run.pixels)
+            partial.write_bytes(program)
+        elif format == "huggingface":
+            write_folder(partial, run, objective, no_place=no_place, allowed=left_out if allowed else [])
+        else:
+            write_state_dict(partial, run, objective, format)
+
+    count = sum(x.size for x in jax.tree.leaves(run.params))
+    name = run.config["encoder"]["name"]
+    print(f"{format} {name} ({objective['name']}): {count:,} parameters, written to {options.target}")
+    for note in notes:
+        print(f"note: {note}")
+    print_names("left out, as --allow says", left_out if allowed else [])
+    print_names(f"left out, as {format} has no place for it", no_place)
+    print(f"read it with {READ_IT_WITH[format].replace('FILE', repr(options.target))}")
+
+
+def read_run(source: str) -> Run:
+    """The run that `source` is the workdir or a step of. Raises CheckpointError if it does not say what it is."""
+    params, config = checkpoint.read_params(source)
+    if "encoder" not in params or not {"encoder", "image_size", "mean", "std"} <= config.keys():
+        raise CheckpointError(
+            "no encoder, or no config.json that tells what it is", source, "give the workdir of a run, or a step in it"
+        )
+    encoder = make_encoder(**{name: tuple(v) if isinstance(v, list) else v for name, v in config["encoder"].items()})
+    return Run(params, config, encoder, checkpoint.find_step(source))
+
+
+def write_state_dict(path: Path, run: Run, objective: dict, format: str) -> None:
+    """Safetensors under the names of timm or the official code, and in the metadata all that the names do not tell."""
+    fields = {f.name: getattr(run.encoder, f.name) for f in dataclasses.fields(run.encoder)
+              if f.name not in ("parent", "name")}  # fmt: skip
+    told = {
+        "encoder": {"name": run.config["encoder"]["name"], **fields},
+        "objective": objective,
+        "image_size": run.image_size,
+        **run.pixels,
+    }
+    metadata = {"format": "pt", "names": format, "made_by": MADE_BY, "model": json.dumps(told)}
+    save_file(arrays_of(run, objective, format), path, metadata=metadata)
+
+
+def write_folder(path: Path, run: Run, objective: dict, *, no_place: list[str], allowed: list[str]) -> None:
+    """A folder of transformers, with a card of what the run's own files say."""
+    interpolation = run.config.get("data", {}).get("interpolation", "")
+    pixels = run.pixels
+    files = {
+        "config.json": huggingface.config_of(run.encoder, objective, run.image_size, len(pixels["mean"])),
+        "preprocessor_config.json": huggingface.preprocessor_config_of(
+            run.image_size, pixels["mean"], pixels["std"], interpolation
+        ),
+    }
+    card = huggingface.model_card(
+        run.encoder,
+        objective,
+        run.config,
+        step=int(run.folder.name) if run.folder.name.isdigit() else None,
+        summary=read_json(run.folder.parent.parent / "summary.json"),
+        no_place=no_place,
+        allowed=allowed,
+    )
+    path.mkdir()
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content, indent=2) + "\n")
+    (path / "README.md").write_text(card)
+    metadata = {"format": "pt", "made_by": MADE_BY}
+    save_file(arrays_of(run, objective, "huggingface"), path / "model.safetensors", metadata=metadata)
+
+
+def arrays_of(run: Run, objective: dict, format: str) -> dict:
+    """The run's arrays under their names."""
+    chosen = interop.EXPORTS[format]
+    rules = chosen.rules(run.encoder, objective, chosen.export_prefix(objective["name"]), run.image_size)
+    return interop.to_theirs(rules, run.params)
+
+
+def inferred_format(target: str) -> str:
+    """The format that TO is plainly of. Raises ConfigError if it is not plain."""
+    suffix = Path(target).suffix
+    if suffix == ".safetensors":
+        raise ConfigError("a state dict under whose names?", target, "give --format=official or --format=timm")
+    return {".stablehlo": "stablehlo", ".jax_exported": "stablehlo"}.get(suffix, "huggingface")
+
+
+def exported_objective(run: Run, allow: list[str], where: str) -> tuple[dict, list[str]]:
+    """(the objective whose heads the checkpoint has, the heads that `allow` leaves out).
+
+    It is "none" if there are no heads, or `allow` leaves one out. Raises CheckpointError for a pattern that fits none.
+    """
+    objective = run.config.get("objective") or {}
+    heads = sorted(run.params.keys() - {"encoder"})
+    if not heads and allow:
+        raise CheckpointError(
+            f"--allow {','.join(allow)!r} fits nothing: the run has an encoder and no heads", where, "leave it out"
+        )
+    allowed = interop.skip(heads, allow)
+    if not heads or allowed:
+        return {"name": "none"}, allowed
+    if objective.get("name") == "simmim":
+        return {"name": "simmim"}, []
+    if objective.get("name") == "classify":
+        head = run.params["head"]
+        found = {"num_classes": head["logits"]["kernel"].shape[-1], "pool_norm": "norm" in head}
+        return {"name": "classify", "block": objective.get("block", 0), **found}, []
+    raise CheckpointError(
+        f"heads of an unknown objective {objective.get('name')!r}: {', '.join(heads)}", where,
+        f"leave them out with --allow {','.join(heads)}",
+    )  # fmt: skip
