@@ -23,7 +23,6 @@ def get_config(argument: str = "") -> ConfigDict:
     c.batch_size = 128
     c.base_learning_rate = 6e-3
     c.optim.warmup_epochs = 0.5
-    c.optim.decay_mask_token = c.optim.decay_bias_tables = True  # as official code does for a ViT
 
     use_cifar10(c, argument)
     c.encoder.width, c.encoder.depth, c.encoder.heads = 128, 4, 4

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     c.batch_size = 64
     c.base_learning_rate = 1.2e-2
     c.optim.warmup_epochs = 4.0
-    c.optim.decay_mask_token = c.optim.decay_bias_tables = True  # as official code does for a ViT
 
     c.data.source = "digits"
     c.data.heldout_split = "test"

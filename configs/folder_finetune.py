@@ -8,8 +8,10 @@ architecture is the one there. At another resolution give --config.image_size=22
 --config.encoder.window=7: tables and positions are resized as official code does, and each is told. Where RUN was
 trained with other pixel statistics than ImageNet's, give --config.mean and --config.std.
 
-Rates are the official ones of SimMIM's fine-tuning; its layer decay is 0.65 for ViT-B, 0.8 or 0.9 for Swin-B, 0.7 for
-Swin-L, 0.75 for Swin V2-B: --config.optim.layer_decay. Mixup, CutMix and RandAugment are not here yet.
+`folder_finetune.py:vit` is for a ViT as official SimMIM fine-tunes it: each block gets its own copy of the shared bias
+table, and the norm stands after pooling instead of before. Rates, schedule, decay and heads are theirs for both; the
+layer decay is 0.65 for ViT-B, 0.8 or 0.9 for Swin-B, 0.7 for Swin-L, 0.75 for Swin V2-B: --config.optim.layer_decay.
+Mixup, CutMix and RandAugment are not here yet.
 Hardware: one GPU. Time and result: not yet run.
 """
 
@@ -18,8 +20,15 @@ from ml_collections import ConfigDict
 from simmim_jax.config import finetune_config
 
 
-def get_config() -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
     c = finetune_config()
     c.batch_size = 256
     c.eval_every = 2000
+    if argument == "vit":
+        c.encoder.relative_position = "per_block"
+        c.encoder.final_norm = False
+        c.objective.head_scale = 0.001
+        c.optim.layer_decay = 0.65
+    elif argument:
+        raise ValueError(f"unknown argument {argument!r}: give none, or vit")
     return c

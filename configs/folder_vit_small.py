@@ -20,7 +20,6 @@ def get_config(argument: str = "") -> ConfigDict:
     c.epochs = 400.0
     c.batch_size = 256
     c.base_learning_rate = 2e-4
-    c.optim.decay_mask_token = c.optim.decay_bias_tables = True  # as official code does for a ViT
     c.encoder.size = "s"
     c.data.source = "folder"
     c.eval_every = 2000

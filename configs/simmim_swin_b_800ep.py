@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     c.optim.milestones, c.optim.gamma = (700.0,), 0.1
     c.optim.warmup_epochs = 10.0
     c.optim.late = 1
+    c.optim.decay_mask_token = c.optim.decay_bias_tables = False
     c.optim.min_learning_rate = 0.0  # unused by this schedule
 
     c.data.source, c.data.name = "tfds", "imagenet2012"

@@ -189,7 +189,7 @@ def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -
     except OSError as error:
         raise CheckpointError(f"cannot write: {error.strerror}", workdir, "give another folder") from error
     meta = {"step": step, "checksums": checksums({"params": params}), "data": {}}
-    with make_manager(workdir) as manager, _told_of_disk(manager):
+    with make_manager(workdir) as manager, _told_of_disk(manager), _quiet():
         manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
         manager.wait_until_finished()
     return folder / "checkpoints" / str(step)

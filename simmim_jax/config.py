@@ -1,9 +1,9 @@
 """Configs: every field with its default, and how a bad one is refused before anything heavy is imported.
 
-A config file is Python with `get_config(argument=None) -> ConfigDict`; it starts from `pretrain_config` or
-`linear_config` here and sets what differs. Fields bear the names of the arguments that they become. A value used twice
-is a reference and a rule is arithmetic on references, so that overrides on the command line propagate. Only `train.py`
-reads a config; nothing below it has seen one.
+A config file is Python with `get_config(argument=None) -> ConfigDict`; it starts from `pretrain_config`,
+`linear_config` or `finetune_config` here and sets what differs. Fields bear the names of the arguments that they
+become. A value used twice is a reference and a rule is arithmetic on references, so that overrides on the command line
+propagate. Only `train.py` reads a config; nothing below it has seen one.
 """
 
 import difflib
@@ -25,6 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FREE = (
     "data.workers", "data.threads", "data.prefetch", "data.path", "data.data_dir", "data.max_bad_fraction", "mesh.",
     "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block", "encoder.size", "imported.",
+    "objective.mask_token_truncation",  # which runs had before the encoder's init_truncation said it
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def base_config() -> ConfigDict:
     c.epochs = 100.0  # length of the run; an epoch is images // batch_size steps
     c.steps = 0  # length of the run in steps instead, if above 0
     c.batch_size = 2048  # global: of all devices and processes together
-    c.microbatches = 1  # parts that a batch is worked off in, one after another; the update is the same
+    c.microbatches = 1  # parts of a batch, worked off one after another: the same update, unless batch norm sees parts
     c.init_from = ""  # workdir, or step folder in it, of which to take parameters
     c.init_parts = ()  # which: of encoder, mask_token, head; empty: all after the same objective, else the encoder
     c.image_size = (224, 224)  # height, width in pixels
@@ -72,7 +73,7 @@ def base_config() -> ConfigDict:
     c.optim.late = 0  # 1: each step uses the rate of the one before, as official code does
     c.optim.betas, c.optim.epsilon = (0.9, 0.999), 1e-8
     c.optim.weight_decay = 0.05
-    c.optim.decay_mask_token = c.optim.decay_bias_tables = False  # true: as official code does for a ViT
+    c.optim.decay_mask_token, c.optim.decay_bias_tables = placeholder(bool), placeholder(bool)  # None: as official code
     c.optim.layer_decay = 1.0  # factor on the peak rate from each layer to the one before
     c.optim.clip = 5.0  # of the gradient's global norm; 0: not
     c.optim.frozen = ""  # regular expression of parameter paths that are not trained
@@ -139,22 +140,24 @@ def linear_config() -> ConfigDict:
 def finetune_config() -> ConfigDict:
     """Fine-tuning of the encoder of another run, whichever that is: layer-wise rates, stochastic depth, mean pooling.
 
-    Rates, decay and schedule are the official ones (config.py and configs of microsoft/SimMIM); mixing and random
-    augmentation are not here yet.
+    Rates, decay, schedule and head are those of official SimMIM's fine-tuning of Swin (config.py, main_finetune.py);
+    mixing and random augmentation are not here yet.
     """
     c = base_config()
     c.encoder = encoder_config("", "")
     c.encoder.drop_path = 0.1
-    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0, "pool_norm": True})
-    c.objective.head_scale, c.objective.label_smoothing = 0.001, 0.1
+    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0})
+    c.objective.pool_norm = placeholder(bool)  # None: where the encoder does not end in a norm
+    c.objective.head_scale, c.objective.label_smoothing = 1.0, 0.1
     c.objective.train_encoder = True
     c.epochs = 100.0
     c.base_learning_rate = 1.25e-3
     c.optim.schedule = "cosine_global"
+    c.optim.late = 1
     c.optim.warmup_epochs = 20.0
     c.optim.warmup_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
     c.optim.min_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
-    c.optim.layer_decay = 0.65
+    c.optim.layer_decay = 0.8
     c.data.crop_scale = (0.08, 1.0)
     c.data.interpolation = "bicubic"
     c.eval_images = 0
@@ -208,7 +211,24 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise _explained(error, argv, path) from error
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}", "command line", "give fields as --config.field=value")
+    name = _flag_value(argv, "config.encoder.name")
+    if path and name is not None:
+        _leave_to_the_encoder(flags.FLAGS["config"].value, load(path), argv)
     return rest
+
+
+def _leave_to_the_encoder(config: ConfigDict, file: ConfigDict, argv: list[str]) -> None:
+    """Where the command line names another encoder than the config file, unset what the file sets for its own."""
+    if config.encoder.name == file.encoder.name:
+        return
+    given = {match.group(1) for argument in argv if (match := re.match(r"--?config\.encoder\.([^=]+)", argument))}
+    kept = given | {"name", "size", "dtype", "remat", "drop_path"}
+    left = [field for field, value in file.encoder.items() if value is not None and field not in kept]
+    for field in left:
+        config.encoder[field] = None
+    if left:
+        name = config.encoder.name or "that of init_from"
+        print(f"encoder {name}: left unset what the config sets for {file.encoder.name}: {', '.join(sorted(left))}")
 
 
 def _explained(error: Exception, argv: list[str], path: str) -> ConfigError:

@@ -49,6 +49,8 @@ def make_schedule(
     """
     if learning_rate < 0 or warmup_epochs < 0:
         raise ConfigError(f"learning rate {learning_rate}, {warmup_epochs} warm-up epochs", "optim", "give 0 or more")
+    if not all(isinstance(epoch, int | float) for epoch in milestones):
+        raise ConfigError(f"milestones {milestones}", "optim.milestones", "give epochs, like 700,750")
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     rest = max(steps - warmup_steps, 1)
 
@@ -114,13 +116,20 @@ def train_labels(params: PyTree, frozen: str) -> PyTree:
 
 
 def freeze(loss_fn: Callable, frozen: str) -> Callable:
-    """`loss_fn` with no gradient, and so no backward pass, for the parameters that `frozen` names."""
+    """`loss_fn` with no gradient, and so no backward pass, for the parameters that `frozen` names.
+
+    Nor are those measured anew: frozen running statistics stay as they are.
+    """
     if not frozen:
         return loss_fn
 
     def frozen_loss_fn(params, batch, key, train):
         stop = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
-        return loss_fn(jax.tree.map(stop, train_labels(params, frozen), params), batch, key, train)
+        loss, metrics = loss_fn(jax.tree.map(stop, train_labels(params, frozen), params), batch, key, train)
+        old = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+        keep = lambda path, new: old[path_of(path)] if re.match(frozen, path_of(path)) else new  # noqa: E731
+        kept = jax.tree_util.tree_map_with_path(keep, metrics.get("statistics", {}))
+        return loss, {**metrics, "statistics": kept}
 
     return frozen_loss_fn
 
@@ -152,8 +161,9 @@ def make_optimizer(
     epsilon: float = 1e-8,
     weight_decay: float = 0.05,
     no_decay: tuple[str, ...] = NO_DECAY,
-    decay_mask_token: bool = False,
-    decay_bias_tables: bool = False,
+    decay_mask_token: bool | None = None,
+    decay_bias_tables: bool | None = None,
+    decayed_too: tuple[str, ...] = (),
     clip: float = 5.0,
     frozen: str = "",
     **schedule_options,
@@ -166,10 +176,15 @@ def make_optimizer(
         of `layer_of` (see `layers`); the rates that warm-up starts from and that the schedule ends at are the same for
         all, as official code has it.
     Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the names in
-    paths that it spares. decay_mask_token, decay_bias_tables: decay these nonetheless, as official code does for a ViT.
+    paths that it spares. decay_mask_token, decay_bias_tables: whether these decay nonetheless; None: if `decayed_too`,
+    what official code decays of this encoder, has "mask_token" or "table".
     `frozen` parameters get no update and no moments.
     """
     check_options("optimizer", make_schedule, schedule_options)
+    try:
+        re.compile(frozen)
+    except re.error as error:
+        raise ConfigError(f"no regular expression: {error}", f"optim.frozen={frozen}", "like encoder/") from error
     check_minimum("optim.layer_decay", layer_decay, 0, strict=True)
     scales = [1.0] if layer_decay == 1 else [layer_decay ** (depth + 1 - layer) for layer in range(depth + 2)]
     rates = [
@@ -187,7 +202,8 @@ def make_optimizer(
     check_minimum("optim.epsilon", epsilon, 0, strict=True)
     check_minimum("optim.weight_decay", weight_decay, 0)
     check_minimum("optim.clip", clip, 0)
-    too = {"mask_token": decay_mask_token, "table": decay_bias_tables}
+    asked = {"mask_token": decay_mask_token, "table": decay_bias_tables}
+    too = {word: word in decayed_too if choice is None else choice for word, choice in asked.items()}
     spared = tuple(word for word in no_decay if not too.get(word))
     decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, spared))
     rules = {

@@ -57,6 +57,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         steps_per_epoch=steps_per_epoch,
         layer_of=encoder.layer_of,
         depth=encoder.depth,
+        decayed_too=encoder.DECAYED_TOO,
         **config.optim,
     )
     record_of_config = digest(config) | {"encoder": record_of_encoder(encoder, encoder_fields)}
@@ -96,7 +97,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             else:
                 state = jax.jit(make_state, out_shardings=shardings)(init_key)
                 if init_from:
-                    taken = take_params(init_from, config, abstract.params)
+                    taken = take_params(init_from, config, encoder, abstract.params)
                     state = state.replace(params=state.params | taken)
         start = step = int(state.step)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -273,6 +274,9 @@ def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(checkpoint.hold(workdir))
             saved = read_json(folder / "config.json")
+            if saved.get("objective", {}).get("name") == "none":  # imported without a head
+                fix = f"give it as --config.init_from={workdir}, and another --workdir"
+                raise ConfigError("this workdir holds an encoder alone, no run to go on with", workdir, fix)
             if saved and checkpoint.has_steps(workdir):  # else there is nothing yet to go on from
                 refuse_change(saved, config, workdir)
             metrics.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -349,11 +353,18 @@ def measuring_windows(config: dict) -> tuple[int, ...]:
     return encoder.pretrained_windows or encoder.stage_windows(tuple(config["image_size"]))
 
 
-def take_params(step_folder: Path, config: ConfigDict, abstract: dict) -> dict:
+def grids_of(saved: dict, stride: int, image_size: tuple[int, int]) -> tuple | None:
+    """The maps of tokens that a run of the config `saved` had, and that this one has; None if that says no size."""
+    sizes = (saved.get("image_size"), image_size)
+    return tuple(tuple(side // stride for side in size) for size in sizes) if sizes[0] else None
+
+
+def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict) -> dict:
     """The parts of a run's parameters that `config` asks for, in the shapes and places of `abstract`."""
     same = config_of(step_folder).get("objective", {}).get("name") == config.objective.name
     saved, _ = checkpoint.read_params(str(step_folder))
-    parts = config.init_parts or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
+    asked = tuple(part for parts in config.init_parts for part in parts.split(","))
+    parts = asked or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
     for part in parts:
         for side in (saved, abstract):
             if part not in side:
@@ -362,7 +373,8 @@ def take_params(step_folder: Path, config: ConfigDict, abstract: dict) -> dict:
                     f"choose of {', '.join(sorted(saved.keys() & abstract.keys()))}",
                 )  # fmt: skip
     wanted = {part: abstract[part] for part in parts}
-    taken, notes = pretrained.fit({part: saved[part] for part in parts}, wanted, str(step_folder))
+    grids = grids_of(config_of(step_folder), encoder.token_stride, config.image_size)
+    taken, notes = pretrained.fit({part: saved[part] for part in parts}, wanted, str(step_folder), grids)
     print(f"{', '.join(parts)}: taken from {step_folder}", flush=True)
     names = {}  # by what was done to them
     for name, done in notes:

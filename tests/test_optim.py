@@ -80,9 +80,12 @@ def test_exactly_these_parameters_of_a_vit_decay():
     kernels = {f"encoder/block_{n}/{name}/kernel" for n in range(2) for name in layers}
     kernels |= {"encoder/patch_embed/kernel", "head/kernel"}
     assert names_of_decayed(params) == kernels
-    # As official code has it: microsoft/SimMIM#26.
-    official = names_of_decayed(params, decay_mask_token=True, decay_bias_tables=True)
+    official = names_of_decayed(params, decayed_too=tiny_encoder().DECAYED_TOO)  # microsoft/SimMIM#26
     assert official == kernels | {"mask_token", "encoder/rel_pos_bias/table"}
+    assert official == names_of_decayed(params, decay_mask_token=True, decay_bias_tables=True)
+    assert kernels == names_of_decayed(
+        params, decay_mask_token=False, decay_bias_tables=False, decayed_too=("mask_token", "table")
+    )
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2"])
@@ -161,7 +164,25 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
     assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("option", [{"betas": (2.0, 3.0)}, {"clip": -5.0}, {"weight_decay": -1.0}, {"lr": 1.0}])
+def test_frozen_statistics_are_not_measured_anew():
+    def loss_fn(params, batch, key, train):
+        return params["head"] * 1.0, {"statistics": {"encoder": {"mean": jnp.float32(5.0), "var": jnp.float32(6.0)}}}
+
+    params = {"encoder": {"mean": jnp.float32(1.0), "var": jnp.float32(2.0)}, "head": jnp.float32(3.0)}
+    _, metrics = freeze(loss_fn, "encoder/mean")(params, None, KEY, True)
+    assert metrics["statistics"]["encoder"] == {"mean": 1.0, "var": 6.0}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"frozen": "enc("},
+        {"betas": (2.0, 3.0)},
+        {"clip": -5.0},
+        {"weight_decay": -1.0},
+        {"lr": 1.0},
+    ],
+)
 def test_options_that_cannot_work_are_refused(option):
     with pytest.raises(ConfigError):
         make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, **option)

@@ -227,6 +227,30 @@ def test_another_backbone_is_a_name_on_the_command_line_and_is_fine_tuned_at_ano
     assert "ERROR[config] no encoder" in run(*tune, "--workdir", tmp_path / "none").stderr
 
 
+def test_a_config_of_another_backbone_takes_a_new_name_and_leaves_its_own_numbers(tmp_path):
+    """And a network with batch norm, by the way, trains, is evaluated, and is probed linearly as it stands."""
+    done = run(
+        "--config=configs/digits_vit_tiny.py", "--config.encoder.name=resnet", "--config.encoder.size=50",
+        "--config.encoder.depths=1,1,1,1", "--config.encoder.width=8", "--config.steps=2", "--config.probe_block=2",
+        "--config.evals.linear.inverse_regularisation=0.01", "--workdir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    left = "absolute_position, class_token, depth, heads, patch_size"
+    assert f"encoder resnet: left unset what the config sets for vit: {left}" in done.stdout
+    linear = [
+        "--config=configs/folder_linear.py",
+        *(flag for flag in DIGITS if not flag.startswith(("--config.mean", "--config.std"))),
+        "--config.image_size=32,32", "--config.mean=0.305,", "--config.std=0.376,",
+        "--config.objective.num_classes=10", "--config.init_from", tmp_path / "run",
+    ]  # fmt: skip
+    done = run(*linear, "--workdir", tmp_path / "linear")
+    assert done.returncode == 0, done.stderr
+    before, after = arrays(tmp_path / "run", 2), arrays(tmp_path / "linear", 2)
+    names = [name for name in after if name.startswith("params['encoder']")]
+    assert len(names) > 30  # running statistics among them
+    assert all(before[name].tobytes() == after[name].tobytes() for name in names)
+
+
 def test_an_option_of_another_backbone_is_refused_by_name():
     done = run(*SMALL_SWIN, "--config.encoder.heads=3", "--workdir=unused")
     assert "ERROR[config] unknown option of swinv2 'heads' - did you mean stage_heads?" in done.stderr

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw
 
-from simmim_jax.errors import check_minimum
+from simmim_jax.errors import DataError, check_minimum
 
 COLUMNS = ("original", "masked", "prediction", "pasted")
 
@@ -32,6 +32,8 @@ def make_reconstruction(
     def run(state) -> dict[str, float]:
         outs = (predict(state.params, batch) for batch in heldout)
         losses = np.concatenate([out["loss"][out["valid"]] for out in outs])
+        if not losses.size:
+            raise DataError("none of the held-out images could be read", "config.data", "look at what is said of each")
         shown = {}  # by position
         for batch in spread(pictures) if pictures else ():
             out = predict(state.params, batch)

@@ -8,6 +8,8 @@ The contract. An encoder is a `flax.linen` module with
     layer_of(path) -> layer                    of a parameter: 0 what embeds, 1 to depth the blocks, depth + 1 the rest
     token_stride, feature_stride, depth        pixels, pixels, number of blocks
     init_truncation                            where the normal that tokens start from is cut, in standard deviations
+    pool_norm                                  whether a classifier norms what it pools, as the map itself is not normed
+    DECAYED_TOO                                names that official code decays of this encoder, though of no other
 
 and `encoder(images, train, position)` is the two in turn. `position` [b] is each image's place in the whole batch, by
 which stochastic depth draws from the rng stream "drop_path" while `train` is true (None: 0, 1, 2, ...). Images are

@@ -114,17 +114,22 @@ class ConvNeXt(nn.Module):
     dtype: str = "float32"
 
     CHOICES = {"dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
+    DECAYED_TOO = ()
 
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
         check_choices(self, self.CHOICES)
         for field in ("depths", "widths"):
             numbers = getattr(self, field)
-            if len(numbers) != 4 or min(numbers) < 1:
+            if len(numbers) != 4 or not all(isinstance(number, int) and number > 0 for number in numbers):
                 raise ConfigError(f"{field} is {numbers}", f"encoder.{field}", "give four numbers above 0, one a stage")
         for field in ("init_truncation", "norm_epsilon"):
             check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
         check_minimum("encoder.layer_scale", self.layer_scale, 0)
+
+    @property
+    def pool_norm(self) -> bool:
+        return True
 
     @property
     def token_stride(self) -> int:

@@ -48,7 +48,8 @@ class BatchNorm(nn.Module):
     """Batch normalisation in float32, over all axes but the last (Ioffe and Szegedy 2015, arXiv 1502.03167).
 
     While `train` is true it normalises by the mean and the biased variance of the batch: under `jit` over a mesh the
-    whole batch, whatever the number of devices. Otherwise it does by the running ones, the parameters "mean" and "var",
+    whole batch, whatever the number of devices; but of each microbatch by itself, so that their number changes the
+    update, as of no other layer here. Otherwise it does by the running ones, the parameters "mean" and "var",
     which have no gradient. What training makes of these, (1 - momentum) * old + momentum * new with an unbiased
     variance, as PyTorch counts, goes to the collection "statistics" where that is mutable.
     """
@@ -138,17 +139,22 @@ class ResNet(nn.Module):
     dtype: str = "float32"
 
     CHOICES = {"dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
+    DECAYED_TOO = ()
 
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
         check_choices(self, self.CHOICES)
-        if len(self.depths) != 4 or min(self.depths) < 1:
+        if len(self.depths) != 4 or not all(isinstance(number, int) and number > 0 for number in self.depths):
             raise ConfigError(f"depths is {self.depths}", "encoder.depths", "give four numbers above 0, one a stage")
         check_minimum("encoder.width", self.width, 1)
         if not 0 < self.norm_momentum <= 1:
             raise ConfigError(f"norm_momentum {self.norm_momentum} is not in (0, 1]", "encoder.norm_momentum")
         for field in ("init_truncation", "norm_epsilon"):
             check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
+
+    @property
+    def pool_norm(self) -> bool:
+        return False
 
     @property
     def token_stride(self) -> int:

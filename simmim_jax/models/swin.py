@@ -184,14 +184,16 @@ class Swin(nn.Module):
         "qkv_bias": ("qkv", "none"),
         "dtype": ("float32", "bfloat16"),
     }
-    BLOCK, MERGING = Block, PatchMerging
+    BLOCK, MERGING, DECAYED_TOO = Block, PatchMerging, ()
 
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
         check_choices(self, self.CHOICES)
         for field in ("width", "window", "patch_size"):
             check_minimum(f"encoder.{field}", getattr(self, field), 1)
-        if not self.depths or min(self.depths) < 1 or len(self.depths) != len(self.stage_heads):
+        numbers = (*self.depths, *self.stage_heads)
+        whole = all(isinstance(number, int) for number in numbers) and min(numbers, default=0) > 0
+        if not whole or len(self.depths) != len(self.stage_heads):
             raise ConfigError(
                 f"depths {self.depths} and stage_heads {self.stage_heads}", "encoder.depths, encoder.stage_heads",
                 "give one number above 0 per stage for each, like 2,2,6,2 and 3,6,12,24",
@@ -204,6 +206,10 @@ class Swin(nn.Module):
     @property
     def depth(self) -> int:
         return sum(self.depths)
+
+    @property
+    def pool_norm(self) -> bool:
+        return not self.final_norm
 
     @property
     def token_stride(self) -> int:

@@ -141,7 +141,8 @@ class SwinV2(swin.Swin):
 
     def check(self) -> None:
         super().check()
-        if self.pretrained_windows and len(self.pretrained_windows) != len(self.depths):
+        whole = all(isinstance(side, int) and side >= 0 for side in self.pretrained_windows)
+        if not whole or (self.pretrained_windows and len(self.pretrained_windows) != len(self.depths)):
             raise ConfigError(
                 f"pretrained_windows {self.pretrained_windows} for {len(self.depths)} stages",
                 "encoder.pretrained_windows", "give one number per stage, like 12,12,12,6, or none",

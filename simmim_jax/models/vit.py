@@ -163,6 +163,8 @@ class ViT(nn.Module):
         "dtype": ("float32", "bfloat16"),
     }
 
+    DECAYED_TOO = ("mask_token", "table")  # microsoft/SimMIM#26
+
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
         check_choices(self, self.CHOICES)
@@ -174,6 +176,10 @@ class ViT(nn.Module):
         for field in ("mlp_ratio", "init_truncation", "norm_epsilon"):
             check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
         check_minimum("encoder.layer_scale", self.layer_scale, 0)
+
+    @property
+    def pool_norm(self) -> bool:
+        return not self.final_norm
 
     @property
     def token_stride(self) -> int:

@@ -24,7 +24,7 @@ def window_and_shift(grid: tuple[int, int], window: int, shifted: bool) -> tuple
 
 def stage_grids(image_size: tuple[int, int], patch_size: int, stages: int) -> list[tuple[int, int]]:
     """The map of each stage, in tokens: the first one token per patch, and each later one half of that, rounded up."""
-    grids = [tuple(-(-size // patch_size) for size in image_size)]
+    grids = [tuple(size // patch_size for size in image_size)]
     for _ in range(stages - 1):
         grids.append(tuple(-(-side // 2) for side in grids[-1]))
     return grids

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from simmim_jax.errors import ConfigError
+from simmim_jax.masking import check_multiple
 from simmim_jax.models.layers import layer_norm, truncated_normal
 from simmim_jax.objectives.pixels import normalise
 
@@ -74,14 +75,15 @@ def make_classify(
     std: tuple[float, ...],
     num_classes: int,
     block: int = 0,
-    pool_norm: bool = True,
-    head_scale: float = 0.001,
+    pool_norm: bool | None = None,
+    head_scale: float = 1.0,
     label_smoothing: float = 0.0,
     train_encoder: bool = True,
 ):
     """(init, loss_fn, predict) of cross entropy over `num_classes`; `predict` gives "logits" [b, n].
 
     params: "encoder" and "head". loss_fn's metrics: "top1", the share of right answers.
+    pool_norm: LayerNorm of what is pooled (official `fc_norm`); None: where the encoder has no norm at its end.
     head_scale: factor on the head's initial N(0, 0.02) (official: 0.001 for ViT).
     train_encoder: whether the encoder is in training mode, with stochastic depth; false where it is frozen.
     """
@@ -91,8 +93,10 @@ def make_classify(
         )
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing {label_smoothing} is not in [0, 1)", "objective.label_smoothing")
+    for size in image_size:  # else what lies beyond the last whole token would go unseen
+        check_multiple(size, encoder.token_stride, "image size", "the side of the encoder's tokens")
     features = make_features(encoder, mean=mean, std=std, block=block)
-    head = Head(num_classes, pool_norm, head_scale)
+    head = Head(num_classes, encoder.pool_norm if pool_norm is None else pool_norm, head_scale)
 
     def init(key):
         encoder_key, head_key = jax.random.split(key)
