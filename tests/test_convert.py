@@ -318,6 +318,27 @@ def test_a_failure_amid_writing_leaves_nothing_behind(tmp_path, state, workdir, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
 
 
+def test_a_full_disk_is_told_in_one_line_both_ways(tmp_path, state, workdir, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = sorted(tmp_path.iterdir())
+    for target, more in ((tmp_path / "new", ()), (tmp_path / "out.safetensors", ("--format=official",))):
+        source = workdir if more else state[0]
+        done = run(source, target, *more, script=CONVERT, file_limit=4)
+        assert done.returncode == 5, done.stderr
+        assert re.fullmatch(
+            r"ERROR\[checkpoint\] (cannot write|could not save): .+ - .+ - make room .+", done.stderr.strip()
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_little_memory_is_told_in_one_line(tmp_path, state, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("simmim_jax.interop.reading.load_file", fail)
+    assert "not enough memory" in told(state[0], tmp_path / "w", kind=CheckpointError)
+
+
 def test_an_overwriting_that_fails_at_the_last_moment_leaves_what_was_there(tmp_path, state, workdir, monkeypatch):
     before = (workdir / "config.json").read_text()
 

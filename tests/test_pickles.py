@@ -24,6 +24,7 @@ from torch_files import MAGIC, STORAGE_OF, AsNumpy, Call, CfgNode, Global, Param
 
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.pickles import DEEPEST, Dropped, read_pth, state_dict
+from simmim_jax.interop.reading import read_weights
 
 WAYS = [{}, {"protocol": 4}, {"protocol": 5}, {"legacy": True}]
 BOTH = [False, True]
@@ -256,12 +257,21 @@ def test_reading_writes_nothing_and_leaves_the_arrays_read_only(path):
 
 
 @pytest.mark.parametrize("under", ["model", "state_dict", "module", "model_ema", None])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_state_dict_is_found_and_loses_a_prefix_that_all_names_have(under, prefix):
+def test_the_state_dict_is_found(under):
     arrays = {"a.weight": array(2), "module.b": array(3)}
-    prefixed = {prefix + name: x for name, x in arrays.items()}
-    found = state_dict({under: prefixed, "epoch": 3} if under else prefixed, "x.pth")
-    assert same(found, arrays)
+    assert same(state_dict({under: arrays, "epoch": 3} if under else arrays, "x.pth"), arrays)
+
+
+def test_arrays_that_share_memory_may_not_need_far_more_than_the_file_has(tmp_path):
+    def write(count):
+        one = np.ones(1, np.float32)
+        expanded = {f"x{n}": np.broadcast_to(one, (4096, 4096)) for n in range(count)}  # of 64 MiB each
+        write_pth(tmp_path / "x.pth", {"model": expanded})
+        return read_weights(str(tmp_path / "x.pth")).arrays
+
+    assert len(write(3)) == 3
+    with pytest.raises(CheckpointError, match=r"its 40 arrays share memory, and would take 2.5 GiB without"):
+        write(40)
 
 
 def test_the_model_comes_before_its_average():

@@ -45,6 +45,7 @@ PROTOCOL = 1001  # the second
 MOST_OBJECTS = 10_000_000  # opcodes of a pickle, and objects of its content with shared ones counted as often as used
 DEEPEST = 200  # containers within containers
 LARGEST_EXPANDED = 2**26  # bytes of an array with strides of 0 that is larger than its storage
+LARGEST_TOTAL = 8, 2**28  # as float32 a state dict may take so many times the file's bytes (1 of float8 is 4), and more
 
 AGAIN = "download or copy it again"
 DISTRUST = "do not open it with PyTorch either; take the weights from a source that you trust"
@@ -149,7 +150,7 @@ def read_pth(path: str | os.PathLike) -> object:
 
 
 def state_dict(content: object, path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays by parameter name out of what `read_pth` gave, without a prefix "module." that all of them have.
+    """The arrays by parameter name out of what `read_pth` gave.
 
     Under "model" (SimMIM, Swin, MAE), "state_dict" (timm, OpenMMLab, Lightning), "module" (DeepSpeed), "model_ema",
     "state_dict_ema", or the content itself, whichever is first. Raises CheckpointError, with the keys that are there,
@@ -163,8 +164,7 @@ def state_dict(content: object, path: str | os.PathLike) -> dict[str, np.ndarray
     names = ("model", "state_dict", "module", "model_ema", "state_dict_ema")
     for arrays in (*(content.get(name) for name in names), content):
         if isinstance(arrays, dict) and arrays and all(_is_entry(*item) for item in arrays.items()):
-            shared = "module." if all(name.startswith("module.") for name in arrays) else ""
-            return {name.removeprefix(shared): array for name, array in arrays.items()}
+            return arrays
     for name in names:
         if isinstance(content.get(name), Dropped):
             raise CheckpointError(f"{name!r} is a whole object of {_shown(content[name].name)}", where, fix)
@@ -176,6 +176,18 @@ def state_dict(content: object, path: str | os.PathLike) -> dict[str, np.ndarray
                 )
     keys = ", ".join(_shown(key) for key in list(content)[:20]) + (", ..." if len(content) > 20 else "")
     raise CheckpointError(f"no state dict among the keys {keys or '(none)'}", where, fix)
+
+
+def refuse_expanded(arrays: dict[str, np.ndarray], file: Path) -> None:
+    """Raise CheckpointError if the arrays, which may share storages or have strides of 0, need far more memory than
+    `file` has bytes."""
+    needed = sum(array.size * max(4, array.itemsize) for array in arrays.values())
+    times, more = LARGEST_TOTAL
+    if needed > times * file.stat().st_size + more:
+        raise CheckpointError(
+            f"its {len(arrays)} arrays share memory, and would take {needed / 2**30:.1f} GiB without",
+            str(file), "give a file whose weights are stored each by itself",
+        )  # fmt: skip
 
 
 def _is_entry(name: object, value: object) -> bool:

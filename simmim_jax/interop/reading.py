@@ -147,7 +147,9 @@ def _read(file: Path) -> dict[str, np.ndarray]:
                 f"damaged safetensors file: {str(error)[:200]}", str(file), "download or write it again"
             ) from error
     if file.suffix in PICKLED:
-        return pickles.state_dict(pickles.read_pth(str(file)), str(file))
+        arrays = pickles.state_dict(pickles.read_pth(str(file)), str(file))
+        pickles.refuse_expanded(arrays, file)
+        return arrays
     raise CheckpointError(f"unknown kind of file {file.suffix or file.name!r}", str(file), SUPPORTED)
 
 

@@ -18,6 +18,7 @@ from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import stablehlo
 from simmim_jax.interop.reading import MADE_BY, metadata_of, read_json
 
+MAKE_ROOM = "make room or mend the folder, or give another TO; what was there is as it was"
 OURS = {  # all that a conversion puts into a folder
     "workdir": {"checkpoints", "config.json"},
     "huggingface": {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"},
@@ -71,7 +72,6 @@ def replaced(options: argparse.Namespace) -> Iterator[Path]:
     target = Path(options.target).expanduser().resolve()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    fix = "make room or mend the folder, or give another TO; what was there is as it was"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -84,9 +84,9 @@ def replaced(options: argparse.Namespace) -> Iterator[Path]:
                 old.rename(target)
             raise
     except OSError as error:
-        raise CheckpointError(f"cannot write: {error.strerror or error}", options.target, fix) from error
+        raise CheckpointError(f"cannot write: {error.strerror or error}", options.target, MAKE_ROOM) from error
     except SafetensorError as error:  # what its writer says of a full disk
-        raise CheckpointError(f"cannot write: {str(error)[:200]}", options.target, fix) from error
+        raise CheckpointError(f"cannot write: {str(error)[:200]}", options.target, MAKE_ROOM) from error
     finally:
         for path in (partial, old):
             if path.is_dir():

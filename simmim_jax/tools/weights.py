@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from simmim_jax import checkpoint, interop
 from simmim_jax.config import IMAGENET_MEAN, IMAGENET_STD
-from simmim_jax.errors import ConfigError, choose
+from simmim_jax.errors import CheckpointError, ConfigError, choose
 from simmim_jax.models import ENCODERS, make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.tools.targets import check_target, replaced
+from simmim_jax.tools.targets import MAKE_ROOM, check_target, replaced
 
 
 def import_weights(options: argparse.Namespace, fields: dict) -> None:
@@ -41,7 +41,10 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
         "imported": {"from": str(options.source), "format": found.format, "sha256": weights.sha256},
     }
     with replaced(options) as partial:
-        checkpoint.write_params(str(partial), params, json.loads(json.dumps(config)))
+        try:
+            checkpoint.write_params(str(partial), params, json.loads(json.dumps(config)))
+        except CheckpointError as error:  # it names the folder beside TO, and the checkpoints of a run
+            raise CheckpointError(error.what, options.target, MAKE_ROOM) from error
 
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"{found.format} {name} ({found.objective['name']}), nearest size {encoder_config['size']}: "
