@@ -201,6 +201,7 @@ DIGITS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_backbone_is_a_name_on_the_command_line_and_is_fine_tuned_at_another_window_and_size(tmp_path):
     """Fine-tuning takes the architecture from the run, and tells Swin V2 what windows it was trained with."""
     done = run(*SMALL_SWIN, *DIGITS, "--workdir", tmp_path / "run")
@@ -227,6 +228,7 @@ def test_another_backbone_is_a_name_on_the_command_line_and_is_fine_tuned_at_ano
     assert "ERROR[config] no encoder" in run(*tune, "--workdir", tmp_path / "none").stderr
 
 
+@pytest.mark.slow
 def test_a_config_of_another_backbone_takes_a_new_name_and_leaves_its_own_numbers(tmp_path):
     """And a network with batch norm, by the way, trains, is evaluated, and is probed linearly as it stands."""
     done = run(
