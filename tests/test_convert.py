@@ -24,6 +24,7 @@ from torch_files import Call, CfgNode, Global, write_pth
 
 from simmim_jax import checkpoint
 from simmim_jax.errors import CheckpointError, ConfigError
+from simmim_jax.interop.reading import metadata_of
 from simmim_jax.models import make_encoder
 from simmim_jax.tools import convert
 
@@ -176,7 +177,7 @@ def test_a_field_that_does_not_exist_or_does_not_fit_is_told(tmp_path, state):
     assert "--encoder.heads=two - command line - give a int, like 12" in told(
         state[0], tmp_path / "w", "--encoder.heads=two"
     )
-    for value, fix in (("norm_epsilon=1e400", "finite"), ("norm_epsilon=nan", "float"), ("norm_epsilon=-1.0", "0"),
+    for value, fix in (("norm_epsilon=1e400", "to 1000"), ("norm_epsilon=nan", "float"), ("norm_epsilon=-1.0", "0"),
                        ("patch_size=0", "from 1 to"), ("depth=True", "int")):  # fmt: skip
         assert re.search(rf"--encoder.{value.split('=')[0]}=.* - command line - .*{fix}",
                          told(state[0], tmp_path / "w", f"--encoder.{value}"))  # fmt: skip
@@ -281,6 +282,22 @@ def test_what_the_names_do_not_tell_comes_back_from_our_own_metadata(tmp_path, c
     assert_same(back, params)
     assert (tuple(read["image_size"]), read["mean"], read["std"]) == (image_size, [0.5] * 3, [0.25] * 3)
     assert repr(make_encoder(**read["encoder"])) == repr(make_encoder(**options))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"encoder": 1}, {"encoder": {"name": "swin"}}, {"encoder": {"name": "vit", "width": "16"}}, {"mean": [1, 2]},
+     {"image_size": ["a", 1]}, {"image_size": [32, 32, 32]}, {"std": [0, 0, 0]},
+     {"encoder": {"name": "vit", "depth": 3}}, None],
+)  # fmt: skip
+def test_metadata_of_ours_that_somebody_changed_is_told(tmp_path, state, workdir, change):
+    tool(workdir, tmp_path / "a.safetensors", "--format=official")
+    metadata = metadata_of(tmp_path / "a.safetensors")
+    metadata["model"] = json.dumps(json.loads(metadata["model"]) | change) if change else "{"
+    save_file(load_file(state[0]), tmp_path / "b.safetensors", metadata=metadata)
+    with pytest.raises((CheckpointError, ConfigError), match=r"b\.safetensors"):
+        tool(tmp_path / "b.safetensors", tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_card_tells_the_step_where_it_began_and_only_the_metrics_of_that_step(tmp_path, state):

@@ -440,7 +440,7 @@ def test_register_tokens_are_refused():
         ("timm", {**SWINS[0], "window": 3}, BARE, "windows of 3 do not tile the maps"),
         ("timm", {**SWINS[1], "norm_epsilon": 1e-2}, BARE, "norm_epsilon is 0.01, and always 1e-05 there"),
         ("official", {**VIT, "norm_epsilon": 1e-5}, BARE, "norm_epsilon is 1e-05, and always 1e-06 there"),
-        ("huggingface", {**SWINS[1], "window": 2, "norm_epsilon": 1e-2}, BARE, "norms of the swinv2 of transformers"),
+        ("huggingface", {**SWINS[1], "window": 2, "norm_epsilon": 1e-2}, BARE, "some norms of the swinv2"),
         ("huggingface", {**VIT, "final_norm": False, "norm_epsilon": 1e-5}, NORMED, "the norm after pooling"),
     ],
 )  # fmt: skip

@@ -22,7 +22,6 @@ first.
 """
 
 import dataclasses
-import math
 
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import huggingface, mae, official, timm
@@ -112,13 +111,11 @@ def why_not(value, default) -> str:
     """Why `value` cannot be that of a field with this default; empty if it can."""
     if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
         return f"give a {type(default).__name__}, like {default!r}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "give a finite number"
     least = 0 if default == () else 1  # Swin V2's windows of pretraining may be 0, which is none
     numbers = value if isinstance(value, tuple) else (value,) if type(value) is int and type(default) is int else ()
     if not all(type(n) is int and least <= n <= LARGEST_IMAGE for n in numbers):
         return f"give whole numbers from {least} to {LARGEST_IMAGE}"
-    return "give a number of at least 0" if isinstance(default, float) and value < 0 else ""
+    return "give a number from 0 to 1000" if isinstance(default, float) and not 0 <= value <= 1000 else ""  # nor NaN
 
 
 def pixels_of(weights: Weights, channels: int = 3, names: tuple[str, ...] = ("mean", "std")) -> dict:

@@ -278,7 +278,8 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
     else:
         if not math.isclose(encoder.norm_epsilon, 1e-5, rel_tol=1e-6):
             return (
-                f"norm_epsilon is {encoder.norm_epsilon:g}; some norms of the {kind} of transformers always have 1e-5"
+                f"norm_epsilon is {encoder.norm_epsilon:g}, and some norms of the {kind} of transformers always have "
+                "1e-5; stablehlo holds it"
             )
         if not encoder.patch_norm:
             return f"the {kind} of transformers always has a norm after the patches; the official one need not"
@@ -477,7 +478,7 @@ def preprocessor_config_of(image_size: tuple[int, int], mean: tuple, std: tuple,
 
 
 def model_card(
-    encoder, objective: dict, config: dict, *, step: int, summary: dict, no_place: list[str], allowed: list[str]
+    encoder, objective: dict, config: dict, *, step: int | None, summary: dict, no_place: list[str], allowed: list[str]
 ) -> str:
     """README.md: what the model is, how it was made, and what was measured, by its run's own files.
 
@@ -493,7 +494,7 @@ def model_card(
             f"Its weights were imported from `{imported.get('from')}` ({imported.get('format')}, sha256 "
             f"`{imported.get('sha256')}`); how they were trained is not known here."
         )
-    else:
+    elif step is not None:
         parts.append(f"These are its weights after {step} steps of training.")
     if config.get("init_from"):
         parts.append(f"Training began with the weights of `{config['init_from']}`.")
@@ -512,7 +513,7 @@ def model_card(
         parts += ["## Recipe", f"```json\n{json.dumps(recipe, indent=2)}\n```"]
     about = ("step", "images_per_second")
     metrics = {name: value for name, value in summary.items() if isinstance(value, int | float) and name not in about}
-    if metrics and summary.get("step") == step:
+    if metrics and step is not None and summary.get("step") == step:
         parts += ["## Metrics", f"On held-out images, as the run measured them at step {step}:"]
         parts.append("\n".join(f"- {name}: {value}" for name, value in metrics.items()))
     header = "---\nlibrary_name: transformers\ntags:\n- simmim\n- masked-image-modeling\n---\n"

@@ -255,7 +255,7 @@ def refusal_of_norm(encoder) -> str:
     theirs = EPSILONS[type(encoder).__name__]
     if math.isclose(encoder.norm_epsilon, theirs, rel_tol=1e-6):
         return ""
-    return f"norm_epsilon is {encoder.norm_epsilon:g}, and always {theirs:g} there"
+    return f"norm_epsilon is {encoder.norm_epsilon:g}, and always {theirs:g} there; stablehlo holds it"
 
 
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:

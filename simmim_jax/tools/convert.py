@@ -131,6 +131,23 @@ def is_ours(path: Path) -> bool:
 def run(argv: list[str]) -> None:
     """Import or export, as FROM says."""
     options, fields = parse(argv)
+    try:
+        convert(options, fields)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read or write: {error.strerror or error}", str(error.filename or options.source),
+            "mend that and run again",
+        ) from error  # fmt: skip
+    except MemoryError as error:
+        raise CheckpointError(
+            "not enough memory", options.source, "run it on a machine with more, or give a smaller model"
+        ) from error
+
+
+def convert(options: argparse.Namespace, fields: dict) -> None:
+    """Import or export, by options that have been read."""
     is_export = is_ours(Path(options.source))
     if is_export:
         given = [f"--{name}" for name in ("image_size", "mean", "std") if getattr(options, name)]
@@ -143,15 +160,10 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--format in an import: {options.source} is no run of ours", "command line", "leave it out")
     from simmim_jax.tools import exports, weights  # JAX comes in here: help and mistakes are told without it
 
-    try:
-        if is_export:
-            exports.export_run(options)
-        else:
-            weights.import_weights(options, fields)
-    except MemoryError as error:
-        raise CheckpointError(
-            "not enough memory", options.source, "run it on a machine with more, or give a smaller model"
-        ) from error
+    if is_export:
+        exports.export_run(options)
+    else:
+        weights.import_weights(options, fields)
 
 
 if __name__ == "__main__":

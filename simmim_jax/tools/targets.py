@@ -30,7 +30,7 @@ def check_target(options: argparse.Namespace, kind: str) -> None:
 
     kind: of what will be written, "workdir" or a format.
     """
-    source, target = (Path(path).expanduser().resolve() for path in (options.source, options.target))
+    source, target = _real(options.source), _real(options.target)
     if source == target or source in target.parents or target in source.parents:
         raise ConfigError("FROM and TO are the same, or one lies in the other", options.target, "give another TO")
     if target.is_dir() and kind not in OURS:
@@ -41,6 +41,11 @@ def check_target(options: argparse.Namespace, kind: str) -> None:
         raise ConfigError("there is something already", options.target, "give another TO, or --overwrite")
     if reason := _not_ours(target, kind):
         raise ConfigError(f"{reason}, so --overwrite leaves it", options.target, "give another TO")
+
+
+def _real(path: str) -> Path:
+    """The path that links lead to; `Path.resolve` raises where they lead in a circle."""
+    return Path(os.path.realpath(Path(path).expanduser()))
 
 
 def _not_ours(target: Path, kind: str) -> str:
@@ -69,7 +74,7 @@ def _not_ours(target: Path, kind: str) -> str:
 @contextlib.contextmanager
 def replaced(options: argparse.Namespace) -> Iterator[Path]:
     """A path beside TO to write to; what is there takes TO's place when all is written, and is gone if it is not."""
-    target = Path(options.target).expanduser().resolve()
+    target = _real(options.target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
