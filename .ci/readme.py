@@ -36,7 +36,10 @@ SMALL = {  # what makes a command small: flags added by its config, or None wher
 }  # fmt: skip
 INSTEAD = {  # of what makes a command small, where a flag of the command itself has another
     "--config.encoder.name=swin": [
-        "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depths=1,1,1,1",
+        "--config.image_size=64,64",
+        "--config.batch_size=8",
+        "--config.steps=2",
+        "--config.encoder.depths=1,1,1,1",
         "--config.data.heldout_fraction=0.3",
     ],
     "--config.encoder.name= ": ["--config.batch_size=8", "--config.steps=2", "--config.data.heldout_fraction=0.3"],

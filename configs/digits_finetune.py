@@ -21,6 +21,11 @@ def get_config() -> ConfigDict:
     c.data.crop_scale = (0.67, 1.0)
     c.data.interpolation = "bilinear"
     c.objective.num_classes = 10
+    c.objective.pool_norm, c.objective.head_scale = (
+        True,
+        0.001,
+    )  # a ViT's head; here with the encoder's own norm before it
+    c.optim.late = 0
 
     c.epochs = 30.0
     c.batch_size = 64

@@ -93,9 +93,9 @@ def test_an_unknown_strategy_is_refused_with_the_choices():
         make_masks("aligned_block", image_size=(64, 64), token_stride=16, block_size=16, ratio=0.6)
 
 
-# By block size, for the ratios 0.1, 0.2, ... 0.9 on 192 x 192 pixels. The project's specification computed them from few
-# masks; two cells of 32 pixels had strayed by 5 and 6 %: for 0.8 and 0.9 these are means of 2,000 masks drawn by numpy
-# as official code draws them (26.00 +- 0.11 and 46.12 +- 0.21, where it has 24.8 and 49.0).
+# By block size, for the ratios 0.1, 0.2, ... 0.9 on 192 x 192 pixels. The project's specification computed them from
+# few masks; two cells of 32 pixels had strayed by 5 and 6 %: for 0.8 and 0.9 these are means of 2,000 masks drawn by
+# numpy as official code draws them (26.00 +- 0.11 and 46.12 +- 0.21, where it has 24.8 and 49.0).
 AVERAGE_DISTANCES = {
     4: (1.3, 1.4, 1.5, 1.6, 1.8, 2.1, 2.5, 3.2, 5.0),
     8: (2.1, 2.2, 2.5, 2.8, 3.1, 3.7, 4.6, 6.1, 10.0),
