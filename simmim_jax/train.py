@@ -279,7 +279,8 @@ def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
                 raise ConfigError("this workdir holds an encoder alone, no run to go on with", workdir, fix)
             if saved and checkpoint.has_steps(workdir):  # else there is nothing yet to go on from
                 refuse_change(saved, config, workdir)
-            metrics.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            origin = {"imported": saved["imported"]} if "imported" in saved else {}  # stays known when a run goes on
+            metrics.write_atomically(folder / "config.json", json.dumps({**config, **origin}, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"

@@ -460,3 +460,28 @@ def test_a_step_and_a_checkpoints_folder_are_runs_of_ours(tmp_path, workdir, sta
     for number, source in enumerate((workdir / "checkpoints", workdir / "checkpoints" / "0")):
         tool(source, tmp_path / f"{number}.safetensors", "--format=official")
         assert load_file(tmp_path / f"{number}.safetensors").keys() == load_file(state[0]).keys()
+
+
+@pytest.mark.slow
+def test_official_pretraining_goes_on_in_the_imported_workdir(golden, tmp_path):
+    """With the weights that came in, fresh moments, and their origin still known; and again where it stopped."""
+    model = {
+        name.removeprefix("params/"): x for name, x in golden("official_swin_pretrain").items() if "params/" in name
+    }
+    write_pth(tmp_path / "official.pth", {"model": model, "epoch": 799})
+    tool(tmp_path / "official.pth", tmp_path / "run")
+    before, _ = checkpoint.read_params(str(tmp_path / "run"))
+    flags = (
+        "--config=configs/simmim_swin_b_800ep.py", "--config.encoder.width=8", "--config.encoder.depths=2,2,2,2",
+        "--config.encoder.stage_heads=1,1,2,2", "--config.encoder.window=4", "--config.image_size=64,64",
+        "--config.encoder.dtype=float32", "--config.data.source=digits", "--config.data.heldout_split=test",
+        "--config.data.workers=0", "--config.batch_size=16", "--config.eval_images=16", "--config.steps=2",
+        "--workdir", tmp_path / "run",
+    )  # fmt: skip
+    done = run(*flags, "--config.optim.learning_rate=0", "--config.optim.warmup_learning_rate=0")
+    assert done.returncode == 0, done.stderr
+    assert "starting step 0 of 2" in done.stdout
+    after, config = checkpoint.read_params(str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert config["imported"]["format"] == "official"
+    assert "window: 4 there, 6 now" in run(*flags, "--config.encoder.window=6").stderr
