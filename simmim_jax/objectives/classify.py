@@ -44,7 +44,7 @@ def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[flo
             train,
             position,
             rngs=None if key is None else {"drop_path": key},
-            mutable=["statistics", "intermediates"],
+            mutable=["statistics", "intermediates"] if block else ["statistics"],
         )
         if block:
             out = seen["intermediates"]["blocks"][block - 1]  # later blocks are dead code to XLA
