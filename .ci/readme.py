@@ -40,7 +40,8 @@ INSTEAD = {  # of what makes a command small, where a flag of the command itself
         "--config.batch_size=8",
         "--config.steps=2",
         "--config.encoder.depths=1,1,1,1",
-        "--config.encoder.window=4", "--config.data.heldout_fraction=0.3",
+        "--config.encoder.window=4",
+        "--config.data.heldout_fraction=0.3",
     ],
     "--config.encoder.name= ": ["--config.batch_size=8", "--config.steps=2", "--config.data.heldout_fraction=0.3"],
 }
