@@ -120,9 +120,19 @@ def pretrain_config() -> ConfigDict:
     return c
 
 
+def _classification() -> ConfigDict:
+    """What linear evaluation and fine-tuning share: official crops, and the accuracy on all held-out images."""
+    c = base_config()
+    c.data.crop_scale = (0.08, 1.0)
+    c.data.interpolation = "bicubic"
+    c.eval_images = 0
+    c.evals.accuracy = ConfigDict({})
+    return c
+
+
 def linear_config() -> ConfigDict:
     """Linear evaluation: a frozen encoder, and a linear classifier on the mean patch feature of one block."""
-    c = base_config()
+    c = _classification()
     c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 8, "pool_norm": True})
     c.objective.head_scale, c.objective.label_smoothing = 0.001, 0.0
     c.objective.train_encoder = False
@@ -130,10 +140,6 @@ def linear_config() -> ConfigDict:
     c.optim.weight_decay = 0.0
     c.optim.warmup_epochs = 0.0
     c.optim.min_learning_rate = 0.0
-    c.data.crop_scale = (0.08, 1.0)
-    c.data.interpolation = "bicubic"
-    c.eval_images = 0
-    c.evals.accuracy = ConfigDict({})
     return c
 
 
@@ -143,7 +149,7 @@ def finetune_config() -> ConfigDict:
     Rates, decay, schedule and head are those of official SimMIM's fine-tuning of Swin (config.py, main_finetune.py);
     mixing and random augmentation are not here yet.
     """
-    c = base_config()
+    c = _classification()
     c.encoder = encoder_config("", "")
     c.encoder.drop_path = 0.1
     c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0})
@@ -158,10 +164,6 @@ def finetune_config() -> ConfigDict:
     c.optim.warmup_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
     c.optim.min_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
     c.optim.layer_decay = 0.8
-    c.data.crop_scale = (0.08, 1.0)
-    c.data.interpolation = "bicubic"
-    c.eval_images = 0
-    c.evals.accuracy = ConfigDict({})
     return c
 
 

@@ -9,13 +9,12 @@ import itertools
 import math
 import re
 
-import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float
 from scipy.interpolate import RectBivariateSpline
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.optim import path_of
 
 # Encoder fields that say nothing of what its parameters mean, and those that `fit` can bridge.
 FREE = ("size", "dtype", "remat", "drop_path", "init_truncation", "norm_momentum")
@@ -151,7 +150,7 @@ def fit(
     grids: the maps of tokens there and here, by which positions of the whole image are resized; where nothing says them
     they must be squares.
     """
-    have, want = flat(saved), flat(abstract)
+    have, want = (flatten_dict(tree, sep="/") for tree in (saved, abstract))
     notes, taken, used, failed = [], {}, set(), []
     class_positions, class_rows = (1, 3) if any(name.endswith("cls_token") for name in want) else (0, 0)
 
@@ -201,13 +200,8 @@ def fit(
             "set config.encoder and config.objective to those of its config.json, or take fewer parts with "
             "--config.init_parts=encoder",
         )  # fmt: skip
-    return jax.tree_util.tree_map_with_path(lambda path, _: taken[path_of(path)], abstract), notes
+    return unflatten_dict(taken, sep="/"), notes
 
 
 def shape_of(x) -> str:
     return f"{np.dtype(x.dtype).name}{list(x.shape)}"
-
-
-def flat(tree: PyTree) -> dict:
-    """The arrays of `tree` by path."""
-    return {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}

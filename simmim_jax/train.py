@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     init_from = None
     if config.init_from and not checkpoint.has_steps(workdir):
         init_from = checkpoint.find_step(config.init_from)
-        refuse_other_encoder(init_from, record_of_config)
+        check_init_from(init_from, record_of_config)
 
     with hold_workdir(record_of_config, workdir), checkpoint.StopSignal() as stop:
         summary = read_json(Path(workdir) / "summary.json")
@@ -339,7 +339,7 @@ def config_of(step_folder: Path) -> dict:
     return read_json(step_folder.parent.parent / "config.json")
 
 
-def refuse_other_encoder(step_folder: Path, now: dict) -> None:
+def check_init_from(step_folder: Path, now: dict) -> None:
     """Raise CheckpointError if the run of `init_from` fed or built its encoder in a way that cannot be bridged."""
     saved = config_of(step_folder)
     pretrained.refuse_other_encoder(saved, now, str(step_folder))
@@ -362,8 +362,8 @@ def grids_of(saved: dict, stride: int, image_size: tuple[int, int]) -> tuple | N
 
 def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict) -> dict:
     """The parts of a run's parameters that `config` asks for, in the shapes and places of `abstract`."""
-    same = config_of(step_folder).get("objective", {}).get("name") == config.objective.name
-    saved, _ = checkpoint.read_params(str(step_folder))
+    saved, saved_config = checkpoint.read_params(str(step_folder))
+    same = saved_config.get("objective", {}).get("name") == config.objective.name
     asked = tuple(part for parts in config.init_parts for part in parts.split(","))
     parts = asked or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
     for part in parts:
@@ -374,7 +374,7 @@ def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict) 
                     f"choose of {', '.join(sorted(saved.keys() & abstract.keys()))}",
                 )  # fmt: skip
     wanted = {part: abstract[part] for part in parts}
-    grids = grids_of(config_of(step_folder), encoder.token_stride, config.image_size)
+    grids = grids_of(saved_config, encoder.token_stride, config.image_size)
     taken, notes = pretrained.fit({part: saved[part] for part in parts}, wanted, str(step_folder), grids)
     print(f"{', '.join(parts)}: taken from {step_folder}", flush=True)
     names = {}  # by what was done to them

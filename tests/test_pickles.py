@@ -174,8 +174,8 @@ def test_the_bytes_of_a_big_endian_machine_are_turned(path):
     assert same(read_pth(path), tensors)
 
 
-@pytest.mark.parametrize("numpy_1", BOTH)
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+# From protocol 4 on the lengths of names stand before them, so that numpy 1's names cannot be put in by replacing.
+@pytest.mark.parametrize(("protocol", "numpy_1"), [*((n, False) for n in (2, 3, 4, 5)), (2, True), (3, True)])
 def test_numpy_arrays_and_scalars_of_both_numpys_are_read(path, protocol, numpy_1):
     content = {
         "scalar": np.float64(1.5),
@@ -191,8 +191,6 @@ def test_numpy_arrays_and_scalars_of_both_numpys_are_read(path, protocol, numpy_
     }
     data, _ = pickled(content, protocol=protocol)
     if numpy_1:
-        if protocol >= 4:
-            pytest.skip("lengths are before the names")
         data = data.replace(b"numpy._core.", b"numpy.core.")
     pack(path, data, {})
     got = read_pth(path)
@@ -220,7 +218,7 @@ def test_plain_containers_are_plain_and_classes_are_dropped(path):
         "bytes": b"\x00\xff",
         "bytearray": bytearray(b"ab"),
         "complex": 1 + 2j,
-        "namespace": argparse.Namespace(lr=0.1, out=pathlib.PurePosixPath("/tmp/x")),
+        "namespace": argparse.Namespace(lr=0.1, out=pathlib.PurePosixPath("runs/x")),
         "device": Call(Global("torch", "device"), "cuda", 0),
         "dtype": Global("torch", "float32"),
         "sparse": Call(Global("torch._utils", "_rebuild_sparse_tensor"), 1, 2),

@@ -29,7 +29,7 @@ from simmim_jax.interop.found import Found
 from simmim_jax.interop.reading import Weights, read_weights
 from simmim_jax.interop.rules import Rule, skip, to_ours, to_theirs
 from simmim_jax.models import convnext, resnet, swin, swinv2, vit
-from simmim_jax.models.windows import stage_grids, window_and_shift
+from simmim_jax.models.windows import stage_windows
 
 __all__ = [
     "EXPORTS",
@@ -173,8 +173,7 @@ def settle(found: Found, given: dict, image_size: tuple[int, int] | None, where:
     if reason := next((f"{f}={encoder[f]!r}: {why}" for f, why in _misfits(encoder)), ""):
         raise CheckpointError(f"a field that no {encoder['name']} has, {reason}", where, "see --encoder.FIELD")
     if found.windows:
-        grids = stage_grids(image_size, encoder["patch_size"], len(encoder["depths"]))
-        windows = tuple(window_and_shift(grid, encoder["window"], False)[0] for grid in grids)
+        windows = stage_windows(image_size, encoder["patch_size"], len(encoder["depths"]), encoder["window"])
         if windows != found.windows:
             raise CheckpointError(
                 f"windows disagree: {list(found.windows)} by stage in the file; {list(windows)} follow from window "

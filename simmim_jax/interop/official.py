@@ -376,18 +376,35 @@ def swin(encoder, prefix: str, image_size: tuple[int, int], merge_at: int = 0) -
     return table + (norm("norm", f"{prefix}norm") if encoder.final_norm else [])
 
 
-def convnext(encoder, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
-    """The names of facebookresearch/ConvNeXt."""
-    table = convolution("patch_embed", f"{prefix}downsample_layers.0.0")
-    table += norm("patch_norm", f"{prefix}downsample_layers.0.1")
+# Of a ConvNeXt in facebookresearch/ConvNeXt: by part, with the numbers of stage and block.
+CONVNEXT = {
+    "patch_embed": "downsample_layers.0.0",
+    "patch_norm": "downsample_layers.0.1",
+    "down_norm": "downsample_layers.{stage}.0",
+    "down_conv": "downsample_layers.{stage}.1",
+    "block": "stages.{stage}.{n}",
+    "conv": "dwconv",
+    "fc1": "pwconv1",
+    "fc2": "pwconv2",
+}
+
+
+def convnext(encoder, prefix: str, image_size: tuple[int, int], names: dict[str, str] = CONVNEXT) -> list[Rule]:
+    """names: what its parts are called there."""
+
+    def named(part: str, **numbers: int) -> str:
+        return prefix + names[part].format(**numbers)
+
+    table = convolution("patch_embed", named("patch_embed")) + norm("patch_norm", named("patch_norm"))
     for stage, depth in enumerate(encoder.depths):
         if stage:
-            table += norm(f"stage_{stage}_down/norm", f"{prefix}downsample_layers.{stage}.0")
-            table += convolution(f"stage_{stage}_down/conv", f"{prefix}downsample_layers.{stage}.1")
+            table += norm(f"stage_{stage}_down/norm", named("down_norm", stage=stage))
+            table += convolution(f"stage_{stage}_down/conv", named("down_conv", stage=stage))
         for n in range(depth):
-            ours, theirs = f"stage_{stage}_block_{n}", f"{prefix}stages.{stage}.{n}"
-            table += convolution(f"{ours}/conv", f"{theirs}.dwconv") + norm(f"{ours}/norm", f"{theirs}.norm")
-            table += dense(f"{ours}/mlp/fc1", f"{theirs}.pwconv1") + dense(f"{ours}/mlp/fc2", f"{theirs}.pwconv2")
+            ours, theirs = f"stage_{stage}_block_{n}", named("block", stage=stage, n=n)
+            table += convolution(f"{ours}/conv", f"{theirs}.{names['conv']}") + norm(f"{ours}/norm", f"{theirs}.norm")
+            for layer in ("fc1", "fc2"):
+                table += dense(f"{ours}/mlp/{layer}", f"{theirs}.{names[layer]}")
             if encoder.layer_scale:
                 table += one(f"{ours}/scale/gamma", f"{theirs}.gamma")
     return table

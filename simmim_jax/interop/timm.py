@@ -12,8 +12,8 @@ from simmim_jax.interop import official
 from simmim_jax.interop.found import Found, prefix_of, without_prefix
 from simmim_jax.interop.official import under_encoder
 from simmim_jax.interop.reading import Weights
-from simmim_jax.interop.rules import Rule, batch_norm, convolution, dense, norm, one
-from simmim_jax.models.windows import stage_grids, window_and_shift
+from simmim_jax.interop.rules import Rule, batch_norm, convolution, dense, norm
+from simmim_jax.models.windows import stage_grids, stage_windows
 
 NAME = "timm"
 LAYER_SCALE = 1e-5  # the initial value of timm's ViTs that have it; trained weights do not tell it
@@ -77,8 +77,8 @@ def refuse_other_kinds(weights: Weights) -> None:
 
 def pads(image_size: tuple[int, int], patch_size: int, window: int, stages: int) -> bool:
     """Whether windows do not tile the map of every stage."""
-    grids = stage_grids(image_size, patch_size, stages)
-    return any(side % window_and_shift(grid, window, False)[0] for grid in grids for side in grid)
+    grids, windows = stage_grids(image_size, patch_size, stages), stage_windows(image_size, patch_size, stages, window)
+    return any(size % side for grid, side in zip(grids, windows, strict=True) for size in grid)
 
 
 def _describe_swin(name: str, weights: Weights) -> Found:
@@ -186,8 +186,10 @@ def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) ->
         table = official.vit(encoder, prefix, image_size, scales)
     elif name in ("Swin", "SwinV2"):
         table = official.swin(encoder, prefix, image_size, merge_at=1)
+    elif name == "ConvNeXt":
+        table = official.convnext(encoder, prefix, image_size, CONVNEXT)
     else:
-        table = {"ResNet": resnet, "ConvNeXt": convnext}[name](encoder, prefix)
+        table = resnet(encoder, prefix)
     table = under_encoder(table)
     if objective["name"] != "classify":
         return table
@@ -214,17 +216,13 @@ def resnet(encoder, prefix: str) -> list[Rule]:
     return table
 
 
-def convnext(encoder, prefix: str) -> list[Rule]:
-    """timm's names of a ConvNeXt."""
-    table = convolution("patch_embed", f"{prefix}stem.0") + norm("patch_norm", f"{prefix}stem.1")
-    for stage, depth in enumerate(encoder.depths):
-        if stage:
-            table += norm(f"stage_{stage}_down/norm", f"{prefix}stages.{stage}.downsample.0")
-            table += convolution(f"stage_{stage}_down/conv", f"{prefix}stages.{stage}.downsample.1")
-        for n in range(depth):
-            ours, theirs = f"stage_{stage}_block_{n}", f"{prefix}stages.{stage}.blocks.{n}"
-            table += convolution(f"{ours}/conv", f"{theirs}.conv_dw") + norm(f"{ours}/norm", f"{theirs}.norm")
-            table += dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
-            if encoder.layer_scale:
-                table += one(f"{ours}/scale/gamma", f"{theirs}.gamma")
-    return table
+CONVNEXT = {  # as `official.CONVNEXT`
+    "patch_embed": "stem.0",
+    "patch_norm": "stem.1",
+    "down_norm": "stages.{stage}.downsample.0",
+    "down_conv": "stages.{stage}.downsample.1",
+    "block": "stages.{stage}.blocks.{n}",
+    "conv": "conv_dw",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}

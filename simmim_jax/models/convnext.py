@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from simmim_jax.errors import ConfigError, check_minimum
 from simmim_jax.models.layers import (
     DropPath,
+    Encoder,
     LayerScale,
     Mlp,
     check_choices,
@@ -91,7 +92,7 @@ class Block(nn.Module):
         return x + DropPath(self.drop_path, name="drop")(branch, train, position)
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(Encoder):
     """A ConvNeXt under the encoder contract (see `simmim_jax.models`); how it is masked stands above.
 
     depths, widths: number of blocks, and channels, of each of the four stages.
@@ -194,8 +195,3 @@ class ConvNeXt(nn.Module):
                 x = block(x, train, position)
                 self.sow("intermediates", "blocks", x)
         return x
-
-    def __call__(
-        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
-    ) -> Float[Array, "b k l d"]:
-        return self.trunk(self.embed(images), train, position)

@@ -1,4 +1,4 @@
-"""What encoders share: initialisers, Mlp, DropPath, LayerScale, relative position bias.
+"""What encoders share: how they are called, initialisers, Mlp, DropPath, LayerScale, relative position bias.
 
 Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid; "..."
 stands for n tokens or for a map of them.
@@ -63,6 +63,15 @@ def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -
         scale_init=nn.initializers.constant(scale),
         name=name,
     )
+
+
+class Encoder(nn.Module):
+    """What every encoder is, called as a whole: `embed` and `trunk` in turn (the contract: `simmim_jax.models`)."""
+
+    def __call__(
+        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b k l d"]:
+        return self.trunk(self.embed(images), train, position)
 
 
 class PatchEmbed(nn.Module):

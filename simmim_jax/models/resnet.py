@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
-from simmim_jax.models.layers import DropPath, check_choices, drop_path_rates
+from simmim_jax.models.layers import DropPath, Encoder, check_choices, drop_path_rates
 
 SIZES = {
     "50": {"depths": (3, 4, 6, 3), "width": 64},
@@ -117,7 +117,7 @@ class Block(nn.Module):
         return nn.relu(x + DropPath(self.drop_path, name="drop")(branch, train, position))
 
 
-class ResNet(nn.Module):
+class ResNet(Encoder):
     """A ResNet under the encoder contract (see `simmim_jax.models`); how it is masked, and why so, stands above.
 
     depths: number of blocks in each of the four stages.
@@ -205,8 +205,3 @@ class ResNet(nn.Module):
                 x = block(x, train, position)
                 self.sow("intermediates", "blocks", x)
         return x
-
-    def __call__(
-        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
-    ) -> Float[Array, "b k l d"]:
-        return self.trunk(self.embed(images), train, position)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from simmim_jax.errors import ConfigError, check_minimum
 from simmim_jax.models.layers import (
     DropPath,
+    Encoder,
     Mlp,
     PatchEmbed,
     RelativePositionBias,
@@ -148,7 +149,7 @@ class PatchMerging(nn.Module):
         return self.reduce(layer_norm(self.norm_epsilon, "norm")(quarters(x)))
 
 
-class Swin(nn.Module):
+class Swin(Encoder):
     """A Swin Transformer under the encoder contract (see `simmim_jax.models`).
 
     width: of the first stage; each later stage doubles it. depths, stage_heads: blocks and heads of each stage.
@@ -275,8 +276,3 @@ class Swin(nn.Module):
             if stage < len(self.depths) - 1:
                 x = self.MERGING(self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_merge")(x)
         return layer_norm(self.norm_epsilon, "norm")(x) if self.final_norm else x
-
-    def __call__(
-        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
-    ) -> Float[Array, "b k l e"]:
-        return self.trunk(self.embed(images), train, position)

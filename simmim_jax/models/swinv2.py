@@ -16,7 +16,7 @@ from simmim_jax.errors import ConfigError
 from simmim_jax.models import swin
 from simmim_jax.models.layers import DropPath, Mlp, layer_norm, relative_position_index, truncated_normal
 from simmim_jax.models.swin import attend, in_windows, project
-from simmim_jax.models.windows import quarters, stage_grids, window_and_shift
+from simmim_jax.models.windows import quarters, stage_windows
 
 DEPTHS = (2, 2, 18, 2)
 SIZES = {
@@ -154,5 +154,4 @@ class SwinV2(swin.Swin):
 
     def stage_windows(self, image_size: tuple[int, int]) -> tuple[int, ...]:
         """The side of each stage's windows for images of this size: what `pretrained_windows` of a later model is."""
-        grids = stage_grids(image_size, self.patch_size, len(self.depths))
-        return tuple(window_and_shift(grid, self.window, False)[0] for grid in grids)
+        return stage_windows(image_size, self.patch_size, len(self.depths), self.window)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from simmim_jax.errors import ConfigError, check_minimum
 from simmim_jax.models.layers import (
     DropPath,
+    Encoder,
     LayerScale,
     Mlp,
     RelativePositionBias,
@@ -122,7 +123,7 @@ class Block(nn.Module):
         return add_branch(x, mlp(layer_norm(self.norm_epsilon, "norm2")(x)), "mlp")
 
 
-class ViT(nn.Module):
+class ViT(Encoder):
     """A plain Vision Transformer under the encoder contract (see `simmim_jax.models`).
 
     width, depth, heads: of the transformer; width must be a multiple of heads.
@@ -253,8 +254,3 @@ class ViT(nn.Module):
         if self.final_norm:
             x = layer_norm(self.norm_epsilon, "norm")(x)
         return to_map(x)
-
-    def __call__(
-        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
-    ) -> Float[Array, "b i j d"]:
-        return self.trunk(self.embed(images), train, position)

@@ -30,6 +30,11 @@ def stage_grids(image_size: tuple[int, int], patch_size: int, stages: int) -> li
     return grids
 
 
+def stage_windows(image_size: tuple[int, int], patch_size: int, stages: int, window: int) -> tuple[int, ...]:
+    """The side of each stage's windows, in tokens."""
+    return tuple(window_and_shift(grid, window, False)[0] for grid in stage_grids(image_size, patch_size, stages))
+
+
 def pad_to_multiple(x: Float[Array, "b i j d"], side: int) -> Float[Array, "b ip jp d"]:
     """Zeros below and to the right, up to the next multiple of `side`."""
     below, right = -x.shape[1] % side, -x.shape[2] % side
