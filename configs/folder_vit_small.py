@@ -21,7 +21,6 @@ def get_config(argument: str = "") -> ConfigDict:
     c.batch_size = 256
     c.base_learning_rate = 2e-4
     c.encoder.size = "s"
-    c.data.source = "folder"
     c.eval_every = 2000
     if argument == "probes":
         c.probe_block = 8

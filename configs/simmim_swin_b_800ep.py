@@ -3,7 +3,7 @@
     python -m simmim_jax.main --config configs/simmim_swin_b_800ep.py --config.data.data_dir=DIR --workdir runs/swin_b
 
 DIR holds TFDS's imagenet2012, prepared as array_record. For a folder with train/<class>/ and val/<class>/ add
---config.data.source=folder --config.data.path=DIR. On few devices --config.microbatches=N keeps batch and recipe.
+--config.data.path=DIR. On few devices --config.microbatches=N keeps batch and recipe.
 
 Every number is that of simmim_pretrain__swin_base__img192_window6__800ep.yaml, or where that is silent of config.py, of
 microsoft/SimMIM d3e29bc: base rate 1e-4, warm-up from 5e-7 over 10 epochs, both times batch / 512; a tenth of the rate
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.optim.decay_mask_token = c.optim.decay_bias_tables = False
     c.optim.min_learning_rate = 0.0  # unused by this schedule
 
-    c.data.source, c.data.name = "tfds", "imagenet2012"
+    c.data.name = "imagenet2012"
     c.data.workers = 16
     c.image_size = (192, 192)
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 
 from absl import flags
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, config_flags
 from ml_collections.config_dict import placeholder
 
 from simmim_jax.errors import ConfigError
@@ -23,7 +23,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Fields that may change between two runs of one workdir, because no parameter depends on them.
 FREE = (
-    "data.workers", "data.threads", "data.prefetch", "data.path", "data.data_dir", "data.max_bad_fraction", "mesh.",
+    "data.workers", "data.threads", "data.prefetch", "data.on_error", "data.max_bad_fraction", "mesh.",
+    "data.source", "data.path", "data.name", "data.data_dir",  # which images these are, their fingerprint tells
     "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block", "encoder.size", "imported.",
     "objective.mask_token_truncation",  # which runs had before the encoder's init_truncation said it
 )  # fmt: skip
@@ -45,9 +46,9 @@ def base_config() -> ConfigDict:
     c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # fsdp=-1: parameters and moments split over all devices
 
     c.data = ConfigDict()
-    c.data.source = "folder"  # digits, folder, tfds
-    c.data.path = ""  # of a folder of images, flat or by class, nested or not
-    c.data.name, c.data.data_dir = "", ""  # of a TFDS dataset; an empty data_dir is TFDS's own default
+    c.data.source = "auto"  # what path and name say; or digits, folder, list, tar, parquet, array_record, tfds
+    c.data.path = ""  # a folder of images, prepared shards, a list file, tar or Parquet files: data/sources/__init__.py
+    c.data.name, c.data.data_dir = "", ""  # of a TFDS dataset; data_dir: TFDS's, or where a list's paths begin
     c.data.split = "train"
     c.data.heldout_split = "validation"
     c.data.heldout_fraction = 0.02  # of a folder that has no held-out part of its own
@@ -56,6 +57,7 @@ def base_config() -> ConfigDict:
     c.data.flip = 0.5
     c.data.interpolation = "bilinear"
     c.data.workers, c.data.threads, c.data.prefetch = 0, 2, 4
+    c.data.on_error = "skip"  # a bad image is replaced by another; or "raise": it stops the run
     c.data.max_bad_fraction = 0.01  # of all images; beyond it the run stops
     c.data.max_pixels = 64_000_000
 
@@ -195,7 +197,12 @@ def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + name, value
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def define_config_flag() -> None:
+    """Define --config as `main` does, for the tools that take a config too."""
+    config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
+
+
+def parse_flags(argv: list[str], *, needs_workdir: bool = True) -> list[str]:
     """absl's flag parser, with every mistake as a ConfigError of one line. For `app.run(flags_parser=...)`."""
     path = _flag_value(argv, "config")
     if path and not os.path.isfile(path.split(":")[0]):
@@ -205,7 +212,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         if path is None:
             fix = "give --config=configs/digits_vit_tiny.py, or another of configs/"
             raise ConfigError("no config given", "--config", fix)
-        if _flag_value(argv, "workdir") is None:
+        if needs_workdir and _flag_value(argv, "workdir") is None:
             raise ConfigError("no workdir given", "--workdir", "give a folder for the run, like --workdir=runs/mine")
     try:
         rest = flags.FLAGS(argv)

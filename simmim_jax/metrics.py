@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import tensorboardX
 
+STARVED = 0.2  # the share of a run's time that may go into waiting for data before the run says what to change
+QUIET = ("skipped", "bad_images")  # on the console only where they are not 0
+
 
 class Records:
     """The files of a run in `workdir`, cut back to `step` first: what came later will be computed again."""
@@ -32,10 +35,11 @@ class Records:
             str(self._folder / "tensorboard"), purge_step=step + 1 if step else None
         )
 
-    def write_metrics(self, step: int, row: dict[str, float], machine: dict[str, float]) -> None:
+    def write_metrics(self, step: int, row: dict[str, float | str], machine: dict[str, float]) -> None:
         """One row of metrics.jsonl; `machine` is what depends on the machine, and goes to TensorBoard alone."""
         self._write("metrics", {"step": step, **row})
-        self._board_scalars(step, {f"train/{name}": value for name, value in (row | machine).items()})
+        numbers = {name: value for name, value in (row | machine).items() if not isinstance(value, str)}
+        self._board_scalars(step, {f"train/{name}": value for name, value in numbers.items()})
 
     def write_evaluation(self, step: int, row: dict[str, float], pictures: dict[str, np.ndarray]) -> None:
         """One row of evaluations.jsonl, and `pictures` (uint8 [y, x, 3]) for TensorBoard."""
@@ -107,6 +111,7 @@ class Progress:
 
     def __init__(self, clock: Clock, *, step: int, steps: int, steps_per_epoch: int, batch_size: int):
         self._clock, self._steps, self._steps_per_epoch, self._batch_size = clock, steps, steps_per_epoch, batch_size
+        self._first_step, self._said = step, False
         self._marks = deque(maxlen=5)  # step, seconds of steps and data, seconds of data: as each line was written
         self._mark(step)
 
@@ -121,8 +126,16 @@ class Progress:
         done, busy, waited = (now - then for now, then in zip(self._mark(step), first, strict=True))
         return {"images_per_second": done * self._batch_size / max(busy, 1e-9), "data_wait": waited / max(busy, 1e-9)}
 
+    def is_starved(self) -> bool:
+        """Whether over the last lines more than `STARVED` of the time went into waiting for data; said once a run."""
+        (_, busy, waited), (_, busy_then, waited_then) = self._marks[-1], self._marks[0]
+        begun = self._marks[0][0] > self._first_step  # until then the lines hold the start of the workers
+        starved = begun and not self._said and waited - waited_then > STARVED * (busy - busy_then)
+        self._said |= starved
+        return starved
+
     def line(self, step: int, row: dict[str, float], machine: dict[str, float]) -> str:
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "skipped" or value)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in QUIET or value)
         left = (self._steps - step) * self._batch_size / max(machine["images_per_second"], 1e-9)
         return (
             f"step {step}/{self._steps}  epoch {step / self._steps_per_epoch:.2f}  {numbers}  "

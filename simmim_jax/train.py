@@ -26,7 +26,7 @@ from simmim_jax.evals.features import make_feature_reader
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.classify import make_features
-from simmim_jax.train_step import TrainState, init_state, train_step
+from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
 
 
 def train(config: ConfigDict, workdir: str) -> dict:
@@ -119,7 +119,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         with clock.measure("compile"):
             compiled_step = compile_step(
                 partial(
-                    train_step,
+                    step_and_samples,
                     loss_fn=optim.freeze(objective.loss_fn, config.optim.frozen),
                     tx=tx,
                     microbatches=config.microbatches,
@@ -137,13 +137,16 @@ def train(config: ConfigDict, workdir: str) -> dict:
             nonlocal skipped
             with clock.measure("step"):
                 values = jax.device_get(device_metrics)
+            samples = f"{int(values.pop('samples')):08x}"
             row = {name: float(values[name]) for name in ("loss", *sorted(values.keys() - {"loss"}))}
             skipped = skipped + 1 if row["skipped"] else 0
             if step % config.log_every == 0 or step in (1, steps) or skipped:
                 row["learning_rate"] = float(schedule(step - 1))
                 machine = progress.machine(step)
-                records.write_metrics(step, row, machine)
+                records.write_metrics(step, row | {"samples": samples}, machine)
                 print(progress.line(step, row, machine), flush=True)
+                if progress.is_starved():
+                    print(f"the device waits for data: {data.advice(source, workers=config.data.workers)}", flush=True)
             if skipped > config.max_skipped:
                 raise NonFiniteError(
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
@@ -197,6 +200,12 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 if pending:
                     record(*pending)
                 pending = (step, device_metrics)
+        except DataError:
+            if pending:
+                record(*pending)
+            if step > saved and not skipped and jax.process_count() == 1:  # the others would have to save with it
+                save()
+            raise
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -258,7 +267,7 @@ def make_sources(config: ConfigDict) -> tuple:
 def batch_options(config: ConfigDict) -> tuple[dict, dict]:
     """What decides which pixels are in the batch of a step, and how they are loaded."""
     pixels = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
-    loading = ("workers", "threads", "prefetch", "max_bad_fraction")
+    loading = ("workers", "threads", "prefetch", "on_error", "max_bad_fraction")
     what = {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean)}
     return what | {name: config.data[name] for name in pixels}, {name: config.data[name] for name in loading}
 
@@ -290,7 +299,8 @@ def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
 
 def write_versions(workdir: str) -> None:
     """What runs in `workdir`, in versions.json."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
+    packages += ("cykooz-resizer",)
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     metrics.write_atomically(Path(workdir) / "versions.json", json.dumps(versions, indent=2) + "\n")
 
@@ -396,8 +406,18 @@ def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
 def abstract_batch(config: ConfigDict) -> dict:
     """Shapes and types of a whole batch on the device."""
     size, shape = config.batch_size, (config.batch_size, *config.image_size, len(config.mean))
-    integers = jax.ShapeDtypeStruct((size,), np.int32)
-    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": integers, "position": integers}
+    of_each = {"label": np.int32, "position": np.int32, "index": np.uint32, "replaced": np.bool_}
+    integers = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in of_each.items()}
+    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), **integers}
+
+
+def step_and_samples(state: TrainState, batch: dict, key: jax.Array, **options) -> tuple[TrainState, dict]:
+    """`train_step`, which also tells which images the whole batch held, and how many of them stand in for bad ones."""
+    index, replaced = batch["index"], batch["replaced"]
+    learned = {name: batch[name] for name in ("image", "label", "position")}
+    state, values = train_step(state, learned, key, **options)
+    values |= {"samples": digest_samples(index, batch["position"]), "bad_images": replaced.sum(dtype=np.int32)}
+    return state, values
 
 
 def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array, mesh) -> Callable:
@@ -412,9 +432,10 @@ def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array,
     return jitted.lower(state, batch, key).compile()
 
 
-def to_device(batch: dict, mesh, names: tuple[str, ...] = ("image", "label", "position")) -> dict:
+def to_device(batch: dict, mesh, names: tuple[str, ...] = ("image", "label", "position", "index", "replaced")) -> dict:
     """What of a batch the device needs, as global arrays."""
-    return sharding.to_global({name: batch[name] for name in names}, mesh)
+    narrow = {"index": batch["index"].astype(np.uint32)}  # JAX has no 64 bits; of more than 2**32 images, the last 32
+    return sharding.to_global({name: narrow.get(name, batch[name]) for name in names}, mesh)
 
 
 def make_evaluators(
@@ -437,6 +458,7 @@ def make_evaluators(
         process=jax.process_index(),
         processes=jax.process_count(),
         threads=config.data.threads,
+        on_error=config.data.on_error,
         max_pixels=config.data.max_pixels,
     )
     everywhere = sharding.replicated(mesh)

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Int32, Key, PyTree, UInt32
 
 
 @struct.dataclass
@@ -46,6 +47,18 @@ def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Cal
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     ((loss, metrics), grads), _ = jax.lax.scan(part, zeros, parts)
     return jax.tree.map(lambda x: x / microbatches, (loss, metrics, grads))
+
+
+def digest_samples(index: UInt32[Array, " b"], position: Int32[Array, " b"]) -> UInt32[Array, ""]:
+    """32 bits that tell which images a batch holds and where, the same however the batch is split over devices.
+
+    index: of each image in its source. position: of each row in the whole batch. A sum, so that order does not matter,
+    of each pair hashed (the finalizer of MurmurHash3, Appleby 2011).
+    """
+    bits = index * np.uint32(0x9E3779B1) + position.astype(jnp.uint32) * np.uint32(0x85EBCA77)
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return (bits ^ (bits >> 16)).sum(dtype=jnp.uint32)
 
 
 def write_over(params: PyTree, part: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Batches: the same at a step however they are computed, whole whatever the files are, and gone when the run is."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -80,6 +81,7 @@ def test_a_batch_is_what_its_records_say(digits, six):
             "image": ((16, 12, 10, 1), "uint8"),
             "label": ((16,), "int32"),
             "index": ((16,), "int64"),
+            "replaced": ((16,), "bool"),
             "position": ((16,), "int32"),
         }
         assert [digits[i]["label"] for i in batch["index"].tolist()] == batch["label"].tolist()
@@ -190,6 +192,7 @@ def test_bad_images_are_replaced_alike_for_any_workers_and_processes(spoilt):
     assert counts[0] == counts[1]  # the substitute depends on the bad index alone
     assert not set(counts[0]) & set(bad)
     assert sorted(counts[0].values()) == [1] * 54 + [2] * 5  # five different images stand in
+    assert sum(batch["replaced"].sum() for batch in one) == 10  # five an epoch
     for batch in one:  # and the image is that of the index told
         assert np.array_equal(batch["image"][:, 0, 0, 0], 3 * batch["index"])
 
@@ -215,10 +218,11 @@ def test_too_many_bad_images_stop_the_run_and_say_which(workers, spoilt):
     assert next(batches, "ended") == "ended"
 
 
-def test_a_fraction_of_zero_stops_at_the_first(spoilt):
+@pytest.mark.parametrize("options", [{"max_bad_fraction": 0.0}, {"on_error": "raise", "max_bad_fraction": 0.5}])
+def test_a_fraction_of_zero_and_the_policy_raise_stop_at_the_first(options, spoilt):
     source, _ = spoilt
     with pytest.raises(DataError, match="1 bad images, of at most 0"):
-        take(make_batches(source, max_bad_fraction=0.0, **OPTIONS), 4)
+        take(make_batches(source, **options, **OPTIONS), 4)
 
 
 def test_an_unreadable_or_vanished_file_is_a_bad_image(tmp_path, caplog):
@@ -270,6 +274,7 @@ def test_a_batch_larger_than_the_data_is_refused(digits):
         ({"workers": -1}, "workers=-1"),
         ({"prefetch": 0}, "prefetch=0"),
         ({"max_bad_fraction": 2.0}, "max_bad_fraction=2"),
+        ({"on_error": "ignore"}, "on_error='ignore'.*skip, raise"),
     ],
 )
 def test_values_that_cannot_work_are_refused_at_once(changed, says, digits):
@@ -401,25 +406,49 @@ def test_a_run_that_ends_leaves_no_worker_no_shared_memory_and_no_noise(tmp_path
     assert not wait_until_dead(workers, 1)
 
 
+def shared_memory_of(pids: list[int]) -> set[str]:
+    """The names of the shared memory that any of these processes has mapped; others may have their own meanwhile."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+    return set(re.findall(r"/dev/shm/(psm_\w+)", maps))
+
+
 def test_workers_do_not_outlive_a_killed_main_process(tmp_path):
-    before = set(os.listdir("/dev/shm"))
     program, workers = start(tmp_path, "time.sleep(60)")
+    mapped = shared_memory_of([program.pid, *workers])
+    assert len(mapped) > 4
     program.kill()
     program.wait()
     assert not wait_until_dead(workers, 5)
     program.stdout.close(), program.stderr.close()
     time.sleep(0.5)  # the resource tracker sees them go, and then clears up
-    assert not set(os.listdir("/dev/shm")) - before
+    assert not mapped & set(os.listdir("/dev/shm"))
 
 
-def test_a_killed_worker_is_an_error_that_names_the_signal(digits):
-    batches = make_batches(digits, workers=2, **{**OPTIONS, "image_size": (64, 64)})
-    next(batches)
-    victim = multiprocessing.active_children()[0]
+def kill_a_worker() -> int:
+    victim = next(child for child in multiprocessing.active_children() if child.name.startswith("grain"))
     os.kill(victim.pid, signal.SIGKILL)
+    return victim.pid
+
+
+def test_a_killed_workers_batches_are_made_again_once_and_a_second_death_ends_the_run(digits, caplog):
+    unbroken = take(make_batches(digits, **OPTIONS), 24)
+    batches = make_batches(digits, workers=2, prefetch=1, **OPTIONS)
+    first = [next(batches) for _ in range(2)]
+    time.sleep(1.1)  # their memory is looked at once a second
+    first += [next(batches)]
+    killed = kill_a_worker()
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"a data worker was killed by SIGKILL - exit code -9 - .*data\.workers"):
-        list(batches)
+    assert_equal([*first, *itertools.islice(batches, 21)], unbroken)
+    assert time.monotonic() - began < 10  # two workers have started in that time
+    (told,) = [record.message for record in caplog.records if "its work is done again" in record.message]
+    assert re.match(
+        rf"data worker {killed} was killed by SIGKILL \(exit code -9, with \d+ MiB of .* MiB are free", told
+    )
+
+    kill_a_worker()
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"worker.* was killed by SIGKILL, the second to die - exit .*data\.workers"):
+        list(itertools.islice(batches, 20))
     assert time.monotonic() - began < 5
     assert next(batches, "ended") == "ended"
 

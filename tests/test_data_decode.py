@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim_jax.data.decode import BadImage, decode
+from simmim_jax.data.decode import BadImage, Picture, decode
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -32,50 +32,53 @@ def ramp(mode: str, size=(9, 7)) -> Image.Image:
 def test_every_mode_becomes_grey_or_rgb(mode, form, channels):
     image = ramp("L").convert("I").point(lambda value: value * 257).convert("I;16") if mode == "I;16" else ramp(mode)
     decoded = decode(encoded(image, form), channels)
-    assert decoded.mode == {1: "L", 3: "RGB"}[channels]
-    assert decoded.size == (9, 7)
+    assert decoded.shape == (7, 9, channels)
     if mode != "1":  # all else holds the ramp itself, up to JPEG's rounding
-        error = np.abs(np.asarray(decoded.convert("L"), float) - np.asarray(ramp("L"), float))
+        error = np.abs(decoded.mean(axis=-1) - np.asarray(ramp("L"), float))
         assert error.max() <= 12
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
     pixels = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    assert np.asarray(decode(encoded(Image.fromarray(pixels)), 1)).tolist() == [[0, 0, 1, 128, 255]]
-    assert np.asarray(decode(pixels, 1)).tolist() == [[0, 0, 1, 128, 255]]
+    assert decode(encoded(Image.fromarray(pixels)), 1)[..., 0].tolist() == [[0, 0, 1, 128, 255]]
+    assert decode(pixels, 1)[..., 0].tolist() == [[0, 0, 1, 128, 255]]
 
 
 def test_alpha_is_dropped_and_not_composited():
-    assert decode(encoded(Image.new("RGBA", (1, 1), (200, 100, 50, 0))), 3).getpixel((0, 0)) == (200, 100, 50)
+    assert decode(encoded(Image.new("RGBA", (1, 1), (200, 100, 50, 0))), 3).tolist() == [[[200, 100, 50]]]
     palette = Image.new("P", (1, 1), 1)
     palette.putpalette([0, 0, 0, 9, 8, 7])
-    assert decode(encoded(palette, transparency=b"\xff\x00"), 3).getpixel((0, 0)) == (9, 8, 7)
+    assert decode(encoded(palette, transparency=b"\xff\x00"), 3).tolist() == [[[9, 8, 7]]]
 
 
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
-    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+def test_exif_orientation_is_applied(orientation, form):
+    upright = (np.arange(6, dtype=np.uint8).reshape(2, 3) * 40).repeat(8, 0).repeat(8, 1)  # each a block of a JPEG's
     # rows and columns of the stored image, for a viewer that turns it back (EXIF 2.3, table of Orientation)
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
               6: upright.T[::-1], 7: upright.T[::-1, ::-1], 8: upright.T[:, ::-1]}[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
-    assert np.array_equal(np.asarray(decode(data, 1)), upright)
+    image = Picture(encoded(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif), 1)
+    assert (image.height, image.width) == (16, 24)
+    assert np.abs(image.read()[..., 0].astype(int) - upright).max() <= 1
+    if form == "JPEG":
+        assert np.abs(image.read(8)[..., 0].astype(int) - upright[::8, ::8]).max() <= 1
 
 
 def test_damaged_exif_does_not_cost_the_image():
-    assert decode(encoded(ramp("RGB"), "JPEG", exif=b"Exif\0\0garbage"), 3).size == (9, 7)
+    assert decode(encoded(ramp("RGB"), "JPEG", exif=b"Exif\0\0garbage"), 3).shape == (7, 9, 3)
 
 
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
-    assert decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), 1).getpixel((0, 0)) == 10
+    assert decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), 1)[0, 0, 0] == 10
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
 def test_extreme_shapes_decode(size):
-    assert decode(encoded(Image.new("L", size)), 3).size == size
+    assert decode(encoded(Image.new("L", size)), 3).shape == (*size[::-1], 3)
 
 
 JPEG = encoded(ramp("RGB", (64, 64)), "JPEG")
@@ -124,7 +127,7 @@ def test_a_bomb_is_refused_by_its_header_before_memory_is_taken(side, form):
 
 
 def test_max_pixels_holds_for_arrays_too():
-    assert decode(np.zeros((4, 5, 3), np.uint8), 3, max_pixels=20).size == (5, 4)
+    assert decode(np.zeros((4, 5, 3), np.uint8), 3, max_pixels=20).shape == (4, 5, 3)
     with pytest.raises(BadImage, match="4 x 5 pixels, more than max_pixels=19"):
         decode(np.zeros((4, 5, 3), np.uint8), 3, max_pixels=19)
 
@@ -137,3 +140,81 @@ def test_other_channel_counts_are_taken_as_stored_and_never_converted():
         decode(pixels, 3)
     with pytest.raises(BadImage, match="3 channels where 5 are expected"):
         decode(encoded(ramp("RGB")), 5)
+
+
+# --- JPEG, whose fast path must give what Pillow gives
+
+
+def noise(mode="RGB", size=(83, 61)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((size[0] * 2, size[1] * 2)).resize(size).convert(mode)
+
+
+def with_marker(data: bytes, marker: int, body: bytes) -> bytes:
+    """The file with one more segment at its start."""
+    return data[:2] + bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body + data[2:]
+
+
+JPEGS = {
+    **{f"quality {q} {s}": {"quality": q, "subsampling": s} for q in (30, 75, 98) for s in ("4:4:4", "4:2:2", "4:2:0")},
+    "progressive": {"progressive": True, "quality": 90},
+    "optimized": {"optimize": True},
+    "restarts": {"restart_marker_rows": 1},
+    "stored as RGB": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS.keys())
+def test_a_jpeg_decodes_to_the_bits_that_pillow_gives(options, mode, channels):
+    if options.get("keep_rgb") and mode != "RGB":
+        options = {}
+    data = encoded(noise(mode), "JPEG", **options)
+    theirs = Image.open(io.BytesIO(data)).convert({1: "L", 3: "RGB"}[channels])
+    assert np.array_equal(decode(data, channels), np.atleast_3d(np.asarray(theirs)))
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("size", [(83, 61), (64, 64), (8, 200)])
+def test_a_reduced_jpeg_has_its_sides_divided_and_its_look_kept(size, reduce):
+    data = encoded(ramp("RGB", size), "JPEG", quality=95)
+    small = Picture(data, 3).read(reduce)
+    assert small.shape == (-(-size[1] // reduce), -(-size[0] // reduce), 3)
+    assert abs(small.mean() - decode(data, 3).mean()) < 8  # a last row of fewer pixels weighs as much as the others
+
+
+def test_what_is_no_jpeg_comes_whole_however_reduced():
+    for image in (encoded(ramp("RGB", (64, 48))), np.zeros((48, 64, 3), np.uint8), encoded(noise("CMYK"), "JPEG")):
+        assert np.array_equal(Picture(image, 3).read(4), decode(image, 3))
+
+
+def test_jpegs_that_are_damaged_get_pillows_verdict():
+    data = encoded(noise(size=(160, 120)), "JPEG")
+    rng = np.random.default_rng(0)
+    same = {"decoded": 0, "refused": 0}
+    for _ in range(200):
+        spoilt = bytearray(data)
+        for _ in range(rng.integers(1, 4)):
+            spoilt[rng.integers(len(data))] = rng.integers(256)
+        if rng.random() < 0.3:
+            spoilt = spoilt[: rng.integers(len(data))]
+        try:
+            theirs = np.asarray(Image.open(io.BytesIO(spoilt), formats=["JPEG"]).convert("RGB"))
+        except Exception:  # whatever Pillow makes of it
+            with pytest.raises(BadImage):
+                decode(bytes(spoilt), 3)
+            same["refused"] += 1
+        else:
+            assert np.array_equal(decode(bytes(spoilt), 3), theirs)
+            same["decoded"] += 1
+    assert min(same.values()) > 30
+
+
+def test_a_jpeg_with_two_headers_takes_no_more_memory_than_was_checked():
+    data = encoded(noise(), "JPEG")
+    start = data.index(b"\xff\xc0")
+    header = bytearray(data[start + 4 : start + 4 + 15])
+    header[1:5] = (30_000).to_bytes(2, "big") * 2
+    with pytest.raises(BadImage):
+        decode(with_marker(data, 0xC0, bytes(header)), 3, max_pixels=100_000)

@@ -1,15 +1,34 @@
 """Crops: torchvision's distribution, sizes that are not square, and no pixel moved without reason."""
 
+import io
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from simmim_jax.data.transforms import _random_box, random_flip, random_resized_crop, resize_and_centre_crop
+from simmim_jax.data.decode import Picture
+from simmim_jax.data.transforms import _random_box, random_flip, random_resized_crop, resize, resize_and_centre_crop
 
 
 def photograph(height, width) -> Image.Image:
-    coarse = np.random.default_rng(0).integers(64, 192, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    """Soft shapes and hard edges: what filters get right, and where they overshoot."""
+    rng = np.random.default_rng(0)
+    soft = Image.fromarray(rng.integers(64, 192, (8, 8, 3), dtype=np.uint8)).resize((width, height), 3)
+    hard = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8).repeat(-(-height // 5), 0).repeat(-(-width // 7), 1)
+    edges = np.arange(width) % 64 < 20
+    return Image.fromarray(np.where(edges[:, None], hard[:height, :width], np.asarray(soft)))
+
+
+def picture(image: Image.Image | np.ndarray) -> Picture:
+    pixels = np.atleast_3d(np.asarray(image))
+    return Picture(pixels, pixels.shape[2])
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
 
 
 def test_boxes_lie_inside_and_keep_to_the_area_and_the_ratio():
@@ -56,7 +75,7 @@ def test_a_shape_that_no_try_fits_gets_the_largest_centred_box(width, height, bo
 def test_every_shape_of_image_gives_every_size(shape, size):
     for channels in (1, 3, 5):
         pixels = np.zeros((*shape, channels), np.uint8)
-        image = pixels if channels == 5 else Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+        image = picture(pixels)
         for crop in (random_resized_crop(image, np.random.default_rng(0), size), resize_and_centre_crop(image, size)):
             assert crop.shape == (*size, channels)
             assert crop.dtype == np.uint8
@@ -64,8 +83,8 @@ def test_every_shape_of_image_gives_every_size(shape, size):
 
 def test_a_whole_image_at_its_own_size_is_untouched():
     image = photograph(20, 30)
-    assert np.array_equal(resize_and_centre_crop(image, (20, 30)), np.asarray(image))
-    whole = random_resized_crop(image, np.random.default_rng(0), (20, 30), scale=(1.0, 1.0), ratio=(1.5, 1.5))
+    assert np.array_equal(resize_and_centre_crop(picture(image), (20, 30)), np.asarray(image))
+    whole = random_resized_crop(picture(image), np.random.default_rng(0), (20, 30), scale=(1.0, 1.0), ratio=(1.5, 1.5))
     assert np.array_equal(whole, np.asarray(image))
 
 
@@ -79,7 +98,9 @@ def test_the_centre_crop_is_that_of_a_resize_and_a_crop(height, width, interpola
     )
     left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
     expected = np.asarray(resized.crop((left, top, left + 224, top + 224))).astype(int)
-    crop = resize_and_centre_crop(image, (224, 224), crop_fraction=0.875, interpolation=interpolation).astype(int)
+    crop = resize_and_centre_crop(picture(image), (224, 224), crop_fraction=0.875, interpolation=interpolation).astype(
+        int
+    )
     # of the passes along rows and columns, each rounded to 8 bits, Pillow takes first the one that saves more work:
     # one rounding differs, and bicubic's weights, which sum to 1.3 in size, may make two of it
     assert np.abs(crop - expected).max() <= 2
@@ -87,16 +108,16 @@ def test_the_centre_crop_is_that_of_a_resize_and_a_crop(height, width, interpola
 
 def test_a_wide_crop_of_a_tall_image_keeps_the_middle():
     rows = np.repeat(np.arange(100, dtype=np.uint8)[:, None], 50, 1)
-    crop = resize_and_centre_crop(Image.fromarray(rows), (10, 50))
+    crop = resize_and_centre_crop(picture(rows), (10, 50))
     assert crop.shape == (10, 50, 1)
     assert np.array_equal(crop[:, 0, 0], np.arange(45, 55))
 
 
 def test_each_channel_of_many_is_resized_like_grey():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
-    crops = resize_and_centre_crop(image, (8, 12), interpolation="bicubic")
+    crops = resize_and_centre_crop(picture(image), (8, 12), interpolation="bicubic")
     for channel in range(5):
-        grey = resize_and_centre_crop(Image.fromarray(image[..., channel]), (8, 12), interpolation="bicubic")
+        grey = resize_and_centre_crop(picture(image[..., channel]), (8, 12), interpolation="bicubic")
         assert np.array_equal(crops[..., channel], grey[..., 0])
 
 
@@ -107,3 +128,70 @@ def test_flips_come_with_their_probability():
     assert np.array_equal(random_flip(image, rng, 0.0), image)
     flipped = sum(random_flip(image, rng, 0.25)[0, 0, 0] == 5 for _ in range(2000))
     assert 430 < flipped < 570  # 500 and 3.6 standard deviations
+
+
+# --- beside Pillow, which torchvision resizes with
+
+# Where nothing overshoots the two differ by one rounding. Pillow's bicubic and lanczos weights have 22 bits, those of
+# cykooz_resizer 16 or fewer, and beside a hard edge their overshoot is what they multiply.
+BOUNDS = {"nearest": 0, "bilinear": 1, "bicubic": 9, "lanczos": 15}
+
+
+@pytest.mark.parametrize("interpolation", BOUNDS)
+@pytest.mark.parametrize("shape", [(334, 500), (500, 375), (90, 61), (224, 224)])
+def test_a_random_crop_is_pillows(interpolation, shape):
+    image = photograph(*shape)
+    for seed in range(8):
+        crop = random_resized_crop(picture(image), np.random.default_rng(seed), (224, 192), interpolation=interpolation)
+        box = _random_box(np.random.default_rng(seed), *image.size, (0.67, 1.0), (3 / 4, 4 / 3))
+        expected = image.crop(box).resize((192, 224), getattr(Image.Resampling, interpolation.upper()))
+        difference = np.abs(crop.astype(int) - np.asarray(expected))
+        assert difference.max() <= BOUNDS[interpolation]
+        assert difference.mean() < 0.05
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_a_resize_within_a_box_is_pillows_for_any_number_of_channels(channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, channels), dtype=np.uint8)
+    for box in [(0, 0, 80, 60), (3.25, 7.5, 61.75, 44.125)]:
+        ours = resize(pixels, (24, 40), "bilinear", box)
+        for channel in range(channels):
+            theirs = Image.fromarray(pixels[..., channel]).resize((40, 24), Image.Resampling.BILINEAR, box=box)
+            assert np.abs(ours[..., channel].astype(int) - np.asarray(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("side", [300, 340, 700, 1400])
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_hardly_differs(side, monkeypatch):
+    data = jpeg(photograph(side, side), quality=92)
+    asked = []
+    read = Picture.read
+    monkeypatch.setattr(Picture, "read", lambda self, reduce=1: asked.append(reduce) or read(self, reduce))
+    crop = random_resized_crop(Picture(data, 3), np.random.default_rng(0), (112, 112), (1.0, 1.0), (1.0, 1.0))
+    whole = np.asarray(Image.open(io.BytesIO(data)).resize((112, 112), Image.Resampling.BILINEAR)).astype(int)
+    assert asked == [{300: 1, 340: 2, 700: 4, 1400: 8}[side]]  # what is left has 1.5 times the pixels that are wanted
+    difference = np.abs(crop - whole)
+    assert difference.max() <= (1 if side == 300 else 16)
+    assert difference.mean() < 2
+
+
+def test_a_turned_jpeg_is_cropped_upright_whole_or_reduced():
+    image = photograph(400, 600)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = jpeg(image, quality=95, exif=exif)
+        upright = Picture(stored, 3)
+        expected = np.asarray(
+            Image.open(io.BytesIO(stored)).transpose(TURNS[orientation]) if orientation > 1 else image
+        )
+        assert (upright.height, upright.width) == expected.shape[:2]
+        for size in [(300, 300), (100, 100)]:
+            crop = resize_and_centre_crop(upright, size, interpolation="bilinear").astype(int)
+            whole = resize_and_centre_crop(picture(expected), size, interpolation="bilinear")
+            assert np.abs(crop - whole).mean() < 2
+            assert math.isclose(
+                crop[:9, :9].mean(), whole[:9, :9].mean(), abs_tol=3
+            )  # the corner tells the eight apart
+
+
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Image.Transpose, by EXIF orientation

@@ -18,8 +18,9 @@ FLOORS = {
     "train": 4,
     "main": 5, "tools.": 5,
 }  # fmt: skip
-COMMANDS = ("main", "tools.convert")  # they tell --help and a mistake in a flag before JAX comes in
-HEAVY = {"torch", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"}
+# they tell --help and a mistake in a flag before JAX comes in
+COMMANDS = ("main", "tools.convert", "tools.prepare", "tools.preview")
+HEAVY = {"torch", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "pyarrow"}
 
 
 def module_name(path: Path) -> str:

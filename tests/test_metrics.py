@@ -53,6 +53,19 @@ def test_the_progress_line_gives_rate_waiting_and_time_left():
     assert line == "step 20/100  epoch 2.00  loss 0.5  160 images/s  data wait 25%  ETA 0:00:16"
 
 
+def test_a_run_that_waits_for_data_says_so_once_when_the_start_is_past():
+    clock = Clock()
+    progress = Progress(clock, step=0, steps=1000, steps_per_epoch=10, batch_size=32)
+    said = []
+    for line in range(1, 20):
+        clock.seconds["step"] += 1.0
+        clock.seconds["data"] += 5.0 if line == 1 else 0.1 if line < 10 else 0.5  # the workers start; later they starve
+        progress.machine(10 * line)
+        said.append(progress.is_starved())
+    # at line 11 two of the last four lines have 0.5 s each, two 0.1 s: 1.2 of 5.2 s
+    assert [n for n, starved in enumerate(said, start=1) if starved] == [11]
+
+
 def test_durations_are_readable():
     expected = {0.0: "0:00:00", 61.4: "0:01:01", 3600 * 30 + 5.0: "30:00:05", float("inf"): "unknown"}
     assert {seconds: duration(seconds) for seconds in expected} == expected

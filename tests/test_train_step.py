@@ -13,7 +13,7 @@ from simmim_jax import sharding
 from simmim_jax.errors import ConfigError
 from simmim_jax.optim import make_optimizer
 from simmim_jax.train import compile_step
-from simmim_jax.train_step import init_state, train_step
+from simmim_jax.train_step import digest_samples, init_state, train_step
 
 KEY = jax.random.key(0)
 # Wide enough that fsdp splits something; with stochastic depth, whose draws must not depend on the split either.
@@ -156,3 +156,15 @@ def test_a_batch_that_does_not_come_out_even_is_refused_with_those_that_do(batch
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     with pytest.raises(ConfigError, match="1, 2, 4, 8"):
         sharding.make_mesh(*sizes)
+
+
+def test_the_digest_of_samples_tells_which_stand_where_and_not_how_they_are_split():
+    index, position = jnp.arange(32, dtype=jnp.uint32) * 7, jnp.arange(32, dtype=jnp.int32)
+    digest = int(digest_samples(index, position))
+    order = np.random.default_rng(0).permutation(32)
+    assert int(digest_samples(index[order], position[order])) == digest
+    assert int(digest_samples(index[order], position)) != digest
+    assert int(digest_samples(index.at[3].add(1), position)) != digest
+    mesh = sharding.make_mesh()
+    placed = sharding.to_global({"index": np.asarray(index), "position": np.asarray(position)}, mesh)
+    assert int(jax.jit(digest_samples)(placed["index"], placed["position"])) == digest

@@ -11,24 +11,22 @@ Letters of shapes: b images in one process's batch, h height, w width, c channel
 import functools
 import math
 import os
-import re
-import signal
-import threading
-import time
 import weakref
 from collections.abc import Iterator
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
-from simmim_jax.data.decode import MAX_PIXELS, BadImage, decode
+from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode
 from simmim_jax.data.sources import SOURCES, make_source
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
+from simmim_jax.data.workers import close, init_worker, let_grain_run_without_flags, watched
 from simmim_jax.errors import ConfigError, DataError
 
-__all__ = ["SOURCES", "check_batches", "fingerprint", "make_batches", "make_epoch", "make_source"]
+__all__ = ["SOURCES", "advice", "check_batches", "fingerprint", "make_batches", "make_epoch", "make_source"]
 
+ON_ERROR = ("skip", "raise")  # what becomes of a bad image
 TRIES = 64  # substitutes for one bad image, before the data as a whole are held to be bad
 
 
@@ -49,17 +47,19 @@ def make_batches(
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 2,
+    on_error: str = "skip",
     max_bad_fraction: float = 0.01,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's batches from `start_step` on, without end.
 
-    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "position": int32 [b]} with
-    b = batch_size / processes. "index" is the image's in the source, "position" its place in the whole batch: row r of
-    process p has r * processes + p. An epoch is a permutation of the source, and batches run on from one to the next.
+    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "replaced": bool [b],
+    "position": int32 [b]} with b = batch_size / processes. "index" is the image's in the source, "position" its place
+    in the whole batch: row r of process p has r * processes + p. An epoch is a permutation of the source, and batches
+    run on from one to the next.
 
-    In place of a bad image comes another, a function of the bad one's index alone ("index" says which), and the bad one
-    is named on the log, once.
+    In place of a bad image comes another, a function of the bad one's index alone ("index" says which, "replaced" that
+    it is so), and the bad one is named on the log, once.
 
     Args:
       batch_size: over all processes.
@@ -67,16 +67,17 @@ def make_batches(
       flip: the probability of a mirror image.
       start_step: the step that the first batch is for.
       workers: processes that decode; 0 for this one. In each, `threads` make a batch each and `prefetch` batches wait.
+      on_error: "skip", as above, or "raise": the first bad image ends the run.
       max_bad_fraction: of the source's images, rounded up: if more than these prove bad, the data are refused.
 
     Raises:
       ConfigError: at once, for values that cannot work.
-      DataError: at once, for a source smaller than a batch; on the way, for too many bad images or a dead worker.
+      DataError: at once, for a source smaller than a batch; later, for too many bad images or a second dead worker.
     """
     check_batches(
         source, batch_size=batch_size, seed=seed, image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio,
         flip=flip, interpolation=interpolation, start_step=start_step, process=process, processes=processes,
-        workers=workers, threads=threads, prefetch=prefetch, max_bad_fraction=max_bad_fraction,
+        workers=workers, threads=threads, prefetch=prefetch, on_error=on_error, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
     crop = functools.partial(
         _random_crop, size=image_size, scale=crop_scale, ratio=crop_ratio, flip=flip, interpolation=interpolation
@@ -89,18 +90,25 @@ def make_batches(
         .shuffle(shuffle_seed)
         .repeat()
         .random_map(load, seed=map_seed)[process::processes]
-        .batch(batch_size // processes, drop_remainder=True)[start_step:]
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads)))
+        .batch(batch_size // processes, drop_remainder=True)
     )
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
     if workers:
-        _let_grain_run_without_flags()
+        let_grain_run_without_flags()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        dataset = dataset.mp_prefetch(options, functools.partial(_init_worker, main=os.getpid()))
-    opened = [iter(dataset)]
+
+    def open_at(step: int) -> Iterator[dict]:
+        batches = dataset[step:].to_iter_dataset(reading)
+        if workers:
+            batches = batches.mp_prefetch(options, functools.partial(init_worker, main=os.getpid()))
+        return iter(batches)
+
+    opened = [open_at(start_step)]
     check = functools.partial(decode, channels=channels, max_pixels=max_pixels)
+    allowed = math.ceil(max_bad_fraction * len(source)) if on_error == "skip" else 0
     positions = np.arange(process, batch_size, processes, dtype=np.int32)
-    batches = _watch(opened, source, check, math.ceil(max_bad_fraction * len(source)), positions)
-    weakref.finalize(batches, _close, opened)  # also at exit, while what it takes to end workers quietly still exists
+    batches = _count_bad(watched(opened, open_at, start_step), source, check, allowed, positions)
+    weakref.finalize(batches, close, opened)  # also at exit, while what it takes to end workers quietly still exists
     return batches
 
 
@@ -120,6 +128,7 @@ def check_batches(
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 2,
+    on_error: str = "skip",
     max_bad_fraction: float = 0.0,
     **_,
 ) -> None:
@@ -132,6 +141,8 @@ def check_batches(
     _check(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "must be (low, high), above 0")
     _check(0 <= flip <= 1, "flip", flip, "must be in [0, 1]")
     _check(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1]")
+    choices = ", ".join(ON_ERROR)
+    _check(on_error in ON_ERROR, "on_error", on_error, f"must be one of {choices}")
     for key, value in {"start_step": start_step, "workers": workers, "threads": threads}.items():
         _check(value >= 0, key, value, "must be 0 or more")
     _check(prefetch >= 1, "prefetch", prefetch, "must be 1 or more")
@@ -152,6 +163,7 @@ def make_epoch(
     process: int = 0,
     processes: int = 1,
     threads: int = 2,
+    on_error: str = "skip",
     max_pixels: int = MAX_PIXELS,
 ) -> "Epoch":
     """Each image once, in order, centre-cropped: this process's batches, all full, and as many for every process.
@@ -162,6 +174,7 @@ def make_epoch(
 
     Args:
       crop_fraction: the part of the resized image's side that the crop keeps (`transforms.resize_and_centre_crop`).
+      on_error: "skip", as above, or "raise".
       limit: so many records, evenly spread over the source; 0 for all.
     """
     _check_shapes(batch_size, processes, process, image_size, interpolation)
@@ -176,8 +189,10 @@ def make_epoch(
     )
     blank = np.zeros((*image_size, channels), np.uint8)
     load = functools.partial(
-        _load_or_blank, source=source, crop=crop, channels=channels, max_pixels=max_pixels, blank=blank, reported=set()
-    )
+        _load_or_blank, source=source, crop=crop, channels=channels, max_pixels=max_pixels, blank=blank,
+        reported=set(), allowed=on_error == "skip",
+    )  # fmt: skip
+
     place = lambda position: load(int(index[position])) | {"position": np.int32(position)}  # noqa: E731
     dataset = grain.MapDataset.range(len(index)).map(place)[process::processes].batch(batch_size // processes)
     return Epoch(dataset, threads)
@@ -224,6 +239,18 @@ def fingerprint(
     }
 
 
+def advice(source, *, workers: int) -> str:
+    """What to change where a device waits for images that `workers` processes decode."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = source.fingerprint()["source"]
+    changes = []
+    if workers < cores - 1:
+        changes.append(f"set --config.data.workers={cores - 1} (now {workers}, of {cores} cores)")
+    if kind not in ("digits", "array_record"):
+        changes.append("prepare the images once (python -m simmim_jax.tools.prepare SOURCE DEST) and train from DEST")
+    return ", or ".join(changes) or f"all {cores} cores decode already, so it takes a host with more, or smaller images"
+
+
 def _random_crop(image, rng, *, size, scale, ratio, flip, interpolation):
     return random_flip(random_resized_crop(image, rng, size, scale, ratio, interpolation), rng, flip)
 
@@ -235,24 +262,27 @@ def _load_or_substitute(index: int, rng: np.random.Generator, *, source, crop, c
         used = (index + step * stride) % len(source)
         try:
             record = source[used]
-            image = decode(record["image"], channels, max_pixels)
+            image = crop(Picture(record["image"], channels, max_pixels), rng)
         except (BadImage, OSError) as error:
             reason = error
             continue
         bad = -1 if used == index else index
         label = np.int32(record["label"])
-        return {"image": crop(image, rng), "label": label, "index": np.int64(used), "bad_index": np.int64(bad)}
+        return {"image": image, "label": label, "index": np.int64(used), "bad_index": np.int64(bad)}
     what = f"{step + 1} images in a row cannot be read, the last being {source.name(used)}: {reason}"
     raise DataError(what, source.describe(), "see whether the disk is there, and what the files are")
 
 
-def _load_or_blank(index: int, *, source, crop, channels, max_pixels, blank, reported: set) -> dict:
+def _load_or_blank(index: int, *, source, crop, channels, max_pixels, blank, reported: set, allowed: bool) -> dict:
     image, label = None, -1
     if index >= 0:
         try:
             record = source[index]
-            image, label = crop(decode(record["image"], channels, max_pixels)), record["label"]
+            image, label = crop(Picture(record["image"], channels, max_pixels)), record["label"]
         except (BadImage, OSError) as error:
+            if not allowed:
+                fix = "mend or remove the file, or set data.on_error=skip"
+                raise DataError(f"a bad image: {source.name(index)}: {error}", source.describe(), fix) from error
             if index not in reported:
                 logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
             reported.add(index)
@@ -269,35 +299,20 @@ def _stride(count: int) -> int:
     return stride
 
 
-def _watch(opened, source, check, allowed: int, positions: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    """The batches, until too many images are bad or a worker dies; nothing is read from an iterator that has failed."""
+def _count_bad(batches, source, check, allowed: int, positions: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """The batches, until too many images are bad."""
     bad: set[int] = set()
-    try:
-        while True:
-            try:
-                # copied, for a worker's arrays are shared memory, and any left over at exit is reported as leaked
-                batch = {key: np.array(value) for key, value in next(opened[0]).items()}
-            except RuntimeError as error:
-                code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-                if not code:
-                    raise
-                raise _worker_died(int(code[1])) from error
-            for index in sorted({int(i) for i in batch.pop("bad_index")} - bad - {-1}):
-                bad.add(index)
-                fault = f"{source.name(index)}: {_reason(source, index, check)}"
-                logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)
-                if len(bad) > allowed:
-                    what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
-                    raise DataError(what, source.describe(), "mend or remove the files, or raise data.max_bad_fraction")
-            yield batch | {"position": positions}
-    finally:
-        _close(opened)
-
-
-def _close(opened: list) -> None:
-    """Ends the workers and forgets the iterator in the list, whose shared memory is given back with it."""
-    while opened:
-        opened.pop().close()
+    for batch in batches:
+        asked = batch.pop("bad_index")
+        for index in sorted(set(asked.tolist()) - bad - {-1}):
+            bad.add(index)
+            fault = f"{source.name(index)}: {_reason(source, index, check)}"
+            logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)
+            if len(bad) > allowed:
+                what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
+                fix = "mend or remove the files, or raise data.max_bad_fraction"
+                raise DataError(what, source.describe(), fix if allowed else f"{fix} (with data.on_error=skip)")
+        yield batch | {"replaced": asked >= 0, "position": positions}
 
 
 def _reason(source, index: int, check) -> str:
@@ -306,36 +321,6 @@ def _reason(source, index: int, check) -> str:
     except (BadImage, OSError) as error:
         return str(error)
     return "could not be read, though now it can"
-
-
-def _worker_died(code: int) -> DataError:
-    name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    fix = "see the lines above"
-    if -code == signal.SIGKILL:
-        fix = "likely out of memory: set data.workers, data.prefetch or batch_size lower"
-    elif -code == signal.SIGBUS:
-        fix = "likely /dev/shm is full: enlarge it (docker run --shm-size), or set data.workers=0"
-    return DataError(f"a data worker {name}", f"exit code {code}", fix)
-
-
-def _init_worker(index: int, count: int, *, main: int) -> None:
-    """Runs first in each worker, which ends when `main` does, and not by the signals that `main` answers by saving."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C and SLURM signal every process of the job
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def watch_parent():
-        # not PR_SET_PDEATHSIG: it comes too late for a parent that dies while the worker starts
-        while os.getppid() == main:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch_parent, daemon=True).start()
-
-
-def _let_grain_run_without_flags() -> None:
-    """grain 0.2.18 reads an absl flag as workers start, and fails where nobody parsed any: pytest, notebooks, tools."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS["grain_enable_multiprocess_worker_profiling"].present = True
 
 
 def _check_shapes(batch_size, processes, process, image_size, interpolation) -> None:

@@ -1,0 +1,143 @@
+"""Where images lie: random access to records by index, that survives being pickled into worker processes.
+
+A source has a length; `source[i]`, a record {"image": the bytes of a file, or uint8 or uint16 [h, w, c] or [h, w],
+"label": int, -1 where there is none, "name": str}; `source.name(i)`, the name alone; `classes`, the names of the
+labels, () where there are none; `describe()`, for messages; and `fingerprint()`, JSON that changes whenever the records
+or their order do, and not when they are merely moved to another folder.
+
+A record that cannot be read raises BadImage or OSError when it is asked for; what a start-up can tell is a DataError.
+Open files do not travel into workers: each process opens its own. An index of many records is mapped from a file, so
+that ten million take a process no more memory than ten thousand.
+"""
+
+import contextlib
+import glob
+import os
+
+from simmim_jax.data.sources.array_record import ARRAY_RECORDS, make_array_record, read_manifest
+from simmim_jax.data.sources.digits import make_digits
+from simmim_jax.data.sources.folder import EXTENSIONS, make_folder
+from simmim_jax.data.sources.list_file import LISTS, make_list
+from simmim_jax.data.sources.listing import glance, is_folder, nearest_path
+from simmim_jax.data.sources.parquet import PARQUETS, make_parquet
+from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS
+from simmim_jax.data.sources.tar import COMPRESSED, TARS, make_tar
+from simmim_jax.data.sources.tfds import make_tfds, prepared_directory
+from simmim_jax.errors import ConfigError, DataError, nearest_of
+
+__all__ = ["SOURCES", "make_source"]
+
+KINDS = {LISTS: "list", (*TARS, *COMPRESSED): "tar", PARQUETS: "parquet", ARRAY_RECORDS: "array_record"}
+TAKEN = "a folder of images, of shards or of a prepared data set, or a .txt list, .tar, .parquet or .array_record file"
+
+
+def make_source(
+    source: str,
+    *,
+    path: str = "",
+    name: str = "",
+    data_dir: str = "",
+    split: str = "train",
+    heldout_fraction: float = 0.1,
+):
+    """The records of one split of a data set.
+
+    Args:
+      source: `auto`: what `path` is, or the TFDS data set `name`. `digits`: scikit-learn's 1,797 hand-written digits,
+        there without a download. `folder`: any folder of images, flat or by class. `list`: a text file with the path of
+        an image on each line, and perhaps a label. `tar`, `parquet`, `array_record`: shards, as of WebDataset, Hugging
+        Face and `simmim_jax.tools.prepare`. `tfds`: a prepared TensorFlow Datasets data set.
+      path: of the file or folder. For lists and shards it may have wildcards, {000..146}, and {split}.
+      name, data_dir: of the TFDS data set, and of the directory that it was prepared in; "" is TFDS's own. For a list,
+        `data_dir` is what its paths are relative to.
+      split: "train", or a part to evaluate on: val, valid, validation, test. For TFDS any split or slice of it.
+      heldout_fraction: what is kept from training of data that have no split for evaluation. Not for TFDS.
+
+    Raises:
+      ConfigError: for a source or split that does not exist.
+      DataError: where there are no such images.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"unknown source {source!r}", "data.source", nearest_of(source, SOURCES))
+    if not 0 <= heldout_fraction < 1:
+        raise ConfigError(f"heldout_fraction={heldout_fraction}", "data.heldout_fraction", "must be in [0, 1)")
+    return SOURCES[source](path=path, name=name, data_dir=data_dir, split=split, heldout_fraction=heldout_fraction)
+
+
+def make_auto(*, path: str, name: str, split: str, **options):
+    """The source that `path` is, or, without a path, the TFDS data set `name`."""
+    if not path and not name:
+        fix = f"set data.path to {TAKEN}; or data.name to a TFDS data set"
+        raise ConfigError("data.path and data.name are empty", "data.source=auto", fix)
+    kind = _kind_of(os.path.abspath(os.path.expanduser(path)), split) if path else "tfds"
+    return SOURCES[kind](path=path, name="" if path else name, split=split, **options)
+
+
+SOURCES = {
+    "auto": make_auto,
+    "digits": make_digits,
+    "folder": make_folder,
+    "list": make_list,
+    "tar": make_tar,
+    "parquet": make_parquet,
+    "array_record": make_array_record,
+    "tfds": make_tfds,
+}
+
+
+def _kind_of(path: str, split: str) -> str:
+    """The kind of source that a path is, by its name, or a glance into the folder."""
+    sides = dict.fromkeys((split, *(EVALUATION if split in EVALUATION else ()), "train", *EVALUATION))
+    if os.path.isdir(path):
+        return _kind_of_folder(path, sides)
+    kind = next((kind for extensions, kind in KINDS.items() if path.lower().endswith(extensions)), "")
+    if kind:
+        return kind
+    if "{split}" in path:
+        beside = [path.replace("{split}", side) for side in sides]
+        path = next((folder for folder in beside if os.path.isdir(folder)), beside[0])
+        if os.path.isdir(path):
+            return _kind_of_folder(path, {})
+    elif WILDCARDS.search(path):
+        found = next(iter(glob.iglob(path)), "")
+        kind = next((kind for extensions, kind in KINDS.items() if found.lower().endswith(extensions)), "")
+        if kind:
+            return kind
+    if not os.path.exists(path):
+        raise DataError(f"{path} does not exist", "data.path", nearest_path(path))
+    if path.lower().endswith(EXTENSIONS):
+        return "folder"  # which knows what to do about one image
+    raise DataError(f"{path} is of no kind that is known", "data.source=auto", f"set data.path to {TAKEN}")
+
+
+def _kind_of_folder(path: str, sides) -> str:
+    if prepared_directory(path):
+        return "tfds"
+    # the folder of the split first: beside it may lie the archives that it was unpacked from
+    for side in (*(os.path.join(path, side) for side in sides), path, os.path.join(path, "data")):
+        kind = _glance_at(side)
+        if kind:
+            return kind
+    return "folder"
+
+
+def _glance_at(folder: str) -> str:
+    """The kind of what lies in a folder; "" where it has neither shards, nor images, nor folders with images."""
+    entries = glance(folder)
+    found = dict.fromkeys((ARRAY_RECORDS, PARQUETS, (*TARS, *COMPRESSED)), False)
+    for entry in entries:
+        name = entry.name.lower()
+        if name.endswith(EXTENSIONS):
+            return "folder"
+        for extensions in found:
+            found[extensions] |= name.endswith(extensions)
+    for extensions, there in found.items():
+        if there:
+            return KINDS[extensions]
+    nested = [entry.path for entry in entries if is_folder(entry)][:3]
+    nested += [next((each.path for each in glance(place) if is_folder(each)), place) for place in nested]
+    if any(entry.name.lower().endswith(EXTENSIONS) for place in nested for entry in glance(place)):
+        return "folder"
+    with contextlib.suppress(DataError):  # many a thing has a manifest
+        return "array_record" if read_manifest(folder) else ""
+    return ""

@@ -1,0 +1,279 @@
+"""Images that a text file lists: `path[ label]` on each line, as SimMIM's and Swin's train_map.txt and val_map.txt do.
+
+The file is read once, in blocks, and of every 64th record the place is kept: ten million lines take a megabyte.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import os
+import re
+import stat
+from collections.abc import Iterator
+
+import numpy as np
+
+from simmim_jax.data.decode import BadImage
+from simmim_jax.data.sources.files import File, changed, opener, stat_file
+from simmim_jax.data.sources.names import Column
+from simmim_jax.data.sources.splits import EVALUATION, Selection, natural_classes, part_of, select
+from simmim_jax.errors import DataError
+
+LISTS = (".txt", ".lst", ".list", ".csv", ".tsv")
+EVERY = 64  # records from one whose place is known to the next
+BLOCK = 2**22  # bytes that are read at a time
+LONGEST = 2**16  # bytes of a line
+MOST_CLASSES = 1_000_000
+# The path reaches to the last image extension that ends it: names have spaces, and directories may be called x.jpg.
+PATH = rb"[^\n]*\.(?:jpe?g|png|webp|bmp|tiff?|gif)"
+REST = rb"(?:(?:[ \t]*,[ \t]*|[ \t]+)([^\s,][^\n]*?)?)?[ \t\r]*$"
+LINE = re.compile(rb"^(?!#)(" + PATH + rb")" + REST, re.IGNORECASE | re.MULTILINE)
+LABEL = re.compile(rb"^(?!#)" + PATH + REST, re.IGNORECASE | re.MULTILINE)  # thrice as quick, without the path
+INTEGER = re.compile(rb"[+-]?\d+")
+BOM = b"\xef\xbb\xbf"
+
+
+def make_list(*, path: str, data_dir: str, split: str, heldout_fraction: float, **_):
+    """The images that a list file names, or several: in the order of the lines.
+
+    A label is an integer or the name of a class; all lines have one, or none. Paths are relative to `data_dir` or,
+    where that is "", to the list's folder or the folder of the split's name beside the list, whichever has the first
+    image. Absolute paths stand as they are. Blank lines and those that begin with # are skipped.
+
+    Raises:
+      DataError: for a line that is no path, with its number; where the first image is not there.
+    """
+    selection = select(path, split, LISTS, "list")
+    return part_of(ListFile(selection, split, data_dir), selection, heldout_fraction)
+
+
+class ListFile:
+    """Image files that lists name."""
+
+    def __init__(self, selection: Selection, split: str, data_dir: str):
+        self.path, self.split = selection.path, split
+        paths = selection.absolute()
+        scans = [_scan(file, *stat_file(file)) for file in paths]
+        rest = [_scan(file, *stat_file(file)) for file in selection.absolute(others=True)]
+        self.lists = [(file, stat_file(file), scan["starts"]) for file, scan in zip(paths, scans, strict=True)]
+        self.ends = list(itertools.accumulate(scan["count"] for scan in scans))
+        if not self.ends[-1]:
+            fix = "give a line `path[ label]` for each image"
+            raise DataError(f"{paths[0]} lists 0 images", f"split {split!r}", fix)
+        self.classes, self.labelled = _classes([*scans, *rest], [*paths, *selection.absolute(others=True)])
+        self.integers = not any(scan["named"] for scan in [*scans, *rest])
+        sides = [
+            selection.own,
+            split,
+            *(EVALUATION if split in EVALUATION and selection.held_out is None else ["train"]),
+        ]
+        self.roots = [
+            _root_of(file, scan, data_dir, list(dict.fromkeys(sides))) for file, scan in zip(paths, scans, strict=True)
+        ]
+        digest = hashlib.sha256()
+        for scan in scans:
+            digest.update(scan["digest"])
+        if not self.integers:  # the numbers of labels follow from the names of all classes
+            digest.update("\0".join(self.classes).encode(errors="surrogateescape"))
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> dict:
+        which, name, label = self._line(i)
+        return {"image": _read(os.path.join(self.roots[which], name)), "label": label, "name": name}
+
+    def name(self, i: int) -> str:
+        return self._line(i)[1]
+
+    def _line(self, i: int) -> tuple[int, str, int]:
+        i = range(len(self))[i]
+        which = bisect.bisect_right(self.ends, i)
+        i -= self.ends[which - 1] if which else 0
+        path, version, starts = self.lists[which]
+        block, rest = divmod(i, EVERY)
+        starts = starts.array
+        end = int(starts[block + 1]) if block + 1 < len(starts) else version[0]
+        text = self._open(path, version).read(end - int(starts[block]), int(starts[block]))
+        found = LINE.findall(text)
+        if rest >= len(found):
+            raise changed(path)
+        return which, os.fsdecode(found[rest][0]), self._label(found[rest][1])
+
+    def _label(self, text: bytes) -> int:
+        if not self.labelled:
+            return -1
+        return int(text) if self.integers else self._numbers[os.fsdecode(text)]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
+
+    @functools.cached_property
+    def _open(self):
+        return opener(File)
+
+    def __getstate__(self) -> dict:  # open files do not travel: each process opens its own
+        return {key: value for key, value in self.__dict__.items() if key not in ("_open", "_numbers")}
+
+    def describe(self) -> str:
+        return f"{self.path}, split {self.split} ({len(self)} images)"
+
+    def fingerprint(self) -> dict:
+        return {"source": "list", "split": self.split, "count": len(self), "lines_sha256": self.digest}
+
+
+@functools.lru_cache(4)  # both splits look at both lists
+def _scan(path: str, size: int, time: int) -> dict:
+    """What a list has: count, the places of every 64th record, its labels and on which line each is first."""
+    starts, digest = Column(np.int64), hashlib.sha256()
+    count, first, line, labelled, without, labels = 0, None, 1, 0, None, {}
+    for offset, block in _blocks(path):
+        if b"\0" in block:
+            number = line + block.count(b"\n", 0, block.index(b"\0"))
+            raise DataError("a list with zero bytes in it", f"{path}, line {number}", "save it as UTF-8 text")
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+        found = LABEL.findall(block)
+        places = np.concatenate([[0], ends[:-1] + 1])
+        numbers = range(line, line + len(ends))
+        if len(found) != len(ends) or b".." in block:
+            found, places, numbers = _look_at_each(path, block, line)
+        if len(found) == len(ends):
+            records = block
+        else:
+            rows = block.split(b"\n")
+            records = b"".join(rows[number - line] + b"\n" for number in numbers)
+        digest.update(records.replace(b"\r\n", b"\n"))
+        if found and first is None:
+            first = LINE.search(block)[1], numbers[0]
+        starts.append(offset + np.asarray(places, np.int64)[-count % EVERY :: EVERY])
+        new = set(found) - labels.keys()
+        if new:
+            firsts = dict(zip(reversed(found), reversed(numbers), strict=True))
+            labels.update((label, firsts[label]) for label in sorted(new, key=firsts.get))
+        count, line = count + len(found), line + len(ends)
+        labelled += len(found) - found.count(b"")
+        if without is None and labelled < count:
+            without = labels[b""]
+        if len(labels) > MOST_CLASSES:
+            what = f"more than {MOST_CLASSES} classes"
+            raise DataError(what, f"{path}, line {numbers[-1]}", "give the class after each path, or nothing")
+    if 0 < labelled < count:
+        number = next(number for label, number in labels.items() if label)
+        what = f"line {without} has no label, and line {number} has one"
+        raise DataError(what, path, "label every line, or none")
+    labels.pop(b"", None)
+    named = any(not INTEGER.fullmatch(label) for label in labels)
+    largest = -1
+    for label, number in labels.items() if not named else ():
+        value = int(label[:20])
+        if not 0 <= value < MOST_CLASSES:
+            fix = f"number the classes from 0, to {MOST_CLASSES - 1} at most"
+            raise DataError(f"label {os.fsdecode(label[:20])}", f"{path}, line {number}", fix)
+        largest = max(largest, value)
+    return {
+        "count": count, "starts": starts, "digest": digest.digest(), "first": first, "named": named,
+        "largest": largest, "labelled": labelled > 0, "names": sorted(map(os.fsdecode, labels)) if named else [],
+    }  # fmt: skip
+
+
+def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
+    """(place in the file, whole lines) of the file's parts; the last line ends in a newline too."""
+    rest, offset = b"", 0
+    with open(path, "rb") as file:
+        while True:
+            read = file.read(BLOCK)
+            if offset == 0 and not rest and read.startswith(BOM):
+                read, offset = read[len(BOM) :], len(BOM)
+            if offset == 0 and not rest and read.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise DataError(f"{path} is UTF-16", "data.source=list", "save it as UTF-8 text")
+            block = rest + read
+            if not read:
+                if block:
+                    yield offset, block + b"\n"
+                return
+            end = block.rfind(b"\n") + 1
+            if len(block) - end > LONGEST:
+                what = f"a line of more than {LONGEST} bytes"
+                raise DataError(what, f"{path}, at byte {offset + end}", "give a text file, a path on each line")
+            if end:
+                yield offset, block[:end]
+            rest, offset = block[end:], offset + end
+
+
+def _look_at_each(path: str, block: bytes, line: int) -> tuple[list[bytes], list[int], list[int]]:
+    """The labels in a block that has other lines too, with the place and number of each; or why it cannot be."""
+    found, places, numbers, place = [], [], [], 0
+    for number, text in enumerate(block.split(b"\n")[:-1], line):
+        if text.strip() and not text.startswith(b"#"):
+            match = LINE.fullmatch(text)
+            where = f"{path}, line {number}"
+            if not match:
+                shown = os.fsdecode(text[:80]).strip()
+                fix = "give `path[ label]`, the path with an image's extension; begin a comment or a heading with #"
+                raise DataError(f"{shown!r} is not the path of an image", where, fix)
+            if _leaves(match[1]):
+                raise DataError(f"{os.fsdecode(match[1])!r} leaves the folder of the images", where, "remove the ..")
+            found.append(match[2] or b"")
+            places.append(place)
+            numbers.append(number)
+        place += len(text) + 1
+    return found, places, numbers
+
+
+def _leaves(name: bytes) -> bool:
+    """Whether a relative path climbs out of its root on the way."""
+    depth = 0
+    for part in name.split(b"/") if not name.startswith(b"/") else ():
+        depth += {b"..": -1, b".": 0, b"": 0}.get(part, 1)
+        if depth < 0:
+            return True
+    return False
+
+
+def _classes(scans: list[dict], paths: list[str]) -> tuple[tuple[str, ...], bool]:
+    """(names of the classes in all these lists, whether there are any)."""
+    scans = [scan | {"path": path} for scan, path in zip(scans, paths, strict=True) if scan["count"]]
+    labelled = [scan["labelled"] for scan in scans]
+    if any(labelled) != all(labelled):
+        with_label, without = scans[labelled.index(True)]["path"], scans[labelled.index(False)]["path"]
+        raise DataError(f"{without} has no labels, and {with_label} has", "data.source=list", "label all, or none")
+    if not any(labelled):
+        return (), False
+    if not any(scan["named"] for scan in scans):
+        return natural_classes(max(scan["largest"] for scan in scans)), True
+    integers = [scan for scan in scans if not scan["named"]]
+    if integers:
+        named = next(scan for scan in scans if scan["named"])
+        what = f"{integers[0]['path']} has numbers for labels, and {named['path']} has names"
+        raise DataError(what, "data.source=list", "use the same in all lists")
+    return tuple(sorted(set().union(*(scan["names"] for scan in scans)))), True
+
+
+def _root_of(path: str, scan: dict, data_dir: str, sides: list[str]) -> str:
+    """The folder that the paths of a list are relative to: of those it may be, the one that has the first image."""
+    folder = os.path.dirname(path)
+    roots = [folder, *(os.path.join(folder, side) for side in sides if side)]
+    if data_dir:
+        data_dir = os.path.abspath(os.path.expanduser(data_dir))
+        roots = [data_dir.replace("{split}", side) for side in sides if side] if "{split}" in data_dir else [data_dir]
+    if not scan["count"]:
+        return roots[0]
+    name, number = os.fsdecode(scan["first"][0]), scan["first"][1]
+    for root in roots:
+        if os.path.exists(os.path.join(root, name)):
+            return root
+    where = f"{path}, line {number}" + ("" if os.path.isabs(name) else f", looked in {', '.join(dict.fromkeys(roots))}")
+    fix = "set data.data_dir to the folder that the paths are relative to"
+    raise DataError(f"{name} does not exist", where, "correct the paths" if os.path.isabs(name) else fix)
+
+
+def _read(path: str) -> bytes:
+    # a pipe would hang, and a list is anybody's
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BadImage("is not a file")
+        return file.read()

@@ -1,0 +1,136 @@
+"""TensorFlow Datasets that have been prepared as ArrayRecord, read without TensorFlow."""
+
+import difflib
+import functools
+import logging
+import os
+import re
+
+from simmim_jax.data.sources.listing import folders
+from simmim_jax.errors import ConfigError, DataError
+
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def make_tfds(*, name: str, data_dir: str, split: str, path: str = "", **_) -> "Tfds":
+    """One split, or slice of one, of a TFDS data set that has been prepared. Never downloads.
+
+    It is the one of that name, or, without a name, the one that lies in the folder `path`.
+    """
+    if name or not path:
+        if not name:
+            fix = "set data.name to a data set, such as imagenet2012"
+            raise ConfigError("data.name is empty", "data.source=tfds", fix)
+        return Tfds(name, os.path.expanduser(data_dir), split)
+    path = os.path.abspath(os.path.expanduser(path))
+    directory = prepared_directory(path)
+    if not directory:
+        fix = "point data.path at the folder that has dataset_info.json, or set data.name"
+        raise DataError(f"{path} has no prepared TFDS data set", "data.source=tfds", fix)
+    return Tfds("", "", split, directory)
+
+
+def prepared_directory(path: str) -> str:
+    """The folder of a prepared TFDS data set: `path`, or the highest version in it; "" where there is none."""
+    versions = [name for name in folders(path) if VERSION.fullmatch(name)]
+    versions.sort(key=lambda name: [int(part) for part in name.split(".")], reverse=True)
+    for directory in (path, *(os.path.join(path, version) for version in versions)):
+        if all(os.path.isfile(os.path.join(directory, file)) for file in ("dataset_info.json", "features.json")):
+            return directory
+    return ""
+
+
+class Tfds:
+    """A split of a prepared TFDS data set, read from its ArrayRecord files without TensorFlow."""
+
+    def __init__(self, name: str, data_dir: str, split: str, directory: str = ""):
+        import tensorflow_datasets as tfds
+
+        self.dataset, self.data_dir, self.split, self.directory = name, data_dir, split, directory
+        info = self._make_builder().info
+        try:
+            self.count = info.splits[split].num_examples
+        except (KeyError, ValueError, AssertionError) as error:
+            splits = ", ".join(f"{key} ({value.num_examples})" for key, value in sorted(info.splits.items()))
+            fix = "set data.split to one of them, or to a slice like train[:90%]"
+            raise DataError(f"{name or info.full_name} has no split {split!r}", f"splits: {splits}", fix) from error
+        self.images = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
+        labels = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
+        if "image" not in self.images and len(self.images) != 1:
+            what = f"{info.full_name} has {len(self.images)} image features, and none named 'image'"
+            raise DataError(what, f"features: {', '.join(info.features)}", "choose another data.name")
+        if not self.count:
+            raise DataError(f"{info.full_name} has 0 images", f"split {split!r}", "set data.split to a larger one")
+        self.full_name = info.full_name
+        self.image = "image" if "image" in self.images else self.images[0]
+        self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else ""
+        self.classes = tuple(info.features[self.label].names) if self.label else ()
+
+    @functools.cached_property
+    def records(self):
+        import tensorflow_datasets as tfds
+
+        decoders = {key: tfds.decode.SkipDecoding() for key in self.images}
+        return self._make_builder().as_data_source(self.split, decoders=decoders)
+
+    def _make_builder(self):
+        return _open_directory(self.directory) if self.directory else _make_tfds_builder(self.dataset, self.data_dir)
+
+    def __getstate__(self) -> dict:  # open files do not travel: each process opens its own
+        return {key: value for key, value in self.__dict__.items() if key != "records"}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict:
+        record = self.records[i]
+        label = int(record[self.label]) if self.label else -1
+        return {"image": record[self.image], "label": label, "name": self.name(i)}
+
+    def name(self, i: int) -> str:
+        return f"{self.full_name}/{self.split}/{i}"
+
+    def describe(self) -> str:
+        return f"{self.full_name}, split {self.split} ({len(self)} images)"
+
+    def fingerprint(self) -> dict:
+        return {"source": "tfds", "name": self.full_name, "split": self.split, "count": len(self)}
+
+
+def _make_tfds_builder(name: str, data_dir: str):
+    import tensorflow_datasets as tfds
+
+    fix = f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")
+    fix = f"set data.data_dir to where it is, or prepare it once: pip install tensorflow-cpu && {fix}"
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)  # it warns of every folder that it looks into
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        if builder.is_prepared():
+            return builder
+    except tfds.core.DatasetNotFoundError as error:
+        known = [*folders(data_dir), *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name, known, n=3)
+        meant = f"did you mean {' or '.join(near)}?" if near else "see tensorflow_datasets.list_builders()"
+        raise DataError(f"TFDS has no data set {name!r}", f"data_dir={data_dir!r}", meant) from error
+    except Exception as error:  # a bad version, config or file format: TFDS asserts, and raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rpartition('": ')[2][:200]
+        raise DataError(f"TFDS cannot open {name!r}", f"data_dir={data_dir!r}: {reason}", fix) from error
+    finally:
+        absl.setLevel(level)
+    raise DataError(f"{name} is not prepared", f"looked in {builder.data_dir}", fix)
+
+
+def _open_directory(directory: str):
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(directory, file_format="array_record")
+        if builder.info.splits:
+            return builder
+        reason = "it has no splits"
+    except Exception as error:  # files of anybody's, and TFDS raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rpartition('": ')[2][:200]
+    fix = "prepare it again, with --file_format=array_record"
+    raise DataError("TFDS cannot open the data set", f"{directory}: {reason}", fix)
