@@ -45,7 +45,9 @@ INSTEAD = {  # of what makes a command small, where a flag of the command itself
     ],
     "--config.encoder.name= ": ["--config.batch_size=8", "--config.steps=2", "--config.data.heldout_fraction=0.3"],
 }
-AS_THEY_STAND = ("python benchmarks/step.py", "python -m simmim_jax.tools.convert")
+AS_THEY_STAND = (
+    "python benchmarks/step.py", "python -m simmim_jax.tools.convert", "python -m simmim_jax.tools.prepare",
+)  # fmt: skip
 ALREADY_RUN = ("pip install -r requirements.txt", "python -m pytest")  # by .ci/run itself
 
 
@@ -88,6 +90,7 @@ def main(scratch: Path) -> None:
         model = {name.removeprefix("params/"): arrays[name] for name in arrays if name.startswith("params/")}
     write_pth(scratch / official, {"model": model, "epoch": 799})
     places = {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/", "=N ": "=10 "}
+    places |= {" DIR ": f" {folder} ", "PREPARED": scratch / "prepared", "=preview.png": f"={scratch}/preview.png"}
     places |= {"exported/": f"{scratch}/exported/", official: scratch / official}
     Cifar10(data_dir=str(scratch / "tfds"), file_format="array_record").download_and_prepare()
 

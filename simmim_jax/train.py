@@ -192,7 +192,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     continue  # to look at the signals again
                 if step == steps:
                     break
-                with clock.measure("data"):
+                with clock.measure("data"):  # while the device works on the step before
                     batch = to_device(next(batches), mesh)
                 with clock.measure("step"):
                     state, device_metrics = compiled_step(state, batch, step_key)

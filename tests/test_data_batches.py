@@ -94,7 +94,7 @@ def test_the_order_is_that_of_every_earlier_version(six):
     assert six[5]["index"][:8].tolist() == [349, 43, 833, 714, 420, 580, 95, 356]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_batch_is_the_same_for_any_number_of_workers(workers, digits, six):
     assert_equal(take(make_batches(digits, workers=workers, **OPTIONS), 6), six)
 

@@ -182,8 +182,6 @@ def make_epoch(
     _check(limit >= 0, "limit", limit, "must be 0 or more")
     count = min(limit or len(source), len(source))
     batches = -(-count // batch_size)
-    index = np.full(batches * batch_size, -1, np.int64)
-    index[:count] = np.arange(count) * len(source) // count
     crop = functools.partial(
         resize_and_centre_crop, size=image_size, crop_fraction=crop_fraction, interpolation=interpolation
     )
@@ -193,8 +191,11 @@ def make_epoch(
         reported=set(), allowed=on_error == "skip",
     )  # fmt: skip
 
-    place = lambda position: load(int(index[position])) | {"position": np.int32(position)}  # noqa: E731
-    dataset = grain.MapDataset.range(len(index)).map(place)[process::processes].batch(batch_size // processes)
+    def place(position: int) -> dict:
+        index = position * len(source) // count if position < count else -1
+        return load(index) | {"position": np.int32(position)}
+
+    dataset = grain.MapDataset.range(batches * batch_size).map(place)[process::processes].batch(batch_size // processes)
     return Epoch(dataset, threads)
 
 
