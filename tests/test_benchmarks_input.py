@@ -1,0 +1,201 @@
+"""benchmarks/input.py: that it runs, takes turns, stops who is not at it, and tells all. Never how fast anything is."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simmim_jax.config import base_config
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # as when it is run; it takes from step.py what tells of the machine
+        spec = importlib.util.spec_from_file_location("bench_input", FOLDER / "input.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def write_photographs(root: Path, count: int = 8) -> Path:
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        folder = root / f"class {n % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        small.resize((320, 240), Image.Resampling.BICUBIC).save(folder / f"{n}.jpg")
+    return root
+
+
+def rates(*of_rounds: float) -> list[dict]:
+    return [{"images_per_second": rate, "cores_busy": 1.5} for rate in of_rounds]
+
+
+def facts(**settings) -> dict:
+    return {"settings": settings or {"workers": 0, "threads": 2, "prefetch": 4}, "start_seconds": 1.0}
+
+
+def test_every_round_reverses_the_order_of_the_one_before(bench):
+    assert list(bench.in_turns(["a", "b", "c"], 3)) == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]
+
+
+def test_ratios_are_of_the_same_round_and_to_the_best_number_of_torchs_workers(bench):
+    rounds = {
+        "ours, photographs": rates(10, 20, 60),
+        "torch, 0 workers": rates(1, 1, 90),
+        "torch, 2 workers": rates(5, 5, 20),
+        "tf": rates(10, 40, 60),
+    }
+    rows = bench.summarise(rounds, {name: facts() for name in rounds}, cores=2)
+    assert rows[0]["compared_with"] == {"torch": "torch, 2 workers", "tf": "tf"}
+    assert rows[0]["times"] == {"torch": [2.0, 3.0, 4.0], "tf": [0.5, 1.0, 1.0]}
+    assert (rows[0]["images_per_second"], rows[0]["images_per_second_per_core"]) == (20, 10)
+    assert all(row["times"] == {} for row in rows[1:])
+
+
+def test_goals_stand_in_the_table_whether_reached_missed_or_not_measured(bench):
+    rounds = {"ours, photographs": rates(10, 10), "torch, 0 workers": rates(2, 2), "tf": rates(20, 20)}
+    lines = bench.goals_table(bench.summarise(rounds, {name: facts() for name in rounds}, cores=2)).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [[row[0], row[1], row[3]] for row in cells] == [
+        ["ours, photographs, x torch", "2.5", "yes"],
+        ["ours, shards, x torch", "5.0", "not measured"],
+        ["ours, photographs, x tf", "1.0", "no"],
+        ["ours, shards, x tf", "1.0", "not measured"],
+    ]
+
+
+def test_a_sweep_takes_each_setting_once_and_puts_the_best_of_a_source_first(bench):
+    specs, sources = bench.make_sweep({"ours, photographs": {"path": "p"}, "ours, shards": {"path": "s"}})
+    assert len(specs) == 2 * 3 * 3 * 2
+    assert {spec["path"] for name, spec in specs.items() if sources[name] == "shards"} == {"s"}
+    settings = [tuple(spec["settings"].values()) for name, spec in specs.items() if sources[name] == "photographs"]
+    assert len(set(settings)) == len(settings) == 18
+    rounds = {name: rates(number, number) for number, name in enumerate(specs, 1)}
+    of_each = {name: facts(**spec["settings"]) for name, spec in specs.items()}
+    rows = bench.summarise_sweep(rounds, of_each, sources)
+    assert [row["source"] for row in rows] == ["photographs"] * 18 + ["shards"] * 18
+    assert [row["images_per_second"] for row in rows] == [*range(18, 0, -1), *range(36, 18, -1)]
+    assert [rows[0]["times_best"], rows[18]["times_best"]] == [[1.0] * 3] * 2
+
+
+def test_sides_that_read_different_files_are_not_compared(bench):
+    specs = {"ours": {"prepared": False}, "shards": {"prepared": True}, "tf": {"prepared": False}}
+    bench.check_same_images(specs, {"ours": {"images": 8}, "shards": {"images": 6}, "tf": {"images": 8}})
+    with pytest.raises(SystemExit, match="ours: 8; tf: 7"):
+        bench.check_same_images(specs, {"ours": {"images": 8}, "tf": {"images": 7}})
+
+
+@pytest.fixture
+def spinning():
+    """A process and its worker, in a group of their own, both using all the CPU that they get."""
+    command = "import os\nif worker := os.fork(): print(worker, flush=True)\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", command], process_group=0, stdout=subprocess.PIPE, text=True)
+    yield process, int(process.stdout.readline())
+    os.killpg(process.pid, 9)
+    process.wait()
+
+
+def test_a_stopped_side_and_its_workers_do_nothing_until_their_turn(bench, spinning):
+    process, worker = spinning
+    used = bench.pause(process)
+    family = bench.family(process.pid)
+    assert family.keys() == {process.pid, worker}
+    assert {state for state, _ in family.values()} == {"T"}
+    time.sleep(0.2)
+    bench.resume(process, used)  # which checks that the CPU was left alone
+    while bench.used_by(process) < used + 0.1:  # it goes on
+        time.sleep(0.01)
+
+
+def test_a_side_that_worked_while_it_should_have_been_stopped_ends_the_run(bench, spinning):
+    process, _ = spinning
+    used = bench.used_by(process)
+    while bench.used_by(process) < used + 0.1:
+        time.sleep(0.01)
+    with pytest.raises(SystemExit, match=r"used .* s of CPU"):
+        bench.resume(process, used)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("results/*/input*.json")), ids=lambda path: path.parent.name)
+def test_the_readme_shows_what_was_measured(bench, path):
+    report, readme = json.loads(path.read_text()), (FOLDER / "README.md").read_text()
+    tables = bench.tables(report)
+    assert tables
+    for table in tables:
+        assert table in readme
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--path=."], "--peer=tensorflow"),
+        (["--path=/no/such/folder"], "--path=/no/such/folder is not a folder"),
+        (["--path=.", "--shards-path=/none"], "--shards-path=/none is not a folder"),
+        (["--path=.", "--cores=4096"], "--cores=4096"),
+        (["--path=.", "--rounds=0"], "--rounds"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(bench, capsys, flags, says):
+    peer = "tensorflow" if "tensorflow" in says else "none"
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*flags, f"--peer={peer}"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert says.partition("=")[2] in message
+
+
+def test_it_measures_our_side_without_a_peer(tmp_path):
+    photographs, out = write_photographs(tmp_path / "photographs"), tmp_path / "input.json"
+    flags = "--peer=none --cores=1 --batch=4 --image=64 --rounds=2 --seconds=0.05 --warm=0 --greatest-difference"
+    command = [sys.executable, FOLDER / "input.py", f"--path={photographs}", f"--out={out}", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    (row,) = report["rows"]
+    assert (row["side"], row["images"], row["shape"], row["dtype"]) == ("ours, photographs", 8, [4, 64, 64, 3], "uint8")
+    assert row["settings"] == {name: base_config().data[name] for name in ("workers", "threads", "prefetch")}
+    assert len(row["rounds"]) == 2
+    assert all(each["images_per_second"] > 0 and each["batches"] >= 1 <= each["discarded"] for each in row["rounds"])
+    assert row["times"] == {}
+    assert report["missing"].keys() == {"ours, shards", "torch", "tf"}
+    assert all(f"not measured: {name}" in done.stdout for name in report["missing"])
+    assert report["difference"]["images"] == 8
+    assert 0 <= report["difference"]["mean"] <= report["difference"]["greatest"] <= 255
+    assert "not measured" in done.stdout
+    assert "| ours, photographs (" in done.stdout
+    assert flags in report["command"]
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/no/such/python"])
+def test_a_peer_that_is_not_installed_is_missing_with_the_reason(bench, tmp_path, monkeypatch, python):
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('not installed here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    cores = sorted(os.sched_getaffinity(0))[:1]
+    specs = {"tf": {"kind": "tf", "cores": cores, "path": "", "batch": 4, "image": 32, "antialias": False}}
+    options = argparse.Namespace(rounds=1, seconds=0.01, warm=0.0)
+    rounds, facts, missing = bench.measure(specs, {"tf": python}, options)
+    assert (rounds, facts) == ({}, {})
+    reason = "not installed here" if python == sys.executable else "/no/such/python: No such file or directory"
+    assert missing == {"tf": reason}
+
+
+def test_data_that_cannot_be_read_are_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, FOLDER / "input.py", f"--path={tmp_path / 'empty'}", "--peer=none"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("benchmarks/input.py: ours: ERROR[data]")
+    assert done.stderr.count("\n") == 1
