@@ -9,7 +9,7 @@
 Every side reads the same files and makes batches of random crops (0.67 to 1 of the area, 224 x 224) that are mirrored
 half of the time, endlessly:
 
-    ours, photographs   simmim_jax.data.make_batches from the folder, with the workers, threads and prefetch of a config
+    ours, photographs   simmim_jax.data.make_batches from the folder, with workers, threads and prefetch as given
     ours, shards        the same from what simmim_jax.tools.prepare made of it
     torch, N workers    DataLoader with SimMIM's transform and masks, as its data_simmim.py has them
     tf                  tf.data: decode_and_crop_jpeg, bilinear; "tf, antialiased" with antialias=True
@@ -528,7 +528,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image", type=int, default=224, help="side in pixels")
     for name in SETTINGS:
-        parser.add_argument(f"--{name}", type=int, help="of ours; a config's default if not given")
+        helped = "one for each core" if name == "workers" else "a config's default"
+        parser.add_argument(f"--{name}", type=int, help=f"of ours; {helped} if not given")
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more is thrown away")
     parser.add_argument("--seconds", type=float, default=4.0, help="of batches by each side in a round")
     parser.add_argument("--warm", type=float, default=1.0, help="seconds of batches thrown away before these")
@@ -552,6 +553,7 @@ def main(arguments: list[str]) -> None:
         if where and not os.path.isdir(where):
             parser.exit(2, f"--{name.replace('_', '-')}={where} is not a folder\n")
     options.peer = options.peer.split(",")
+    options.workers = len(cores) if options.workers is None else options.workers
 
     mine, peers = make_specs(options, cores)
     changed = run_text("git", "status", "--porcelain", "simmim_jax", "benchmarks/input.py").splitlines()

@@ -6,8 +6,8 @@ Flat or by class, nested or not; JPEG, PNG, WebP, BMP, TIFF, GIF. A folder with 
 is used as it says; of any other, two images in a hundred are held out. Where every image lies in a folder of its class,
 `--config configs/folder_vit_small.py:probes` adds kNN and linear probe.
 
-Hardware: one GPU, with --config.encoder.dtype=bfloat16 --config.data.workers=8; a laptop to try it out, with
---config.batch_size=32 --config.steps=200. Time and result: not yet run to the end.
+Hardware: one GPU, with --config.encoder.dtype=bfloat16; a laptop to try it out, with --config.batch_size=32
+--config.steps=200. Time and result: not yet run to the end.
 """
 
 from ml_collections import ConfigDict

@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     c.optim.min_learning_rate = 0.0  # unused by this schedule
 
     c.data.name = "imagenet2012"
-    c.data.workers = 16
     c.image_size = (192, 192)
 
     c.encoder = encoder_config("swin", "b")

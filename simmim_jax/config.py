@@ -56,7 +56,8 @@ def base_config() -> ConfigDict:
     c.data.crop_scale, c.data.crop_ratio = (0.67, 1.0), (3 / 4, 4 / 3)
     c.data.flip = 0.5
     c.data.interpolation = "bilinear"
-    c.data.workers, c.data.threads, c.data.prefetch = 0, 2, 4
+    c.data.workers = -1  # processes that decode; 0: none but this; -1: beside an accelerator one a core, else 0
+    c.data.threads, c.data.prefetch = 2, 4  # of each process: batches at work at a time, and waiting
     c.data.on_error = "skip"  # a bad image is replaced by another; or "raise": it stops the run
     c.data.max_bad_fraction = 0.01  # of all images; beyond it the run stops
     c.data.max_pixels = 64_000_000

@@ -28,6 +28,8 @@ from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.classify import make_features
 from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
 
+MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
+
 
 def train(config: ConfigDict, workdir: str) -> dict:
     """Run `config` in `workdir`, from where an earlier run of it stopped; returns what summary.json holds.
@@ -46,20 +48,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
     source, heldout_source = make_sources(config)
     of_batches, loading = batch_options(config)
     data.check_batches(source, **of_batches, **loading)
-    steps_per_epoch = len(source) // config.batch_size
-    steps = config.steps or round(config.epochs * steps_per_epoch)
-    if steps < 1:
-        raise ConfigError(f"a run of {steps} steps", "epochs", "give --config.epochs or --config.steps above 0")
+    steps, steps_per_epoch = length_of(config, len(source))
     if config.optim.warmup_epochs * steps_per_epoch >= steps:
         logging.warning("the warm-up, %g epochs, is as long as the run: its rate stays low", config.optim.warmup_epochs)
-    tx, schedule = optim.make_optimizer(
-        steps=steps,
-        steps_per_epoch=steps_per_epoch,
-        layer_of=encoder.layer_of,
-        depth=encoder.depth,
-        decayed_too=encoder.DECAYED_TOO,
-        **config.optim,
-    )
+    tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
     record_of_config = digest(config) | {"encoder": record_of_encoder(encoder, encoder_fields)}
     init_from = None
     if config.init_from and not checkpoint.has_steps(workdir):
@@ -77,7 +69,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size("batch_size", config.batch_size, mesh.size, config.microbatches)
         sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh.size)
-        init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+        init_key, step_key, eval_key = keys_of(config)
         evaluators = make_evaluators(config, features, objective, source, heldout_source, mesh, eval_key, workdir)
 
         # The state, born where it lives: restored, drawn from the seed, or begun with another run's encoder.
@@ -117,15 +109,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             **loading,
         )
         with clock.measure("compile"):
-            compiled_step = compile_step(
-                partial(
-                    step_and_samples,
-                    loss_fn=optim.freeze(objective.loss_fn, config.optim.frozen),
-                    tx=tx,
-                    microbatches=config.microbatches,
-                ),
-                abstract, abstract_batch(config), step_key, mesh,
-            )  # fmt: skip
+            compiled_step = compile_training(config, objective, tx, abstract, step_key, mesh)
         records = metrics.Records(workdir, step)
         progress = metrics.Progress(
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
@@ -146,7 +130,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 records.write_metrics(step, row | {"samples": samples}, machine)
                 print(progress.line(step, row, machine), flush=True)
                 if progress.is_starved():
-                    print(f"the device waits for data: {data.advice(source, workers=config.data.workers)}", flush=True)
+                    print(f"the device waits for data: {data.advice(source, workers=loading['workers'])}", flush=True)
             if skipped > config.max_skipped:
                 raise NonFiniteError(
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
@@ -236,6 +220,32 @@ def check_numbers(config: ConfigDict) -> None:
         check_minimum(name, config[name], 0)
 
 
+def keys_of(config: ConfigDict) -> jax.Array:
+    """The keys of a run: for its parameters, its steps and its evaluations."""
+    return jax.random.split(jax.random.key(config.seed), 3)
+
+
+def length_of(config: ConfigDict, images: int) -> tuple[int, int]:
+    """(steps of the run, steps of an epoch)."""
+    steps_per_epoch = images // config.batch_size
+    steps = config.steps or round(config.epochs * steps_per_epoch)
+    if steps < 1:
+        raise ConfigError(f"a run of {steps} steps", "epochs", "give --config.epochs or --config.steps above 0")
+    return steps, steps_per_epoch
+
+
+def make_tx(config: ConfigDict, encoder, steps: int, steps_per_epoch: int) -> tuple:
+    """(optimizer, schedule) of a run."""
+    return optim.make_optimizer(
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        layer_of=encoder.layer_of,
+        depth=encoder.depth,
+        decayed_too=encoder.DECAYED_TOO,
+        **config.optim,
+    )
+
+
 def make_sources(config: ConfigDict) -> tuple:
     """The training images, and the held-out ones that evaluators look at (None where there are no evaluators)."""
     options = {name: config.data[name] for name in ("source", "path", "name", "data_dir", "heldout_fraction")}
@@ -269,7 +279,10 @@ def batch_options(config: ConfigDict) -> tuple[dict, dict]:
     pixels = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
     loading = ("workers", "threads", "prefetch", "on_error", "max_bad_fraction")
     what = {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean)}
-    return what | {name: config.data[name] for name in pixels}, {name: config.data[name] for name in loading}
+    how = {name: config.data[name] for name in loading}
+    if how["workers"] == -1:  # on a CPU they would take cores from the step
+        how["workers"] = 0 if jax.default_backend() == "cpu" else min(data.cores() - 1, MOST_WORKERS)
+    return what | {name: config.data[name] for name in pixels}, how
 
 
 @contextlib.contextmanager
@@ -418,6 +431,13 @@ def step_and_samples(state: TrainState, batch: dict, key: jax.Array, **options) 
     state, values = train_step(state, learned, key, **options)
     values |= {"samples": digest_samples(index, batch["position"]), "bad_images": replaced.sum(dtype=np.int32)}
     return state, values
+
+
+def compile_training(config: ConfigDict, objective: Objective, tx, state: TrainState, key: jax.Array, mesh) -> Callable:
+    """(state, batch, key) -> (state, metrics) of a run, compiled for an abstract `state`."""
+    loss_fn = optim.freeze(objective.loss_fn, config.optim.frozen)
+    step = partial(step_and_samples, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
+    return compile_step(step, state, abstract_batch(config), key, mesh)
 
 
 def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array, mesh) -> Callable:

@@ -24,7 +24,7 @@ from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resiz
 from simmim_jax.data.workers import close, init_worker, let_grain_run_without_flags, watched
 from simmim_jax.errors import ConfigError, DataError
 
-__all__ = ["SOURCES", "advice", "check_batches", "fingerprint", "make_batches", "make_epoch", "make_source"]
+__all__ = ["SOURCES", "advice", "check_batches", "cores", "fingerprint", "make_batches", "make_epoch", "make_source"]
 
 ON_ERROR = ("skip", "raise")  # what becomes of a bad image
 TRIES = 64  # substitutes for one bad image, before the data as a whole are held to be bad
@@ -240,16 +240,20 @@ def fingerprint(
     }
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def advice(source, *, workers: int) -> str:
     """What to change where a device waits for images that `workers` processes decode."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = source.fingerprint()["source"]
     changes = []
-    if workers < cores - 1:
-        changes.append(f"set --config.data.workers={cores - 1} (now {workers}, of {cores} cores)")
+    if workers < cores() - 1:
+        changes.append(f"set --config.data.workers={cores() - 1} (now {workers}, of {cores()} cores)")
     if kind not in ("digits", "array_record"):
         changes.append("prepare the images once (python -m simmim_jax.tools.prepare SOURCE DEST) and train from DEST")
-    return ", or ".join(changes) or f"all {cores} cores decode already, so it takes a host with more, or smaller images"
+    return ", or ".join(changes) or f"all {cores()} cores decode already: take a host with more, or smaller images"
 
 
 def _random_crop(image, rng, *, size, scale, ratio, flip, interpolation):

@@ -67,9 +67,7 @@ def preview(
     paths = [Path(os.path.expanduser(path)) for path in (out, json_path) if path]
     for path in paths:
         check_writable(path)
-    import jax  # it comes in here: help and mistakes are told without it
-
-    from simmim_jax import data, train
+    from simmim_jax import data, train  # JAX comes in here: help and mistakes are told without it
     from simmim_jax.models import make_encoder
     from simmim_jax.objectives import make_objective
 
@@ -81,7 +79,7 @@ def preview(
     source, _ = train.make_sources(config)
     of_batches, loading = train.batch_options(config)
     data.check_batches(source, **of_batches, **loading, start_step=start_step)
-    _, step_key, _ = jax.random.split(jax.random.key(config.seed), 3)
+    _, step_key, _ = train.keys_of(config)
     classes = tuple(source.classes)
     tell("source", f"{source.describe()}; {of_classes(classes)}")
 
@@ -283,33 +281,22 @@ def time_step(config, encoder, objective, images: int, seconds: float) -> dict:
     """
     import jax
 
-    from simmim_jax import optim, sharding, train
+    from simmim_jax import sharding, train
     from simmim_jax.train_step import init_state
 
-    steps_per_epoch = images // config.batch_size
-    tx, _ = optim.make_optimizer(
-        steps=max(1, config.steps or round(config.epochs * steps_per_epoch)), steps_per_epoch=steps_per_epoch,
-        layer_of=encoder.layer_of, depth=encoder.depth, decayed_too=encoder.DECAYED_TOO, **config.optim,
-    )  # fmt: skip
+    tx, _ = train.make_tx(config, encoder, *train.length_of(config, images))
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh.size, config.microbatches)
-    init_key, step_key, _ = jax.random.split(jax.random.key(config.seed), 3)
+    init_key, step_key, _ = train.keys_of(config)
     make_state = partial(init_state, init=objective.init, tx=tx)
     abstract = sharding.place(jax.eval_shape(make_state, init_key), mesh)
     shapes = train.abstract_batch(config)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["image"] = np.random.default_rng(0).integers(0, 256, shapes["image"].shape, np.uint8)
     batch["position"] = np.arange(config.batch_size, dtype=np.int32)
-    options = {"loss_fn": optim.freeze(objective.loss_fn, config.optim.frozen), "tx": tx}
     try:
         start = time.perf_counter()
-        step = train.compile_step(
-            partial(train.step_and_samples, **options, microbatches=config.microbatches),
-            abstract,
-            shapes,
-            step_key,
-            mesh,
-        )
+        step = train.compile_training(config, objective, tx, abstract, step_key, mesh)
         compiling = time.perf_counter() - start
         state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(init_key)
         batch = train.to_device(batch, mesh)
