@@ -110,6 +110,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
         )
         with clock.measure("compile"):
             compiled_step = compile_training(config, objective, tx, abstract, step_key, mesh)
+            # all at once: a rate that is computed in the loop waits in the device's queue behind a whole step
+            rates = jax.device_get(jax.jit(jax.vmap(schedule))(np.arange(steps)))
         records = metrics.Records(workdir, step)
         progress = metrics.Progress(
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
@@ -125,7 +127,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             row = {name: float(values[name]) for name in ("loss", *sorted(values.keys() - {"loss"}))}
             skipped = skipped + 1 if row["skipped"] else 0
             if step % config.log_every == 0 or step in (1, steps) or skipped:
-                row["learning_rate"] = float(schedule(step - 1))
+                row["learning_rate"] = float(rates[step - 1])
                 machine = progress.machine(step)
                 records.write_metrics(step, row | {"samples": samples}, machine)
                 print(progress.line(step, row, machine), flush=True)

@@ -29,7 +29,7 @@ from simmim_jax.data.decode import BadImage, decode
 from simmim_jax.data.sources import make_source
 from simmim_jax.errors import BusyError, ConfigError, DataError, Preempted
 from simmim_jax.tools import prepare as command
-from simmim_jax.tools import shards
+from simmim_jax.tools import prepared, shards
 
 SETTINGS = {"short_side": 32, "quality": 92, "subsampling": "420", "channels": 3, "max_pixels": 10**6}
 
@@ -348,7 +348,7 @@ def test_a_shard_whose_size_is_not_its_sidecars_is_made_again(small, tmp_path, m
 def test_the_number_of_shards_is_decided_once(tmp_path, monkeypatch):
     many(tmp_path / "from", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "SHARD_BYTES", 1500)
+        patch.setattr(prepared, "SHARD_BYTES", 1500)
         assert killed_at(patch, 3, tmp_path / "from", tmp_path / "to")
     prepare(tmp_path / "from", tmp_path / "to")
     of = [shard["file"][-18:-13] for shard in manifest(tmp_path / "to" / "train")["shards"]]
@@ -366,8 +366,8 @@ def test_shards_are_of_256_mib_and_of_small_data_enough_for_several_workers(coun
         def __getitem__(self, i):
             return {"image": b""}
 
-    monkeypatch.setattr(shards, "shrink", lambda image, **_: ({"image": bytes(size)}, None))
-    assert shards._suitable_shards(Source(), {}) == wanted
+    monkeypatch.setattr(prepared, "shrink", lambda image, **_: ({"image": bytes(size)}, None))
+    assert prepared._suitable_shards(Source(), {}) == wanted
     tasks = shards.make_tasks("x", count, wanted)
     assert [task.start for task in tasks] == [0, *(task.stop for task in tasks[:-1])]
     assert tasks[-1].stop == count

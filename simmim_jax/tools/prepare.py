@@ -1,6 +1,7 @@
 """python -m simmim_jax.tools.prepare SOURCE DEST [options]
 
-Images once reduced to what training needs, in ArrayRecord shards: DEST is then a data.path. `shards` writes and checks.
+Images once reduced to what training needs, in ArrayRecord shards: DEST is then a data.path. `prepared` plans and
+checks, `shards` writes.
 """
 
 import argparse
@@ -269,23 +270,23 @@ def run(argv: list[str]) -> None:
 
 def prepare(options: argparse.Namespace, signals: Signals) -> None:
     """All splits of SOURCE into DEST, one after the other."""
-    from simmim_jax.tools import shards  # grain and JAX come in with the data: help and mistakes are told without
+    from simmim_jax.tools import prepared  # grain and JAX come in with the data: help and mistakes are told without
 
-    shards.check_places(options.path, options.dest)
+    prepared.check_places(options.path, options.dest)
     sources = open_splits(options)
     classes, labels = one_numbering(sources)
     settings = {key: getattr(options, key) for key in SETTINGS}
-    with shards.held(options.dest):
-        shards.check_numbering(options.dest, classes, beside=set(sources))
+    with prepared.held(options.dest):
+        prepared.check_numbering(options.dest, classes, beside=set(sources))
         plans = {}
         for split, source in sources.items():  # all are looked at before any is begun
             folder = os.path.join(options.dest, split)
-            plans[split] = shards.make_plan(
+            plans[split] = prepared.make_plan(
                 folder, source, classes=classes, settings=settings, shards=options.shards, overwrite=options.overwrite
             )
         for split, source in sources.items():
             if manifest := plans[split].manifest:
-                shards.leave_finished(plans[split].folder)
+                prepared.leave_finished(plans[split].folder)
                 count = f"{manifest['count']:,} images in {shards_of(manifest)}"
                 print(f"{plans[split].folder} is finished: {count}")
             else:
@@ -301,9 +302,9 @@ def prepare(options: argparse.Namespace, signals: Signals) -> None:
 
 def prepare_split(plan, source, labels: list[int], options: argparse.Namespace, signals: Signals) -> dict:
     """Make what is missing of one split, and report it: the manifest."""
-    from simmim_jax.tools import shards
+    from simmim_jax.tools import prepared, shards
 
-    tasks, done = shards.begin(plan, source)
+    tasks, done = prepared.begin(plan, source)
     refused = [fault for made in done.values() for fault in made.refused]
     allowed = max(1, math.ceil(options.max_bad_fraction * len(source)))
     split = os.path.basename(plan.folder)
@@ -329,7 +330,7 @@ def prepare_split(plan, source, labels: list[int], options: argparse.Namespace, 
     finally:
         signals.patient = False
         progress.bar.close()
-    manifest, made = shards.finish(plan, tasks)
+    manifest, made = prepared.finish(plan, tasks)
     report(split, plan.folder, manifest, made, progress)
     return manifest
 
@@ -362,16 +363,16 @@ def report(split: str, folder: str, manifest: dict, made, progress: Progress) ->
 
 def verify(options: argparse.Namespace) -> None:
     """Read every byte of DEST, and say of each folder in it whether it is whole. Raises DataError if one is not."""
-    from simmim_jax.tools import shards
+    from simmim_jax.tools import prepared
 
-    faults, folders = 0, shards.prepared_folders(options.dest)
+    faults, folders = 0, prepared.prepared_folders(options.dest)
     for folder in folders:
-        found = shards.damaged_shards(folder, workers=options.workers or 1)
+        found = prepared.damaged_shards(folder, workers=options.workers or 1)
         faults += len(found)
         for fault in found:
             print(f"{folder}: {fault}")
         if not found:
-            manifest = shards.read_manifest(folder)
+            manifest = prepared.read_manifest(folder)
             print(f"{folder}: whole ({manifest['count']:,} images in {shards_of(manifest)})", flush=True)
     if not folders:
         raise DataError("nothing prepared is here", options.dest, "give the DEST of an earlier prepare")
