@@ -103,6 +103,12 @@ def check_minimum(where: str, value: int | float, minimum: int, *, strict: bool 
         raise ConfigError(f"{where.split('.')[-1]} is {value}", where, f"give a number {bound} {minimum}")
 
 
+def _end_processes() -> None:
+    """What multiprocessing does when an interpreter ends: else it tells of semaphores that were left behind."""
+    if "multiprocessing.util" in sys.modules:
+        sys.modules["multiprocessing.util"]._exit_function()
+
+
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
     """End the process as promised above, if what runs inside raises UserError or Preempted; quietly if it is cut off.
@@ -117,6 +123,7 @@ def told_in_one_line() -> Iterator[None]:
             raise
         sys.stdout.flush()
         print(error, file=sys.stderr, flush=True)
+        _end_processes()
         # All is closed by now, and the line must be the last: Orbax's threads print while the interpreter shuts down.
         os._exit(error.exit_code)
     except BrokenPipeError:

@@ -80,11 +80,13 @@ def train(config: ConfigDict, workdir: str) -> dict:
         fingerprint = data.fingerprint(source, **of_batches)
         if heldout_source:
             fingerprint["heldout"] = heldout_source.fingerprint()
+        bad_images = 0  # of this epoch so far, in all processes
         with clock.measure("state"):
             new_moments = jax.jit(tx.init, out_shardings=shardings.opt_state)
             restored = checkpoint.restore(manager, abstract, new_moments)
             if restored:
                 state, meta = restored
+                bad_images = meta.get("bad_images", 0)
                 refuse_other_data(meta["data"], fingerprint, workdir)
             else:
                 state = jax.jit(make_state, out_shardings=shardings)(init_key)
@@ -116,14 +118,19 @@ def train(config: ConfigDict, workdir: str) -> dict:
         progress = metrics.Progress(
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
         )
+        recorded = start
         skipped = 0  # steps in a row without an update
+        allowed = data.most_bad(source, config.data.on_error, config.data.max_bad_fraction)
 
         def record(step: int, device_metrics: dict) -> None:
             """Read a step's metrics, which waits for it; write a row where one is due."""
-            nonlocal skipped
+            nonlocal skipped, bad_images, recorded
+            recorded = step
             with clock.measure("step"):
                 values = jax.device_get(device_metrics)
             samples = f"{int(values.pop('samples')):08x}"
+            bad_images = int(values["bad_images"]) + (bad_images if (step - 1) % steps_per_epoch else 0)
+            values["bad_images"] = bad_images
             row = {name: float(values[name]) for name in ("loss", *sorted(values.keys() - {"loss"}))}
             skipped = skipped + 1 if row["skipped"] else 0
             if step % config.log_every == 0 or step in (1, steps) or skipped:
@@ -138,10 +145,13 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
                     workdir, "none of these was applied; look at the images, or lower the rate in a new --workdir",
                 )  # fmt: skip
+            if bad_images > allowed:
+                what = f"{bad_images} bad images in an epoch, of at most {allowed}: they are named above"
+                raise DataError(what, source.describe(), data.MEND)
 
         def save() -> None:
             with clock.measure("save"):
-                checkpoint.save(manager, state, {"data": fingerprint})
+                checkpoint.save(manager, state, {"data": fingerprint, "bad_images": bad_images})
 
         def evaluate() -> None:
             """Run all evaluators; a signal between two of them leaves the evaluation to the next run."""
@@ -187,10 +197,11 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     record(*pending)
                 pending = (step, device_metrics)
         except DataError:
-            if pending:
-                record(*pending)
-            if step > saved and not skipped and jax.process_count() == 1:  # the others would have to save with it
-                save()
+            if jax.process_count() == 1:  # else the others would have to save with it
+                if pending and pending[0] > recorded:
+                    record(*pending)
+                if step > saved and not skipped:
+                    save()
             raise
         except BrokenPipeError:
             raise

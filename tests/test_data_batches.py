@@ -424,6 +424,43 @@ def test_workers_do_not_outlive_a_killed_main_process(tmp_path):
     assert not mapped & set(os.listdir("/dev/shm"))
 
 
+def test_a_run_that_ends_by_an_error_leaves_nothing_behind_either(tmp_path):
+    write_shades(tmp_path, 20)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"gone")
+    (tmp_path / "program.py").write_text(
+        "import sys\n"
+        "from simmim_jax.data import make_batches, make_source\n"
+        "from simmim_jax.errors import told_in_one_line\n"
+        "if __name__ == '__main__':\n"
+        f"    source = make_source('folder', path={str(tmp_path)!r}, heldout_fraction=0.0)\n"
+        "    with told_in_one_line():\n"
+        "        batches = make_batches(source, batch_size=4, seed=0, image_size=(8, 8), workers=2)\n"
+        "        try:\n"
+        "            next(batches)\n"
+        "        finally:\n"
+        "            batches.close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, text=True, capture_output=True)
+    assert done.returncode == 3
+    assert done.stderr.startswith("ERROR[data] 20 images in a row cannot be read")
+    assert done.stderr.count("\n") == 1
+
+
+def test_workers_of_a_program_that_is_no_file_are_refused_and_batches_without_them_are_not(tmp_path):
+    program = (
+        "from simmim_jax.data import make_batches, make_source\n"
+        "for workers in (0, 1):\n"
+        "    batches = make_batches(make_source('digits'), batch_size=4, seed=0, image_size=(8, 8), workers=workers)\n"
+        "    print(next(batches)['label'].shape)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-"], input=program, env=environment, text=True, capture_output=True)
+    assert done.stdout == "(4,)\n"
+    assert "ERROR[config] workers cannot start from <stdin> - data.workers - save the program" in done.stderr
+
+
 def kill_a_worker() -> int:
     victim = next(child for child in multiprocessing.active_children() if child.name.startswith("grain"))
     os.kill(victim.pid, signal.SIGKILL)

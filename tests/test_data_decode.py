@@ -67,8 +67,10 @@ def test_exif_orientation_is_applied(orientation, form):
         assert np.abs(image.read(8)[..., 0].astype(int) - upright[::8, ::8]).max() <= 1
 
 
-def test_damaged_exif_does_not_cost_the_image():
-    assert decode(encoded(ramp("RGB"), "JPEG", exif=b"Exif\0\0garbage"), 3).shape == (7, 9, 3)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f"])
+def test_damaged_exif_does_not_cost_the_image(form, exif):
+    assert decode(encoded(ramp("RGB"), form, exif=exif), 3).shape == (7, 9, 3)
 
 
 def test_an_animation_gives_its_first_frame():

@@ -248,7 +248,7 @@ def test_crops_of_a_classifier_bear_their_class_and_no_mask(tmp_path, capsys):
     assert preview.caption_of({"hidden": None, "label": 1}, ("cat", "dog")) == "dog"
     assert preview.caption_of({"hidden": None, "label": -1}, ("cat", "dog")) == "no class"
     mean = f"{numbers['pixels']['mean'][0]:.3f}"
-    assert f"mean is off by more than 0.1: these images want --config.mean={mean}," in capsys.readouterr().out
+    assert f"mean is off by more than 0.1: these crops have about --config.mean={mean}," in capsys.readouterr().out
 
 
 def test_bad_images_and_names_of_any_bytes_are_no_failure(tmp_path, capsys):

@@ -21,12 +21,16 @@ from absl import logging
 from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode
 from simmim_jax.data.sources import SOURCES, make_source
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
-from simmim_jax.data.workers import close, init_worker, let_grain_run_without_flags, watched
+from simmim_jax.data.workers import check_main, close, init_worker, let_grain_run_without_flags, watched
 from simmim_jax.errors import ConfigError, DataError
 
-__all__ = ["SOURCES", "advice", "check_batches", "cores", "fingerprint", "make_batches", "make_epoch", "make_source"]
+__all__ = [
+    "MEND", "SOURCES", "advice", "check_batches", "cores", "fingerprint", "make_batches", "make_epoch", "make_source",
+    "most_bad",
+]  # fmt: skip
 
 ON_ERROR = ("skip", "raise")  # what becomes of a bad image
+MEND = "mend or remove the files, or set data.on_error=skip and data.max_bad_fraction higher"
 TRIES = 64  # substitutes for one bad image, before the data as a whole are held to be bad
 
 
@@ -68,7 +72,8 @@ def make_batches(
       start_step: the step that the first batch is for.
       workers: processes that decode; 0 for this one. In each, `threads` make a batch each and `prefetch` batches wait.
       on_error: "skip", as above, or "raise": the first bad image ends the run.
-      max_bad_fraction: of the source's images, rounded up: if more than these prove bad, the data are refused.
+      max_bad_fraction: of the source's images, rounded up: if more than these prove bad, the data are refused. Not
+        here where there are several `processes`: each knows its own alone.
 
     Raises:
       ConfigError: at once, for values that cannot work.
@@ -94,6 +99,7 @@ def make_batches(
     )
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
     if workers:
+        check_main()
         let_grain_run_without_flags()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
 
@@ -105,7 +111,8 @@ def make_batches(
 
     opened = [open_at(start_step)]
     check = functools.partial(decode, channels=channels, max_pixels=max_pixels)
-    allowed = math.ceil(max_bad_fraction * len(source)) if on_error == "skip" else 0
+    # of several processes one alone must not end: the others would wait for it. Their sum is for the caller to judge.
+    allowed = most_bad(source, on_error, max_bad_fraction) if processes == 1 else len(source)
     positions = np.arange(process, batch_size, processes, dtype=np.int32)
     batches = _count_bad(watched(opened, open_at, start_step), source, check, allowed, positions)
     weakref.finalize(batches, close, opened)  # also at exit, while what it takes to end workers quietly still exists
@@ -240,6 +247,11 @@ def fingerprint(
     }
 
 
+def most_bad(source, on_error: str, max_bad_fraction: float) -> int:
+    """How many images may be bad, of those of an epoch."""
+    return math.ceil(max_bad_fraction * len(source)) if on_error == "skip" else 0
+
+
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -315,8 +327,7 @@ def _count_bad(batches, source, check, allowed: int, positions: np.ndarray) -> I
             logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)
             if len(bad) > allowed:
                 what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
-                fix = "mend or remove the files, or raise data.max_bad_fraction"
-                raise DataError(what, source.describe(), fix if allowed else f"{fix} (with data.on_error=skip)")
+                raise DataError(what, source.describe(), MEND)
         yield batch | {"replaced": asked >= 0, "position": positions}
 
 

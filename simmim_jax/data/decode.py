@@ -23,6 +23,7 @@ MODES = {1: "L", 3: "RGB"}
 LYING = (5, 6, 7, 8)  # EXIF orientations of images that are stored on their side
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, and says so
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the pixels are what counts
 
 
 class BadImage(ValueError):
@@ -120,7 +121,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _from_file(picture: Image.Image, channels: int) -> np.ndarray:
     picture.load()
-    ImageOps.exif_transpose(picture, in_place=True)
+    with contextlib.suppress(Exception):  # of damaged EXIF the parsers raise what they like, and the pixels are whole
+        ImageOps.exif_transpose(picture, in_place=True)
     picture.info.pop("transparency", None)  # dropped like all alpha; `convert` would warn of it
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray(_to_uint8(np.asarray(picture)))

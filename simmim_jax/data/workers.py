@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import psutil
 from absl import flags, logging
 
-from simmim_jax.errors import DataError
+from simmim_jax.errors import ConfigError, DataError
 
 
 def watched(opened: list, open_at: Callable[[int], Iterator], step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -23,26 +24,38 @@ def watched(opened: list, open_at: Callable[[int], Iterator], step: int) -> Iter
     how much memory it had.
     """
     deaths, memory = 0, {}
-    while True:
-        try:
-            batch = next(opened[0])
-        except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):
-                raise
-            fault, where, fix = _death(str(error), memory)
-            # an iterator that has failed goes on with the work of the workers that are left: never ask it again
-            close(opened)
-            deaths += 1
-            if deaths > 1:
-                raise DataError(f"{fault}, the second to die", where, fix) from error
-            logging.warning("%s (%s): its work is done again, from step %d, by new ones; %s", fault, where, step, fix)
-            opened.append(open_at(step))
-            continue
-        memory = _look(memory)
-        step += 1
-        # copied, for a worker's arrays are shared memory, and any left over at exit is reported as leaked
-        batch = {key: value if type(value) is np.ndarray else np.array(value) for key, value in batch.items()}
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next(opened[0])
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                fault, where, fix = _death(str(error), memory)
+                # an iterator that has failed goes on with the work of the workers that are left: never ask it again
+                close(opened)
+                deaths += 1
+                if deaths > 1:
+                    raise DataError(f"{fault}, the second to die", where, fix) from error
+                logging.warning("%s (%s): its work is done again, from step %d; %s", fault, where, step, fix)
+                opened.append(open_at(step))
+                continue
+            memory = _look(memory)
+            step += 1
+            # copied, for a worker's arrays are shared memory, and any left over at exit is reported as leaked
+            batch = {key: value if type(value) is np.ndarray else np.array(value) for key, value in batch.items()}
+            yield batch
+    finally:
+        while opened:  # as `close` does, whose name may be gone already when the interpreter ends
+            opened.pop().close()
+
+
+def check_main() -> None:
+    """Raise ConfigError where workers cannot start: they begin by importing the main program from its file."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file and not os.path.exists(file):
+        fix = "save the program to a file, or set data.workers=0"
+        raise ConfigError(f"workers cannot start from {file}", "data.workers", fix)
 
 
 def close(opened: list) -> None:
@@ -93,7 +106,7 @@ def _death(message: str, memory: dict) -> tuple[str, str, str]:
     who = f"data worker {dead[0][0].pid}" if dead else "a data worker"
     held = f", with {dead[0][1] / 2**20:.0f} MiB of memory when last seen" if dead and dead[0][1] else ""
     free = f"{psutil.virtual_memory().available / 2**20:.0f} MiB are free on this host now"
-    fix = "see the lines above"
+    fix = "see the lines above; a script must start them below `if __name__ == '__main__':`"
     if -code == signal.SIGKILL:
         fix = "likely out of memory: set data.workers, data.prefetch or batch_size lower"
     elif -code == signal.SIGBUS:

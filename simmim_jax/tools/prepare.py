@@ -284,27 +284,32 @@ def prepare(options: argparse.Namespace, signals: Signals) -> None:
             plans[split] = prepared.make_plan(
                 folder, source, classes=classes, settings=settings, shards=options.shards, overwrite=options.overwrite
             )
+        # the plans of all splits before the first shard: a split that is not begun must not look as if there were none
+        begun = {split: prepared.begin(plan, sources[split]) for split, plan in plans.items() if not plan.manifest}
         for split, source in sources.items():
             if manifest := plans[split].manifest:
                 prepared.leave_finished(plans[split].folder)
                 count = f"{manifest['count']:,} images in {shards_of(manifest)}"
                 print(f"{plans[split].folder} is finished: {count}")
             else:
-                manifest = prepare_split(plans[split], source, labels[split], options, signals)
+                manifest = prepare_split(plans[split], source, labels[split], *begun[split], options, signals)
             if split == "train":
                 mean, std = (",".join(f"{value:.4f}" for value in manifest[key]) for key in ("mean", "std"))
+                is_flat = min(manifest["std"]) < 1e-4  # a channel of one value, by which nothing can be divided
     if "train" in sources:
         path = shlex.quote(options.dest)
-        print("\nto train on it, and, if you like, to normalise by its own mean and std:")
-        print(f"  {TRAIN} --config.data.path={path} --workdir runs/mine")
-        print(f"  --config.mean={mean} --config.std={std}", flush=True)
+        print("\nto train on it" + (":" if is_flat else ", and, if you like, to normalise by its own mean and std:"))
+        print(f"  {TRAIN} --config.data.path={path} --workdir runs/mine", flush=True)
+        if not is_flat:
+            print(f"  --config.mean={mean} --config.std={std}", flush=True)
 
 
-def prepare_split(plan, source, labels: list[int], options: argparse.Namespace, signals: Signals) -> dict:
-    """Make what is missing of one split, and report it: the manifest."""
+def prepare_split(
+    plan, source, labels: list[int], tasks: list, done: dict, options: argparse.Namespace, signals: Signals
+) -> dict:
+    """Make what is missing of one split, which has been begun, and report it: the manifest."""
     from simmim_jax.tools import prepared, shards
 
-    tasks, done = prepared.begin(plan, source)
     refused = [fault for made in done.values() for fault in made.refused]
     allowed = max(1, math.ceil(options.max_bad_fraction * len(source)))
     split = os.path.basename(plan.folder)

@@ -66,6 +66,8 @@ def check_places(source: str, dest: str) -> None:
     ends = os.path.realpath(source), os.path.realpath(dest)
     if source and os.path.exists(source) and os.path.commonpath(ends) in ends:
         raise ConfigError("SOURCE and DEST are the same, or one lies in the other", dest, "give another DEST")
+    if os.path.exists(dest) and not os.path.isdir(dest):
+        raise ConfigError("a file, where a folder should be", dest, "give another DEST")
     if not os.path.isdir(dest):
         return
     folders = prepared_folders(dest)

@@ -234,7 +234,9 @@ def pixel_lines(pixels: dict) -> list[tuple[str, str]]:
         lines.append((name, f"{spelled(found)} per channel of {pixels['count']} crops (config: {spelled(given)})"))
         if max(abs(a - b) for a, b in zip(pixels[name], pixels[f"config_{name}"], strict=True)) > OFF:
             values = ",".join(f"{value:.3f}" for value in pixels[name]) + ("," if len(found) == 1 else "")
-            lines.append(("warning", f"{name} is off by more than {OFF}: these images want --config.{name}={values}"))
+            lines.append(
+                ("warning", f"{name} is off by more than {OFF}: these crops have about --config.{name}={values}")
+            )
     return lines
 
 

@@ -15,11 +15,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.sources.files import changed, opener, stat_file
-from simmim_jax.data.sources.splits import Selection, part_of, select
+from simmim_jax.data.sources.splits import EVALUATION, Selection, part_of, select
 from simmim_jax.errors import DataError
 
 ARRAY_RECORDS = (".array_record", ".arrayrecord")
 MANIFEST, FORMAT, VERSION = "manifest.json", "simmim_jax.prepared", 1
+PLAN = ".prepare.json"  # which `prepare` removes when it is done
 PREPARE = "prepare the folder again: python -m simmim_jax.tools.prepare"
 IMAGE_NAMES = ("image/encoded", "image", "jpg", "jpeg", "png", "webp", "img", "image_raw", "encoded", "image_bytes")
 LABEL_NAMES = ("image/class/label", "label", "labels", "cls", "class", "fine_label", "target")
@@ -37,10 +38,20 @@ def make_array_record(*, path: str, split: str, heldout_fraction: float, **_):
     tf.train.Example that has them; such labels are given as they are, and `classes` are unknown.
 
     Raises:
-      DataError: where a shard is missing, truncated, or not what the manifest says.
+      DataError: where a shard is missing, truncated, or not what the manifest says, or a prepare is unfinished.
     """
+    refuse_unfinished(path)
     selection = select(path, split, (*ARRAY_RECORDS, MANIFEST), "array_record")
     return part_of(ArrayRecords(selection, split), selection, heldout_fraction)
+
+
+def refuse_unfinished(path: str) -> None:
+    """Raise DataError if a prepare of this folder, or of a split in it, has not come to its end."""
+    path = os.path.abspath(os.path.expanduser(path))
+    for folder in (path, *(os.path.join(path, side) for side in ("train", *EVALUATION))):
+        if os.path.exists(os.path.join(folder, PLAN)):
+            fix = "run the same simmim_jax.tools.prepare again, which goes on"
+            raise DataError(f"{folder} is not prepared to its end", "data.path", fix)
 
 
 def read_manifest(folder: str) -> dict | None:
