@@ -83,6 +83,7 @@ def write_list(file: Path, count: int) -> None:
             output.write(lines)
 
 
+@pytest.mark.slow
 def test_a_list_of_ten_million_lines_takes_no_more_than_one_of_ten_thousand(tmp_path):
     (tmp_path / "p").mkdir()
     told = {}

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 from tiny_tfds import CLASSES, TinyShades
@@ -57,12 +59,12 @@ def png(shade: int) -> bytes:
     return file.getvalue()
 
 
-def write_tar(file, members: dict[str, bytes], **options) -> str:
+def write_tar(file, members: dict[str, bytes] | list[tuple[str, bytes]], mtime=0, **options) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w", **options) as archive:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
-            info.size = len(data)
+            info.size, info.mtime = len(data), mtime
             archive.addfile(info, io.BytesIO(data))
     return str(file)
 
@@ -323,6 +325,81 @@ def test_evaluation_images_are_not_trained_on_for_want_of_a_train_folder(tmp_pat
     assert names(folder(tmp_path, "val")) == ["1.png"]
 
 
+@pytest.mark.parametrize("evaluation", ["Val", "TEST", "Validation"])
+def test_a_split_is_known_whatever_the_case_of_its_name(evaluation, tmp_path):
+    write(tmp_path, "Train/a/1.png", "Train/b/2.png", f"{evaluation}/b/3.png", f"{evaluation}/c/4.png")
+    for path in (tmp_path, tmp_path / "{split}"):
+        for kind in ("auto", "folder"):
+            assert names(make_source(kind, path=str(path))) == ["a/1.png", "b/2.png"]
+            source = make_source(kind, path=str(path), split=evaluation.lower())
+            assert names(source) == ["b/3.png", "c/4.png"]
+            assert source.classes == ("a", "b", "c")
+    write(tmp_path, "train/a/5.png")
+    assert names(folder(tmp_path)) == ["a/5.png"]
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [("train2017", "val2017"), ("training", "testing"), ("Training", "valid"), ("trainset", "testset"),
+     ("train-1", "eval"), ("train_images", "test_images")],
+)  # fmt: skip
+@pytest.mark.parametrize("below", ["", "images/", "x/y"])
+def test_folders_that_look_like_both_sides_are_not_taken_for_classes(train, evaluation, below, tmp_path):
+    below = {"x/y": tmp_path / "x", "images/": tmp_path / "images", "": tmp_path}[below]
+    write(below, f"{train}/1.png", f"{evaluation}/2.png")
+    write(tmp_path, "other/3.png")
+    says = rf"has ({train}/ and {evaluation}/, which look like|{evaluation}/ but no train/)"
+    for kind in ("auto", "folder"):
+        with pytest.raises(DataError, match=says):
+            make_source(kind, path=str(tmp_path))
+        if evaluation != "valid":
+            with pytest.raises(DataError, match=rf"{says}.*point data\.path at .*{train}"):
+                make_source(kind, path=str(tmp_path), split="val")
+    assert names(folder(below / train, heldout_fraction=0.0)) == ["1.png"]
+    assert names(folder(below, train)) == ["1.png"]
+
+
+@pytest.mark.parametrize("files", [["images/train/1.png", "images/val/2.png"], ["cats/train/1.png", "cats/val/2.png",
+                                   "dogs/train/3.png", "dogs/val/4.png"]])  # fmt: skip
+def test_splits_one_level_down_are_not_trained_on_together(files, tmp_path):
+    for root in (tmp_path, tmp_path / "train"):
+        first = root / files[0].split("/")[0]
+        says = rf"{first} has train/ and val/, which look like.*point data\.path at {first}"
+        with pytest.raises(DataError, match=says):
+            folder(write(root, *files) and tmp_path)
+        assert names(folder(first)) == ["1.png"]
+
+
+def test_classes_of_which_one_looks_like_a_split_are_classes(tmp_path):
+    write(tmp_path, "testing/1.png", "training wheels/2.png", "cats/val/3.png", "dogs/train/4.png", "trains/5.png")
+    source = folder(tmp_path, heldout_fraction=0.0)
+    assert source.classes == ("cats", "dogs", "testing", "training wheels", "trains")
+
+
+def test_a_folder_may_be_named_with_the_split_in_its_path(tmp_path):
+    write(tmp_path, "x/train/images/1.png", "x/val/images/2.png", "x/extra/images/3.png")
+    for kind in ("auto", "folder"):
+        path = str(tmp_path / "x" / "{split}" / "images")
+        sources = [make_source(kind, path=path, split=split) for split in ("train", "test", "extra")]
+        assert [names(source) for source in sources] == [["1.png"], ["2.png"], ["3.png"]]
+    with pytest.raises(DataError, match=r"/y/\{split\} is not a folder"):
+        folder(tmp_path / "y" / "{split}")
+    shutil.rmtree(tmp_path / "x" / "train")
+    with pytest.raises(DataError, match="has val/ but no train/"):
+        folder(tmp_path / "x" / "{split}")
+
+
+def test_links_that_lead_nowhere_are_told_once_with_their_number(tmp_path, caplog):
+    write(tmp_path, "a/1.png", "b/2.png")
+    assert len(folder(tmp_path)) + len(folder(tmp_path, "val")) == 2
+    assert not caplog.records
+    for name in ("a/3.png", "b/4.png", "c"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    assert len(folder(tmp_path)) + len(folder(tmp_path, "val")) == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{tmp_path}: 3 links lead nowhere and are left out, the first being {tmp_path}" in caplog.text
+
+
 # --- folders: errors
 
 
@@ -369,6 +446,23 @@ def test_a_changed_folder_changes_the_fingerprint_and_a_moved_one_does_not(tmp_p
     write(tmp_path / "two", "e.png")
     added = folder(tmp_path / "two", heldout_fraction=0.0).fingerprint()
     assert len({json.dumps(each) for each in (before, renamed, added)}) == 3
+
+
+@pytest.mark.parametrize("count", [3, 2500])
+def test_other_files_under_the_same_names_change_the_fingerprint_of_a_folder(count, tmp_path, monkeypatch):
+    for i in range(count):
+        (tmp_path / f"{i:04}.png").write_bytes(b"x" * i)
+    source, asked = folder(tmp_path, heldout_fraction=0.0), []
+    stat = os.stat
+    with monkeypatch.context() as patch:
+        patch.setattr("os.stat", lambda *args, **options: asked.append(args) or stat(*args, **options))
+        before = source.fingerprint()
+    assert len(asked) == min(count, 1000)
+    os.utime(tmp_path / "0000.png", (0, 0))
+    assert source.fingerprint() == before
+    for i in range(count):
+        (tmp_path / f"{i:04}.png").write_bytes(b"y" * (count - i))
+    assert folder(tmp_path, heldout_fraction=0.0).fingerprint() != before
 
 
 # --- TFDS
@@ -457,7 +551,70 @@ def test_a_damaged_tfds_folder_is_told_in_a_line(tfds_dir, tmp_path):
         make_source("auto", path=str(tmp_path / "copy"))
 
 
+def test_a_damaged_tfds_record_is_a_bad_image(tfds_dir, tmp_path):
+    shutil.copytree(f"{tfds_dir}/tiny_shades", tmp_path / "copy")
+    (shard,) = (tmp_path / "copy").rglob("*train*array_record*")
+    data = bytearray(shard.read_bytes())
+    whole = make_source("auto", path=str(tmp_path / "copy"))
+    before, records = whole.fingerprint(), [whole[i] for i in range(8)]
+    data[100:104] = b"oops"
+    shard.write_bytes(data)
+    source, bad = make_source("auto", path=str(tmp_path / "copy")), 0
+    for i in range(8):
+        try:
+            assert source[i] == records[i]
+        except BadImage:
+            bad += 1
+    assert bad
+    with pytest.raises(IndexError):
+        source[8]
+    shard.write_bytes(data[:-1])
+    assert make_source("auto", path=str(tmp_path / "copy")).fingerprint() != before
+    shard.unlink()
+    with pytest.raises(DataError, match=r"array_record-00000-of-00001 cannot be read"):
+        make_source("auto", path=str(tmp_path / "copy")).fingerprint()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, ValueError, DecodeError])
+def test_whatever_a_tfds_record_raises_is_a_bad_image(error, tfds_dir):
+    source = make_source("tfds", name="tiny_shades", data_dir=tfds_dir)
+
+    class Records:
+        def __getitem__(self, i):
+            raise error("broken")
+
+    source.records = Records()
+    with pytest.raises(BadImage, match="its record is damaged: broken"):
+        source[0]
+
+
+def test_tfds_shards_with_other_records_have_another_fingerprint(tfds_dir, tmp_path):
+    shutil.copytree(f"{tfds_dir}/tiny_shades", tmp_path / "copy")
+    train, test = (make_source("auto", path=str(tmp_path / "copy"), split=split) for split in ("train", "test"))
+    before = train.fingerprint(), test.fingerprint()
+    (shard,) = (tmp_path / "copy").rglob("*train*array_record*")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert train.fingerprint() != before[0]
+    assert test.fingerprint() == before[1]
+
+
 # --- auto
+
+
+def test_lists_beside_the_images_that_they_list_are_told(tmp_path, caplog):
+    write(tmp_path, "images/1.png", "images/2.png", "images/3.png")
+    (tmp_path / "classes.txt").write_text("cat\n")
+    make_source("auto", path=str(tmp_path))
+    assert not caplog.records
+    (tmp_path / "train_map.txt").write_text("images/1.png\t0\n")
+    (tmp_path / "val_map.txt").write_text("images/2.png\t0\n")
+    make_source("auto", path=str(tmp_path))
+    make_source("auto", path=str(tmp_path), split="val")
+    assert len(caplog.records) == 1
+    assert "not those in train_map.txt, val_map.txt" in caplog.text
+    template = caplog.text.strip().rpartition("set data.path=")[2]
+    assert names(make_source("auto", path=template)) == ["images/1.png"]
+    assert names(make_source("auto", path=template, split="val")) == ["images/2.png"]
 
 
 @pytest.mark.parametrize("kind", ["folder", *SHARDED])
@@ -503,6 +660,16 @@ def test_shards_are_named_by_wildcards_and_braces(pattern, count, tmp_path):
     source = make_source("auto", path=str(tmp_path / pattern), heldout_fraction=0.0)
     assert len(source) == count
     assert shades_of(source) == sorted(shades_of(source))
+
+
+@pytest.mark.parametrize("pattern", ["train-*.tar", "train-{0..1}.tar", "{split}-*.tar", "**/train-?.tar"])
+def test_wildcards_below_a_folder_with_brackets_in_its_name_are_found(pattern, tmp_path):
+    root = tmp_path / "[y] z{1,2}" / "a*"
+    for number in range(2):
+        write_tar(root / f"train-{number}.tar", samples(number))
+    for kind in ("auto", "tar"):
+        source = make_source(kind, path=str(root / pattern), heldout_fraction=0.0)
+        assert names(source) == ["train-0.tar/0000.png", "train-1.tar/0001.png"]
 
 
 def test_braces_are_those_of_bash():
@@ -622,6 +789,58 @@ def test_of_files_to_train_on_alone_a_part_is_held_out(kind, layout, tmp_path):
         assert shades_of(make_source(kind, path=path, split="extra")) == list(range(100, 104))
 
 
+@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.parametrize(
+    ("train", "evaluation"), [("train0", "val0"), ("trainset-0", "testset-0"), ("training", "x-testing")]
+)
+def test_files_that_look_like_both_sides_are_not_mixed(kind, train, evaluation, tmp_path):
+    for split, shades in ((train, range(3)), (evaluation, range(10, 13))):
+        write_split(kind, tmp_path, "{split}.{extension}", split, shades)
+    for path in (tmp_path, tmp_path / "*"):
+        for split in ("train", "val"):
+            with pytest.raises(DataError, match=rf"has {train}\.\w+ and {evaluation}\.\w+, which look like"):
+                make_source(kind, path=str(path), split=split)
+    source = make_source(kind, path=str(tmp_path / f"{train}.*"), heldout_fraction=0.0)
+    assert shades_of(source) == list(range(3))
+
+
+@pytest.mark.parametrize("kind", SHARDED[1:])
+def test_shards_in_a_folder_of_the_split_are_known_whatever_its_case(kind, tmp_path):
+    write_split(kind, tmp_path, "{split}/0.{extension}", "Train", range(3))
+    write_split(kind, tmp_path, "{split}/0.{extension}", "Test", range(10, 13))
+    for path in (tmp_path, tmp_path / "{split}"):
+        assert shades_of(make_source("auto", path=str(path))) == [0, 1, 2]
+        assert shades_of(make_source("auto", path=str(path), split="val")) == [10, 11, 12]
+
+
+@pytest.mark.parametrize("kind", SHARDED[1:])
+def test_shards_that_are_left_out_are_told(kind, tmp_path, caplog):
+    write_split(kind, tmp_path, "{split}.{extension}", "a", range(20))
+    read = lambda: [len(make_source(kind, path=str(tmp_path), split=split)) for split in ("train", "val")]  # noqa: E731
+    assert read() == [18, 2]
+    assert not caplog.records
+    write_split(kind, tmp_path / "more", "{split}.{extension}", "b", range(3))
+    assert read() == [18, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: files in 1 sub-folders are left out, the first being more/: "
+        f"to take all, set data.path={tmp_path}/**/*.{kind}"
+    ]
+    assert len(make_source(kind, path=f"{tmp_path}/**/*.{kind}", heldout_fraction=0.0)) == 23
+    shutil.rmtree(tmp_path / "more")
+    caplog.clear()
+    (tmp_path / "val").mkdir()
+    assert read() == [18, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/val has no files of data.source={kind}: what is evaluated on is held out of the files to train on"
+    ]
+    caplog.clear()
+    (tmp_path / "val").rmdir()
+    (tmp_path / f"b.{kind}.gz").touch()
+    assert read() == [18, 2]
+    assert len(caplog.records) == 1
+    assert f"1 compressed files beside those that are read are left out, the first being b.{kind}.gz" in caplog.text
+
+
 def test_a_file_is_not_trained_on_and_evaluated_on_by_one_pattern(tmp_path):
     for name in ("set-train.tar", "set-train-val.tar"):
         write_tar(tmp_path / name, samples(1, 2))
@@ -671,6 +890,18 @@ def test_the_held_out_part_of_any_size_is_a_partition():
             held_out, rest = ([part[i]["label"] for i in range(len(part))] for part in parts)
             assert sorted(held_out + rest) == list(range(count))
             assert len(held_out) == (0 if count == 1 else -(-count // every))
+
+
+@pytest.mark.parametrize("fraction", [0.51, 0.6, 2 / 3, 0.7, 0.75, 0.9, 0.99])
+def test_more_than_half_may_be_held_out_and_is_as_much_as_was_asked_for(fraction, tmp_path):
+    (tmp_path / "all.txt").write_text("".join(f"{i}.png\n" for i in range(1000)))
+    write(tmp_path, "0.png")
+    path = str(tmp_path / "all.txt")
+    train, held_out = (make_source("list", path=path, split=s, heldout_fraction=fraction) for s in ("train", "val"))
+    assert abs(len(held_out) - 1000 * fraction) < 1
+    assert sorted(names(train) + names(held_out)) == sorted(f"{i}.png" for i in range(1000))
+    assert names(train) == sorted(names(train), key=lambda name: int(name[:-4]))
+    assert json.loads(json.dumps(train.fingerprint())) == train.fingerprint() != held_out.fingerprint()
 
 
 @pytest.mark.parametrize("kind", SHARDED)
@@ -783,6 +1014,11 @@ def test_paths_are_relative_to_the_list_or_its_splits_folder_or_data_dir(tmp_pat
         ("a.png,,1\n", r"line 1"),
         ("a.png 1\n\n# x\nb.png\n", r"line 4 has no label, and line 1 has one"),
         ("a.png\nb.png 1\n", r"line 1 has no label, and line 2 has one"),
+        ("a.png,0,640\n", r"'0,640' is not the label of an image - .*list\.txt, line 1 - .*without a comma"),
+        ("a.png cat\na.png dog, small\n", r"'dog, small' is not the label of an image - .*line 2"),
+        ("a.png 1\na.png 0 # good one\n", r"'0 # good one' is not the label of an image - .*line 2"),
+        ("a.png cat # good one\n", r"'cat # good one' is not the label of an image - .*line 1"),
+        ("# x\na.png 0.0\na.png 1.0\na.png 10.0\n", r"'0\.0' is not the label of an image - .*line 2 - give integers"),
         ("a.png 1\na.png -1\n", r"label -1 - .*list\.txt, line 2 - number the classes from 0"),
         ("a.png 1\na.png 99999999999999999999999999\n", r"label 9999.*line 2"),
         ("a.png\nb/../../x.png\n", r"'b/\.\./\.\./x\.png' leaves the folder of the images - .*line 2"),
@@ -873,6 +1109,86 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path):
         info.size = len(png(1))
         archive.addfile(info, io.BytesIO(png(1)))
     assert names(make_source("tar", path=str(file), heldout_fraction=0.0)) == ["a.tar/real.png"]
+
+
+def test_a_key_that_comes_back_in_a_tar_is_another_sample(tmp_path):
+    first, again = samples(1, 2), {"0001.cls": b"2", "0001.png": png(8), "0002.cls": b"0", "0002.png": png(9)}
+    twice = [(f"0003.{kind}", data) for n in (3, 4) for kind, data in (("png", png(n)), ("cls", b"%d" % (n - 3)))]
+    file = write_tar(tmp_path / "a.tar", [*first.items(), *again.items(), *twice])
+    source = make_source("tar", path=file, heldout_fraction=0.0)
+    assert shades_of(source) == [1, 2, 8, 9, 3, 4]
+    assert [source[i]["label"] for i in range(6)] == [1, 2, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ([f"v1.0_{n:03}.png" for n in range(8)], {f"v1.0_{n:03}.png": -1 for n in range(8)}),
+        (["v1.0_1.cls", "v1.0_1.png", "v1.0_2.cls", "v1.0_2.png"], {"v1.0_1.png": 0, "v1.0_2.png": 2}),
+        (["0.gif", "0.png"], {"0.gif": -1, "0.png": -1}),
+        (["0.depth.png", "0.png", "1.depth.png", "1.png"], {"0.png": -1, "1.png": -1}),
+        (["0.depth.png", "0.png", "0.cls", "0.gif"], {"0.png": 2}),
+        (["0.left.png", "0.right.png", "0.cls", "1.left.png", "1.cls"], {"0.left.png": 2, "1.left.png": 4}),
+    ],
+)
+def test_the_image_of_a_sample_is_the_one_that_has_its_name_and_names_with_dots_are_samples(
+    members, expected, tmp_path, caplog
+):
+    data = [(name, b"%d" % n if name.endswith("cls") else png(n)) for n, name in enumerate(members)]
+    source = make_source("tar", path=write_tar(tmp_path / "a.tar", data), heldout_fraction=0.0)
+    assert {source.name(i).removeprefix("a.tar/"): source[i]["label"] for i in range(len(source))} == expected
+    assert shades_of(source) == [members.index(name) for name in expected]
+    over = [name for name in members if name not in expected and not name.endswith("cls")]
+    says = f"{len(over)} images beside another one of their sample (the first 'a.tar/{over[0]}')" if over else ""
+    assert [says in record.getMessage() for record in caplog.records] == [True] * bool(over)
+
+
+def test_tars_joined_by_cat_are_read_to_the_end_of_the_last(tmp_path, caplog):
+    parts = [Path(write_tar(tmp_path / f"{n}.tar", samples(n, n + 1))).read_bytes() for n in (1, 3, 5)]
+    (tmp_path / "all").mkdir()
+    file = tmp_path / "all" / "c.tar"
+    file.write_bytes(parts[0] + parts[1] + bytes(2**20) + parts[2])
+    source = make_source("tar", path=str(file), heldout_fraction=0.0)
+    assert shades_of(source) == [1, 2, 3, 4, 5, 6]
+    assert [source[i]["label"] for i in range(6)] == [1, 2, 0, 1, 2, 0]
+    assert not caplog.records
+    file.write_bytes(parts[0] + b"no header" * 100)
+    with pytest.raises(DataError, match=rf"c\.tar is truncated or damaged at byte {len(parts[0])} - no header"):
+        make_source("tar", path=str(file))
+
+
+def test_a_hard_link_in_a_tar_is_the_image_that_it_leads_to(tmp_path, caplog):
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as archive:
+        for name, data in samples(1, 2).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for name, target in {"3.cls": "0002.cls", "3.png": "0001.png", "4.cls": "3.cls", "4.png": "3.png"}.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, target
+            archive.addfile(info)
+    source = make_source("tar", path=str(file), heldout_fraction=0.0)
+    assert names(source) == [f"a.tar/{name}.png" for name in ("0001", "0002", 3, 4)]
+    assert shades_of(source) == [1, 2, 1, 1]
+    assert [source[i]["label"] for i in range(4)] == [1, 2, 2, 2]
+    assert not caplog.records
+
+
+def test_what_is_passed_over_in_tars_is_counted_in_one_warning_each_time(tmp_path, caplog):
+    for shard in "ab":
+        with tarfile.open(write_tar(tmp_path / f"{shard}.tar", {"9.cls": b"1"} | samples(1)), "a") as archive:
+            for number in range(2):
+                info = tarfile.TarInfo(f"{number}\n.png")
+                info.type, info.linkname = tarfile.SYMTYPE, "0001.png"
+                archive.addfile(info)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        assert shades_of(make_source("tar", path=str(tmp_path), heldout_fraction=0.0)) == [1, 1]
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "4 images that are links or devices (the first 'a.tar/0\\n.png')" in record.getMessage()
+        assert "2 labels that no image stands beside (the first 'a.tar/9.cls')" in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -970,6 +1286,63 @@ def test_the_index_of_a_shard_is_kept_and_made_anew_when_it_is_of_no_use(tmp_pat
     assert shades_of(source()) == [4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("told_by", ["the file system", "the bytes alone"])
+@pytest.mark.parametrize("written", ["in place", "beside"])
+def test_a_shard_rewritten_with_the_same_size_and_time_is_indexed_anew(told_by, written, tmp_path, monkeypatch):
+    if told_by == "the bytes alone":
+        monkeypatch.setattr(tar, "_identity", lambda status: (status.st_size, status.st_mtime_ns))
+    file = tmp_path / "a.tar"
+    write_tar(file, samples(1, 2, 3))
+    before = os.stat(file)
+    assert names(make_source("tar", path=str(file), heldout_fraction=0.0))[0] == "a.tar/0001.png"
+    other = Path(write_tar(tmp_path / "other", samples(5, 6, 7)))
+    if written == "in place":
+        file.write_bytes(other.read_bytes())
+    else:
+        os.replace(other, file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (os.stat(file).st_size, os.stat(file).st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    source = make_source("tar", path=str(file), heldout_fraction=0.0)
+    assert names(source) == [f"a.tar/000{n}.png" for n in (5, 6, 7)]
+    assert [source[i]["label"] for i in range(3)] == [2, 0, 1]
+
+
+def test_the_fingerprint_of_tars_tells_other_pixels_and_not_other_times_at_three_reads_a_shard(tmp_path, monkeypatch):
+    def source():
+        return make_source("tar", path=str(tmp_path), heldout_fraction=0.0)
+
+    rng = np.random.default_rng(0)
+    for shard in "ab":
+        members = {f"{n}.png": rng.bytes(20_000) for n in range(5)}
+        write_tar(tmp_path / f"{shard}.tar", members)
+    first = source()
+    before = first.fingerprint()
+    reads, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: reads.append(args) or pread(*args))
+    assert source().fingerprint() == before
+    assert len(reads) <= 2 * 3
+    write_tar(tmp_path / "b.tar", members, mtime=7)
+    assert source().fingerprint() == before
+    with open(tmp_path / "b.tar", "r+b") as file:
+        for offset in first.offsets.array[5:]:
+            file.seek(int(offset))
+            file.write(rng.bytes(20_000))
+    assert source().fingerprint()["index_sha256"] == before["index_sha256"]
+    assert source().fingerprint() != before
+
+
+def test_a_file_is_closed_without_a_word_when_its_module_is_gone_before_it(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x")
+    opened, said = files.File(str(tmp_path / "a"), files.stat_file(str(tmp_path / "a"))), []
+    descriptor = opened.descriptor
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    monkeypatch.setattr(files, "os", None)  # as Python leaves it when it exits
+    del opened
+    assert not said
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_a_shard_that_is_cut_or_changed_under_a_run_gives_no_other_images(tmp_path):
     source = make_source("tar", path=write_tar(tmp_path / "a.tar", samples(1, 2, 3)), heldout_fraction=0.0)
     source[0]
@@ -1026,6 +1399,61 @@ def test_the_columns_of_image_and_label_are_found(name, kind, label, tmp_path):
     assert shades_of(source) == [1, 2]
     assert [source[i]["label"] for i in range(2)] == ([4, 1] if label else [-1, -1])
     assert source.classes == (("0", "1", "2", "3", "4") if label else ())
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize("column", ["label", "Label", "CLASS"])
+def test_labels_of_strings_are_the_names_of_the_classes_of_both_splits(kind, column, tmp_path):
+    def put(file, shades, labels):
+        label = pa.array(labels, pa.string()).cast(kind)
+        table = pa.table({"image": pa.array([png(shade) for shade in shades]), column: label})
+        pq.write_table(table, tmp_path / file, row_group_size=2)
+
+    put("train-0.parquet", [1, 2, 3], ["dog", "ant", "dog"])
+    put("train-1.parquet", [4], ["é 猫"])
+    put("val.parquet", [5], ["bee"])
+    train, val = (make_source("parquet", path=str(tmp_path), split=split) for split in ("train", "val"))
+    assert train.classes == val.classes == ("ant", "bee", "dog", "é 猫")
+    assert [train[i]["label"] for i in range(4)] == [2, 0, 2, 3]
+    assert val[0]["label"] == 1
+    assert pickle.loads(pickle.dumps(train))[3] == train[3]
+    before = train.fingerprint()
+    put("val.parquet", [5], ["cat"])  # after which the numbers mean others
+    assert make_source("parquet", path=str(tmp_path)).fingerprint() != before
+    put("train-1.parquet", [4], [None])
+    with pytest.raises(DataError, match=rf"train-1\.parquet has rows without a label - column '{column}'"):
+        make_source("parquet", path=str(tmp_path))
+    put("val.parquet", [5], [None])
+    assert make_source("parquet", path=str(tmp_path), split="val")[0]["label"] == -1
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "says"),
+    [
+        ([True, False], pa.bool_(), "bool"),
+        ([0.0, 1.0], pa.float64(), "double"),
+        ([[0], [1]], pa.list_(pa.int64()), "list"),
+    ],
+)
+def test_labels_of_other_types_are_not_used_and_that_is_told_once(values, kind, says, tmp_path, caplog):
+    for name in ("a", "b"):
+        table = pa.table({"image": [png(1), png(2)], "label": pa.array(values, kind)})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    source = make_source("parquet", path=str(tmp_path))
+    make_source("parquet", path=str(tmp_path), split="val")
+    assert source.classes == ()
+    assert source[0]["label"] == -1
+    assert len(caplog.records) == 1
+    assert re.search(rf"column 'label' is of type {says}.*, not used", caplog.text)
+
+
+def test_a_column_of_captions_is_no_label(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(parquet_module, "MOST_NAMES", 2)
+    table = pa.table({"image": [png(1), png(2), png(3)], "label": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = make_source("parquet", path=str(tmp_path), heldout_fraction=0.0)
+    assert [source.classes, source[0]["label"]] == [(), -1]
+    assert "column 'label' has more than 2 different texts, not used" in caplog.text
 
 
 def test_a_row_without_bytes_is_a_bad_image(tmp_path):
@@ -1370,3 +1798,20 @@ def test_of_two_links_to_a_directory_the_first_by_name_is_taken_as_ever(tmp_path
     (root / "a").symlink_to(tmp_path / "far" / "sub")
     (root / "m" / "again").symlink_to(tmp_path / "far")
     assert names(folder(root, heldout_fraction=0.0)) == ["a-b/1.png", "a/2.png", "m/0.png"]
+
+
+def test_a_prepare_that_is_not_at_its_end_is_no_data(tmp_path):
+    write(tmp_path, "train/1.png")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / ".prepare.json").write_text("{}")
+    for source in ("auto", "array_record"):
+        with pytest.raises(DataError, match=r"/val is not prepared to its end - data\.path - run the same"):
+            make_source(source, path=str(tmp_path))
+
+
+def test_a_list_of_classes_whose_names_begin_with_digits_is_taken(tmp_path):
+    write(tmp_path, "1.png", "2.png")
+    (tmp_path / "list.txt").write_text("1.png 002.Laysan_Albatross\n2.png 001.Black_footed_Albatross\n")
+    source = make_source("list", path=str(tmp_path / "list.txt"), heldout_fraction=0.0)
+    assert source.classes == ("001.Black_footed_Albatross", "002.Laysan_Albatross")
+    assert [source[i]["label"] for i in range(2)] == [1, 0]

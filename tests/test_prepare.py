@@ -404,6 +404,7 @@ def partials(dest) -> list:
     return list(Path(dest).rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_signals_deaths_and_a_second_prepare_leave_a_run_that_the_same_command_finishes(tmp_path):
     write(tmp_path / "large.jpg", size=(900, 900))
     for i in range(160):

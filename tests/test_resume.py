@@ -20,7 +20,7 @@ def unbroken(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_killed_twice_in_an_epoch_and_across_its_end_ends_with_the_same_bits(tmp_path, unbroken, devices):
     if devices > 1:  # sums over devices have another order: a run is compared with one on as many
         unbroken = tmp_path / "unbroken"

@@ -168,7 +168,7 @@ def evaluation_splits(path: str, kind: str, open_split: Callable) -> list[str]:
     open_split: the source of a split of a TFDS data set, or a DataError.
     """
     from simmim_jax.data.sources import KINDS
-    from simmim_jax.data.sources.listing import folders
+    from simmim_jax.data.sources.folder import split_folders
     from simmim_jax.data.sources.splits import EVALUATION, select
 
     def there(side: str) -> bool:
@@ -183,7 +183,7 @@ def evaluation_splits(path: str, kind: str, open_split: Callable) -> list[str]:
     if kind == "digits":
         return ["test"]
     if kind == "folder":
-        return [side for side in EVALUATION if side in folders(path)]
+        return [side for side in EVALUATION if side in split_folders(path)]
     return [side for side in EVALUATION if there(side)]
 
 

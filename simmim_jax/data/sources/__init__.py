@@ -13,14 +13,15 @@ that ten million take a process no more memory than ten thousand.
 import contextlib
 import glob
 import os
+import re
 
-from simmim_jax.data.sources.array_record import ARRAY_RECORDS, make_array_record, read_manifest
+from simmim_jax.data.sources.array_record import ARRAY_RECORDS, make_array_record, read_manifest, refuse_unfinished
 from simmim_jax.data.sources.digits import make_digits
 from simmim_jax.data.sources.folder import EXTENSIONS, make_folder
 from simmim_jax.data.sources.list_file import LISTS, make_list
-from simmim_jax.data.sources.listing import glance, is_folder, nearest_path
+from simmim_jax.data.sources.listing import glance, is_folder, nearest_path, warn_once
 from simmim_jax.data.sources.parquet import PARQUETS, make_parquet
-from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS
+from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, cases, existing_part
 from simmim_jax.data.sources.tar import COMPRESSED, TARS, make_tar
 from simmim_jax.data.sources.tfds import make_tfds, prepared_directory
 from simmim_jax.errors import ConfigError, DataError, nearest_of
@@ -47,7 +48,7 @@ def make_source(
         there without a download. `folder`: any folder of images, flat or by class. `list`: a text file with the path of
         an image on each line, and perhaps a label. `tar`, `parquet`, `array_record`: shards, as of WebDataset, Hugging
         Face and `simmim_jax.tools.prepare`. `tfds`: a prepared TensorFlow Datasets data set.
-      path: of the file or folder. For lists and shards it may have wildcards, {000..146}, and {split}.
+      path: of the file or folder. It may have {split} in it, and for lists and shards wildcards and {000..146}.
       name, data_dir: of the TFDS data set, and of the directory that it was prepared in; "" is TFDS's own. For a list,
         `data_dir` is what its paths are relative to.
       split: "train", or a part to evaluate on: val, valid, validation, test. For TFDS any split or slice of it.
@@ -94,12 +95,13 @@ def _kind_of(path: str, split: str) -> str:
     if kind:
         return kind
     if "{split}" in path:
-        beside = [path.replace("{split}", side) for side in sides]
+        beside = [path.replace("{split}", form) for side in sides for form in cases(side)]
         path = next((folder for folder in beside if os.path.isdir(folder)), beside[0])
         if os.path.isdir(path):
             return _kind_of_folder(path, {})
     elif WILDCARDS.search(path):
-        found = next(iter(glob.iglob(path)), "")
+        folder, rest = existing_part(path)
+        found = next(glob.iglob(os.path.join(glob.escape(folder), rest)), "")
         kind = next((kind for extensions, kind in KINDS.items() if found.lower().endswith(extensions)), "")
         if kind:
             return kind
@@ -114,11 +116,22 @@ def _kind_of_folder(path: str, sides) -> str:
     if prepared_directory(path):
         return "tfds"
     # the folder of the split first: beside it may lie the archives that it was unpacked from
-    for side in (*(os.path.join(path, side) for side in sides), path, os.path.join(path, "data")):
-        kind = _glance_at(side)
-        if kind:
-            return kind
-    return "folder"
+    beside = (os.path.join(path, form) for side in sides for form in cases(side))
+    kind = next(filter(None, map(_glance_at, (*beside, path, os.path.join(path, "data")))), "folder")
+    if kind == "folder":
+        refuse_unfinished(path)  # which may not hold a shard yet
+        _tell_of_lists(path)
+    return kind
+
+
+def _tell_of_lists(path: str) -> None:
+    """Warns of the lists of splits in a folder of images, which may have been meant."""
+    word = re.compile(rf"(?<![a-z0-9])({'|'.join(('train', *EVALUATION))})(?![a-z0-9])", re.IGNORECASE)
+    names = sorted(entry.name for entry in glance(path) if entry.name.lower().endswith(LISTS))
+    lists = [name for name in names if word.search(name)]
+    if lists:
+        template = os.path.join(path, word.sub("{split}", lists[0], count=1))
+        warn_once(f"{path}: all its images are taken, not those in {', '.join(lists[:4])}: set data.path={template}")
 
 
 def _glance_at(folder: str) -> str:

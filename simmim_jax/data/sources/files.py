@@ -34,9 +34,9 @@ class File:
             size, offset = size - len(part), offset + len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound here, for when Python exits, this module's names may be gone before
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 def opener(open_one: Callable, most: int = 1024) -> Callable:

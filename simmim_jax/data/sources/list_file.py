@@ -31,15 +31,17 @@ REST = rb"(?:(?:[ \t]*,[ \t]*|[ \t]+)([^\s,][^\n]*?)?)?[ \t\r]*$"
 LINE = re.compile(rb"^(?!#)(" + PATH + rb")" + REST, re.IGNORECASE | re.MULTILINE)
 LABEL = re.compile(rb"^(?!#)" + PATH + REST, re.IGNORECASE | re.MULTILINE)  # thrice as quick, without the path
 INTEGER = re.compile(rb"[+-]?\d+")
+COLUMNS = re.compile(rb",|\s#")  # in a label: more columns, or a comment
+NUMERAL = re.compile(rb"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?")
 BOM = b"\xef\xbb\xbf"
 
 
 def make_list(*, path: str, data_dir: str, split: str, heldout_fraction: float, **_):
     """The images that a list file names, or several: in the order of the lines.
 
-    A label is an integer or the name of a class; all lines have one, or none. Paths are relative to `data_dir` or,
-    where that is "", to the list's folder or the folder of the split's name beside the list, whichever has the first
-    image. Absolute paths stand as they are. Blank lines and those that begin with # are skipped.
+    A label is an integer or the name of a class, without commas; all lines have one, or none. Paths are relative to
+    `data_dir` or, where that is "", to the list's folder or the folder of the split's name beside the list, whichever
+    has the first image. Absolute paths stand as they are. Blank lines and those that begin with # are skipped.
 
     Raises:
       DataError: for a line that is no path, with its number; where the first image is not there.
@@ -165,7 +167,7 @@ def _scan(path: str, size: int, time: int) -> dict:
         what = f"line {without} has no label, and line {number} has one"
         raise DataError(what, path, "label every line, or none")
     labels.pop(b"", None)
-    named = any(not INTEGER.fullmatch(label) for label in labels)
+    named = _are_names(labels, path)
     largest = -1
     for label, number in labels.items() if not named else ():
         value = int(label[:20])
@@ -177,6 +179,24 @@ def _scan(path: str, size: int, time: int) -> dict:
         "count": count, "starts": starts, "digest": digest.digest(), "first": first, "named": named,
         "largest": largest, "labelled": labelled > 0, "names": sorted(map(os.fsdecode, labels)) if named else [],
     }  # fmt: skip
+
+
+def _are_names(labels: dict[bytes, int], path: str) -> bool:
+    """Whether labels, each given with its first line, are names of classes and not integers.
+
+    Raises:
+      DataError: for what is neither: more columns, a comment, or numbers that are no integers.
+    """
+    others = [label for label in labels if not INTEGER.fullmatch(label)]
+    numerals = all(NUMERAL.fullmatch(label) for label in labels)
+    for label in others:
+        if numerals or COLUMNS.search(label):
+            what = f"{os.fsdecode(label[:80])!r} is not the label of an image"
+            fix = "give `path[ label]`: an integer, or the name of a class without a comma or a comment"
+            if not COLUMNS.search(label):
+                fix = "give integers from 0 on, or the names of classes"
+            raise DataError(what, f"{path}, line {labels[label]}", fix)
+    return bool(others)
 
 
 def _blocks(path: str) -> Iterator[tuple[int, bytes]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.sources.files import changed, opener, stat_file
+from simmim_jax.data.sources.listing import warn_once
 from simmim_jax.data.sources.names import Column
 from simmim_jax.data.sources.splits import Selection, natural_classes, part_of, select
 from simmim_jax.errors import DataError
@@ -28,13 +29,15 @@ KEPT = 2**27  # bytes of decoded row groups that a process keeps
 MANY_ROWS, MANY_BYTES = 200, 2**26  # in a row group: shuffled reading is slow beyond
 SAMPLE = 2**12  # bytes of each column's part that the fingerprint looks at
 MOST_CLASSES = 1_000_000
+MOST_NAMES = 100_000  # of classes, in a column of strings; beyond they are captions
 
 
 def make_parquet(*, path: str, split: str, heldout_fraction: float, **_):
     """The images in Parquet files, in the order of the files and of their rows.
 
     The image is a column of bytes, or of structs with "bytes", named image, img, jpg, ..., or the only such one. The
-    label is a column of integers named label, labels, ...; the classes' names are those that Hugging Face writes.
+    label is a column named label, Label, labels, ...: of integers, where the classes' names are those that Hugging Face
+    writes, or else of strings, which are the names.
 
     Raises:
       DataError: for a file that is no Parquet file, or has no such column.
@@ -50,16 +53,20 @@ class Parquet:
         self.path, self.split, self.names, self.paths = selection.path, split, selection.files, selection.absolute()
         self.versions = [stat_file(path) for path in self.paths]
         opened = _open(self.paths[0], self.versions[0])
-        self.image, self.label = _columns(opened.schema_arrow, self.paths[0])
-        names = _class_names(opened.schema_arrow, self.label)
+        self.image, self.label, self.named = _columns(opened.schema_arrow, self.paths[0])
+        if not self.label:
+            unused = _label_field(opened.schema_arrow, lambda _: True)
+            if unused and unused.name != self.image:
+                warn_once(f"{self.path}: column {unused.name!r} is of type {str(unused.type)[:80]}, not used")
+        names = () if self.named else _class_names(opened.schema_arrow, self.label)
         self.group_ends, self.group_files, self.group_numbers = Column(np.int64), Column(np.int32), Column(np.int32)
         self.file_ends, samples, labels, self.count, most = [], [], [], 0, (0, 0)
         for number, (path, version) in enumerate(zip(self.paths, self.versions, strict=True)):
             opened = _open(path, version)
-            if _columns(opened.schema_arrow, path) != (self.image, self.label):
+            if _columns(opened.schema_arrow, path) != (self.image, self.label, self.named):
                 what = f"{path} has other columns than {self.paths[0]}"
                 raise DataError(what, f"image {self.image!r}, label {self.label!r}", "give files of one data set")
-            if _class_names(opened.schema_arrow, self.label) != names:
+            if not self.named and _class_names(opened.schema_arrow, self.label) != names:
                 raise DataError(
                     f"{path} has other classes than {self.paths[0]}", "data.path", "give files of one data set"
                 )
@@ -71,19 +78,22 @@ class Parquet:
             self.file_ends.append(self.count)
             most = max(most, (int(counts.max(initial=0)), largest))
             samples.append(_sample(path, opened.metadata))
-            labels.append(_label_range(opened, self.label, path))
+            labels.append(None if self.named else _label_range(opened, self.label, path))
         if not self.count:
             raise DataError(f"{self.path} has 0 images", f"split {split!r}", "point data.path at files that have rows")
-        if self.label:
-            for other in selection.absolute(others=True) if not names else ():
+        if self.named:
+            self.classes = self._take_names(selection.absolute(others=True))
+        else:
+            for other in selection.absolute(others=True) if self.label and not names else ():
                 opened = _open(other, stat_file(other))
-                labels.append(
-                    _label_range(opened, self.label, other) if self.label in opened.schema_arrow.names else None
-                )
-        self.classes = _classes(labels, names, self.path)
+                has_it = _label_column(opened.schema_arrow) == (self.label, False)
+                labels.append(_label_range(opened, self.label, other) if has_it else None)
+            self.classes = _classes(labels, names, self.path)
         if not self.classes:
             self.label = ""
-        listed = json.dumps(list(zip(self.names, samples, strict=True)))
+        listed = list(zip(self.names, samples, strict=True))
+        # the numbers of labels follow from the names of all classes
+        listed = json.dumps([listed, self.classes] if self.named and self.classes else listed)
         self.sample = hashlib.sha256(listed.encode()).hexdigest()
         if most[0] > MANY_ROWS or most[1] > MANY_BYTES:
             logging.warning(
@@ -91,6 +101,29 @@ class Parquet:
                 "prepare shards once with python -m simmim_jax.tools.prepare", self.path, most[0], most[1] / 2**20,
             )  # fmt: skip
         self._start()
+
+    def _take_names(self, others: list[str]) -> tuple[str, ...]:
+        """The names of the classes in all files, sorted; () where no row has one, or each its own."""
+        found, without, first_without = set(), 0, ""
+        for path in (*self.paths, *others):
+            opened = _open(path, stat_file(path))
+            if path in others and _label_column(opened.schema_arrow) != (self.label, True):
+                continue
+            new, missing = _label_names(opened, self.label, path)
+            found |= new
+            if path not in others and missing:
+                without, first_without = without + missing, first_without or path
+            if len(found) > MOST_NAMES:
+                warn_once(f"{self.path}: column {self.label!r} has more than {MOST_NAMES} different texts, not used")
+                return ()
+        if 0 < without < self.count:
+            what = f"{first_without} has rows without a label"
+            raise DataError(what, f"column {self.label!r}", "label all of them, or none")
+        return () if without else tuple(sorted(found))
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
 
     def _start(self) -> None:
         self.lock, self.kept, self.kept_bytes = threading.Lock(), collections.OrderedDict(), 0
@@ -100,7 +133,7 @@ class Parquet:
         return opener(_open)
 
     def __getstate__(self) -> dict:  # neither open files nor what was read from them travels
-        mine = ("_open", "lock", "kept", "kept_bytes")
+        mine = ("_open", "_numbers", "lock", "kept", "kept_bytes")
         return {key: value for key, value in self.__dict__.items() if key not in mine}
 
     def __setstate__(self, state: dict) -> None:
@@ -120,7 +153,9 @@ class Parquet:
         image = image.get("bytes") if isinstance(image, dict) else image
         if image is None:
             raise BadImage("has no bytes in its row")
-        return {"image": image, "label": -1 if labels is None else labels[row].as_py(), "name": self.name(i)}
+        label = -1 if labels is None else labels[row].as_py()
+        label = self._numbers[label] if isinstance(label, str) else label
+        return {"image": image, "label": label, "name": self.name(i)}
 
     def _group(self, group: int) -> tuple:
         """The columns (images, labels or None) of a row group."""
@@ -176,8 +211,8 @@ def _open(path: str, version: tuple[int, int]):
         raise DataError(f"{path} is no whole Parquet file", reason, "fetch the file again") from error
 
 
-def _columns(schema, path: str) -> tuple[str, str]:
-    """Names of the columns of images and of labels; the latter "" where there is none."""
+def _columns(schema, path: str) -> tuple[str, str, bool]:
+    """(the column of images; that of labels, or "" where there is none; whether these are names and not integers)."""
     import pyarrow
 
     def has_bytes(kind) -> bool:
@@ -191,8 +226,49 @@ def _columns(schema, path: str) -> tuple[str, str]:
         columns = ", ".join(f"{field.name} ({str(field.type)[:40]})" for field in schema)
         what = f"{path} has {len(images)} columns of images, and none named {' or '.join(IMAGE_NAMES[:2])}"
         raise DataError(what, f"columns: {columns}", "name the column of encoded images 'image'")
-    integers = [field.name for field in schema if pyarrow.types.is_integer(field.type)]
-    return image, next((name for name in LABEL_NAMES if name in integers), "")
+    return image, *_label_column(schema)
+
+
+def _label_column(schema) -> tuple[str, bool]:
+    import pyarrow
+
+    label = _label_field(schema, pyarrow.types.is_integer)
+    named = None if label else _label_field(schema, _is_text)
+    return getattr(label or named, "name", ""), named is not None
+
+
+def _label_field(schema, is_kind):
+    """The likeliest field of labels among those of a kind, or None: `label` before `Label`, both before `class`."""
+    fields = [field for field in schema if is_kind(field.type)]
+    fields = [field for field in fields if field.name.casefold() in LABEL_NAMES]
+    order = lambda field: (LABEL_NAMES.index(field.name.casefold()), field.name != field.name.casefold())  # noqa: E731
+    return min(fields, key=order, default=None)
+
+
+def _is_text(kind) -> bool:
+    import pyarrow
+
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return any(getattr(pyarrow.types, f"is_{each}")(kind) for each in ("string", "large_string", "string_view"))
+
+
+def _label_names(opened, label: str, path: str) -> tuple[set[str], int]:
+    """(the different names in the column of labels, how many rows have none)."""
+    import pyarrow
+
+    found, without = set(), 0
+    for number in range(opened.metadata.num_row_groups):
+        try:
+            column = opened.read_row_group(number, columns=[label]).column(label)
+            new = column.unique().to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path} is damaged", f"row group {number}: {reason}", "fetch the file again") from error
+        found.update(name for name in new if name is not None)
+        without += column.null_count
+        if len(found) > MOST_NAMES:
+            break
+    return found, without
 
 
 def _class_names(schema, label: str) -> tuple[str, ...]:

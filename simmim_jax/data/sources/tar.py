@@ -1,9 +1,11 @@
 """Images in tar files, as WebDataset keeps them: read in place by their offsets, nothing is unpacked.
 
-Members of one shard that share their path up to the first dot of the base name are one sample: an image, and perhaps a
-label. The places of a shard's images are kept in the user's cache folder, for to find them all headers must be read.
+Members that follow one another and share their path up to the first dot of the base name, their key, are one sample: an
+image, and perhaps a label. The places of a shard's images are kept in the user's cache folder, for to find them all
+headers must be read.
 """
 
+import array
 import bisect
 import contextlib
 import functools
@@ -17,6 +19,8 @@ import shlex
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -34,8 +38,13 @@ COMPRESSED = {
 }  # fmt: skip
 MOST_CLASSES = 1_000_000
 LARGEST_JSON = 2**20  # bytes of a member that is looked into for a label
-VERSION = "1"  # of the files in the cache
-COLUMNS = {"offsets": np.int64, "sizes": np.int64, "labels": np.int32, "ends": np.int64, "names": np.uint8}
+STRETCH = 4096  # bytes that are read at a place to tell whether others stand there now
+FETCH = "fetch the file again"
+VERSION = "2"  # of the files in the cache
+COLUMNS = {
+    "offsets": np.int64, "sizes": np.int64, "labels": np.int32, "ends": np.int64, "names": np.uint8,
+    "sampled": np.uint8, "passed": np.uint8,
+}  # fmt: skip
 
 
 def make_tar(*, path: str, split: str, heldout_fraction: float, **_):
@@ -74,27 +83,33 @@ class Tar:
         self.path, self.split = selection.path, split
         self.shards = []  # (name, path, version)
         self.offsets, self.sizes, self.labels = Column(np.int64), Column(np.int64), Column(np.int32)
-        self.names, counts, summaries = Names(), [], []
+        self.names, counts, summaries, sampled, passed = Names(), [], [], [], {}
         for name, path in zip(selection.files, selection.absolute(), strict=True):
             version = stat_file(path)
-            shard = _index(path, version)
+            shard = _index(path, version[0])
             self.shards.append((name, path, version))
             for column in ("offsets", "sizes", "labels"):
                 getattr(self, column).append(shard[column])
             self.names.append(shard["names"], np.diff(shard["ends"], prepend=0))
             counts.append(len(shard["ends"]))
             summaries.append(_summary(shard))
-        self.ends = list(itertools.accumulate(counts))
+            sampled.append(shard["sampled"])
+            for why, (count, first) in json.loads(shard["passed"].tobytes()).items():
+                _pass_over(passed, why, f"{name}/{first}", count)
+        self.ends, self.sampled = list(itertools.accumulate(counts)), digest_of(*sampled)
         if not self.ends[-1]:
             what = f"looked for {' '.join(EXTENSIONS)} in {len(counts)} files"
             raise DataError(f"{selection.absolute()[0]} has 0 images", what, "point data.path at tar files of images")
+        if passed:
+            told = ", ".join(f"{count} {why} (the first {first!r})" for why, (count, first) in passed.items())
+            logging.warning("%s: passed over are %s", self.describe(), told)
         labelled = sum(each[1] for each in summaries)
         unlabelled = lambda: self.name(int(np.flatnonzero(self.labels.array < 0)[0]))  # noqa: E731
         require_labels_of_all(labelled, len(self), self.path, unlabelled)
         largest = [each[2] for each in summaries]
         if labelled:
             others = selection.absolute(others=True)
-            largest += [_summary(_index(path, stat_file(path)))[2] for path in others]
+            largest += [_summary(_index(path, stat_file(path)[0]))[2] for path in others]
         self.classes = natural_classes(max(largest))
 
     @functools.cached_property
@@ -126,7 +141,8 @@ class Tar:
         shards = json.dumps([[name, end] for (name, *_), end in zip(self.shards, self.ends, strict=True)]).encode()
         columns = (self.names.bytes, self.names.ends, self.offsets, self.sizes, self.labels)
         digest = digest_of(shards, *(column.array for column in columns))
-        return {"source": "tar", "split": self.split, "count": len(self), "index_sha256": digest}
+        hashes = {"index_sha256": digest, "sampled_sha256": self.sampled}
+        return {"source": "tar", "split": self.split, "count": len(self)} | hashes
 
 
 def _summary(shard: dict[str, np.ndarray]) -> tuple[int, int, int]:
@@ -135,33 +151,54 @@ def _summary(shard: dict[str, np.ndarray]) -> tuple[int, int, int]:
     return len(labels), int((labels >= 0).sum()), int(labels.max(initial=-1))
 
 
-def _index(path: str, version: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Where the images of a shard are, from the cache if it knows; COLUMNS, of which `names` is all names' bytes."""
+def _index(path: str, size: int) -> dict[str, np.ndarray]:
+    """Where the images of a shard are, from the cache if it knows; COLUMNS, of which `names` is all names' bytes.
+
+    `sampled` is a hash of bytes of some of the images, and `passed`, JSON, what is passed over: {why: [count, first]}.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.path.join(home, "simmim_jax", "tar")
-    key = hashlib.sha256("\0".join((VERSION, os.path.abspath(path), *map(str, version))).encode(errors="replace"))
-    cached = os.path.join(folder, f"{key.hexdigest()[:32]}.npz")
     try:
-        with np.load(cached, allow_pickle=False) as arrays:
-            shard = {column: arrays[column] for column in COLUMNS}
-        if _is_sound(shard, version[0]):
-            return shard
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not there, or not whole: it is made anew
-    shard = _read_headers(path, version[0])
+        with open(path, "rb") as file:
+            cached = os.path.join(folder, f"{_key(path, file.fileno())}.npz")
+            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                with np.load(cached, allow_pickle=False) as arrays:
+                    shard = {column: arrays[column] for column in COLUMNS}
+                if _is_sound(shard, size):
+                    return shard
+            shard = _read_headers(file, path, size)  # not there, or not whole: it is made anew
+    except OSError as error:
+        raise DataError(f"{path} cannot be read", error.strerror or type(error).__name__, FETCH) from error
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz.part", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz.part", delete=False) as part:
             try:
-                np.savez(file, **shard)
-                file.close()
-                os.replace(file.name, cached)
+                np.savez(part, **shard)
+                part.close()
+                os.replace(part.name, cached)
             except BaseException:
-                os.unlink(file.name)
+                os.unlink(part.name)
                 raise
     except OSError as error:  # a home that is full or read-only costs time, and nothing else
         logging.info("the index of %s is not kept: %s", path, error)
     return shard
+
+
+def _key(path: str, descriptor: int) -> str:
+    """What a shard is known by in the cache: its path, what the file system says of it, and some of its bytes."""
+    status = os.fstat(descriptor)
+    tail = tarfile.RECORDSIZE + STRETCH  # of which up to a record is padding
+    places = ((0, STRETCH), (status.st_size // 2, STRETCH), (max(0, status.st_size - tail), tail))
+    known = "\0".join((VERSION, os.path.abspath(path), *map(str, _identity(status))))
+    return digest_of(known.encode(errors="replace"), *_bytes_at(descriptor, places))[:32]
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
+
+
+def _bytes_at(descriptor: int, places: Iterable[tuple[int, int]]) -> list[bytes]:
+    return [os.pread(descriptor, size, offset) for offset, size in places]
 
 
 def _is_sound(shard: dict[str, np.ndarray], size: int) -> bool:
@@ -171,74 +208,192 @@ def _is_sound(shard: dict[str, np.ndarray], size: int) -> bool:
         and len(ends) == len(offsets) == len(sizes) == len(shard["labels"])
         and len(shard["names"]) == (ends[-1] if len(ends) else 0)
         and bool((np.diff(ends, prepend=0) >= 0).all())
+        and isinstance(json.loads(shard["passed"].tobytes()), dict)
         and bool(((offsets >= 0) & (sizes >= 0) & (offsets <= size - sizes)).all())
     )
 
 
-def _read_headers(path: str, size: int) -> dict[str, np.ndarray]:
+def _read_headers(file: BinaryIO, path: str, size: int) -> dict[str, np.ndarray]:
     """The index of a shard, made from its headers."""
-    images: dict[str, tuple[int, int, str]] = {}  # by sample: offset, size, name
-    labels: dict[str, int] = {}
-    fix = "fetch the file again"
-    last = -1
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # it would keep them all
-                if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
-                    what = f"{path} is truncated or damaged at byte {member.offset}"
-                    raise DataError(what, f"member {member.name!r}", fix)
-                last = member.offset
-                base = os.path.basename(member.name)
-                # links and devices have no bytes of their own, and those of a sparse file do not lie in one piece
-                if not member.isreg() or member.issparse() or _is_hidden(member.name):
-                    continue
-                sample = member.name[: len(member.name) - len(base)] + base.partition(".")[0]
-                kind = base.partition(".")[2].lower()
-                if base.lower().endswith(EXTENSIONS):
-                    images.setdefault(sample, (member.offset_data, member.size, member.name))
-                elif kind in ("cls", "json"):
-                    label = _label(file.fileno(), member, kind, path)
-                    if label >= 0 and (kind == "cls" or sample not in labels):
-                        labels[sample] = label
-            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
-    except DataError:
-        raise
-    except Exception as error:  # anybody's bytes, and of these tarfile raises what it trips over
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        start = _first_bytes(path)
-        if start.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
-            fix = "decompress it"
-            raise DataError(f"{path} is compressed, and random access needs plain tar", "data.path", fix) from error
-        where = last + 1 if last < 0 else last
-        raise DataError(f"{path} is truncated or damaged after byte {where}", reason, fix) from error
-    if end.strip(b"\0") or 0 < len(end) < tarfile.BLOCKSIZE:  # the module takes this for the end, silently
-        raise DataError(f"{path} is truncated or damaged at byte {archive.offset}", "no header is there", fix)
-    if not end:
-        logging.warning("%s has no end mark at byte %d: it may be cut short", path, archive.offset)
-    names = [os.fsencode(name) for _, _, name in images.values()]
-    return {
-        "offsets": np.array([offset for offset, _, _ in images.values()], np.int64),
-        "sizes": np.array([size for _, size, _ in images.values()], np.int64),
-        "labels": np.array([labels.get(sample, -1) for sample in images], np.int32),
-        "ends": np.cumsum([len(name) for name in names], dtype=np.int64),
-        "names": np.frombuffer(b"".join(names), np.uint8),
+    offsets, sizes, labels, ends = (array.array("q") for _ in range(4))
+    names, passed = bytearray(), {}
+    for sample in _samples(_files(file, path, size, passed)):
+        chosen = _images(sample)
+        for image, sidecars in chosen:
+            offsets.append(image.offset)
+            sizes.append(image.size)
+            labels.append(_label(file.fileno(), sidecars, path))
+            names += os.fsencode(image.name)
+            ends.append(len(names))
+        taken = {image.name for image, _ in chosen}
+        for member in sample:
+            if member.is_image and member.name not in taken:
+                _pass_over(passed, "images beside another one of their sample", member.name)
+            elif not chosen and _holds_label(file.fileno(), member, path):
+                _pass_over(passed, "labels that no image stands beside", member.name)
+    # from the middle of an image, for the first bytes of many are the same
+    some = sorted({0, len(sizes) // 2, len(sizes) - 1}) if sizes else []
+    places = [(offsets[i] + max(0, sizes[i] - STRETCH) // 2, min(sizes[i], STRETCH)) for i in some]
+    sampled = hashlib.sha256(b"".join(_bytes_at(file.fileno(), places))).digest()
+    arrays = {"offsets": offsets, "sizes": sizes, "labels": labels, "ends": ends}
+    texts = {"names": names, "sampled": sampled, "passed": json.dumps(passed).encode()}
+    return {column: np.array(values, COLUMNS[column]) for column, values in arrays.items()} | {
+        column: np.frombuffer(text, np.uint8) for column, text in texts.items()
     }
+
+
+def _pass_over(passed: dict[str, list], why: str, name: str, count: int = 1) -> None:
+    passed.setdefault(why, [0, name])[0] += count
+
+
+def _members(file: BinaryIO, path: str, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, and of those that `cat` has joined to it, all of which lie within `size` bytes."""
+    start, last = 0, -1
+    while start is not None:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # it would keep them all
+                    if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
+                        what = f"{path} is truncated or damaged at byte {member.offset}"
+                        raise DataError(what, f"member {member.name!r}", FETCH)
+                    last = member.offset
+                    yield member
+        except DataError:
+            raise
+        except Exception as error:  # anybody's bytes, and of these tarfile raises what it trips over
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if os.pread(file.fileno(), 8, 0).startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
+                what = f"{path} is compressed, and random access needs plain tar"
+                raise DataError(what, "data.path", "decompress it") from error
+            raise DataError(f"{path} is truncated or damaged after byte {max(last, 0)}", reason, FETCH) from error
+        start = _start_after(file.fileno(), path, archive.offset)
+
+
+def _start_after(descriptor: int, path: str, offset: int) -> int | None:
+    """Where the tar file behind the end mark at `offset` begins; None where nothing but zeros follow."""
+    end = os.pread(descriptor, tarfile.BLOCKSIZE, offset)
+    if end.strip(b"\0") or 0 < len(end) < tarfile.BLOCKSIZE:  # the module takes this for the end, silently
+        raise DataError(f"{path} is truncated or damaged at byte {offset}", "no header is there", FETCH)
+    if not end:
+        logging.warning("%s has no end mark at byte %d: it may be cut short", path, offset)
+    while part := os.pread(descriptor, 2**20, offset):
+        offset += len(part) - len(rest := part.lstrip(b"\0"))
+        if rest:
+            return offset - offset % tarfile.BLOCKSIZE
+    return None
+
+
+class Member(NamedTuple):
+    """A file in a shard: its `key`, `kind`, in lower case what follows the dot that ends the key, and its bytes."""
+
+    name: str
+    key: str
+    kind: str
+    offset: int
+    size: int
+
+    @property
+    def is_image(self) -> bool:
+        return self.name.lower().endswith(EXTENSIONS)
+
+    @property
+    def stem(self) -> str:
+        return self.kind.rpartition(".")[0]
+
+
+def _files(file: BinaryIO, path: str, size: int, passed: dict[str, list]) -> Iterator[Member]:
+    """What of a shard may belong to a sample."""
+    places: dict[str, tuple[int, int]] | None = None  # by name, from the first hard link on: most shards have none
+    for member in _members(file, path, size):
+        place, why = None, "images that are links or devices"  # which have no bytes of their own
+        if member.islnk():
+            places = _places(file, path, size, member.offset) if places is None else places
+            place = places.get(member.linkname)
+        elif member.isreg():
+            place, why = _place(member), "images that are sparse files"  # whose bytes do not lie in one piece
+        if place and places is not None:
+            places[member.name] = place
+        folder, base = os.path.split(member.name)
+        stem, dot, kind = base.partition(".")
+        if not dot or member.isdir() or _is_hidden(member.name):
+            continue
+        if place:
+            yield Member(member.name, os.path.join(folder, stem), kind.lower(), *place)
+        elif base.lower().endswith(EXTENSIONS):
+            _pass_over(passed, why, member.name)
+
+
+def _place(member: tarfile.TarInfo) -> tuple[int, int] | None:
+    return (member.offset_data, member.size) if member.isreg() and not member.issparse() else None
+
+
+def _places(file: BinaryIO, path: str, size: int, end: int) -> dict[str, tuple[int, int]]:
+    """Offset and size of each file that stands before `end`, the last of a name."""
+    before = itertools.takewhile(lambda member: member.offset < end, _members(file, path, size))
+    return {member.name: place for member in before if (place := _place(member))}
+
+
+def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
+    """Members by sample, as WebDataset has it: one ends with its key, or where a kind comes that it has already."""
+    key, sample = "", {}
+    for member in members:
+        if sample and (member.key != key or member.kind in sample):
+            yield list(sample.values())
+            sample = {}
+        key, sample[member.kind] = member.key, member
+    if sample:
+        yield list(sample.values())
+
+
+def _images(sample: list[Member]) -> list[tuple[Member, list[Member]]]:
+    """The images that are taken of a sample, each with what may hold its label.
+
+    It is one, 0.jpg rather than 0.depth.png, if anything but images belongs to the key. If nothing does, the names
+    have dots of their own, v1.0_000.jpg and v1.0_001.jpg, or end otherwise, 0.jpg and 0.png, and all are taken.
+    """
+    images = [member for member in sample if member.is_image]
+    plain = [image for image in images if not image.stem]
+    sidecars: dict[str, list[Member]] = {}
+    for member in sample:
+        if not member.is_image:
+            sidecars.setdefault(member.stem, []).append(member)
+    if plain or "" in sidecars:
+        chosen = plain or images
+        return [(image, sidecars.get("", [])) for image in (chosen[:1] if sidecars else chosen)]
+    return [(image, sidecars.get(image.stem, [])) for image in images]
 
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def _label(descriptor: int, member: tarfile.TarInfo, kind: str, path: str) -> int:
-    """The label that a member holds, or -1 for a .json without one."""
-    text = os.pread(descriptor, min(member.size, LARGEST_JSON), member.offset_data)
-    where, fix = f"{path}, member {member.name!r}", f"give a number from 0 to {MOST_CLASSES - 1}"
-    if kind == "cls":
-        if not re.fullmatch(rb"\s*\d{1,18}\s*", text) or int(text) >= MOST_CLASSES:
-            shown = os.fsdecode(text[:40])
-            raise DataError(f"label {shown!r} is not the number of a class", where, fix)
-        return int(text)
+def _label(descriptor: int, sidecars: list[Member], path: str) -> int:
+    """The label that stands in a .cls, or else in a .json, or -1."""
+    labels = {}
+    for member in sidecars:
+        kind = member.kind.rpartition(".")[2]
+        if kind in ("cls", "json"):
+            text = os.pread(descriptor, min(member.size, LARGEST_JSON), member.offset)
+            labels[kind] = (_label_of_cls if kind == "cls" else _label_of_json)(text, f"{path}, member {member.name!r}")
+    return labels.get("cls", labels.get("json", -1))
+
+
+def _holds_label(descriptor: int, member: Member, path: str) -> bool:
+    with contextlib.suppress(DataError):
+        return _label(descriptor, [member], path) >= 0
+    return False
+
+
+def _label_of_cls(text: bytes, where: str) -> int:
+    if not re.fullmatch(rb"\s*\d{1,18}\s*", text) or int(text) >= MOST_CLASSES:
+        raise _no_class(repr(os.fsdecode(text[:40])), where)
+    return int(text)
+
+
+def _label_of_json(text: bytes, where: str) -> int:
+    """The label, or -1 where there is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -247,10 +402,10 @@ def _label(descriptor: int, member: tarfile.TarInfo, kind: str, path: str) -> in
     if isinstance(value, bool) or not isinstance(value, int):
         return -1
     if not -1 <= value < MOST_CLASSES:
-        raise DataError(f"label {value} is not the number of a class", where, fix)
+        raise _no_class(str(value), where)
     return value
 
 
-def _first_bytes(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(8)
+def _no_class(shown: str, where: str) -> DataError:
+    fix = f"give a number from 0 to {MOST_CLASSES - 1}"
+    return DataError(f"label {shown} is not the number of a class", where, fix)

@@ -2,14 +2,21 @@
 
 import difflib
 import functools
+import hashlib
+import json
 import logging
 import os
 import re
 
+from google.protobuf.message import DecodeError
+
+from simmim_jax.data.decode import BadImage
+from simmim_jax.data.sources.files import stat_file
 from simmim_jax.data.sources.listing import folders
 from simmim_jax.errors import ConfigError, DataError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
+TAIL = 2**16  # bytes at a shard's end, which say where its records are
 
 
 def make_tfds(*, name: str, data_dir: str, split: str, path: str = "", **_) -> "Tfds":
@@ -83,7 +90,12 @@ class Tfds:
         return self.count
 
     def __getitem__(self, i: int) -> dict:
-        record = self.records[i]
+        i = range(self.count)[i]
+        records = self.records
+        try:
+            record = records[i]
+        except (RuntimeError, IndexError, ValueError, DecodeError) as error:
+            raise BadImage("its record is damaged: " + " ".join(str(error).split())[:160]) from error
         label = int(record[self.label]) if self.label else -1
         return {"image": record[self.image], "label": label, "name": self.name(i)}
 
@@ -94,7 +106,18 @@ class Tfds:
         return f"{self.full_name}, split {self.split} ({len(self)} images)"
 
     def fingerprint(self) -> dict:
-        return {"source": "tfds", "name": self.full_name, "split": self.split, "count": len(self)}
+        files = sorted({each.filename for each in self._make_builder().info.splits[self.split].file_instructions})
+        shards = json.dumps([[os.path.basename(file), *_end_of(file)] for file in files]).encode()
+        part = {"count": len(self), "shards_sha256": hashlib.sha256(shards).hexdigest()}
+        return {"source": "tfds", "name": self.full_name, "split": self.split} | part
+
+
+def _end_of(path: str) -> tuple[int, str]:
+    """(size of a shard in bytes, SHA-256 of its end)."""
+    size = stat_file(path)[0]
+    with open(path, "rb") as file:
+        file.seek(max(0, size - TAIL))
+        return size, hashlib.sha256(file.read()).hexdigest()
 
 
 def _make_tfds_builder(name: str, data_dir: str):
