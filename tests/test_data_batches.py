@@ -218,6 +218,15 @@ def test_too_many_bad_images_stop_the_run_and_say_which(workers, spoilt):
     assert next(batches, "ended") == "ended"
 
 
+def test_of_several_processes_none_ends_by_itself_for_bad_images(spoilt, caplog):
+    source, bad = spoilt
+    for process in range(2):
+        take(make_batches(source, max_bad_fraction=0.0, process=process, processes=2, **OPTIONS), 4)  # an epoch
+    told = [record.message for record in caplog.records if record.message.startswith("bad image")]
+    assert len(told) == len(bad)
+    assert all(", of at most 0 in " in line for line in told)
+
+
 @pytest.mark.parametrize("options", [{"max_bad_fraction": 0.0}, {"on_error": "raise", "max_bad_fraction": 0.5}])
 def test_a_fraction_of_zero_and_the_policy_raise_stop_at_the_first(options, spoilt):
     source, _ = spoilt

@@ -111,10 +111,11 @@ def make_batches(
 
     opened = [open_at(start_step)]
     check = functools.partial(decode, channels=channels, max_pixels=max_pixels)
-    # of several processes one alone must not end: the others would wait for it. Their sum is for the caller to judge.
-    allowed = most_bad(source, on_error, max_bad_fraction) if processes == 1 else len(source)
+    allowed = most_bad(source, on_error, max_bad_fraction)
     positions = np.arange(process, batch_size, processes, dtype=np.int32)
-    batches = _count_bad(watched(opened, open_at, start_step), source, check, allowed, positions)
+    batches = watched(opened, open_at, start_step)
+    # of several processes one alone must not end: the others would wait for it. Their sum is for the caller to judge.
+    batches = _count_bad(batches, source, check, allowed, positions, alone=processes == 1)
     weakref.finalize(batches, close, opened)  # also at exit, while what it takes to end workers quietly still exists
     return batches
 
@@ -316,8 +317,8 @@ def _stride(count: int) -> int:
     return stride
 
 
-def _count_bad(batches, source, check, allowed: int, positions: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    """The batches, until too many images are bad."""
+def _count_bad(batches, source, check, allowed: int, positions: np.ndarray, *, alone: bool) -> Iterator[dict]:
+    """The batches, and each bad image named once; where this process is `alone`, until too many are bad."""
     bad: set[int] = set()
     for batch in batches:
         asked = batch.pop("bad_index")
@@ -325,7 +326,7 @@ def _count_bad(batches, source, check, allowed: int, positions: np.ndarray) -> I
             bad.add(index)
             fault = f"{source.name(index)}: {_reason(source, index, check)}"
             logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)
-            if len(bad) > allowed:
+            if alone and len(bad) > allowed:
                 what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
                 raise DataError(what, source.describe(), MEND)
         yield batch | {"replaced": asked >= 0, "position": positions}
