@@ -1,5 +1,6 @@
 """What lies where: splits that never share an image, errors that say what to do, and nothing that hangs."""
 
+import concurrent.futures
 import gzip
 import hashlib
 import io
@@ -16,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import absl.logging
 import msgpack
 import numpy as np
 import pyarrow as pa
@@ -1815,3 +1817,16 @@ def test_a_list_of_classes_whose_names_begin_with_digits_is_taken(tmp_path):
     source = make_source("list", path=str(tmp_path / "list.txt"), heldout_fraction=0.0)
     assert source.classes == ("001.Black_footed_Albatross", "002.Laysan_Albatross")
     assert [source[i]["label"] for i in range(2)] == [1, 0]
+
+
+def test_opening_a_tfds_data_set_in_several_threads_silences_nobody_for_good(tfds_dir, caplog):
+    def open_one(_):
+        return make_source("tfds", name="tiny_shades", data_dir=tfds_dir)[0]["label"]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(open_one, range(32))) == {
+            make_source("tfds", name="tiny_shades", data_dir=tfds_dir)[0]["label"]
+        }
+    assert not caplog.records
+    absl.logging.warning("still heard")
+    assert [record.message for record in caplog.records] == ["still heard"]

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import threading
 
 from google.protobuf.message import DecodeError
 
@@ -125,9 +126,13 @@ def _make_tfds_builder(name: str, data_dir: str):
 
     fix = f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")
     fix = f"set data.data_dir to where it is, or prepare it once: pip install tensorflow-cpu && {fix}"
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.ERROR)  # it warns of every folder that it looks into
+    absl, thread = logging.getLogger("absl"), threading.get_ident()
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        # it warns of every folder that it looks into; what other threads tell meanwhile must be heard
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    absl.addFilter(is_wanted)
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         if builder.is_prepared():
@@ -141,7 +146,7 @@ def _make_tfds_builder(name: str, data_dir: str):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rpartition('": ')[2][:200]
         raise DataError(f"TFDS cannot open {name!r}", f"data_dir={data_dir!r}: {reason}", fix) from error
     finally:
-        absl.setLevel(level)
+        absl.removeFilter(is_wanted)
     raise DataError(f"{name} is not prepared", f"looked in {builder.data_dir}", fix)
 
 
