@@ -3,7 +3,7 @@
 What torchvision makes of Pillow images: Pillow's filters, antialiased, run by the SIMD code of cykooz_resizer in
 Pillow's order, across before down. Bilinear differs from Pillow's own by at most 1 of 255, in about one value of a
 hundred; bicubic and lanczos by a little more where they overshoot; a large JPEG that is decoded at a fraction by up to
-16 (tests/test_data_transforms.py has the bounds).
+20 (bounds: tests/test_data_transforms.py; on photographs: benchmarks/input.py --greatest-difference).
 
 Letters of shapes: h height, w width, c channels. Sizes are (height, width) in pixels.
 """
