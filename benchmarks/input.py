@@ -22,6 +22,7 @@ ready among them. A ratio is the median over the rounds of the quotients within 
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -38,10 +39,12 @@ from pathlib import Path
 
 import numpy as np
 from step import ROOT, describe, run_text
+from step import ask as ask_side
 
 SCALE, RATIO, FLIP = (0.67, 1.0), (3 / 4, 4 / 3), 0.5
 BLOCK, HIDDEN, PATCH = 32, 0.6, 16  # of the masks that PyTorch's side makes: pixels, fraction, pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ask = functools.partial(ask_side, program="benchmarks/input.py")  # what a side is asked, and answers
 SETTINGS = ("workers", "threads", "prefetch")
 SWEEP = {"workers": (0, 1, 2), "threads": (1, 2, 4), "prefetch": (2, 4)}
 GOALS = (  # of issue 4: our side, the peer, the least ratio
@@ -250,16 +253,6 @@ def start(spec: dict, python: str) -> tuple[subprocess.Popen | None, dict]:
             raise SystemExit(f"benchmarks/input.py: {spec['kind']}: {facts.get('error') or facts['missing']}")
         return None, facts
     return process, facts | {"start_seconds": time.perf_counter() - begun}
-
-
-def ask(process: subprocess.Popen, question: dict) -> dict:
-    with contextlib.suppress(BrokenPipeError):  # then there is no reply either
-        process.stdin.write(json.dumps(question) + "\n")
-        process.stdin.flush()
-    reply = process.stdout.readline()
-    if not reply:
-        raise SystemExit(f"benchmarks/input.py: a side ended with code {process.wait()}; its last words are above")
-    return json.loads(reply)
 
 
 def end(process: subprocess.Popen) -> None:

@@ -315,12 +315,13 @@ def start(spec: dict) -> tuple[subprocess.Popen, dict]:
     return process, first | {"first_step_seconds": time.perf_counter() - begun}
 
 
-def ask(process: subprocess.Popen, question: dict) -> dict:
-    process.stdin.write(json.dumps(question) + "\n")
-    process.stdin.flush()
+def ask(process: subprocess.Popen, question: dict, program: str = "benchmarks/step.py") -> dict:
+    with contextlib.suppress(BrokenPipeError):  # then there is no reply either
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
     reply = process.stdout.readline()
     if not reply:
-        raise SystemExit(f"benchmarks/step.py: a side ended with code {process.wait()}; its last words are above")
+        raise SystemExit(f"{program}: a side ended with code {process.wait()}; its last words are above")
     return json.loads(reply)
 
 

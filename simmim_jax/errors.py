@@ -9,6 +9,7 @@ kind.
 This module imports nothing of ours, and nothing heavy: it is needed before JAX is.
 """
 
+import argparse
 import contextlib
 import difflib
 import inspect
@@ -37,6 +38,13 @@ class ConfigError(UserError):
     """A config that is misspelt, mistyped, contradictory, or not the one of this workdir."""
 
     kind, exit_code = "config", 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are errors of one line."""
+
+    def error(self, message: str):
+        raise ConfigError(message, "command line", "see --help")
 
 
 class DataError(UserError):

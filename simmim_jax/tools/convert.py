@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from simmim_jax.errors import CheckpointError, ConfigError, choose, nearest_of, told_in_one_line
+from simmim_jax.errors import CheckpointError, ConfigError, Parser, choose, nearest_of, told_in_one_line
 
 EXAMPLES = """\
 examples:
@@ -27,13 +27,6 @@ examples:
 """
 LARGEST_IMAGE = 16384  # pixels of a side, as in `interop`, which is not imported to read a command line
 FORMATS = ("huggingface", "official", "stablehlo", "timm")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are errors of one line."""
-
-    def error(self, message: str):
-        raise ConfigError(message, "command line", "see --help")
 
 
 def make_parser() -> argparse.ArgumentParser:

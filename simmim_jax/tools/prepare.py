@@ -18,7 +18,16 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from simmim_jax.errors import ConfigError, DataError, Preempted, check_minimum, choose, nearest_of, told_in_one_line
+from simmim_jax.errors import (
+    ConfigError,
+    DataError,
+    Parser,
+    Preempted,
+    check_minimum,
+    choose,
+    nearest_of,
+    told_in_one_line,
+)
 
 EXAMPLES = """\
 examples:
@@ -38,13 +47,6 @@ SETTINGS = ("short_side", "quality", "subsampling", "channels", "max_pixels")  #
 LINE_EVERY = 10.0  # seconds between lines of progress where nobody watches a bar
 TRAIN = "python -m simmim_jax.main --config configs/folder_vit_small.py"
 NAMED = 3  # files of a kind that a report names
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are errors of one line."""
-
-    def error(self, message: str):
-        raise ConfigError(message, "command line", "see --help")
 
 
 class Stopped(Preempted):
