@@ -1,8 +1,10 @@
 """Checkpoints: saved by Orbax, asynchronously and atomically; verified at restore; and what surrounds them on a machine
 that can fail: signals, and the lock on the workdir.
 
-Layout: `workdir/checkpoints/<step>/{params, opt_state, meta}`. `meta` is JSON: a checksum for each array, which Orbax
-does not have (a flipped bit restores silently), and what the run wants to find again.
+Layout: `workdir/checkpoints/<step>/{params, opt_state, ema, meta}`; `ema` where a run has an average. `meta` is JSON: a
+checksum for each array, which Orbax does not have (a flipped bit restores silently), and what the run wants to find
+again. Blocks stand one by one, also of a run that holds them stacked. Of several processes all call every function here
+that takes a manager, at the same step.
 """
 
 import contextlib
@@ -25,8 +27,9 @@ from absl import logging
 from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from simmim_jax.errors import BusyError, CheckpointError
-from simmim_jax.optim import path_of
+from simmim_jax import processes
+from simmim_jax.errors import BusyError, CheckpointError, PeerError
+from simmim_jax.stacking import path_of
 from simmim_jax.train_step import TrainState
 
 MAKE_ROOM = "earlier checkpoints are kept; make room or mend the folder, and run the same command again"
@@ -46,6 +49,7 @@ def make_manager(workdir: str, *, keep: int = 2, keep_every: int = 0) -> ocp.Che
     handlers = {
         "params": ocp.StandardCheckpointHandler(),
         "opt_state": ocp.StandardCheckpointHandler(),
+        "ema": ocp.StandardCheckpointHandler(),
         "meta": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options, item_handlers=handlers)
@@ -85,21 +89,27 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
 
     Raises CheckpointError if the disk cannot take it, now or at the save before.
     """
-    needed, free = (n / 2**20 for n in (sum(x.nbytes for x in jax.tree.leaves(state)), _free_bytes(manager)))
-    if needed > free:
-        raise CheckpointError(
-            f"could not save: {needed:.1f} MiB needed, {free:.1f} MiB free", str(manager.directory), MAKE_ROOM
-        )
-    step = int(state.step)
-    items = {"params": state.params, "opt_state": state.opt_state}
+
+    def check_room() -> None:
+        needed, free = (n / 2**20 for n in (sum(x.nbytes for x in jax.tree.leaves(state)), _free_bytes(manager)))
+        if needed > free:
+            raise CheckpointError(
+                f"could not save: {needed:.1f} MiB needed, {free:.1f} MiB free", str(manager.directory), MAKE_ROOM
+            )
+
+    processes.on_first(check_room)
+    step, items = int(state.step), _items(state)
     meta = meta | {"step": step, "checksums": checksums(items)}
-    arguments = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        opt_state=ocp.args.StandardSave(state.opt_state),
-        meta=ocp.args.JsonSave(meta),
-    )
+    arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    arguments = ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))
     with _told_of_disk(manager):
         manager.save(step, args=arguments)
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    """The parts of a state that are saved, each by itself."""
+    items = {"params": state.params, "opt_state": state.opt_state}
+    return items if state.ema is None else items | {"ema": state.ema}
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
@@ -119,6 +129,8 @@ def _told_of_disk(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(told := processes.explained(error), PeerError):
+            raise told from error
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(
             f"could not save: {reason}", f"{manager.directory} ({_free_bytes(manager) / 2**20:.1f} MiB free)", MAKE_ROOM
@@ -131,8 +143,9 @@ def restore(
     """(state, meta) of the newest checkpoint that is whole, placed as `abstract` says; None if there is none at all.
 
     A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried. One that holds parameters alone
-    (see `write_params`) is given the optimizer's `new_moments` of them, and is refused where that is None. Raises
-    CheckpointError if none is whole, or if the newest is of another model.
+    (see `write_params`) is given the optimizer's `new_moments` of them, and is refused where that is None. An average
+    that is wanted and was not saved begins at the parameters. Raises CheckpointError if none is whole, or if the newest
+    is of another model.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
@@ -141,9 +154,13 @@ def restore(
             meta = _read_meta(folder)
             with _quiet():
                 saved = manager.item_metadata(step)
-            wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
-            if new_moments and not any(name.startswith("opt_state/") for name in meta["checksums"]):
-                del wanted["opt_state"]
+            wanted = _items(abstract)
+            there = {name.split("/")[0] for name in meta["checksums"]}
+            absent = [name for name in ("opt_state", "ema") if name in wanted and name not in there]
+            if not new_moments and "opt_state" in absent:
+                absent.remove("opt_state")  # and is refused below
+            for name in absent:
+                del wanted[name]
             _refuse_other_model(saved, wanted, folder)
             arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in wanted.items()})
             with _quiet():
@@ -152,9 +169,11 @@ def restore(
             damaged = _damaged(items, meta["checksums"])
             if damaged:
                 raise ValueError(f"{len(damaged)} arrays differ from their checksums, e.g. {damaged[0]}")
-            if "opt_state" not in items:
+            if "opt_state" in absent:
                 items["opt_state"] = new_moments(items["params"])
-            count = jax.device_put(np.int32(meta["step"]), abstract.step.sharding)
+            if "ema" in absent:
+                items["ema"] = jax.tree.map(jnp.copy, items["params"])
+            count = jax.jit(jnp.int32, out_shardings=abstract.step.sharding)(np.int32(meta["step"]))
             return TrainState(step=count, **items), meta
         except CheckpointError:
             raise
@@ -162,7 +181,7 @@ def restore(
             reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
             if _is_of_the_machine(error):
                 raise CheckpointError(f"cannot read: {reason}", str(folder), "mend that and run again") from error
-            aside = _move_aside(folder)
+            aside = processes.on_first(lambda folder=folder: str(_move_aside(folder)))
             logging.warning("checkpoint %s is damaged (%s): moved to %s, trying the one before", folder, reason, aside)
             manager.reload()
     if steps:
@@ -198,7 +217,8 @@ def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -
 def read_params(init_from: str) -> tuple[dict, dict]:
     """(parameters as nested dicts of numpy arrays, config.json) of a run, whatever devices it was trained on.
 
-    init_from: a workdir, its `checkpoints` folder, or one step's folder in it. The config is empty where there is none.
+    Of a run that keeps an average of its parameters, that average, which is what its evaluations are of. init_from: a
+    workdir, its `checkpoints` folder, or one step's folder in it. The config is empty where there is none.
     Raises CheckpointError if there is no checkpoint, or it is damaged.
     """
     folder = find_step(init_from)
@@ -206,12 +226,13 @@ def read_params(init_from: str) -> tuple[dict, dict]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             with _quiet():
-                saved = checkpointer.metadata(folder / "params").item_metadata.tree
+                item = "ema" if (folder / "ema").is_dir() else "params"
+                saved = checkpointer.metadata(folder / item).item_metadata.tree
                 arguments = jax.tree.map(
                     lambda x: ocp.RestoreArgs(restore_type=np.ndarray), saved, is_leaf=lambda x: hasattr(x, "shape")
                 )
-                params = checkpointer.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=arguments))
-            damaged = _damaged({"params": params}, _read_meta(folder)["checksums"])
+                params = checkpointer.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=arguments))
+            damaged = _damaged({item: params}, _read_meta(folder)["checksums"])
         except Exception as error:  # whatever Orbax, TensorStore or JSON say of damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise CheckpointError(f"damaged checkpoint: {reason}", str(folder), hint) from error

@@ -26,6 +26,7 @@ FREE = (
     "data.workers", "data.threads", "data.prefetch", "data.on_error", "data.max_bad_fraction", "mesh.",
     "data.source", "data.path", "data.name", "data.data_dir",  # which images these are, their fingerprint tells
     "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block", "encoder.size", "imported.",
+    "encoder.remat", "encoder.scan", "encoder.attention", "check_memory", "profile_steps",
     "objective.mask_token_truncation",  # which runs had before the encoder's init_truncation said it
 )  # fmt: skip
 
@@ -43,7 +44,10 @@ def base_config() -> ConfigDict:
     c.image_size = (224, 224)  # height, width in pixels
     c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # per channel on the scale 0..1; their length is the number of channels
 
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # fsdp=-1: parameters and moments split over all devices
+    # How many ways devices split the batch (data, fsdp), parameters and moments (fsdp), heads and hidden units
+    # (tensor); -1: the rest of them. fsdp=-1: parameters and moments over all devices.
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    c.check_memory = True  # refuse a run that the compiled step needs more memory for than a device has
 
     c.data = ConfigDict()
     c.data.source = "auto"  # what path and name say; or digits, folder, list, tar, parquet, array_record, tfds
@@ -79,6 +83,7 @@ def base_config() -> ConfigDict:
     c.optim.decay_mask_token, c.optim.decay_bias_tables = placeholder(bool), placeholder(bool)  # None: as official code
     c.optim.layer_decay = 1.0  # factor on the peak rate from each layer to the one before
     c.optim.clip = 5.0  # of the gradient's global norm; 0: not
+    c.ema_decay = 0.0  # above 0, like 0.9999: an average of the parameters is kept, evaluated and handed on
     c.optim.frozen = ""  # regular expression of parameter paths that are not trained
 
     c.evals = ConfigDict()  # by evaluator: its options
@@ -90,6 +95,7 @@ def base_config() -> ConfigDict:
     c.log_every = 10
     c.save_every = 1000  # steps
     c.keep, c.keep_every = 2, 0  # checkpoints: the newest, and all whose step is a multiple (0: none)
+    c.profile_steps = ()  # first and last step, like 20,25: of these a trace is written, for TensorBoard's profiler
     c.max_skipped = 3  # steps in a row with a loss or gradient that is not finite, before the run stops
     return c
 
@@ -105,9 +111,9 @@ def encoder_config(name: str, size: str) -> ConfigDict:
         c[field] = placeholder(int)
     for field in ("widths", "depths", "stage_heads", "pretrained_windows"):  # a number per stage
         c[field] = placeholder(tuple)
-    for field in ("class_token", "patch_norm", "final_norm", "remat"):
+    for field in ("class_token", "patch_norm", "final_norm", "scan"):
         c[field] = placeholder(bool)
-    for field in ("absolute_position", "relative_position", "qkv_bias", "dtype"):
+    for field in ("absolute_position", "relative_position", "qkv_bias", "dtype", "remat", "attention"):
         c[field] = placeholder(str)
     for field in ("mlp_ratio", "layer_scale", "drop_path", "norm_epsilon", "norm_momentum", "init_truncation"):
         c[field] = placeholder(float)
@@ -232,7 +238,7 @@ def _leave_to_the_encoder(config: ConfigDict, file: ConfigDict, argv: list[str])
     if config.encoder.name == file.encoder.name:
         return
     given = {match.group(1) for argument in argv if (match := re.match(r"--?config\.encoder\.([^=]+)", argument))}
-    kept = given | {"name", "size", "dtype", "remat", "drop_path"}
+    kept = given | {"name", "size", "dtype", "remat", "scan", "attention", "drop_path"}
     left = [field for field, value in file.encoder.items() if value is not None and field not in kept]
     for field in left:
         config.encoder[field] = None

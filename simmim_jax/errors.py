@@ -65,6 +65,12 @@ class CheckpointError(UserError):
     kind, exit_code = "checkpoint", 5
 
 
+class PeerError(UserError):
+    """Another process of the same run that is gone."""
+
+    kind, exit_code = "peer", 6
+
+
 class BusyError(UserError):
     """A workdir that another run holds."""
 
@@ -118,11 +124,12 @@ def _end_processes() -> None:
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
+def told_in_one_line(before_end: Callable[[bool], None] | None = None) -> Iterator[None]:
     """End the process as promised above, if what runs inside raises UserError or Preempted; quietly if it is cut off.
 
     For the entry of a program: the exit codes are those of the errors, 141 where nobody reads the output any more, as
     after `| head`, and 130 for a Ctrl-C before a run has begun (later it is a signal like SIGTERM).
+    before_end: called after the line is printed, with whether it is a signal that ends the process.
     """
     try:
         yield
@@ -131,6 +138,8 @@ def told_in_one_line() -> Iterator[None]:
             raise
         sys.stdout.flush()
         print(error, file=sys.stderr, flush=True)
+        if before_end:
+            before_end(isinstance(error, Preempted))
         _end_processes()
         # All is closed by now, and the line must be the last: Orbax's threads print while the interpreter shuts down.
         os._exit(error.exit_code)

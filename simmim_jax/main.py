@@ -13,14 +13,26 @@ from simmim_jax.errors import told_in_one_line
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", required=True)
+# SLURM, Open MPI and TPU slices say these by themselves.
+COORDINATOR = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of the first")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many they are", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0 on", lower_bound=0)
+HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "seconds of silence after which one counts as lost", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at the level below
-    from simmim_jax import train  # JAX comes in here: a mistake on the command line is told without it
+    from simmim_jax import compilation, processes, train  # a mistake on the command line is told without JAX
 
+    compilation.keep_compiled()
+    processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, heartbeat=HEARTBEAT.value)
     train.train(CONFIG.value, WORKDIR.value)
+
+
+def leave(by_signal: bool) -> None:
+    if "simmim_jax.processes" in sys.modules:
+        sys.modules["simmim_jax.processes"].leave(agreed=by_signal)
 
 
 def run() -> None:
@@ -29,7 +41,7 @@ def run() -> None:
         import jax
 
         jax.config.config_with_absl()
-    with told_in_one_line():
+    with told_in_one_line(leave):
         app.run(main, flags_parser=parse_flags)
 
 

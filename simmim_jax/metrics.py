@@ -20,20 +20,23 @@ QUIET = ("skipped", "bad_images")  # on the console only where they are not 0
 
 
 class Records:
-    """The files of a run in `workdir`, cut back to `step` first: what came later will be computed again."""
+    """The files of a run in `workdir`, cut back to `step` first: what came later will be computed again.
 
-    def __init__(self, workdir: str, step: int):
+    writes: whether this process writes them; of several, one does, and the others know alone what is there.
+    """
+
+    def __init__(self, workdir: str, step: int, *, writes: bool = True):
         self._folder = Path(workdir)
-        self._files = {}
-        for name in ("metrics", "evaluations"):
+        self._files, self._board = {}, None
+        for name in ("metrics", "evaluations") if writes else ():
             path = self._folder / f"{name}.jsonl"
             rows = [row for row in read_rows(path) if row["step"] <= step]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
             self._files[name] = path.open("a")
         self.evaluations = {row["step"]: row for row in read_rows(self._folder / "evaluations.jsonl")}
-        self._board = tensorboardX.SummaryWriter(
-            str(self._folder / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        if writes:
+            board = str(self._folder / "tensorboard")
+            self._board = tensorboardX.SummaryWriter(board, purge_step=step + 1 if step else None)
 
     def write_metrics(self, step: int, row: dict[str, float | str], machine: dict[str, float]) -> None:
         """One row of metrics.jsonl; `machine` is what depends on the machine, and goes to TensorBoard alone."""
@@ -46,21 +49,24 @@ class Records:
         self.evaluations[step] = {"step": step, **row}
         self._write("evaluations", self.evaluations[step])
         self._board_scalars(step, {f"evaluation/{name}": value for name, value in row.items()})
-        for name, picture in pictures.items():
-            self._board.add_image(name, picture, step, dataformats="HWC")
-        self._board.flush()
+        if self._board:
+            for name, picture in pictures.items():
+                self._board.add_image(name, picture, step, dataformats="HWC")
+            self._board.flush()
 
     def _write(self, name: str, row: dict) -> None:
-        print(json.dumps(row), file=self._files[name], flush=True)
+        if name in self._files:
+            print(json.dumps(row), file=self._files[name], flush=True)
 
     def _board_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
+        for name, value in scalars.items() if self._board else ():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -107,9 +113,15 @@ class Clock:
 
 
 class Progress:
-    """The console line: how far, how well, how fast, how long still. Rates are those of the last five lines."""
+    """The console line: how far, how well, how fast, how long still. Rates are those of the last five lines.
 
-    def __init__(self, clock: Clock, *, step: int, steps: int, steps_per_epoch: int, batch_size: int):
+    seconds_at_peak: seconds that a step would take at the devices' peak, as its matmuls' operations count.
+    """
+
+    def __init__(
+        self, clock: Clock, *, step: int, steps: int, steps_per_epoch: int, batch_size: int, seconds_at_peak: float
+    ):
+        self._seconds_at_peak = seconds_at_peak
         self._clock, self._steps, self._steps_per_epoch, self._batch_size = clock, steps, steps_per_epoch, batch_size
         self._first_step, self._said = step, False
         self._marks = deque(maxlen=5)  # step, seconds of steps and data, seconds of data: as each line was written
@@ -121,10 +133,14 @@ class Progress:
         return self._marks[-1]
 
     def machine(self, step: int) -> dict[str, float]:
-        """images/s and the share of time waiting for data; evaluation and saving are left out."""
+        """images/s, model FLOP/s utilisation, and the share of time waiting for data; evaluation and saving are left
+        out.
+        """
         first = self._marks[0]
         done, busy, waited = (now - then for now, then in zip(self._mark(step), first, strict=True))
-        return {"images_per_second": done * self._batch_size / max(busy, 1e-9), "data_wait": waited / max(busy, 1e-9)}
+        busy = max(busy, 1e-9)
+        rates = {"images_per_second": done * self._batch_size / busy, "mfu": done * self._seconds_at_peak / busy}
+        return rates | {"data_wait": waited / busy}
 
     def is_starved(self) -> bool:
         """Whether over the last lines more than `STARVED` of the time went into waiting for data; said once a run."""
@@ -139,7 +155,8 @@ class Progress:
         left = (self._steps - step) * self._batch_size / max(machine["images_per_second"], 1e-9)
         return (
             f"step {step}/{self._steps}  epoch {step / self._steps_per_epoch:.2f}  {numbers}  "
-            f"{machine['images_per_second']:.0f} images/s  data wait {machine['data_wait']:.0%}  ETA {duration(left)}"
+            f"{machine['images_per_second']:.0f} images/s  MFU {machine['mfu']:.0%}  "
+            f"data wait {machine['data_wait']:.0%}  ETA {duration(left)}"
         )
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
 from simmim_jax.errors import ConfigError, check_minimum, check_options, choose
+from simmim_jax.stacking import Stacks, path_of, stack, unstack
 
 # Names in a path that spare a parameter weight decay. Official code spares what has one dimension, and by name a Swin's
 # mask token, positions and tables ("cpb" and "logit_scale" are Swin V2's); but of a ViT the mask token and the tables
@@ -83,21 +85,17 @@ def make_schedule(
     return rate
 
 
-def path_of(key_path) -> str:
-    """The names of a parameter's path, joined by slashes."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
-
-
 def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
     """True for each parameter that weight decay applies to: all whose path has no name of `no_decay` in it."""
     spared = lambda path: not set(no_decay).isdisjoint(path_of(path).split("/"))  # noqa: E731
     return jax.tree_util.tree_map_with_path(lambda path, _: not spared(path), params)
 
 
-def layers(params: PyTree, layer_of: Callable[[str], int], depth: int) -> PyTree:
+def layers(params: PyTree, layer_of: Callable[[str], int], depth: int, stacks: Stacks | None = None) -> PyTree:
     """The layer of each parameter: 0 what embeds and the mask token, 1 to `depth` the blocks, `depth` + 1 the rest.
 
-    layer_of: the encoder's, of paths below "encoder/". Official `get_swin_layer` and `get_vit_layer`.
+    Of a stack's leaves it is an array, [blocks, 1, ...]. layer_of: the encoder's, of paths below "encoder/". Official
+    `get_swin_layer` and `get_vit_layer`.
     """
 
     def layer(key_path, _):
@@ -106,16 +104,46 @@ def layers(params: PyTree, layer_of: Callable[[str], int], depth: int) -> PyTree
             return layer_of(rest)
         return 0 if part == "mask_token" else depth + 1
 
-    return jax.tree_util.tree_map_with_path(layer, params)
+    return of_each_block(layer, params, stacks or {})
 
 
-def train_labels(params: PyTree, frozen: str) -> PyTree:
-    """For each parameter "frozen", if the regular expression matches its path from the start, or else "trained"."""
-    label = lambda path, _: "frozen" if re.match(frozen, path_of(path)) else "trained"  # noqa: E731
-    return jax.tree_util.tree_map_with_path(label, params)
+def of_each_block(rule: Callable, params: PyTree, stacks: Stacks) -> PyTree:
+    """`rule` (key path, shape) of each parameter; of a stack's leaves an array of those of its blocks, [blocks, 1, ..].
+
+    So rules need to know the paths of blocks alone.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    blocks = unstack(shapes, stacks)
+    if jax.tree.structure(blocks) == jax.tree.structure(shapes):  # nothing is stacked
+        return jax.tree_util.tree_map_with_path(rule, params)
+    of_blocks = jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(rule(path, x)), blocks)
+    together = stack(of_blocks, stacks, np.stack)
+    return jax.tree.map(lambda value, x: _along(value, x.ndim), together, shapes)
 
 
-def freeze(loss_fn: Callable, frozen: str) -> Callable:
+def _along(value: np.ndarray, dimensions: int):
+    return value.reshape(-1, *[1] * (dimensions - 1)) if value.ndim else value[()]
+
+
+def train_labels(params: PyTree, frozen: str, stacks: Stacks | None = None) -> PyTree:
+    """For each parameter "frozen", if the regular expression matches its path from the start, or else "trained".
+
+    Raises ConfigError if it matches some of the blocks of a stack.
+    """
+
+    def label(value) -> str:
+        if np.ndim(value) and np.any(value) != np.all(value):
+            raise ConfigError(
+                "some blocks are frozen and others not, in one stack", f"optim.frozen={frozen}, encoder.scan",
+                "give --config.encoder.scan=false",
+            )  # fmt: skip
+        return "frozen" if np.all(value) else "trained"
+
+    matches = of_each_block(lambda path, _: bool(re.match(frozen, path_of(path))), params, stacks or {})
+    return jax.tree.map(label, matches)
+
+
+def freeze(loss_fn: Callable, frozen: str, stacks: Stacks | None = None) -> Callable:
     """`loss_fn` with no gradient, and so no backward pass, for the parameters that `frozen` names.
 
     Nor are those measured anew: frozen running statistics stay as they are.
@@ -125,7 +153,7 @@ def freeze(loss_fn: Callable, frozen: str) -> Callable:
 
     def frozen_loss_fn(params, batch, key, train):
         stop = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
-        loss, metrics = loss_fn(jax.tree.map(stop, train_labels(params, frozen), params), batch, key, train)
+        loss, metrics = loss_fn(jax.tree.map(stop, train_labels(params, frozen, stacks), params), batch, key, train)
         old = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
         keep = lambda path, new: old[path_of(path)] if re.match(frozen, path_of(path)) else new  # noqa: E731
         kept = jax.tree_util.tree_map_with_path(keep, metrics.get("statistics", {}))
@@ -142,7 +170,8 @@ def scale_by_rate(rates: list[optax.Schedule], layer_of_each: Callable[[PyTree],
 
     def update(updates, state, params=None, *, step, **_):
         factors = [-rate(step) for rate in rates]
-        return jax.tree.map(lambda x, layer: factors[layer] * x, updates, layer_of_each(updates)), state
+        factor_of = lambda layer: jnp.stack(factors)[layer] if np.ndim(layer) else factors[layer]  # noqa: E731
+        return jax.tree.map(lambda x, layer: factor_of(layer) * x, updates, layer_of_each(updates)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -166,6 +195,7 @@ def make_optimizer(
     decayed_too: tuple[str, ...] = (),
     clip: float = 5.0,
     frozen: str = "",
+    stacks: Stacks | None = None,
     **schedule_options,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """(tx, schedule). Gradients are clipped to the global norm `clip` (0: not), then AdamW or SGD with momentum.
@@ -178,7 +208,7 @@ def make_optimizer(
     Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the names in
     paths that it spares. decay_mask_token, decay_bias_tables: whether these decay nonetheless; None: if `decayed_too`,
     what official code decays of this encoder, has "mask_token" or "table".
-    `frozen` parameters get no update and no moments.
+    `frozen` parameters get no update and no moments. stacks: the encoder's (see `simmim_jax.stacking`).
     """
     check_options("optimizer", make_schedule, schedule_options)
     try:
@@ -213,11 +243,11 @@ def make_optimizer(
     clips = (optax.clip_by_global_norm(clip),) if clip else ()
 
     def layer_of_each(params):
-        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_of, depth)
+        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_of, depth, stacks)
 
     tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rates, layer_of_each))
     if frozen:
         tx = optax.partition(
-            {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, frozen)
+            {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, frozen, stacks)
         )
     return tx, rates[-1]

@@ -17,8 +17,15 @@ from scipy.interpolate import RectBivariateSpline
 from simmim_jax.errors import CheckpointError
 
 # Encoder fields that say nothing of what its parameters mean, and those that `fit` can bridge.
-FREE = ("size", "dtype", "remat", "drop_path", "init_truncation", "norm_momentum")
+EXECUTION = ("remat", "scan", "attention")
+FREE = ("size", "dtype", *EXECUTION, "drop_path", "init_truncation", "norm_momentum")
 BRIDGED = ("window", "pretrained_windows", "relative_position", "final_norm")
+
+
+def architecture(encoder: dict) -> dict:
+    """The options of an encoder that a config.json holds, without those that say how it was run there."""
+    options = {name: value for name, value in encoder.items() if name not in EXECUTION}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def progression(source: int, target: int) -> Float[np.ndarray, " s"]:

@@ -18,14 +18,24 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simmim_jax import checkpoint, data, metrics, optim, pretrained, sharding
+from simmim_jax import checkpoint, costs, data, metrics, optim, pretrained, processes, sharding
 from simmim_jax.config import digest, refuse_change
-from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted, check_minimum
+from simmim_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    PeerError,
+    Preempted,
+    check_minimum,
+)
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import make_feature_reader
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.classify import make_features
+from simmim_jax.processes import say
+from simmim_jax.stacking import stack, unstack
 from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
 
 MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
@@ -61,73 +71,82 @@ def train(config: ConfigDict, workdir: str) -> dict:
     with hold_workdir(record_of_config, workdir), checkpoint.StopSignal() as stop:
         summary = read_json(Path(workdir) / "summary.json")
         if summary.get("step") == steps:
-            print(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
+            say(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
             return summary
-        write_versions(workdir)
+        processes.on_first(lambda: write_versions(workdir))
 
         # What is wrong with the devices for this run is told before anything is compiled.
         mesh = sharding.make_mesh(**config.mesh)
-        sharding.check_batch_size("batch_size", config.batch_size, mesh.size, config.microbatches)
-        sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh.size)
+        ways = sharding.batch_ways(mesh)
+        sharding.check_batch_size("batch_size", config.batch_size, ways, config.microbatches)
+        sharding.check_batch_size("eval_batch_size", config.eval_batch_size, ways)
         init_key, step_key, eval_key = keys_of(config)
         evaluators = make_evaluators(config, features, objective, source, heldout_source, mesh, eval_key, workdir)
 
         # The state, born where it lives: restored, drawn from the seed, or begun with another run's encoder.
-        make_state = partial(init_state, init=objective.init, tx=tx)
-        abstract = sharding.place(jax.eval_shape(make_state, init_key), mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
+        abstract = place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
+        into_stacks, into_blocks = (partial(function, stacks=encoder.stacks) for function in (stack, unstack))
+        in_blocks = into_blocks(abstract)  # as checkpoints have it
         manager = checkpoint.make_manager(workdir, keep=config.keep, keep_every=config.keep_every)
         fingerprint = data.fingerprint(source, **of_batches)
         if heldout_source:
             fingerprint["heldout"] = heldout_source.fingerprint()
+        processes.check_same(json.dumps(fingerprint), "the data", source.describe(), "give all hosts the same files")
         bad_images = 0  # of this epoch so far, in all processes
         with clock.measure("state"):
-            new_moments = jax.jit(tx.init, out_shardings=shardings.opt_state)
-            restored = checkpoint.restore(manager, abstract, new_moments)
+            new_moments = jax.jit(tx.init, out_shardings=places(in_blocks.opt_state))
+            restored = checkpoint.restore(manager, in_blocks, new_moments)
             if restored:
                 state, meta = restored
+                state = convert(into_stacks, state, abstract)
                 bad_images = meta.get("bad_images", 0)
                 refuse_other_data(meta["data"], fingerprint, workdir)
             else:
-                state = jax.jit(make_state, out_shardings=shardings)(init_key)
+                state = jax.jit(make_state, out_shardings=places(abstract))(init_key)
                 if init_from:
-                    taken = take_params(init_from, config, encoder, abstract.params)
+                    taken = take_params(init_from, config, encoder, in_blocks.params)
+                    taken = convert(into_stacks, taken, {part: abstract.params[part] for part in taken})
                     state = state.replace(params=state.params | taken)
+                    if state.ema is not None:
+                        state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
         start = step = int(state.step)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        print(
+        say(
             f"{'resuming at' if start else 'starting'} step {start} of {steps} in {workdir}: {len(source)} images, "
             f"batch {config.batch_size}, {parameters / 1e6:.1f} M parameters, "
-            f"{mesh.size} {jax.devices()[0].device_kind} device(s)",
-            flush=True,
+            f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
+            + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
 
-        batches = data.make_batches(
-            source,
-            start_step=start,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-            **of_batches,
-            **loading,
-        )
+        share, shares = sharding.share_of_batch(mesh)
+        batches = data.make_batches(source, start_step=start, process=share, processes=shares, **of_batches, **loading)
         with clock.measure("compile"):
-            compiled_step = compile_training(config, objective, tx, abstract, step_key, mesh)
+            compiled_step = compile_training(config, objective, tx, abstract, step_key, mesh, encoder)
             # all at once: a rate that is computed in the loop waits in the device's queue behind a whole step
             rates = jax.device_get(jax.jit(jax.vmap(schedule))(np.arange(steps)))
-        records = metrics.Records(workdir, step)
+        if config.check_memory:
+            check_memory(config, compiled_step, mesh)
+        step_key = jax.jit(lambda key: key, out_shardings=sharding.replicated(mesh))(step_key)
+        records = open_records(workdir, step)
+        flops = step_flops(config, objective, abstract, step_key, encoder)
+        peak = costs.peak_flops(jax.devices()[0], encoder.dtype) * mesh.size
         progress = metrics.Progress(
-            clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
-        )
+            clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size,
+            seconds_at_peak=flops / peak,
+        )  # fmt: skip
         recorded = start
+        signalled = processes.greatest(stop.number)  # the number of a signal that all processes know of, or 0
         skipped = 0  # steps in a row without an update
         allowed = data.most_bad(source, config.data.on_error, config.data.max_bad_fraction)
 
         def record(step: int, device_metrics: dict) -> None:
             """Read a step's metrics, which waits for it; write a row where one is due."""
-            nonlocal skipped, bad_images, recorded
+            nonlocal skipped, bad_images, recorded, signalled
             recorded = step
             with clock.measure("step"):
                 values = jax.device_get(device_metrics)
+            signalled = max(signalled, int(values.pop("stop")))
             samples = f"{int(values.pop('samples')):08x}"
             bad_images = int(values["bad_images"]) + (bad_images if (step - 1) % steps_per_epoch else 0)
             values["bad_images"] = bad_images
@@ -137,9 +156,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 row["learning_rate"] = float(rates[step - 1])
                 machine = progress.machine(step)
                 records.write_metrics(step, row | {"samples": samples}, machine)
-                print(progress.line(step, row, machine), flush=True)
+                say(progress.line(step, row, machine))
                 if progress.is_starved():
-                    print(f"the device waits for data: {data.advice(source, workers=loading['workers'])}", flush=True)
+                    say(f"the device waits for data: {data.advice(source, workers=loading['workers'])}")
             if skipped > config.max_skipped:
                 raise NonFiniteError(
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
@@ -151,25 +170,30 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
         def save() -> None:
             with clock.measure("save"):
-                checkpoint.save(manager, state, {"data": fingerprint, "bad_images": bad_images})
+                saving = convert(into_blocks, state, in_blocks)
+                checkpoint.save(manager, saving, {"data": fingerprint, "bad_images": bad_images})
 
         def evaluate() -> None:
             """Run all evaluators; a signal between two of them leaves the evaluation to the next run."""
+            nonlocal signalled
             with clock.measure("evaluation"):
-                row = {}
+                row, judged = {}, state if state.ema is None else state.replace(params=state.ema)
                 for run in evaluators:
-                    if stop.number:
+                    signalled = processes.greatest(stop.number)
+                    if signalled:
                         return
-                    row |= run(state)
+                    row |= run(judged)
                 records.write_evaluation(step, row, pictures_of(workdir, step))
-            print(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+            say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
 
         # The loop. What is due at a step follows from the step and the records alone, so a resumed run does the same.
         pending = None  # the newest step's metrics, read one step late: the device never waits for the host
-        saved = start
+        saved, profile = start, Profile(workdir, config.profile_steps)
+        gone = False  # whether another process is
         try:
             while True:
-                stopping = stop.number  # once an iteration: a signal that comes later is seen by the next
+                # Once an iteration: a signal that comes later is seen by the next. Of several processes, what all know.
+                stopping = stop.number if jax.process_count() == 1 else signalled
                 must_save = step == steps or stopping
                 save_due = step > saved and (must_save or step % config.save_every == 0)
                 evaluation_due = step not in records.evaluations and (
@@ -189,10 +213,14 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 if step == steps:
                     break
                 with clock.measure("data"):  # while the device works on the step before
-                    batch = to_device(next(batches), mesh)
+                    batch = next(batches)
+                    batch["stop"] = np.full(batch["label"].shape, stop.number, np.int32)
+                    batch = to_device(batch, mesh)
+                profile.before(step + 1)
                 with clock.measure("step"):
                     state, device_metrics = compiled_step(state, batch, step_key)
                 step += 1
+                profile.after(step, device_metrics)
                 if pending:
                     record(*pending)
                 pending = (step, device_metrics)
@@ -205,18 +233,74 @@ def train(config: ConfigDict, workdir: str) -> dict:
             raise
         except BrokenPipeError:
             raise
+        except (PeerError, jax.errors.JaxRuntimeError, ValueError) as error:
+            told = processes.explained(error)
+            gone = isinstance(told, PeerError)
+            if told is error:
+                raise
+            raise told from error
         except OSError as error:
             raise CheckpointError(
                 f"cannot write: {error.strerror or error}", str(error.filename or workdir),
                 f"mend the disk or folder; the same command goes on from step {saved}",
             ) from error  # fmt: skip
         finally:
+            profile.close()
             batches.close()
             records.close()
-            with clock.measure("save"):
-                checkpoint.finish(manager)  # whatever ends the run, a save that has begun is finished
+            if not gone:  # else it could not be finished
+                with clock.measure("save"):
+                    checkpoint.finish(manager)  # whatever ends the run, a save that has begun is finished
 
         return write_summary(workdir, records, clock, step=steps, trained=steps - start, batch_size=config.batch_size)
+
+
+class Profile:
+    """A trace of the steps from `steps[0]` to `steps[1]`, for TensorBoard's profiler; none where `steps` is empty."""
+
+    def __init__(self, workdir: str, steps: tuple[int, ...]):
+        self._folder, self._steps, self._traces = str(Path(workdir) / "tensorboard"), steps, False
+
+    def before(self, step: int) -> None:
+        if self._steps and self._steps[0] <= step <= self._steps[1] and not self._traces:
+            jax.profiler.start_trace(self._folder)
+            self._traces = True
+
+    def after(self, step: int, device_metrics: dict) -> None:
+        if self._traces and step >= self._steps[1]:
+            jax.block_until_ready(device_metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._traces:
+            jax.profiler.stop_trace()
+            self._traces, self._steps = False, ()
+            say(f"the trace is in {self._folder}/plugins/profile")
+
+
+def open_records(workdir: str, step: int) -> metrics.Records:
+    """The records of a run, cut back to `step` by the first process before the others read them."""
+    first = metrics.Records(workdir, step) if processes.is_first() else None
+    processes.greatest(0)
+    return first or metrics.Records(workdir, step, writes=False)
+
+
+def places(abstract):
+    """The sharding of each leaf of an abstract tree."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def place_state(abstract, mesh, encoder):
+    """An abstract state with its placement. Raises ConfigError where `mesh` does not fit it."""
+    sharding.check_tensor(abstract.params, mesh)
+    return sharding.place(abstract, mesh, tuple(encoder.stacks))
+
+
+def convert(function: Callable, tree, abstract):
+    """`function` of a tree of arrays, placed as `abstract` says; the tree itself where that is like it already."""
+    if jax.tree.structure(tree) == jax.tree.structure(abstract):
+        return tree
+    return jax.jit(function, out_shardings=places(abstract))(tree)
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -229,8 +313,12 @@ def check_numbers(config: ConfigDict) -> None:
         )
     for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "keep"):
         check_minimum(name, config[name], 1)
-    for name in ("steps", "epochs", "eval_every", "eval_images", "keep_every", "max_skipped"):
+    for name in ("steps", "epochs", "eval_every", "eval_images", "keep_every", "max_skipped", "ema_decay"):
         check_minimum(name, config[name], 0)
+    if config.ema_decay >= 1:
+        raise ConfigError(f"ema_decay is {config.ema_decay}", "ema_decay", "give a number below 1, like 0.9999, or 0")
+    if len(config.profile_steps) not in (0, 2) or list(config.profile_steps) != sorted(config.profile_steps):
+        raise ConfigError(f"profile_steps {config.profile_steps}", "profile_steps", "give first,last, like 20,25")
 
 
 def keys_of(config: ConfigDict) -> jax.Array:
@@ -255,6 +343,7 @@ def make_tx(config: ConfigDict, encoder, steps: int, steps_per_epoch: int) -> tu
         layer_of=encoder.layer_of,
         depth=encoder.depth,
         decayed_too=encoder.DECAYED_TOO,
+        stacks=encoder.stacks,
         **config.optim,
     )
 
@@ -304,7 +393,8 @@ def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
     if not workdir:
         raise ConfigError("no workdir", "--workdir", "give a folder for the run, like runs/mine")
     folder = Path(workdir)
-    with contextlib.ExitStack() as held:
+
+    def take(held: contextlib.ExitStack) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(checkpoint.hold(workdir))
@@ -320,6 +410,12 @@ def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
             raise ConfigError(
                 f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
             ) from error
+
+    with contextlib.ExitStack() as held:
+        processes.on_first(lambda: take(held))
+        lock = folder / "LOCK"
+        owner = lock.read_text() if lock.exists() else ""
+        processes.check_same(owner, "not the same folder on all hosts", workdir, "give one that all hosts share")
         yield
 
 
@@ -358,7 +454,7 @@ def whole_encoder(config: ConfigDict, workdir: str) -> dict:
     if "encoder" not in there:
         where = f"config.json of {config.init_from}" if config.init_from else "encoder.name"
         raise ConfigError("no encoder", where, "give --config.encoder.name, or a run's workdir as --config.init_from")
-    taken = dict(there["encoder"])
+    taken = pretrained.architecture(there["encoder"])
     if "pretrained_windows" in taken:
         taken["pretrained_windows"] = measuring_windows(there)
     return taken | {name: value for name, value in given.items() if name not in ("name", "size")}
@@ -386,7 +482,7 @@ def check_init_from(step_folder: Path, now: dict) -> None:
 
 def measuring_windows(config: dict) -> tuple[int, ...]:
     """The side of the window by which each stage of a Swin V2 measures its displacements."""
-    encoder = make_encoder(**config["encoder"])
+    encoder = make_encoder(**pretrained.architecture(config["encoder"]))
     return encoder.pretrained_windows or encoder.stage_windows(tuple(config["image_size"]))
 
 
@@ -412,13 +508,14 @@ def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict) 
     wanted = {part: abstract[part] for part in parts}
     grids = grids_of(saved_config, encoder.token_stride, config.image_size)
     taken, notes = pretrained.fit({part: saved[part] for part in parts}, wanted, str(step_folder), grids)
-    print(f"{', '.join(parts)}: taken from {step_folder}", flush=True)
+    say(f"{', '.join(parts)}: taken from {step_folder}")
     names = {}  # by what was done to them
     for name, done in notes:
         names.setdefault(done, []).append(name)
     for done, of in names.items():
-        print(f"  {done}: {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}", flush=True)
-    return jax.tree.map(lambda value, x: jax.device_put(value, x.sharding), taken, wanted)
+        say(f"  {done}: {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}")
+    put = lambda value, x: jax.make_array_from_callback(x.shape, x.sharding, lambda part: value[part])  # noqa: E731
+    return jax.tree.map(put, taken, wanted)
 
 
 def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
@@ -432,25 +529,54 @@ def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
 def abstract_batch(config: ConfigDict) -> dict:
     """Shapes and types of a whole batch on the device."""
     size, shape = config.batch_size, (config.batch_size, *config.image_size, len(config.mean))
-    of_each = {"label": np.int32, "position": np.int32, "index": np.uint32, "replaced": np.bool_}
+    of_each = {"label": np.int32, "position": np.int32, "index": np.uint32, "replaced": np.bool_, "stop": np.int32}
     integers = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in of_each.items()}
     return {"image": jax.ShapeDtypeStruct(shape, np.uint8), **integers}
 
 
 def step_and_samples(state: TrainState, batch: dict, key: jax.Array, **options) -> tuple[TrainState, dict]:
-    """`train_step`, which also tells which images the whole batch held, and how many of them stand in for bad ones."""
+    """`train_step`, which also tells which images the whole batch held, how many of them stand in for bad ones, and
+    "stop", the greatest number of a signal that any process has got.
+    """
     index, replaced = batch["index"], batch["replaced"]
     learned = {name: batch[name] for name in ("image", "label", "position")}
     state, values = train_step(state, learned, key, **options)
     values |= {"samples": digest_samples(index, batch["position"]), "bad_images": replaced.sum(dtype=np.int32)}
+    values["stop"] = batch["stop"].max()
     return state, values
 
 
-def compile_training(config: ConfigDict, objective: Objective, tx, state: TrainState, key: jax.Array, mesh) -> Callable:
+def compile_training(
+    config: ConfigDict, objective: Objective, tx, state: TrainState, key: jax.Array, mesh, encoder
+) -> Callable:
     """(state, batch, key) -> (state, metrics) of a run, compiled for an abstract `state`."""
-    loss_fn = optim.freeze(objective.loss_fn, config.optim.frozen)
-    step = partial(step_and_samples, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
+    loss_fn = optim.freeze(objective.loss_fn, config.optim.frozen, encoder.stacks)
+    split = {"microbatches": config.microbatches, "ema_decay": config.ema_decay}
+    step = partial(step_and_samples, loss_fn=loss_fn, tx=tx, **split)
     return compile_step(step, state, abstract_batch(config), key, mesh)
+
+
+def step_flops(config: ConfigDict, objective: Objective, state: TrainState, key: jax.Array, encoder) -> int:
+    """Multiplications and additions in the matmuls of a step, over all devices; recomputed ones do not count."""
+    loss_fn = optim.freeze(objective.loss_fn, config.optim.frozen, encoder.stacks)
+    return costs.step_flops(loss_fn, state.params, abstract_batch(config), key)
+
+
+def check_memory(config: ConfigDict, compiled_step, mesh) -> None:
+    """Tell what the step needs of each device's memory; raise ConfigError if that is more than the device has."""
+    device = jax.local_devices()[0]
+    needed, there = costs.memory(compiled_step), costs.memory_of(device)
+    if not needed or not there:
+        return
+    say(f"memory: a step needs {needed / 2**30:.2f} of {there / 2**30:.2f} GiB of each device")
+    if needed > there:
+        settings = [f"--config.microbatches={2 * config.microbatches}", "--config.encoder.remat=full"]
+        if mesh.size > 1:
+            settings.append("--config.mesh.fsdp=-1")
+        raise ConfigError(
+            f"a step needs {needed / 2**30:.2f} GiB of each device, which has {there / 2**30:.2f}",
+            f"batch_size {config.batch_size}", f"give {', '.join(settings)}, or --config.check_memory=false",
+        )  # fmt: skip
 
 
 def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array, mesh) -> Callable:
@@ -465,7 +591,9 @@ def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array,
     return jitted.lower(state, batch, key).compile()
 
 
-def to_device(batch: dict, mesh, names: tuple[str, ...] = ("image", "label", "position", "index", "replaced")) -> dict:
+def to_device(
+    batch: dict, mesh, names: tuple[str, ...] = ("image", "label", "position", "index", "replaced", "stop")
+) -> dict:
     """What of a batch the device needs, as global arrays."""
     narrow = {"index": batch["index"].astype(np.uint32)}  # JAX has no 64 bits; of more than 2**32 images, the last 32
     return sharding.to_global({name: narrow.get(name, batch[name]) for name in names}, mesh)
@@ -482,14 +610,15 @@ def make_evaluators(
     workdir: str,
 ) -> list[Callable]:
     """The evaluators of `config.evals`, each given what it asks for out of what a run has."""
+    share, shares = sharding.share_of_batch(mesh)
     epoch = partial(
         data.make_epoch,
         batch_size=config.eval_batch_size,
         image_size=config.image_size,
         channels=len(config.mean),
         interpolation=config.data.interpolation,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        process=share,
+        processes=shares,
         threads=config.data.threads,
         on_error=config.data.on_error,
         max_pixels=config.data.max_pixels,
@@ -505,7 +634,7 @@ def make_evaluators(
         )
         return lambda params, batch: jax.device_get(jitted(params, to_device(batch, mesh, ("image", *of_images))))
 
-    supplies = {"folder": str(Path(workdir) / "figures")}
+    supplies = {"folder": str(Path(workdir) / "figures") if processes.is_first() else ""}
     if config.evals:
         heldout = epoch(heldout_source, limit=config.eval_images)
         supplies["heldout"] = heldout
@@ -520,7 +649,9 @@ def make_evaluators(
 
 
 def pictures_of(workdir: str, step: int) -> dict[str, np.ndarray]:
-    """The figures that evaluators have drawn at this step, by name."""
+    """The figures that evaluators have drawn at this step, by name; none but in the first process."""
+    if not processes.is_first():
+        return {}
     paths = (Path(workdir) / "figures").glob(f"*_{step}.png")
     return {path.stem.rsplit("_", 1)[0]: np.asarray(Image.open(path).convert("RGB")) for path in paths}
 
@@ -533,6 +664,8 @@ def write_summary(
     seconds = clock.summary()
     rate = trained * batch_size / max(seconds.get("step", 0) + seconds.get("data", 0), 1e-9)
     summary = {"step": step, **last, "start": first, "images_per_second": round(rate, 1), "seconds": seconds}
+    if not processes.is_first():
+        return summary
     metrics.write_atomically(Path(workdir) / "summary.json", json.dumps(summary, indent=2) + "\n")
     if last:
         print(f"\n{'':16}{'step 0':>12}{f'step {step}':>12}")

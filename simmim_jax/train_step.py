@@ -14,18 +14,23 @@ from jaxtyping import Array, Int32, Key, PyTree, UInt32
 class TrainState:
     """Everything that changes from step to step, and nothing else: what is sharded is what is checkpointed.
 
-    step: updates done so far, int32 []. params: float32. opt_state: of the optimizer.
+    step: updates done so far, int32 []. params: float32. opt_state: of the optimizer. ema: exponential moving average
+    of the parameters, or None where a recipe has none.
     """
 
     step: PyTree
     params: PyTree
     opt_state: PyTree
+    ema: PyTree = None
 
 
-def init_state(key: Key[Array, ""], *, init: Callable, tx: optax.GradientTransformation) -> TrainState:
-    """The state at step 0."""
+def init_state(
+    key: Key[Array, ""], *, init: Callable, tx: optax.GradientTransformation, ema_decay: int | float = 0.0
+) -> TrainState:
+    """The state at step 0; with an average, which begins at the parameters, if `ema_decay` is above 0."""
     params = init(key)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=ema)
 
 
 def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Callable, microbatches: int = 1):
@@ -76,12 +81,14 @@ def train_step(
     loss_fn: Callable,
     tx: optax.GradientTransformationExtraArgs,
     microbatches: int = 1,
+    ema_decay: int | float = 0.0,
 ) -> tuple[TrainState, dict]:
     """One update, and its metrics: loss, grad_norm (before clipping), those of `loss_fn`, and `skipped`.
 
     The key of the step is `key` folded with `state.step`: nothing random is stored, and a resumed run draws the same.
     Running statistics that `loss_fn` has measured are written over those in the parameters. A step whose loss or
-    gradient is not finite changes neither parameters nor moments, and says `skipped` = 1.
+    gradient is not finite changes neither parameters nor moments, and says `skipped` = 1. ema_decay: what the average
+    keeps of itself at each update; the rest is of the new parameters.
     """
     key = jax.random.fold_in(key, state.step)
     loss, metrics, grads = mean_grads(state.params, batch, key, loss_fn=loss_fn, microbatches=microbatches)
@@ -89,7 +96,9 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
-    new = (write_over(optax.apply_updates(state.params, updates), metrics.pop("statistics", {})), opt_state)
-    params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
+    params = write_over(optax.apply_updates(state.params, updates), metrics.pop("statistics", {}))
+    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    new = state.replace(params=params, opt_state=opt_state, ema=ema)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, "skipped": 1.0 - finite}
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return new.replace(step=state.step + 1), metrics

@@ -34,6 +34,7 @@ def install(when: str, number: int) -> None:
             hit("step", done)
             return out
 
+        step.memory_analysis = compiled.memory_analysis
         return step
 
     def save_and_hit(manager, state, meta):

@@ -122,10 +122,13 @@ def test_rematerialisation_changes_no_output_gradient_or_statistic(name):
         (_, (features, state)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         return features, state, grads
 
-    plain, remat = run(False), run(True)
+    plain, remat = run("none"), run("full")
     # The same sums in another order, and batch norm over as few as 24 values: float32 rounding, magnified.
     assert jax.tree.structure(plain) == jax.tree.structure(remat)
     assert relative_difference(plain[:2], remat[:2]) < 1e-5
+    # What shifts the stem's map is undone by the batch norms after it: that gradient is nothing but rounding.
+    for grads in (plain[2], remat[2]):
+        assert name != "resnet" or np.abs(grads["stem_norm"].pop("bias")).max() < 1e-3
     assert relative_difference(plain[2], remat[2]) < 1e-4
 
 

@@ -10,7 +10,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # The highest prefix that fits counts. `errors` is below all: it imports nothing.
 FLOORS = {
-    "errors": -1, "config": 0, "masking": 0, "optim": 0, "sharding": 0, "train_step": 0,
+    "errors": -2, "stacking": -1,
+    "config": 0, "compilation": 0, "costs": 0, "masking": 0, "optim": 0, "processes": 0, "sharding": 0, "train_step": 0,
     "models.layers": 1, "models.windows": 1, "data.": 1, "objectives.pixels": 1, "evals.features": 1, "checkpoint": 1,
     "metrics": 1, "pretrained": 1,
     "models.": 2, "objectives.": 2, "evals.": 2,
@@ -19,7 +20,7 @@ FLOORS = {
     "main": 5, "tools.": 5,
 }  # fmt: skip
 # they tell --help and a mistake in a flag before JAX comes in
-COMMANDS = ("main", "tools.convert", "tools.prepare", "tools.preview")
+COMMANDS = ("main", "tools.convert", "tools.plan", "tools.prepare", "tools.preview")
 HEAVY = {"torch", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "pyarrow"}
 
 

@@ -45,17 +45,17 @@ def test_the_clock_accounts_for_all_of_the_time():
 
 def test_the_progress_line_gives_rate_waiting_and_time_left():
     clock = Clock()
-    progress = Progress(clock, step=0, steps=100, steps_per_epoch=10, batch_size=32)
+    progress = Progress(clock, step=0, steps=100, steps_per_epoch=10, batch_size=32, seconds_at_peak=0.08)
     clock.seconds |= {"step": 3.0, "data": 1.0, "evaluation": 50.0}
     machine = progress.machine(20)
-    assert machine == {"images_per_second": 20 * 32 / 4.0, "data_wait": 0.25}
+    assert machine == {"images_per_second": 20 * 32 / 4.0, "mfu": 20 * 0.08 / 4.0, "data_wait": 0.25}
     line = progress.line(20, {"loss": 0.5, "skipped": 0.0}, machine)
-    assert line == "step 20/100  epoch 2.00  loss 0.5  160 images/s  data wait 25%  ETA 0:00:16"
+    assert line == "step 20/100  epoch 2.00  loss 0.5  160 images/s  MFU 40%  data wait 25%  ETA 0:00:16"
 
 
 def test_a_run_that_waits_for_data_says_so_once_when_the_start_is_past():
     clock = Clock()
-    progress = Progress(clock, step=0, steps=1000, steps_per_epoch=10, batch_size=32)
+    progress = Progress(clock, step=0, steps=1000, steps_per_epoch=10, batch_size=32, seconds_at_peak=0.1)
     said = []
     for line in range(1, 20):
         clock.seconds["step"] += 1.0

@@ -6,32 +6,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tiny import relative_difference, tiny_batch, tiny_encoder, tiny_objective
 
 from simmim_jax import sharding
 from simmim_jax.errors import ConfigError
-from simmim_jax.optim import make_optimizer
-from simmim_jax.train import compile_step
+from simmim_jax.optim import make_optimizer, train_labels
+from simmim_jax.stacking import stack, unstack
+from simmim_jax.train import compile_step, place_state
 from simmim_jax.train_step import digest_samples, init_state, train_step
 
 KEY = jax.random.key(0)
 # Wide enough that fsdp splits something; with stochastic depth, whose draws must not depend on the split either.
-OBJECTIVE = tiny_objective(tiny_encoder(width=128, drop_path=0.3))
+OPTIONS = {"width": 128, "heads": 4, "drop_path": 0.3}
+ENCODER = tiny_encoder(**OPTIONS)
+OBJECTIVE = tiny_objective(ENCODER)
 # SGD: Adam divides a gradient that is nothing but rounding by its own size, and would show no more than that.
-TX, _ = make_optimizer("sgd", steps=100, steps_per_epoch=10, schedule="constant", learning_rate=0.1, weight_decay=0.05)
+SGD = {"steps": 100, "steps_per_epoch": 10, "schedule": "constant", "learning_rate": 0.1, "weight_decay": 0.05}
+SGD |= {"layer_decay": 0.5, "depth": 2, "layer_of": ENCODER.layer_of}
+TX, _ = make_optimizer("sgd", **SGD)
 
 
-def run(devices=1, fsdp=1, microbatches=1, steps=3):
-    """Losses of some steps, and the state after them, on so many of the eight devices."""
-    shape = (devices // fsdp, fsdp)
-    mesh = jax.make_mesh(
-        shape, sharding.BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:devices]
-    )
-    make_state = partial(init_state, init=OBJECTIVE.init, tx=TX)
-    abstract = sharding.place(jax.eval_shape(make_state, KEY), mesh)
+def run(devices=1, fsdp=1, tensor=1, microbatches=1, steps=3, **options):
+    """Losses of some steps, and the parameters and their average after them, on so many of the eight devices."""
+    shape = (devices // fsdp // tensor, fsdp, tensor)
+    mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices])
+    encoder = tiny_encoder(**OPTIONS, **options)
+    objective, (tx, _) = tiny_objective(encoder), make_optimizer("sgd", **SGD, stacks=encoder.stacks)
+    make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=0.9)
+    abstract = place_state(jax.eval_shape(make_state, KEY), mesh, encoder)
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(KEY)
-    step = partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX, microbatches=microbatches)
+    step = partial(train_step, loss_fn=objective.loss_fn, tx=tx, microbatches=microbatches, ema_decay=0.9)
     abstract_batch = jax.eval_shape(partial(tiny_batch, 32))
     key = jax.device_put(KEY, sharding.replicated(mesh))
     compiled = compile_step(step, abstract, abstract_batch, key, mesh)
@@ -40,23 +46,33 @@ def run(devices=1, fsdp=1, microbatches=1, steps=3):
         batch = sharding.to_global(jax.tree.map(np.asarray, tiny_batch(32, seed=n)), mesh)
         state, metrics = compiled(state, batch, key)
         losses.append(float(metrics["loss"]))
-    return losses, state
+    return losses, unstack(jax.device_get((state.params, state.ema)), encoder.stacks)
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    losses, state = run()
-    return losses, jax.device_get(state)
+    return run()
 
 
 @pytest.mark.parametrize(
-    ("devices", "fsdp", "microbatches"), [(2, 1, 1), (8, 1, 1), (8, 8, 1), (8, 2, 1), (1, 1, 4), (2, 1, 4), (8, 4, 2)]
+    "split",
+    [
+        {"devices": 2},
+        {"devices": 8},
+        {"devices": 8, "fsdp": 8, "scan": True},
+        {"devices": 8, "fsdp": 2, "tensor": 2},
+        {"devices": 4, "tensor": 4, "remat": "full"},
+        {"microbatches": 4, "scan": True, "remat": "dots"},
+        {"devices": 2, "microbatches": 4},
+        {"devices": 8, "fsdp": 4, "microbatches": 2},
+    ],
+    ids=str,
 )
-def test_losses_do_not_depend_on_how_the_work_is_split(one_device, devices, fsdp, microbatches):
-    losses, state = run(devices, fsdp, microbatches)
+def test_losses_do_not_depend_on_how_the_work_is_split(one_device, split):
+    losses, state = run(**split)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-6)
     # 1e-4: the order of float32 sums over 32 images
-    assert relative_difference(jax.device_get(state.params), one_device[1].params) < 1e-4
+    assert relative_difference(state, one_device[1]) < 1e-4
 
 
 def test_fsdp_splits_large_parameters_and_their_moments_alike():
@@ -69,6 +85,74 @@ def test_fsdp_splits_large_parameters_and_their_moments_alike():
     assert jax.tree.map(place, moments.mu) == jax.tree.map(place, moments.nu) == params
     assert params["encoder"]["block_0"]["mlp"]["fc1"]["kernel"] == P(None, "fsdp")
     assert params["encoder"]["norm"]["scale"] == P(None)
+
+
+def test_tensor_splits_heads_and_hidden_units_of_parameters_moments_and_average_and_fsdp_what_is_left():
+    tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    make_state = partial(init_state, init=OBJECTIVE.init, tx=tx, ema_decay=0.9)
+    state = place_state(jax.eval_shape(make_state, KEY), mesh, ENCODER)
+    place = lambda x: x.sharding.spec  # noqa: E731
+    params = jax.tree.map(place, state.params)
+    moments = state.opt_state[1]
+    assert jax.tree.map(place, state.ema) == params
+    assert jax.tree.map(place, moments.mu) == jax.tree.map(place, moments.nu) == params
+    block = params["encoder"]["block_1"]
+    assert block["attn"]["qkv"]["kernel"] == P(None, None, "tensor", None)
+    assert block["attn"]["q_bias"] == P("tensor", None)
+    assert block["attn"]["proj"]["kernel"] == P("tensor", None, None)
+    assert block["mlp"]["fc1"] == {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
+    assert block["mlp"]["fc2"] == {"kernel": P("tensor", "fsdp"), "bias": P(None)}
+    assert params["encoder"]["rel_pos_bias"]["table"] == P(None, "tensor")
+
+
+def test_the_axis_of_stacked_blocks_is_not_split():
+    shapes = {"encoder": {f"block_{n}": {"mlp": {"fc1": {"kernel": np.zeros((512, 256))}}} for n in range(8)}}
+    stacks = {"blocks": tuple(shapes["encoder"])}
+    abstract = jax.eval_shape(lambda: stack(shapes, stacks))
+    placed = sharding.place(abstract, sharding.make_mesh(fsdp=4, tensor=2), tuple(stacks))
+    assert placed["encoder"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+    one = unstack(placed, stacks)["encoder"]["block_3"]["mlp"]["fc1"]["kernel"]
+    assert (one.shape, one.sharding.spec) == ((512, 256), P("fsdp", "tensor"))
+
+
+def test_a_tensor_size_that_does_not_divide_the_heads_is_refused_with_those_that_do():
+    state = jax.eval_shape(partial(init_state, init=OBJECTIVE.init, tx=TX), KEY)
+    with pytest.raises(ConfigError, match=r"tensor=8 does not divide the 4 of .*attn.* - give 1 or 2 or 4"):
+        place_state(state, sharding.make_mesh(tensor=8), ENCODER)
+    with pytest.raises(ConfigError, match="without attention"):
+        sharding.check_tensor({"conv": {"kernel": np.zeros((3, 3))}}, sharding.make_mesh(tensor=8))
+
+
+def test_stacking_is_undone_by_unstacking_wherever_the_parameters_stand():
+    params = OBJECTIVE.init(KEY)
+    tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
+    tree = {"params": params, "moments": tx.init(params)}
+    stacks = {"blocks": ("block_0", "block_1")}
+    stacked = stack(tree, stacks)
+    assert "block_0" not in stacked["params"]["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, unstack(stacked, stacks), tree)
+
+
+def test_a_part_of_a_stack_cannot_be_frozen():
+    encoder = tiny_encoder(**OPTIONS, scan=True)
+    params = jax.eval_shape(tiny_objective(encoder).init, KEY)
+    with pytest.raises(ConfigError, match=r"--config.encoder.scan=false"):
+        train_labels(params, "encoder/block_0/", encoder.stacks)
+    labels = train_labels(params, "encoder/", encoder.stacks)
+    assert set(jax.tree.leaves(labels["encoder"])) == {"frozen"}
+    assert labels["head"]["kernel"] == "trained"
+
+
+def test_the_average_follows_the_parameters_and_stays_where_a_step_is_skipped():
+    _, (params, ema) = run(steps=1)
+    before = OBJECTIVE.init(KEY)
+    wanted = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before, params)
+    assert relative_difference(ema, wanted) < 1e-5
+    state = init_state(KEY, init=OBJECTIVE.init, tx=TX, ema_decay=0.9)
+    loss_fn = lambda *_: (jnp.nan * state.params["mask_token"].sum(), {})  # noqa: E731
+    after, _ = train_step(state, tiny_batch(), KEY, loss_fn=loss_fn, tx=TX, ema_decay=0.9)
+    jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
 
 
 def test_a_step_compiles_once():
@@ -152,7 +236,7 @@ def test_a_batch_that_does_not_come_out_even_is_refused_with_those_that_do(batch
         sharding.check_batch_size("batch_size", batch_size, devices, microbatches)
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (0, 8), (-1, 0), (-2, 4)])
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (0, 8), (-1, 0), (-2, 4), (-1, 2, 3), (1, 8, 2), (-1, 1, 0)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     with pytest.raises(ConfigError, match="1, 2, 4, 8"):
         sharding.make_mesh(*sizes)

@@ -8,6 +8,7 @@ from tiny import tiny_encoder
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
+from simmim_jax.models.blocks import drop_of, drop_path, drops
 from simmim_jax.models.layers import relative_position_index
 from simmim_jax.models.vit import SIZES, sincos_position
 
@@ -80,18 +81,20 @@ def test_the_head_starts_as_pytorch_starts_a_convolution():
 
 
 def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
-    from simmim_jax.models.layers import DropPath
-
+    drop = drops(tiny_encoder(depth=5, drop_path=0.4).bind({}, rngs={"drop_path": KEY}), True, None, 20000)
+    np.testing.assert_allclose(drop.keep, [1, 0.9, 0.8, 0.7, 0.6], rtol=1e-6)
+    assert drop_of(drop, 0) is None
     x = jnp.ones((20000, 1, 1))
-    out = DropPath(0.25).apply({}, x, True, rngs={"drop_path": KEY})
-    assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
-    np.testing.assert_allclose(out.mean(), 1.0, atol=0.02)  # five standard deviations
-    np.testing.assert_array_equal(DropPath(0.25).apply({}, x, False), x)
+    for number in (1, 4):
+        out = drop_path(x, drop_of(drop, number), 0)
+        np.testing.assert_allclose(np.unique(out), [0.0, 1 / drop.keep[number]], rtol=1e-6)
+        np.testing.assert_allclose(out.mean(), 1.0, atol=5 * ((1 / drop.keep[number] - 1) / 20000) ** 0.5)
+    np.testing.assert_array_equal(drop_path(x, None, 0), x)
 
 
 def test_rematerialisation_changes_no_value():
     images = jax.random.normal(KEY, (2, 32, 32, 3))
-    plain, remat = tiny_encoder(drop_path=0.3), tiny_encoder(drop_path=0.3, remat=True)
+    plain, remat = tiny_encoder(drop_path=0.3), tiny_encoder(drop_path=0.3, remat="full")
     params = plain.init(KEY, images)
 
     def loss(encoder):

@@ -24,7 +24,7 @@ def make_reconstruction(
 
     Images and predictions are in 0..1; masks depend on an image's "position" alone. Metric: "masked_loss", the mean
     over the held-out images. As many as `pictures` (0: none), spread evenly over them, are drawn to
-    `folder`/reconstruction_<step>.png.
+    `folder`/reconstruction_<step>.png; no `folder`, no picture.
     """
 
     check_minimum("evals.reconstruction.pictures", pictures, 0)
@@ -39,7 +39,7 @@ def make_reconstruction(
             out = predict(state.params, batch)
             rows = zip(out["image"], out["mask"], out["prediction"], strict=True)
             shown |= {p: row for p, row, valid in zip(out["position"], rows, out["valid"], strict=True) if valid}
-        if shown:
+        if shown and folder:
             path = Path(folder) / f"reconstruction_{int(state.step)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw([shown[position] for position in sorted(shown)])).save(path)

@@ -21,13 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.layers import (
-    DropPath,
     Encoder,
     LayerScale,
     Mlp,
     check_choices,
-    drop_path_rates,
     layer_norm,
     truncated_normal,
 )
@@ -66,15 +65,12 @@ class Block(nn.Module):
     """A 7x7 convolution of each channel by itself, LayerNorm and an MLP, in one residual branch."""
 
     layer_scale: float
-    drop_path: float
     norm_epsilon: float
     init_truncation: float
     dtype: str
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b k l d"], train: bool, position: Int[Array, " b"] | None
-    ) -> Float[Array, "b k l d"]:
+    def __call__(self, x: Float[Array, "b k l d"], drop: Drop | None) -> Float[Array, "b k l d"]:
         width = x.shape[-1]
         branch = nn.Conv(
             width,
@@ -89,7 +85,7 @@ class Block(nn.Module):
         branch = Mlp(4 * width, self.init_truncation, dtype=self.dtype, name="mlp")(branch)
         if self.layer_scale:
             branch = LayerScale(self.layer_scale, name="scale")(branch)
-        return x + DropPath(self.drop_path, name="drop")(branch, train, position)
+        return x + drop_path(branch, drop, 0)
 
 
 class ConvNeXt(Encoder):
@@ -99,7 +95,9 @@ class ConvNeXt(Encoder):
     layer_scale: initial value of LayerScale; 0 for none.
     drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
     init_truncation: cut of the initial normals, in standard deviations; the official one, an absolute 2, is at 100.
-    remat: recompute each block's activations in the backward pass: less memory, about a third more work.
+    remat: what the backward pass computes again: "none"; "full", all but each block's input; "dots", all but those and
+        the products with weights and convolutions.
+    scan: run the blocks of each stage by `lax.scan`; their parameters are then stacks, like "stage_2_blocks".
     dtype: of the convolutions and matmuls, "float32" or "bfloat16".
 
     The last map is not normalised: a classifier's LayerNorm comes after pooling (`pool_norm` of its objective).
@@ -111,10 +109,11 @@ class ConvNeXt(Encoder):
     drop_path: float = 0.0
     norm_epsilon: float = 1e-6
     init_truncation: float = 100.0
-    remat: bool = False
+    remat: str = "none"
+    scan: bool = False
     dtype: str = "float32"
 
-    CHOICES = {"dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
+    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
     DECAYED_TOO = ()
 
     def check(self) -> None:
@@ -143,6 +142,13 @@ class ConvNeXt(Encoder):
     @property
     def depth(self) -> int:
         return sum(self.depths)
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        return {f"stage_{stage}_blocks": self._blocks(stage) for stage in range(4)} if self.scan else {}
+
+    def _blocks(self, stage: int) -> tuple[str, ...]:
+        return tuple(f"stage_{stage}_block_{n}" for n in range(self.depths[stage]))
 
     def layer_of(self, path: str) -> int:
         """The layer of a parameter, for layer-wise learning rates: each block is one, as for a ViT.
@@ -175,23 +181,15 @@ class ConvNeXt(Encoder):
     ) -> Float[Array, "b k l d2"]:
         """The map of the last stage, not normalised. Each block's output is sown as `intermediates/blocks`."""
         x = tokens
-        rates = iter(drop_path_rates(self.drop_path, self.depth))
-        # `train` goes by position: remat traces keyword arguments.
-        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        for stage, (blocks, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+        drop = drops(self, train, position, len(x))
+        key = self.make_rng("params") if self.is_initializing() else None
+        block = Block(self.layer_scale, self.norm_epsilon, self.init_truncation, self.dtype, parent=None)
+        for stage, width in enumerate(self.widths):
             if stage > 0:
                 x = Downsample(
                     width, self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_down"
                 )(x)  # fmt: skip
-            for n in range(blocks):
-                block = block_class(
-                    layer_scale=self.layer_scale,
-                    drop_path=next(rates),
-                    norm_epsilon=self.norm_epsilon,
-                    init_truncation=self.init_truncation,
-                    dtype=self.dtype,
-                    name=f"stage_{stage}_block_{n}",
-                )
-                x = block(x, train, position)
-                self.sow("intermediates", "blocks", x)
+            stacks = (f"stage_{stage}_blocks",) if self.scan else ()
+            first = sum(self.depths[:stage])
+            x = run_blocks(self, x, (block,), self._blocks(stage), first=first, stacks=stacks, key=key, drop=drop)
         return x

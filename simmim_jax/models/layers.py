@@ -1,4 +1,4 @@
-"""What encoders share: how they are called, initialisers, Mlp, DropPath, LayerScale, relative position bias.
+"""What encoders share: how they are called, initialisers, Mlp, LayerScale, relative position bias.
 
 Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid; "..."
 stands for n tokens or for a map of them.
@@ -6,6 +6,9 @@ stands for n tokens or for a map of them.
 Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residual stream, norms, softmax and biases of
 the attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
 """
+
+import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -51,22 +54,109 @@ def uniform_by_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -> nn.LayerNorm:
-    """LayerNorm in float32 with the two-pass variance of PyTorch (Flax's one-pass default cancels in float32).
+class Linear(nn.Module):
+    """A linear map of the last axes of x, as many as `axes`, to `features` channels; its kernel is [those axes, d]."""
 
-    scale: what its weights start from; its bias starts from 0.
+    features: int
+    axes: int = 1
+    use_bias: bool = True
+    dtype: str = "float32"
+    kernel_init: jax.nn.initializers.Initializer = truncated_normal(100.0)
+    bias_init: jax.nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "... d"]:
+        inputs = x.shape[x.ndim - self.axes :]
+        kernel = self.param("kernel", self.kernel_init, (*inputs, self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        # Plain matrices: of arrays with more axes XLA:CPU makes slower products (benchmarks/README.md).
+        out = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(-1, self.features)
+        out = out.reshape(*x.shape[: x.ndim - self.axes], self.features)
+        return out if bias is None else out + bias
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x times the normal distribution's share below x: exact, by erf, and computed in float32 whatever the dtype."""
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x):
+    exact = x.astype(jnp.float32)
+    below = 0.5 * (1.0 + jax.lax.erf(exact * np.float32(0.5**0.5)))
+    density = jnp.exp(-0.5 * exact * exact) * np.float32((2 * np.pi) ** -0.5)
+    return (exact * below).astype(x.dtype), (below + exact * density).astype(x.dtype)
+
+
+def _gelu_forward(x):
+    # A CPU computes value and slope together and keeps the slope; where arithmetic is cheap and memory slow, x is kept.
+    value, slope = _gelu_and_slope(x)
+    return value, slope if jax.default_backend() == "cpu" else x
+
+
+def _gelu_backward(kept, grad):
+    slope = kept if jax.default_backend() == "cpu" else _gelu_and_slope(kept)[1]
+    return (grad * slope,)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise_channels(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+) -> Float[Array, "... d"]:
+    """x less its mean over the channels, over their standard deviation, times `scale`, plus `bias`.
+
+    The variance is the mean square of what is left of x, as PyTorch has it, plus `epsilon`.
     """
-    return nn.LayerNorm(
-        epsilon=epsilon,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        scale_init=nn.initializers.constant(scale),
-        name=name,
-    )
+    return _normalise(x, scale, bias, epsilon)[0]
+
+
+def _normalise(x, scale, bias, epsilon):
+    mean = x.mean(axis=-1, keepdims=True)
+    over = jax.lax.rsqrt(jnp.square(x - mean).mean(axis=-1, keepdims=True) + epsilon)
+    return (x - mean) * over * scale + bias, (x, scale, mean, over)
+
+
+def _normalise_gradient(epsilon, kept, grad):
+    x, scale, mean, over = kept
+    normal, inner = (x - mean) * over, grad * scale
+    along = (inner * normal).mean(axis=-1, keepdims=True)
+    grad_x = (inner - inner.mean(axis=-1, keepdims=True) - normal * along) * over
+    leading = tuple(range(x.ndim - 1))
+    return grad_x, (grad * normal).sum(axis=leading), grad.sum(axis=leading)
+
+
+normalise_channels.defvjp(_normalise, _normalise_gradient)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the channels, in float32. initial: what its weights start from; its bias starts from 0."""
+
+    epsilon: float
+    initial: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return normalise_channels(x.astype(jnp.float32), scale, bias, self.epsilon)
+
+
+def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -> LayerNorm:
+    """A LayerNorm whose weights start from `scale`."""
+    return LayerNorm(epsilon, scale, name=name)
 
 
 class Encoder(nn.Module):
     """What every encoder is, called as a whole: `embed` and `trunk` in turn (the contract: `simmim_jax.models`)."""
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """The names of its parameters' stacks of blocks, each with the blocks in it, in order."""
+        return {}
 
     def __call__(
         self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
@@ -94,20 +184,18 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, linear; `hidden` units between. The second kernel is scaled down by `rescale`."""
+    """Linear, exact (erf) GELU, linear; `hidden` units between."""
 
     hidden: int
     init_truncation: float
-    rescale: float = 1.0
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ... d"]) -> Float[Array, "b ... d"]:
-        first = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=truncated_normal(self.init_truncation), name="fc1")
-        second = nn.Dense(
-            x.shape[-1], dtype=self.dtype, kernel_init=truncated_normal(self.init_truncation, self.rescale), name="fc2"
-        )
-        return second(nn.gelu(first(x), approximate=False)).astype(jnp.float32)
+        initial = truncated_normal(self.init_truncation)
+        first = Linear(self.hidden, dtype=self.dtype, kernel_init=initial, name="fc1")
+        second = Linear(x.shape[-1], dtype=self.dtype, kernel_init=initial, name="fc2")
+        return second(gelu(first(x))).astype(jnp.float32)
 
 
 class LayerScale(nn.Module):
@@ -118,32 +206,6 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b ... d"]) -> Float[Array, "b ... d"]:
         return x * self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: zero a whole residual branch for an image with probability `rate`, and scale up the others.
-
-    Draws from the rng stream "drop_path" while `train` is true, for each image by its `position` in the whole batch, so
-    that no draw depends on how the batch is split (Huang et al. 2016, arXiv 1603.09382).
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b ... d"], train: bool, position: Int[Array, " b"] | None = None
-    ) -> Float[Array, "b ... d"]:
-        if not train or self.rate == 0.0:
-            return x
-        key = self.make_rng("drop_path")
-        position = jnp.arange(x.shape[0]) if position is None else position
-        kept = jax.vmap(lambda place: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - self.rate))(position)
-        return jnp.where(jnp.expand_dims(kept, range(1, x.ndim)), x / (1.0 - self.rate), 0.0)
-
-
-def drop_path_rates(last: float, depth: int) -> list[float]:
-    """The rate of stochastic depth of each of `depth` blocks: from 0 in the first, linearly to `last` in the last."""
-    return [last * n / max(depth - 1, 1) for n in range(depth)]
 
 
 def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.ndarray, "n n"]:

@@ -17,6 +17,7 @@ leave hidden places out by sparse convolutions. Here the network sees dense imag
 running statistics are those of such images, until fine-tuning has moved them.
 """
 
+import itertools
 import re
 
 import flax.linen as nn
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
-from simmim_jax.models.layers import DropPath, Encoder, check_choices, drop_path_rates
+from simmim_jax.models.blocks import REMAT, Drop, drop_of, drop_path, drops, remat_options
+from simmim_jax.models.layers import Encoder, check_choices
 
 SIZES = {
     "50": {"depths": (3, 4, 6, 3), "width": 64},
@@ -92,15 +94,12 @@ class Block(nn.Module):
 
     channels: int
     stride: int
-    drop_path: float
     norm_epsilon: float
     norm_momentum: float
     dtype: str
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b k1 l1 c"], train: bool, position: Int[Array, " b"] | None
-    ) -> Float[Array, "b k2 l2 d"]:
+    def __call__(self, x: Float[Array, "b k1 l1 c"], train: bool, drop: Drop | None) -> Float[Array, "b k2 l2 d"]:
         def norm(name, initial_scale=1.0):
             return BatchNorm(self.norm_epsilon, self.norm_momentum, initial_scale, name=name)
 
@@ -114,7 +113,7 @@ class Block(nn.Module):
         if self.stride > 1 or x.shape[-1] != width:
             x = convolution(width, 1, self.stride, self.dtype, "shortcut_conv")(x)
             x = norm("shortcut_norm")(x, train)
-        return nn.relu(x + DropPath(self.drop_path, name="drop")(branch, train, position))
+        return nn.relu(x + drop_path(branch, drop, 0))
 
 
 class ResNet(Encoder):
@@ -125,7 +124,8 @@ class ResNet(Encoder):
     drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
     norm_epsilon, norm_momentum: of batch norm, as PyTorch means them: momentum is the share of the new.
     init_truncation: cut of the mask token's initial normal, in standard deviations; no kernel's normal is cut.
-    remat: recompute each block's activations in the backward pass: less memory, about a third more work.
+    remat: what the backward pass computes again: "none"; "full", all but each block's input; "dots", all but those and
+        the convolutions.
     dtype: of the convolutions, "float32" or "bfloat16".
     """
 
@@ -135,10 +135,10 @@ class ResNet(Encoder):
     norm_epsilon: float = 1e-5
     norm_momentum: float = 0.1
     init_truncation: float = 100.0
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
-    CHOICES = {"dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
+    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
     DECAYED_TOO = ()
 
     def check(self) -> None:
@@ -188,20 +188,20 @@ class ResNet(Encoder):
         x = nn.relu(BatchNorm(self.norm_epsilon, self.norm_momentum, name="stem_norm")(x, train))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
-        rates = iter(drop_path_rates(self.drop_path, self.depth))
+        drop, number = drops(self, train, position, len(x)), itertools.count()
         # `train` goes by position: remat traces keyword arguments.
-        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        recomputed = self.remat != "none"
+        block_class = nn.remat(Block, static_argnums=(2,), **remat_options(self.remat)) if recomputed else Block
         for stage, blocks in enumerate(self.depths):
             for n in range(blocks):
                 block = block_class(
                     channels=self.width * 2**stage,
                     stride=2 if stage > 0 and n == 0 else 1,
-                    drop_path=next(rates),
                     norm_epsilon=self.norm_epsilon,
                     norm_momentum=self.norm_momentum,
                     dtype=self.dtype,
                     name=f"stage_{stage}_block_{n}",
                 )
-                x = block(x, train, position)
+                x = block(x, train, drop_of(drop, next(number)))
                 self.sow("intermediates", "blocks", x)
         return x

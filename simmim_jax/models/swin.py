@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.models.attention import QueryKeyValue, attend_by_xla
+from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.layers import (
-    DropPath,
     Encoder,
+    Linear,
     Mlp,
     PatchEmbed,
     RelativePositionBias,
     check_choices,
     check_heads,
-    drop_path_rates,
     layer_norm,
     truncated_normal,
 )
@@ -47,6 +48,7 @@ class WindowAttention(nn.Module):
 
     heads: int
     qkv_bias: str
+    recompute: bool
     init_truncation: float
     dtype: str
 
@@ -54,38 +56,19 @@ class WindowAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b m n d"], side: int, mask: Float[Array, "m n n"] | None
     ) -> Float[Array, "b m n d"]:
-        width, head_width = x.shape[-1], x.shape[-1] // self.heads
         initial = truncated_normal(self.init_truncation)
-        qkv = nn.DenseGeneral(
-            (3, self.heads, head_width),
-            use_bias=self.qkv_bias == "qkv",
-            dtype=self.dtype,
-            kernel_init=initial,
-            name="qkv",
-        )(x)  # b m n 3 h d/h
-        query, key, value = (qkv[..., part, :, :] for part in range(3))
-        logits = jnp.einsum(
-            "bmqhc,bmkhc->bmhqk", query * head_width**-0.5, key, preferred_element_type=jnp.float32
-        )  # b m h n n
-        logits += RelativePositionBias(self.heads, initializer=initial, name="rel_pos_bias")((side, side))
-        x = attend(logits, mask, value)
-        return project(x, width, self.init_truncation, self.dtype)
+        query, key, value = QueryKeyValue(self.heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
+        bias = RelativePositionBias(self.heads, initializer=initial, name="rel_pos_bias")((side, side))
+        out = attend_by_xla(query, key, value, with_mask(bias, mask), recompute=self.recompute)
+        out = Linear(x.shape[-1], axes=2, dtype=self.dtype, kernel_init=initial, name="proj")(out)
+        return out.astype(jnp.float32)
 
 
-def attend(
-    logits: Float[Array, "b m h n n"], mask: Float[Array, "m n n"] | None, value: Float[Array, "b m n h c"]
-) -> Float[Array, "b m n h c"]:
-    """The softmax of the float32 logits in each window, applied to the values."""
-    if mask is not None:
-        logits += mask[:, None]
-    weights = nn.softmax(logits).astype(value.dtype)
-    return jnp.einsum("bmhqk,bmkhc->bmqhc", weights, value)
-
-
-def project(x: Float[Array, "b m n h c"], width: int, init_truncation: float, dtype: str) -> Float[Array, "b m n d"]:
-    """The last linear map of attention, from all heads; "proj" of the module that calls this."""
-    initial = truncated_normal(init_truncation)
-    return nn.DenseGeneral(width, axis=(-2, -1), dtype=dtype, kernel_init=initial, name="proj")(x).astype(jnp.float32)
+def with_mask(
+    bias: Float[Array, "h n n"], mask: Float[Array, "m n n"] | None
+) -> Float[Array, "h n n"] | Float[Array, "m h n n"]:
+    """What to add to the logits of every window: its mask, where there is one, besides the bias of each head."""
+    return bias if mask is None else bias + mask[:, None]
 
 
 def in_windows(attention: Callable, x: Float[Array, "b i j d"], window: int, shifted: bool) -> Float[Array, "b i j d"]:
@@ -113,21 +96,21 @@ class Block(nn.Module):
     shifted: bool
     mlp_ratio: float
     qkv_bias: str
-    drop_path: float
+    recompute: bool
     norm_epsilon: float
     init_truncation: float
     dtype: str
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b i j d"], train: bool, position: Int[Array, " b"] | None
-    ) -> Float[Array, "b i j d"]:
-        attention = WindowAttention(self.heads, self.qkv_bias, self.init_truncation, self.dtype, name="attn")
+    def __call__(self, x: Float[Array, "b i j d"], drop: Drop | None) -> Float[Array, "b i j d"]:
+        attention = WindowAttention(
+            self.heads, self.qkv_bias, self.recompute, self.init_truncation, self.dtype, name="attn"
+        )
         branch = in_windows(attention, layer_norm(self.norm_epsilon, "norm1")(x), self.window, self.shifted)
-        x += DropPath(self.drop_path, name="drop_attn")(branch, train, position)
+        x += drop_path(branch, drop, 0)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, dtype=self.dtype, name="mlp")
         branch = mlp(layer_norm(self.norm_epsilon, "norm2")(x))
-        return x + DropPath(self.drop_path, name="drop_mlp")(branch, train, position)
+        return x + drop_path(branch, drop, 1)
 
 
 class PatchMerging(nn.Module):
@@ -141,7 +124,7 @@ class PatchMerging(nn.Module):
         """The linear map, from all four tokens to half of their width."""
         initial = truncated_normal(self.init_truncation)
         width = x.shape[-1] // 2
-        reduction = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=initial, name="reduction")
+        reduction = Linear(width, use_bias=False, dtype=self.dtype, kernel_init=initial, name="reduction")
         return reduction(x).astype(jnp.float32)
 
     @nn.compact
@@ -160,7 +143,11 @@ class Swin(Encoder):
     absolute_position: "none" or "learned". patch_norm: LayerNorm after the patch embedding.
     qkv_bias: "qkv" or "none". drop_path: rate of stochastic depth in the last block; linear from 0 in the first.
     init_truncation: cut of the initial normal in standard deviations (official: an absolute 2, which is 100 of them).
-    remat: recompute each block's activations in the backward pass. dtype: of the matmuls, "float32" or "bfloat16".
+    remat: what the backward pass computes again, as of a ViT.
+    scan: run the blocks of a stage with two pairs or more by `lax.scan`, each time a plain and a shifted one. Their
+        parameters are then two stacks, like "stage_2_blocks_0" (plain) and "stage_2_blocks_1".
+    attention: "auto" or "xla", which are the same: windows are too small, and too many, for cuDNN's kernel.
+    dtype: of the matmuls, "float32" or "bfloat16".
     """
 
     width: int = 96
@@ -176,13 +163,17 @@ class Swin(Encoder):
     final_norm: bool = True
     norm_epsilon: float = 1e-5
     init_truncation: float = 100.0
-    remat: bool = False
+    remat: str = "none"
+    scan: bool = False
+    attention: str = "auto"
     dtype: str = "float32"
 
     # Constants, not fields: no annotations, so that Linen leaves them alone.
     CHOICES = {  # noqa: RUF012
         "absolute_position": ("none", "learned"),
         "qkv_bias": ("qkv", "none"),
+        "remat": (*REMAT, "attention"),
+        "attention": ("auto", "xla"),
         "dtype": ("float32", "bfloat16"),
     }
     BLOCK, MERGING, DECAYED_TOO = Block, PatchMerging, ()
@@ -220,6 +211,20 @@ class Swin(Encoder):
     def feature_stride(self) -> int:
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        return {name: blocks for stage in range(len(self.depths)) for name, blocks in self._stacks(stage).items()}
+
+    def _stacks(self, stage: int) -> dict[str, tuple[str, ...]]:
+        """Of one stage: the plain blocks and the shifted ones, but for a last one without a partner."""
+        pairs = self.depths[stage] // 2
+        if not self.scan or pairs < 2:
+            return {}
+        return {f"stage_{stage}_blocks_{kind}": self._blocks(stage)[kind : 2 * pairs : 2] for kind in (0, 1)}
+
+    def _blocks(self, stage: int) -> tuple[str, ...]:
+        return tuple(f"stage_{stage}_block_{n}" for n in range(self.depths[stage]))
+
     def layer_of(self, path: str) -> int:
         """The layer of a parameter, for layer-wise learning rates: official `get_swin_layer`.
 
@@ -255,24 +260,32 @@ class Swin(Encoder):
         if self.absolute_position == "learned":
             _, i, j, d = x.shape
             x += self.param("pos_embed", initial, (i * j, d)).reshape(i, j, d)
-        rates = iter(drop_path_rates(self.drop_path, self.depth))
-        # `train` goes by position: remat traces keyword arguments.
-        block_class = nn.remat(self.BLOCK, static_argnums=(2,)) if self.remat else self.BLOCK
+        drop = drops(self, train, position, len(x))
+        key = self.make_rng("params") if self.is_initializing() else None
+        first = 0
         for stage, depth in enumerate(self.depths):
-            for n in range(depth):
-                block = block_class(
-                    shifted=n % 2 == 1,
+            kinds = tuple(
+                self.BLOCK(
+                    shifted=shifted,
                     mlp_ratio=self.mlp_ratio,
                     qkv_bias=self.qkv_bias,
-                    drop_path=next(rates),
+                    recompute=self.remat == "attention",
                     norm_epsilon=self.norm_epsilon,
                     init_truncation=self.init_truncation,
                     dtype=self.dtype,
-                    name=f"stage_{stage}_block_{n}",
+                    parent=None,
                     **self.of_stage(stage),
                 )
-                x = block(x, train, position)
-                self.sow("intermediates", "blocks", x)
+                for shifted in (False, True)
+            )
+            names, stacks = self._blocks(stage), self._stacks(stage)
+            paired = sum(map(len, stacks.values()))
+            if stacks:
+                x = run_blocks(
+                    self, x, kinds, names[:paired], first=first, stacks=tuple(stacks), key=key, drop=drop
+                )  # fmt: skip
+            x = run_blocks(self, x, kinds, names[paired:], first=first + paired, key=key, drop=drop)
+            first += depth
             if stage < len(self.depths) - 1:
                 x = self.MERGING(self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_merge")(x)
         return layer_norm(self.norm_epsilon, "norm")(x) if self.final_norm else x

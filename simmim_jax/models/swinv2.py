@@ -10,12 +10,14 @@ of a window. Source: models/swin_transformer_v2.py of microsoft/Swin-Transformer
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import swin
-from simmim_jax.models.layers import DropPath, Mlp, layer_norm, relative_position_index, truncated_normal
-from simmim_jax.models.swin import attend, in_windows, project
+from simmim_jax.models.attention import QueryKeyValue, attend_by_xla
+from simmim_jax.models.blocks import Drop, drop_path
+from simmim_jax.models.layers import Linear, Mlp, layer_norm, relative_position_index, truncated_normal
+from simmim_jax.models.swin import in_windows, with_mask
 from simmim_jax.models.windows import quarters, stage_windows
 
 DEPTHS = (2, 2, 18, 2)
@@ -63,6 +65,7 @@ class WindowAttention(nn.Module):
     heads: int
     qkv_bias: str
     pretrained_window: int
+    recompute: bool
     init_truncation: float
     dtype: str
 
@@ -70,25 +73,21 @@ class WindowAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b m n d"], side: int, mask: Float[Array, "m n n"] | None
     ) -> Float[Array, "b m n d"]:
-        width, head_width = x.shape[-1], x.shape[-1] // self.heads
-        qkv = nn.DenseGeneral(
-            (3, self.heads, head_width),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=truncated_normal(self.init_truncation),
-            name="qkv",
-        )(x)  # b m n 3 h d/h
-        query, key, value = (qkv[..., part, :, :] for part in range(3))
+        initial, head_width = truncated_normal(self.init_truncation), x.shape[-1] // self.heads
+        query, key, value = QueryKeyValue(self.heads, False, self.dtype, initial, name="qkv")(x)
         if self.qkv_bias == "qv":
             query += self.param("q_bias", nn.initializers.zeros, (self.heads, head_width)).astype(query.dtype)
             value += self.param("v_bias", nn.initializers.zeros, (self.heads, head_width)).astype(value.dtype)
-        query, key = (unit_length(x.astype(jnp.float32)).astype(self.dtype) for x in (query, key))
         scale = self.param("logit_scale", nn.initializers.constant(np.log(10.0)), (self.heads,))
-        logits = jnp.einsum("bmqhc,bmkhc->bmhqk", query, key, preferred_element_type=jnp.float32)  # b m h n n
-        logits *= jnp.exp(jnp.minimum(scale, np.log(100.0)))[:, None, None]
-        logits += ContinuousPositionBias(self.heads, self.pretrained_window, self.init_truncation, name="cpb")(side)
-        x = attend(logits, mask, value)
-        return project(x, width, self.init_truncation, self.dtype)
+        query, key = (unit_length(x.astype(jnp.float32)) for x in (query, key))
+        query *= jnp.exp(jnp.minimum(scale, np.log(100.0)))[:, None]
+        bias = ContinuousPositionBias(self.heads, self.pretrained_window, self.init_truncation, name="cpb")(side)
+        out = attend_by_xla(
+            query.astype(self.dtype), key.astype(self.dtype), value, with_mask(bias, mask),
+            scale=1.0, recompute=self.recompute,
+        )  # fmt: skip
+        out = Linear(x.shape[-1], axes=2, dtype=self.dtype, kernel_init=initial, name="proj")(out)
+        return out.astype(jnp.float32)
 
 
 def unit_length(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
@@ -104,18 +103,17 @@ class Block(swin.Block):
     pretrained_window: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b i j d"], train: bool, position: Int[Array, " b"] | None
-    ) -> Float[Array, "b i j d"]:
+    def __call__(self, x: Float[Array, "b i j d"], drop: Drop | None) -> Float[Array, "b i j d"]:
         attention = WindowAttention(
-            self.heads, self.qkv_bias, self.pretrained_window, self.init_truncation, self.dtype, name="attn"
-        )
+            self.heads, self.qkv_bias, self.pretrained_window, self.recompute, self.init_truncation, self.dtype,
+            name="attn",
+        )  # fmt: skip
         branch = in_windows(attention, x, self.window, self.shifted)
         branch = layer_norm(self.norm_epsilon, "norm1", scale=0.0)(branch)
-        x += DropPath(self.drop_path, name="drop_attn")(branch, train, position)
+        x += drop_path(branch, drop, 0)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, dtype=self.dtype, name="mlp")
         branch = layer_norm(self.norm_epsilon, "norm2", scale=0.0)(mlp(x))
-        return x + DropPath(self.drop_path, name="drop_mlp")(branch, train, position)
+        return x + drop_path(branch, drop, 1)
 
 
 class PatchMerging(swin.PatchMerging):

@@ -10,18 +10,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.models.attention import (
+    ATTENTION,
+    QueryKeyValue,
+    attend_by_cudnn,
+    attend_by_xla,
+    choose_attention,
+    cudnn_padding,
+)
+from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.layers import (
-    DropPath,
     Encoder,
     LayerScale,
+    Linear,
     Mlp,
     RelativePositionBias,
     check_choices,
     check_heads,
-    drop_path_rates,
     layer_norm,
     truncated_normal,
 )
@@ -53,74 +61,77 @@ class Attention(nn.Module):
 
     heads: int
     qkv_bias: str
+    form: str
+    recompute: bool
     init_truncation: float
-    rescale: float
     dtype: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "h n n"] | None) -> Float[Array, "b n d"]:
-        width, head_width = x.shape[-1], x.shape[-1] // self.heads
-        qkv = nn.DenseGeneral(
-            (3, self.heads, head_width),
-            use_bias=self.qkv_bias == "qkv",
-            dtype=self.dtype,
-            kernel_init=truncated_normal(self.init_truncation),
-            name="qkv",
-        )(x)  # b n 3 h d/h
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        tokens, width = x.shape[1:]
+        initial, head_width = truncated_normal(self.init_truncation), width // self.heads
+        cudnn = choose_attention(self.form, self.dtype, head_width) == "cudnn"
+        if cudnn and (more := cudnn_padding(tokens, bias is not None)):
+            x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+        query, key, value = QueryKeyValue(self.heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
         if self.qkv_bias == "qv":  # a bias on the keys shifts all logits of a query alike: softmax does not see it
             query += self.param("q_bias", nn.initializers.zeros, (self.heads, head_width)).astype(query.dtype)
             value += self.param("v_bias", nn.initializers.zeros, (self.heads, head_width)).astype(value.dtype)
-        x = jax.nn.dot_product_attention(query, key, value, bias=None if bias is None else bias[None])  # b n h d/h
-        x = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            kernel_init=truncated_normal(self.init_truncation, self.rescale),
-            name="proj",
-        )(x)
-        return x.astype(jnp.float32)
+        if cudnn:
+            x = attend_by_cudnn(query, key, value, bias)
+        else:
+            x = attend_by_xla(query, key, value, bias, recompute=self.recompute)
+        x = Linear(width, axes=2, dtype=self.dtype, kernel_init=initial, name="proj")(x)
+        return x[:, :tokens].astype(jnp.float32)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with LayerScale and stochastic depth. `number` counts from 1.
+    """Pre-norm attention and MLP, each with LayerScale and stochastic depth."""
 
-    The last kernel of both branches starts divided by sqrt(2 * number) (official `fix_init_weight`).
-    """
-
-    number: int
     heads: int
     mlp_ratio: float
     qkv_bias: str
     per_block_bias: bool
     class_token: bool
+    attention: str
+    recompute: bool
     layer_scale: float
-    drop_path: float
     norm_epsilon: float
     init_truncation: float
     dtype: str
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        bias: Float[Array, "h n n"] | None,
-        grid: tuple[int, int],
-        train: bool,
-        position: Int[Array, " b"] | None,
+        self, x: Float[Array, "b n d"], drop: Drop | None, bias: Float[Array, "h n n"] | None, grid: tuple[int, int]
     ) -> Float[Array, "b n d"]:
-        def add_branch(x, branch, name):
-            if self.layer_scale:
-                branch = LayerScale(self.layer_scale, name=f"scale_{name}")(branch)
-            return x + DropPath(self.drop_path, name=f"drop_{name}")(branch, train, position)
+        def scale(branch, name):
+            return LayerScale(self.layer_scale, name=name)(branch) if self.layer_scale else branch
 
-        rescale = (2 * self.number) ** -0.5
         if self.per_block_bias:
             bias = RelativePositionBias(self.heads, self.class_token, name="rel_pos_bias")(grid)
-        attention = Attention(self.heads, self.qkv_bias, self.init_truncation, rescale, self.dtype, name="attn")
-        x = add_branch(x, attention(layer_norm(self.norm_epsilon, "norm1")(x), bias), "attn")
-        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, rescale, self.dtype, name="mlp")
-        return add_branch(x, mlp(layer_norm(self.norm_epsilon, "norm2")(x)), "mlp")
+        attention = Attention(
+            self.heads, self.qkv_bias, self.attention, self.recompute, self.init_truncation, self.dtype, name="attn"
+        )
+        branch = attention(layer_norm(self.norm_epsilon, "norm1")(x), bias)
+        x += drop_path(scale(branch, "scale_attn"), drop, 0)
+        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, self.dtype, name="mlp")
+        branch = mlp(layer_norm(self.norm_epsilon, "norm2")(x))
+        return x + drop_path(scale(branch, "scale_mlp"), drop, 1)
+
+
+def rescale(params: PyTree, number: Int[Array, ""]) -> PyTree:
+    """A block's initial parameters with the last kernel of both branches over sqrt(2 * (number + 1)).
+
+    Official `fix_init_weight`. `number` counts from 0.
+    """
+    factor = jax.lax.rsqrt(2.0 * (number + 1))
+    last = (("attn", "proj"), ("mlp", "fc2"))
+
+    def one(path, leaf):
+        *module, name = (key.key for key in path)
+        return leaf * factor if name == "kernel" and tuple(module) in last else leaf
+
+    return jax.tree.map_with_path(one, params)
 
 
 class ViT(Encoder):
@@ -136,7 +147,13 @@ class ViT(Encoder):
     drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
     final_norm: LayerNorm after the last block. The released pretraining has it; see spec 1.4 for the doubt about it.
     init_truncation: cut of the initial normal in standard deviations: 1 in SimMIM pretraining, 100 elsewhere.
-    remat: recompute each block's activations in the backward pass: less memory, about a third more work.
+    remat: what the backward pass computes again: "none"; "attention", the logits and weights of attention, which cuDNN
+        never keeps; "dots", all but each block's input and the products with weights: norms, GELU and attention;
+        "full", all but each block's input: least memory, a third more work.
+    scan: run the blocks by `lax.scan`: one program for all, so that compilation takes as long for any depth. Their
+        parameters are then one stack, "blocks".
+    attention: "cudnn", the fused kernel for bfloat16 on NVIDIA GPUs, which takes a relative position bias in bfloat16;
+        "xla"; or "auto", the former where it can be.
     dtype: of the matmuls, "float32" or "bfloat16".
     """
 
@@ -154,13 +171,17 @@ class ViT(Encoder):
     final_norm: bool = True
     norm_epsilon: float = 1e-6
     init_truncation: float = 1.0
-    remat: bool = False
+    remat: str = "none"
+    scan: bool = False
+    attention: str = "auto"
     dtype: str = "float32"
 
     CHOICES = {  # noqa: RUF012 - a constant, not a field: no annotation, so that Linen leaves it alone
         "absolute_position": ("none", "learned", "sincos"),
         "relative_position": ("none", "shared", "per_block"),
         "qkv_bias": ("qv", "qkv", "none"),
+        "remat": (*REMAT, "attention"),
+        "attention": ATTENTION,
         "dtype": ("float32", "bfloat16"),
     }
 
@@ -189,6 +210,13 @@ class ViT(Encoder):
     @property
     def feature_stride(self) -> int:
         return self.patch_size
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        return {"blocks": self._blocks()} if self.scan else {}
+
+    def _blocks(self) -> tuple[str, ...]:
+        return tuple(f"block_{n}" for n in range(self.depth))
 
     def layer_of(self, path: str) -> int:
         """The layer of a parameter, for layer-wise learning rates: official `get_vit_layer`."""
@@ -231,26 +259,32 @@ class ViT(Encoder):
         def to_map(x):
             return x[:, int(self.class_token) :].reshape(b, i, j, d)
 
-        rates = drop_path_rates(self.drop_path, self.depth)
-        # `train` and `grid` go by position: remat traces keyword arguments.
-        block_class = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
-        for n in range(self.depth):
-            block = block_class(
-                number=n + 1,
-                heads=self.heads,
-                mlp_ratio=self.mlp_ratio,
-                qkv_bias=self.qkv_bias,
-                per_block_bias=self.relative_position == "per_block",
-                class_token=self.class_token,
-                layer_scale=self.layer_scale,
-                drop_path=rates[n],
-                norm_epsilon=self.norm_epsilon,
-                init_truncation=self.init_truncation,
-                dtype=self.dtype,
-                name=f"block_{n}",
-            )
-            x = block(x, bias, (i, j), train, position)
-            self.sow("intermediates", "blocks", to_map(x))
+        block = Block(
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            qkv_bias=self.qkv_bias,
+            per_block_bias=self.relative_position == "per_block",
+            class_token=self.class_token,
+            attention=self.attention,
+            recompute=self.remat == "attention",
+            layer_scale=self.layer_scale,
+            norm_epsilon=self.norm_epsilon,
+            init_truncation=self.init_truncation,
+            dtype=self.dtype,
+            parent=None,
+        )
+        x = run_blocks(
+            self,
+            x,
+            (block,),
+            self._blocks(),
+            stacks=tuple(self.stacks),
+            key=self.make_rng("params") if self.is_initializing() else None,
+            drop=drops(self, train, position, b),
+            given=(bias, (i, j)),
+            adapt=rescale,
+            to_map=to_map,
+        )
         if self.final_norm:
             x = layer_norm(self.norm_epsilon, "norm")(x)
         return to_map(x)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.masking import check_multiple, make_masks
-from simmim_jax.models.layers import truncated_normal, uniform_by_fan_in
+from simmim_jax.models.layers import Linear, truncated_normal, uniform_by_fan_in
 from simmim_jax.objectives.pixels import denormalise, from_patches, local_moments, normalise, to_patches
 
 
@@ -33,10 +33,10 @@ def masked_l1(
     return (by_channel * weight[:, :, :, None]).sum() / (weight.sum() + 1e-5) / images.shape[-1]
 
 
-def make_head(channels: int, stride: int, width: int, dtype: str) -> nn.Dense:
+def make_head(channels: int, stride: int, width: int, dtype: str) -> Linear:
     """One linear layer from a feature to the pixels of its square, initialised as PyTorch does a convolution."""
     initial = uniform_by_fan_in(width)
-    return nn.Dense(channels * stride**2, dtype=dtype, kernel_init=initial, bias_init=initial)
+    return Linear(channels * stride**2, dtype=dtype, kernel_init=initial, bias_init=initial)
 
 
 def make_forward(encoder: nn.Module, *, channels: int) -> Callable:

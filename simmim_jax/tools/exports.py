@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 from safetensors.numpy import save_file
 
-from simmim_jax import checkpoint, interop
+from simmim_jax import checkpoint, interop, pretrained
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import huggingface, stablehlo
 from simmim_jax.interop.reading import MADE_BY, read_json
@@ -92,7 +92,7 @@ def read_run(source: str) -> Run:
         raise CheckpointError(
             "no encoder, or no config.json that tells what it is", source, "give the workdir of a run, or a step in it"
         )
-    encoder = make_encoder(**{name: tuple(v) if isinstance(v, list) else v for name, v in config["encoder"].items()})
+    encoder = make_encoder(**pretrained.architecture(config["encoder"]))
     return Run(params, config, encoder, checkpoint.find_step(source))
 
 

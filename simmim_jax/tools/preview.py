@@ -288,17 +288,17 @@ def time_step(config, encoder, objective, images: int, seconds: float) -> dict:
 
     tx, _ = train.make_tx(config, encoder, *train.length_of(config, images))
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size("batch_size", config.batch_size, mesh.size, config.microbatches)
+    sharding.check_batch_size("batch_size", config.batch_size, sharding.batch_ways(mesh), config.microbatches)
     init_key, step_key, _ = train.keys_of(config)
-    make_state = partial(init_state, init=objective.init, tx=tx)
-    abstract = sharding.place(jax.eval_shape(make_state, init_key), mesh)
+    make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
+    abstract = train.place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
     shapes = train.abstract_batch(config)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["image"] = np.random.default_rng(0).integers(0, 256, shapes["image"].shape, np.uint8)
     batch["position"] = np.arange(config.batch_size, dtype=np.int32)
     try:
         start = time.perf_counter()
-        step = train.compile_training(config, objective, tx, abstract, step_key, mesh)
+        step = train.compile_training(config, objective, tx, abstract, step_key, mesh, encoder)
         compiling = time.perf_counter() - start
         state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(init_key)
         batch = train.to_device(batch, mesh)

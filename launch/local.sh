@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Starts a run on this machine; the same command again goes on.
+#
+#   launch/local.sh --config configs/digits_vit_tiny.py --workdir runs/digits
+#   launch/local.sh --processes=2 --devices-per-process=4 --config configs/digits_vit_tiny.py --workdir runs/digits
+#
+# Its own options stand first; from the first other one on, all goes to the run as it stands:
+#   --processes=N            so many processes that find each other on a free loopback port; process I takes GPU I
+#   --devices-per-process=M  so many simulated CPU devices in each process, for tests
+#   --dry-run                print the commands and start nothing, as DRY_RUN=1 does
+# Without --processes it is one process with all devices of the machine. PYTHON is the interpreter (python).
+set -euo pipefail
+
+usage() { sed -n '2,/^set /{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
+fail() {
+    echo "ERROR[launch] $*" >&2
+    exit 2
+}
+
+python=${PYTHON:-python} processes="" devices="" dry_run=${DRY_RUN:-}
+while (($#)); do
+    case $1 in
+        --processes=*) processes=${1#*=} ;;
+        --devices-per-process=*) devices=${1#*=} ;;
+        --dry-run) dry_run=1 ;;
+        --help | -h) usage && exit ;;
+        *) break ;;
+    esac
+    shift
+done
+(($#)) || { usage >&2 && exit 2; }
+[[ $processes =~ ^([1-9][0-9]*)?$ ]] || fail "--processes=$processes - command line - give a number of at least 1"
+[[ $devices =~ ^([1-9][0-9]*)?$ ]] || fail "--devices-per-process=$devices - command line - give a number of at least 1"
+command -v "$python" >/dev/null || fail "no $python - PATH - activate the environment, or set PYTHON"
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+environment=("PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
+if [[ $devices ]]; then
+    environment+=("JAX_PLATFORMS=cpu" "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices")
+fi
+run=("$python" -m simmim_jax.main "$@")
+
+if ((${processes:-1} == 1)); then
+    if [[ $dry_run ]]; then
+        printf '%q ' env "${environment[@]}" "${run[@]}" && echo
+        exit
+    fi
+    exec env "${environment[@]}" "${run[@]}"
+fi
+
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+pipes=$(mktemp -d)
+trap 'rm -rf "$pipes"' EXIT
+pids=() printers=() status=0 patience=""
+forward() {
+    local pid
+    for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
+}
+
+# Job control gives each process a group of its own: a Ctrl-C of the terminal reaches this script alone, which hands it
+# on once. A second one would end the run before it has saved.
+[[ $dry_run ]] || set -m
+for ((i = 0; i < processes; i++)); do
+    command=(env "${environment[@]}")
+    [[ $devices ]] || command+=("JAX_LOCAL_DEVICE_IDS=$i")
+    command+=("${run[@]}" "--coordinator=127.0.0.1:$port" "--processes=$processes" "--process=$i")
+    if [[ $dry_run ]]; then
+        printf '%q ' "${command[@]}" && echo
+        continue
+    fi
+    mkfifo "$pipes/$i"
+    sed -u "s/^/[$i] /" <"$pipes/$i" &
+    printers+=($!)
+    "${command[@]}" </dev/null >"$pipes/$i" 2>&1 &
+    pids+=($!)
+done
+[[ $dry_run ]] && exit
+set +m
+trap 'forward TERM' TERM HUP
+trap 'forward INT' INT
+
+while ((${#pids[@]})); do
+    running=()
+    for pid in "${pids[@]}"; do
+        if kill -0 "$pid" 2>/dev/null; then
+            running+=("$pid")
+            continue
+        fi
+        code=0
+        wait "$pid" || code=$?
+        ((status)) || status=$code
+        # Those who still look for one that failed would wait for minutes. One that stopped by a signal has saved with
+        # the others: they may take their time.
+        if ((code != 0 && code != 130 && code != 143)); then patience=${patience:-$((SECONDS + 150))}; fi
+    done
+    pids=(${running[@]+"${running[@]}"})
+    if [[ $patience ]] && ((SECONDS > patience && ${#pids[@]})); then forward KILL; fi
+    sleep 0.2
+done
+wait "${printers[@]}" || true
+exit "$status"

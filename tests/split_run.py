@@ -1,0 +1,74 @@
+"""python split_run.py OUT CASES [COORDINATOR PROCESSES PROCESS]: twenty steps on digits, for each of the cases.
+
+CASES: JSON, name -> {"mesh": ..., "encoder": ...}. Writes to OUT, from the first process, for each its losses, and the
+hashes of each step's samples and masks.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import tiny_encoder, tiny_objective
+
+from simmim_jax import data, processes, sharding
+from simmim_jax.masking import make_masks
+from simmim_jax.optim import make_optimizer
+from simmim_jax.train import compile_step, place_state, step_and_samples, to_device
+from simmim_jax.train_step import init_state
+
+STEPS, BATCH = 20, 32
+PIXELS = {"image_size": (32, 32), "mean": (0.3,), "std": (0.4,)}
+MASKS = {"strategy": "aligned_blocks", "token_stride": 8, "block_size": 16, "ratio": 0.5, "image_size": (32, 32)}
+
+
+def run(mesh: dict, encoder: dict) -> dict:
+    key = jax.random.key(0)
+    mesh = sharding.make_mesh(**mesh)
+    encoder = tiny_encoder(width=128, heads=4, drop_path=0.2, **encoder)
+    objective = tiny_objective(encoder, **PIXELS)
+    tx, _ = make_optimizer(
+        "sgd", steps=STEPS, steps_per_epoch=STEPS, schedule="constant", learning_rate=0.05, stacks=encoder.stacks
+    )
+    make_state = partial(init_state, init=objective.init, tx=tx)
+    abstract = place_state(jax.eval_shape(make_state, key), mesh, encoder)
+    state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
+    everywhere = sharding.replicated(mesh)
+    key = jax.jit(lambda key: key, out_shardings=everywhere)(key)
+    share, shares = sharding.share_of_batch(mesh)
+    source = data.make_source(source="digits", split="train")
+    batches = data.make_batches(
+        source, start_step=0, process=share, processes=shares, batch_size=BATCH, seed=0, image_size=(32, 32),
+        channels=1, crop_scale=(0.67, 1.0), crop_ratio=(0.75, 1.33), flip=0.5, interpolation="bilinear",
+        max_pixels=10**6, workers=0, threads=1, prefetch=1, on_error="raise", max_bad_fraction=0.0,
+    )  # fmt: skip
+
+    def step(state, batch, key):
+        mask = make_masks(**MASKS)(jax.random.fold_in(key, state.step), batch["position"])
+        weights = jnp.arange(1, 2 * mask[0].size, 2, dtype=jnp.uint32).reshape(mask[0].shape)
+        hashes = (mask * weights).sum(axis=(1, 2), dtype=jnp.uint32) * (2 * batch["position"].astype(jnp.uint32) + 1)
+        state, values = step_and_samples(state, batch, key, loss_fn=objective.loss_fn, tx=tx)
+        return state, values | {"masks": hashes.sum(dtype=jnp.uint32)}
+
+    found, compiled = {"loss": [], "samples": [], "masks": []}, None
+    for _ in range(STEPS):
+        batch = next(batches)
+        batch = to_device(batch | {"stop": np.zeros(batch["label"].shape, np.int32)}, mesh)
+        compiled = compiled or compile_step(step, abstract, jax.eval_shape(lambda batch=batch: batch), key, mesh)
+        state, values = compiled(state, batch, key)
+        for name, numbers in found.items():
+            numbers.append(np.asarray(values[name]).item())
+    batches.close()
+    return found
+
+
+if __name__ == "__main__":
+    out, cases, *peers = sys.argv[1:]
+    if peers:
+        processes.join(peers[0], int(peers[1]), int(peers[2]))
+    found = {name: run(**case) for name, case in json.loads(cases).items()}
+    if processes.is_first():
+        Path(out).write_text(json.dumps(found))
