@@ -43,10 +43,12 @@ INSTEAD = {  # of what makes a command small, where a flag of the command itself
         "--config.encoder.window=4",
         "--config.data.heldout_fraction=0.3",
     ],
+    "--processes=2 --devices-per-process=4": ["--config.steps=20", "--config.eval_images=64"],
     "--config.encoder.name= ": ["--config.batch_size=8", "--config.steps=2", "--config.data.heldout_fraction=0.3"],
 }
 AS_THEY_STAND = (
     "python benchmarks/step.py", "python -m simmim_jax.tools.convert", "python -m simmim_jax.tools.prepare",
+    "python -m simmim_jax.tools.plan",
 )  # fmt: skip
 ALREADY_RUN = ("pip install -r requirements.txt", "python -m pytest")  # by .ci/run itself
 
@@ -91,6 +93,7 @@ def main(scratch: Path) -> None:
     write_pth(scratch / official, {"model": model, "epoch": 799})
     places = {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/", "=N ": "=10 "}
     places |= {" DIR ": f" {folder} ", "PREPARED": scratch / "prepared", "=preview.png": f"={scratch}/preview.png"}
+    places |= {"HOST:PORT": "127.0.0.1:8476", "--processes=N": "--processes=2"}
     places |= {"exported/": f"{scratch}/exported/", official: scratch / official}
     Cifar10(data_dir=str(scratch / "tfds"), file_format="array_record").download_and_prepare()
 
@@ -102,11 +105,14 @@ def main(scratch: Path) -> None:
             sys.exit(f"README.md shows a command that .ci/readme.py does not know: {command}")
         for shown, real in places.items():
             command = command.replace(shown, str(real))
-        if config:
+        if config and not command.startswith(AS_THEY_STAND):
             instead = [flags for part, flags in INSTEAD.items() if part in command]
             command = " ".join([command, *(instead[0] if instead else SMALL[config.group(1)] or [])])
-        if "configs/simmim_" in command:  # of ImageNet, the stand-in's name and split
+        if "configs/simmim_" in command and "main" in command:  # of ImageNet, the stand-in's name and split
             command += " --config.data.name=cifar10 --config.data.heldout_split=test"
+        if "--process=I" in command:  # on two hosts: here on one, at once
+            first, second = (command.replace("--process=I", f"--process={n}") for n in range(2))
+            command = f"{first} & {second} && wait $!"
         print(f"$ {command}", flush=True)
         subprocess.run(command, shell=True, check=True, cwd=ROOT)
 

@@ -36,19 +36,18 @@ def serve(spec: dict) -> dict:
 
     from simmim_jax import train
     from simmim_jax.config import pretrain_config
-    from simmim_jax.tools import plan
 
     phase("import")
     config = pretrain_config()
     config.image_size, config.batch_size, config.steps = (spec["image"],) * 2, spec["batch"], 100
     config.encoder.size, config.encoder.depth, config.encoder.scan = spec["size"], spec["depth"], spec["scan"]
     config.encoder.dtype = spec["dtype"]
-    built = plan.build(config, config.steps, 1)
+    built = train.build(config, config.steps, 1)
     phase("build")
     places = jax.tree.map(lambda x: x.sharding, built["abstract"])
     state = jax.block_until_ready(jax.jit(built["make_state"], out_shardings=places)())
     phase("init")
-    step = plan.compile_step(config, built)
+    step = train.compile_to_measure(config, built, config.steps, 1)
     phase("compile")
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in train.abstract_batch(config).items()}
     batch["position"] = np.arange(spec["batch"], dtype=np.int32)
@@ -66,7 +65,8 @@ def measure(spec: dict) -> dict:
     command = [sys.executable, __file__, "--serve", json.dumps(spec)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"benchmarks/compile_time.py: {spec} ended with code {done.returncode}; see above")
+        model = f"{spec['model']} of depth {spec['depth']}"
+        raise SystemExit(f"benchmarks/compile_time.py: {model}: the line above says why")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -146,6 +146,9 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        print(json.dumps(serve(json.loads(sys.argv[2]))))
+        from simmim_jax.errors import told_in_one_line
+
+        with told_in_one_line():
+            print(json.dumps(serve(json.loads(sys.argv[2]))))
     else:
         main(sys.argv[1:])

@@ -2,15 +2,17 @@
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/step.py --models=vit_ti,vit_s,swin_t --dtypes=float32,bfloat16 --batch=8 --out=step.json
-    python benchmarks/step.py --peer=none          # without PyTorch
+    python benchmarks/step.py --models=cifar,vit_s --dtypes=float32 --batch=64,8 --peer=eager,compile
+    python benchmarks/step.py --models=vit_l --dtypes=bfloat16 --batch=256 --remat=dots --scan --peer=none  # no PyTorch
 
-A step: uint8 images on the device -> normalise -> hide 60 % of the 32-pixel blocks -> forward -> masked L1 -> backward
--> clip the gradient to norm 5 -> AdamW. There are three sides:
+A step: uint8 images on the device -> normalise -> hide 60 % of the blocks (32 pixels; of "cifar" 8) -> forward ->
+masked L1 -> backward -> clip the gradient to norm 5 -> AdamW. There are three sides:
 
     official   ours as SimMIM has it: a ViT with one relative position bias, LayerScale, biases on q and v
     plain      ours as the peer has it: a ViT with learned positions, biases on q, k and v, no LayerScale. No Swin:
                SimMIM's is the peer's as it stands
-    peer       transformers' ...ForMaskedImageModeling, SDPA attention, torch.autocast for bfloat16, fused AdamW
+    eager, compile   the peer, without and with torch.compile: transformers' ...ForMaskedImageModeling, SDPA attention,
+               torch.autocast for bfloat16, fused AdamW
 
 Each side is a process of its own with all cores, so that no memory and no thread pool is shared. They start one after
 another (there "first step" is timed), then measure in turns, one at a time, in an order that every round reverses. A
@@ -40,17 +42,20 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK, RATIO, CLIP, LEARNING_RATE, WEIGHT_DECAY = 32, 0.6, 5.0, 1e-4, 0.05
+RATIO, CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.6, 5.0, 1e-4, 0.05
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MATMUL_SIZES = {"cpu": 2048}  # side of the square matmul, by JAX's or PyTorch's name of the device; elsewhere 8192
+PEERS = ("eager", "compile")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
 class Family(NamedTuple):
-    """What a family of models has of its own; its name is that of `make_encoder`."""
+    """What a family of models has of its own."""
 
+    encoder: str  # the name of `make_encoder`
     image: int  # side in pixels, unless --image says otherwise
+    block: int  # side in pixels of what is hidden together; the image is a multiple of it
     ours: dict[str, dict]  # our sides, and the options of make_encoder for each
     fitted: Callable[[int], dict]  # those that follow from the image
     shape: tuple[str, ...]  # what of our encoder the peer and the count of flops are made from
@@ -100,26 +105,31 @@ def swin_peer(image: int, width: int, depths: list[int], stage_heads: list[int],
     }  # fmt: skip
 
 
-FAMILIES = {
-    "vit": Family(
-        image=224,
-        ours={
-            "plain": {
-                "absolute_position": "learned", "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0,
-            },
-            "official": {
-                "absolute_position": "none", "relative_position": "shared", "qkv_bias": "qv", "layer_scale": 0.1,
-            },
+VIT = Family(
+    encoder="vit",
+    image=224,
+    block=32,
+    ours={
+        "plain": {
+            "absolute_position": "learned", "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0,
         },
-        fitted=lambda image: {"patch_size": 16},
-        shape=("width", "depth", "heads", "patch_size"),
-        flops=vit_flops,
-        peer="ViT",
-        peer_options=vit_peer,
-        peer_spared=("bias", "cls_token", "position_embeddings", "mask_token"),
-    ),
+        "official": {
+            "absolute_position": "none", "relative_position": "shared", "qkv_bias": "qv", "layer_scale": 0.1,
+        },
+    },
+    fitted=lambda image: {"patch_size": 16},
+    shape=("width", "depth", "heads", "patch_size"),
+    flops=vit_flops,
+    peer="ViT",
+    peer_options=vit_peer,
+    peer_spared=("bias", "cls_token", "position_embeddings", "mask_token"),
+)  # fmt: skip
+FAMILIES = {
+    "vit": VIT,
     "swin": Family(
+        encoder="swin",
         image=192,
+        block=32,
         ours={"official": {}},
         # Windows of SimMIM's 6 tokens at 192 pixels; at any size they tile every map, the last is one window. The peer
         # fails on a map smaller than its window.
@@ -129,6 +139,9 @@ FAMILIES = {
         peer="Swin",
         peer_options=swin_peer,
         peer_spared=("bias", "relative_position_bias_table", "mask_token"),
+    ),
+    "cifar": VIT._replace(  # one model: it has no sizes
+        image=32, block=8, fitted=lambda image: {"width": 192, "depth": 6, "heads": 3, "patch_size": 4}
     ),
 }  # fmt: skip
 
@@ -146,8 +159,13 @@ def step_flops(family: str, image: int, shape: dict, batch: int) -> int:
 # and one that tells what there is to know after the first step. It calls `phase` with the name of what it has finished.
 
 
-def ours(phase: Callable, family: str, side: str, size: str, dtype: str, batch: int, image: int, **_) -> tuple:
-    """The step of `simmim_jax`, compiled by the very function that a run compiles it with."""
+def ours(
+    phase: Callable, family: str, side: str, size: str, dtype: str, batch: int, image: int, settings: dict, **_
+) -> tuple:
+    """The step of `simmim_jax`, compiled by the very function that a run compiles it with.
+
+    settings: options of the encoder besides those of the side, and "microbatches".
+    """
     import jax
     import jax.numpy as jnp
 
@@ -160,13 +178,16 @@ def ours(phase: Callable, family: str, side: str, size: str, dtype: str, batch: 
     phase("import")
     mesh, key, device = sharding.make_mesh(), jax.random.key(0), jax.devices()[0]
     of_family = FAMILIES[family]
-    encoder = make_encoder(family, size, dtype=dtype, **of_family.ours[side], **of_family.fitted(image))
-    masking = {"image_size": (image, image), "block_size": BLOCK, "ratio": RATIO}
+    settings = dict(settings)
+    microbatches = settings.pop("microbatches", 1)
+    fixed = of_family.ours[side] | of_family.fitted(image) | settings
+    encoder = make_encoder(of_family.encoder, size or None, dtype=dtype, **fixed)
+    masking = {"image_size": (image, image), "block_size": of_family.block, "ratio": RATIO}
     objective = make_objective("simmim", encoder, mean=MEAN, std=STD, **masking)
     rate = {"schedule": "constant", "steps": 10**6, "steps_per_epoch": 1, "learning_rate": LEARNING_RATE}
-    tx, _ = optim.make_optimizer("adamw", weight_decay=WEIGHT_DECAY, clip=CLIP, **rate)
+    tx, _ = optim.make_optimizer("adamw", weight_decay=WEIGHT_DECAY, clip=CLIP, stacks=encoder.stacks, **rate)
     make_state = functools.partial(init_state, init=objective.init, tx=tx)
-    abstract = sharding.place(jax.eval_shape(make_state, key), mesh)
+    abstract = sharding.place(jax.eval_shape(make_state, key), mesh, tuple(encoder.stacks))
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
     jax.block_until_ready(state)
     phase("build")
@@ -174,7 +195,7 @@ def ours(phase: Callable, family: str, side: str, size: str, dtype: str, batch: 
     integers = np.arange(batch, dtype=np.int32)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, image, image, 3), dtype=np.uint8)
     images = sharding.to_global({"image": pixels, "label": integers, "position": integers}, mesh)
-    pure_step = functools.partial(train_step, loss_fn=objective.loss_fn, tx=tx)
+    pure_step = functools.partial(train_step, loss_fn=objective.loss_fn, tx=tx, microbatches=microbatches)
     compiled = compile_step(pure_step, abstract, images, key, mesh)
     phase("compile")
 
@@ -215,8 +236,8 @@ def peer_model(transformers, family: str, image: int, shape: dict) -> tuple:
     return model, [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
-def peer(phase: Callable, family: str, mode: str, shape: dict, dtype: str, batch: int, image: int, **_) -> tuple:
-    """The step of the same model in `transformers`, run in `mode` "eager" or "compile"."""
+def peer(phase: Callable, family: str, side: str, shape: dict, dtype: str, batch: int, image: int, **_) -> tuple:
+    """The step of the same model in `transformers`; `side` is "eager" or "compile"."""
     import torch
     import transformers
 
@@ -231,13 +252,13 @@ def peer(phase: Callable, family: str, mode: str, shape: dict, dtype: str, batch
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     mean, std = (torch.tensor(x, device=device).reshape(1, 3, 1, 1) for x in (MEAN, STD))
     images = torch.randint(0, 256, (batch, 3, image, image), dtype=torch.uint8, device=device)
-    blocks, tokens = image // BLOCK, BLOCK // shape["patch_size"]
+    blocks, tokens = image // FAMILIES[family].block, FAMILIES[family].block // shape["patch_size"]
 
     def loss_fn(images, mask):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             return model(pixel_values=(images / 255 - mean) / std, bool_masked_pos=mask).loss
 
-    compute_loss = torch.compile(loss_fn) if mode == "compile" else loss_fn
+    compute_loss = torch.compile(loss_fn) if side == "compile" else loss_fn
     newest = {}
     matmul_size = MATMUL_SIZES.get(device, 8192)
     square = functools.cache(lambda: torch.randn(matmul_size, matmul_size, device=device, dtype=getattr(torch, dtype)))
@@ -275,7 +296,7 @@ def serve() -> None:
     def phase(name: str) -> None:
         phases[name] = time.perf_counter() - begun - sum(phases.values())
 
-    step, matmul, matmul_size, wait, facts = (peer if spec["side"] == "peer" else ours)(phase, **spec)
+    step, matmul, matmul_size, wait, facts = (peer if spec["side"] in PEERS else ours)(phase, **spec)
     step()
     wait()
     phase("first step")
@@ -326,7 +347,9 @@ def ask(process: subprocess.Popen, question: dict, program: str = "benchmarks/st
 
 
 def family_and_size(model: str) -> tuple[str, str]:
-    """Of a name like "swin_t"; a size alone is a ViT's."""
+    """Of a name like "swin_t"; a size alone is a ViT's, and a family without sizes has the empty one."""
+    if model in FAMILIES:
+        return model, ""
     family, _, size = model.rpartition("_")
     return family or "vit", size
 
@@ -335,11 +358,15 @@ def measure(model: str, dtype: str, batch: int, options: argparse.Namespace) -> 
     """The rows of one model in one dtype: its sides start one after another, then measure in turns."""
     family, size = family_and_size(model)
     image = options.image or FAMILIES[family].image
-    spec = {"family": family, "size": size, "dtype": dtype, "batch": batch, "image": image, "mode": options.peer}
+    settings = {"remat": options.remat, "scan": options.scan, "attention": options.attention}
+    settings = {name: value for name, value in settings.items() if value is not None} | {
+        "microbatches": options.microbatches
+    }
+    spec = {"family": family, "size": size, "dtype": dtype, "batch": batch, "image": image, "settings": settings}
     sides = [side for side in options.ours if side in FAMILIES[family].ours]
     processes, firsts, shape = {}, {}, None
     with contextlib.ExitStack() as stack:
-        for side in [*sides, *(["peer"] if options.peer != "none" else [])]:
+        for side in [*sides, *options.peer]:
             processes[side], firsts[side] = start({"side": side, "shape": shape, **spec})
             stack.callback(processes[side].communicate)  # closes its stdin, at which it ends
             shape = firsts[side].pop("shape", shape)
@@ -349,20 +376,30 @@ def measure(model: str, dtype: str, batch: int, options: argparse.Namespace) -> 
                 rounds[side].append(ask(processes[side], {"seconds": options.seconds}))
     flops = step_flops(family, image, shape, batch)
     rounds = {side: of_side[2:] for side, of_side in rounds.items()}  # the first two warm up and count the calls
+    name, peers = f"{family}_{size}".strip("_"), {side: rounds[side] for side in options.peer}
     return [
-        {"model": f"{family}_{size}", "dtype": dtype, "side": side, "batch": batch, "image": image, **firsts[side]}
-        | summarise(rounds[side], [] if side == "peer" else rounds.get("peer", []), batch, flops)
+        {"model": name, "dtype": dtype, "side": side, "batch": batch, "image": image}
+        | ({} if side in PEERS else {"settings": settings})
+        | firsts[side]
+        | summarise(rounds[side], {} if side in PEERS else peers, batch, flops)
         for side in processes
     ]
 
 
-def summarise(rounds: list[dict], peer_rounds: list[dict], batch: int, flops: int) -> dict:
-    """Medians over the rounds, of rates and of quotients within a round; the rounds themselves beside them."""
+def summarise(rounds: list[dict], peers: dict[str, list[dict]], batch: int, flops: int) -> dict:
+    """Medians over the rounds, of rates and of quotients within a round; the rounds themselves beside them.
+
+    `times_peer` is against the fastest peer, that with the smallest of these ratios; `times_each` against every one.
+    """
     seconds = [r["step_seconds"] for r in rounds]
-    ratios = [peer_round["step_seconds"] / own for own, peer_round in zip(seconds, peer_rounds, strict=False)]
+    times = {}
+    for name, peer_rounds in peers.items():
+        ratios = [other["step_seconds"] / own for own, other in zip(seconds, peer_rounds, strict=True)]
+        times[name] = [min(ratios), statistics.median(ratios), max(ratios)]
     return {
         "images_per_second": statistics.median(batch / t for t in seconds),
-        "times_peer": [min(ratios), statistics.median(ratios), max(ratios)] if ratios else None,
+        "times_peer": min(times.values(), key=lambda least_median_most: least_median_most[1], default=None),
+        "times_each": times,
         "flops_per_second": statistics.median(flops / t for t in seconds),
         "matmul_flops_per_second": statistics.median(r["matmul_flops_per_second"] for r in rounds),
         "of_matmul": statistics.median(flops / r["step_seconds"] / r["matmul_flops_per_second"] for r in rounds),
@@ -419,18 +456,25 @@ def describe() -> dict:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="ti,s,b", help="like vit_s,swin_t,swin_b; a size alone is a ViT's")
+    parser.add_argument("--models", default="ti,s,b", help="like vit_s,swin_t,cifar; a size alone is a ViT's")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--ours", default="plain,official", help="which of our sides, of those that a model has")
-    parser.add_argument("--peer", choices=("eager", "compile", "none"), default="eager", help="how PyTorch runs")
+    parser.add_argument("--peer", default="eager", help="how PyTorch runs: eager, compile, both with a comma, or none")
+    parser.add_argument("--remat", help="of our sides: none, attention, dots or full")
+    parser.add_argument("--scan", action="store_true", default=None, help="our sides run their blocks by lax.scan")
+    parser.add_argument("--attention", help="of our sides: auto, xla or cudnn")
+    parser.add_argument("--microbatches", type=int, default=1, help="our sides work a batch off in so many parts")
     parser.add_argument("--batch", default="8", help="images a step: one number, or one for each model")
-    parser.add_argument("--image", type=int, help="side in pixels, a multiple of 32; else 224 for ViT, 192 for Swin")
+    parser.add_argument("--image", type=int, help="side in pixels, a multiple of 32, of cifar 8; else the model's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of steps by each side in a round, at least one")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if options.peer != "none" and missing:
+    options.peer = [] if options.peer == "none" else options.peer.split(",")
+    if unknown := set(options.peer).difference(PEERS):
+        parser.exit(2, f"no peer {', '.join(sorted(unknown))}: give eager, compile, both, or none\n")
+    if options.peer and missing:
         parser.exit(2, f"no {' and '.join(missing)}: pip install -r benchmarks/requirements.txt, or give --peer=none\n")
     models, options.ours = options.models.split(","), options.ours.split(",")
     if unknown := set(options.ours).difference(*(family.ours for family in FAMILIES.values())):
@@ -438,7 +482,7 @@ def main(arguments: list[str]) -> None:
     for model in models:
         family, _ = family_and_size(model)
         if family not in FAMILIES:
-            parser.exit(2, f"no model {model!r}: give a size after one of {', '.join(FAMILIES)}, like swin_t\n")
+            parser.exit(2, f"no model {model!r}: give {', '.join(FAMILIES)}, the first two with a size, like swin_t\n")
         if set(options.ours).isdisjoint(FAMILIES[family].ours):
             parser.exit(2, f"{model} has no side {options.ours[0]}: give {' or '.join(FAMILIES[family].ours)}\n")
     batches = [int(batch) for batch in options.batch.split(",")]

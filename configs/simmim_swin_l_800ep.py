@@ -6,7 +6,7 @@ The recipe is that of `simmim_swin_b_800ep.py`, which says what DIR is and where
 are those of simmim_pretrain__swin_large__img192_window12__800ep.yaml. The last stage's map is 6 x 6 tokens, so its
 windows are, too.
 
-Hardware: eight or more GPUs, or a TPU slice; --config.encoder.remat=true saves memory. Time and result: not yet run.
+Hardware: eight or more GPUs, or a TPU slice; --config.encoder.remat=full saves memory. Time and result: not yet run.
 Theirs: 85.4 % top-1 after fine-tuning at 224 pixels with windows of 14 (microsoft/SimMIM README).
 """
 

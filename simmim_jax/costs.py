@@ -378,19 +378,30 @@ def _is_widened(operand: str, module: _Module, name: str) -> bool:
 def _is_sliced(result: str, number: int, part: int, module: _Module, name: str) -> bool:
     """Whether all that becomes of a result (of element `number` where it is a tuple) is a slice of `part` elements."""
     users = [each for each in module[name].values() if result in each.operands]
-    of_tuple = [each for each in users if each.operation == "get-tuple-element"]
-    if of_tuple:
-        users = [each for each in of_tuple if re.search(rf"index={number}\b", each.text)]
-    for each in users:
-        inside = [each]
-        if each.operation == "fusion" and (called := re.search(r"calls=%?([\w.-]+)", each.text)):
-            inside = list(module[called.group(1)].values())
-        operations = {one.operation for one in inside}
-        takes_part = "dynamic-slice" in operations and sum(n for _, n in _arrays(each.shape)) == part
-        is_same = operations <= SAME_VALUES and _is_sliced(each.name, 0, part, module, name)
-        if not takes_part and not is_same:
-            return False
-    return bool(users)
+    elements = [each for each in users if each.operation == "get-tuple-element"]
+    values = [each.name for each in elements if re.search(rf"index={number}\b", each.text)] if elements else [result]
+    return set().union(*(_fates(value, part, module, name) for value in values)) == {"sliced"}
+
+
+def _fates(value: str, part: int, module: _Module, name: str) -> set[str]:
+    """What becomes of a value in a computation: "sliced" to `part` elements, "returned", or used "whole"."""
+    fates = {"returned"} if value == next(reversed(module[name])) else set()
+    for each in module[name].values():
+        if value not in each.operands:
+            continue
+        if each.operation == "dynamic-slice":
+            fates.add("sliced" if _arrays(each.shape)[0][1] == part else "whole")
+        elif each.operation == "fusion" and (called := re.search(r"calls=%?([\w.-]+)", each.text)):
+            places = [f"{n})" for n, operand in enumerate(each.operands) if operand == value]
+            inside = module[called.group(1)].values()
+            for one in inside:
+                if one.operation == "parameter" and one.text.startswith(tuple(places)):
+                    fates |= _fates(one.name, part, module, called.group(1))
+            if "returned" in fates:
+                fates = (fates - {"returned"}) | _fates(each.name, part, module, name)
+        else:
+            fates |= _fates(each.name, part, module, name) if each.operation in SAME_VALUES else {"whole"}
+    return fates
 
 
 def _arrays(shape: str) -> list[tuple[str, int]]:

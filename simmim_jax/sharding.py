@@ -5,7 +5,7 @@ import re
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from simmim_jax.errors import ConfigError, check_minimum
 from simmim_jax.stacking import path_of
@@ -123,6 +123,16 @@ def _tensor_dimension(path: str) -> int | None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Images split along the first dimension, over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def along_batch(x: Array) -> Array:
+    """`x` held to be split along its first dimension as a batch is, on the mesh of `jax.set_mesh`; without one, `x`.
+
+    Said of what each block gives: else XLA may split a map as the weights are that `fsdp` splits, and send maps, which
+    are larger, from device to device in place of weights. In a scan it does.
+    """
+    known = set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if known else x
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,6 +27,7 @@ from simmim_jax.errors import (
     NonFiniteError,
     PeerError,
     Preempted,
+    UserError,
     check_minimum,
 )
 from simmim_jax.evals import make_evaluator
@@ -38,6 +39,7 @@ from simmim_jax.processes import say
 from simmim_jax.stacking import stack, unstack
 from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
 
+MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
 MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
 
 
@@ -126,7 +128,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             # all at once: a rate that is computed in the loop waits in the device's queue behind a whole step
             rates = jax.device_get(jax.jit(jax.vmap(schedule))(np.arange(steps)))
         if config.check_memory:
-            check_memory(config, compiled_step, mesh)
+            check_memory(config, compiled_step, encoder, steps, steps_per_epoch)
         step_key = jax.jit(lambda key: key, out_shardings=sharding.replicated(mesh))(step_key)
         records = open_records(workdir, step)
         flops = step_flops(config, objective, abstract, step_key, encoder)
@@ -562,21 +564,119 @@ def step_flops(config: ConfigDict, objective: Objective, state: TrainState, key:
     return costs.step_flops(loss_fn, state.params, abstract_batch(config), key)
 
 
-def check_memory(config: ConfigDict, compiled_step, mesh) -> None:
-    """Tell what the step needs of each device's memory; raise ConfigError if that is more than the device has."""
-    device = jax.local_devices()[0]
-    needed, there = costs.memory(compiled_step), costs.memory_of(device)
-    if not needed or not there:
+def check_memory(config: ConfigDict, compiled_step, encoder, steps: int, steps_per_epoch: int) -> None:
+    """Tell what the step needs of each device's memory; raise ConfigError if that is more than the device has.
+
+    The error names settings with which it fits, found by compiling them.
+    """
+    needed, there = costs.memory(compiled_step), costs.memory_of(jax.local_devices()[0])
+    if not needed or not there:  # not told
         return
-    say(f"memory: a step needs {needed / 2**30:.2f} of {there / 2**30:.2f} GiB of each device")
+    say(f"memory: a step needs {gib(needed)} of {gib(there)} of each device")
     if needed > there:
-        settings = [f"--config.microbatches={2 * config.microbatches}", "--config.encoder.remat=full"]
-        if mesh.size > 1:
-            settings.append("--config.mesh.fsdp=-1")
+        say("that is too much: looking for settings that fit")
+        tried = try_settings(config, encoder, steps, steps_per_epoch, there)
+        fitting = [
+            " ".join(f"--config.{name}={value}" for name, value in each["settings"].items())
+            + f" ({gib(each['memory_bytes'])})"
+            for each in tried
+            if each["fits"]
+        ]
         raise ConfigError(
-            f"a step needs {needed / 2**30:.2f} GiB of each device, which has {there / 2**30:.2f}",
-            f"batch_size {config.batch_size}", f"give {', '.join(settings)}, or --config.check_memory=false",
+            f"a step needs {gib(needed)} of each device, which has {gib(there)}",
+            f"batch_size {config.batch_size}", f"give {' or '.join(fitting) or 'a smaller --config.batch_size'}",
         )  # fmt: skip
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def with_settings(config, settings: dict):
+    """A copy of `config` with other values of some fields, by dotted names."""
+    changed = config.copy_and_resolve_references()
+    for name, value in settings.items():
+        folder, _, field = name.rpartition(".")
+        (changed[folder] if folder else changed)[field] = value
+    return changed
+
+
+def build(config, steps: int, steps_per_epoch: int | None, devices: int | None = None) -> dict:
+    """What a run of `config` makes before it compiles, without an array: encoder, objective, tx, mesh, state and key.
+
+    steps_per_epoch: None where it does not matter. devices: that there should be; None: as many as there are.
+    """
+    if devices and jax.device_count() != devices:
+        raise ConfigError(f"{jax.device_count()} devices are simulated, not {devices}", "--devices", "start anew")
+    encoder = make_encoder(**whole_encoder(config, ""))
+    objective = make_objective(
+        encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
+    )
+    tx, _ = make_tx(config, encoder, steps, steps_per_epoch or 1)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size("batch_size", config.batch_size, sharding.batch_ways(mesh), config.microbatches)
+    init_key, key, _ = keys_of(config)
+    make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
+    abstract = place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
+    return {
+        "encoder": encoder, "objective": objective, "tx": tx, "mesh": mesh, "abstract": abstract, "key": key,
+        "make_state": partial(make_state, init_key),
+    }  # fmt: skip
+
+
+def compile_to_measure(config, built: dict, steps: int, steps_per_epoch: int | None):
+    """`compile_step` of what needs as much memory as on an accelerator.
+
+    XLA:CPU drops the barriers that keep a compiler from computing once what `encoder.remat` has computed twice, so that
+    the blocks of a scan alone are really computed again. There blocks that are are scanned over.
+    """
+    encoder = built["encoder"]
+    if getattr(encoder, "remat", "none") != "none" and not getattr(encoder, "scan", True):
+        config = with_settings(config, {"encoder.scan": True})
+        built = build(config, steps, steps_per_epoch)
+    parts = (built[name] for name in ("objective", "tx", "abstract", "key", "mesh", "encoder"))
+    return compile_training(config, *parts)
+
+
+def try_settings(config, encoder, steps: int, steps_per_epoch: int | None, there: int) -> Iterator[dict]:
+    """What a device needs under settings that make a step smaller: {"settings", "memory_bytes", "fits"} of each.
+
+    Each alone first: `encoder.remat`, `mesh.fsdp` and `microbatches`, these doubled until it fits; where none does,
+    they are added up.
+    """
+
+    def attempt(settings: dict) -> dict | None:
+        changed = with_settings(config, settings)
+        try:
+            built = build(changed, steps, steps_per_epoch)
+        except UserError:  # these devices or this encoder do not take it
+            return None
+        memory = costs.memory(compile_to_measure(changed, built, steps, steps_per_epoch))
+        return {"settings": settings, "memory_bytes": memory, "fits": memory <= there}
+
+    def try_parts(settings: dict) -> Iterator[dict]:
+        parts = 2
+        while parts <= MOST_PARTS and (tried := attempt({**settings, "microbatches": parts * config.microbatches})):
+            yield tried
+            if tried["fits"]:
+                return
+            parts *= 2
+
+    can_remat = hasattr(encoder, "scan") and encoder.remat != "full"
+    single = [{"encoder.remat": "full"}] if can_remat else []
+    all_ways = {"mesh.fsdp": -1} if config.mesh.data == -1 else {"mesh.data": -1, "mesh.fsdp": -1}
+    single += [all_ways] if config.mesh.fsdp == 1 else []
+    all_tried = [tried for settings in single if (tried := attempt(settings))]
+    all_tried += try_parts({})
+    yield from all_tried
+    if any(tried["fits"] for tried in all_tried):
+        return
+    together = {name: value for settings in single for name, value in settings.items()}
+    tried = attempt(together) if len(single) > 1 else None
+    if tried:
+        yield tried
+    if together and not (tried and tried["fits"]):
+        yield from try_parts(together)
 
 
 def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array, mesh) -> Callable:
@@ -588,7 +688,8 @@ def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array,
         out_shardings=(state_sharding, everywhere),
         donate_argnums=0,
     )
-    return jitted.lower(state, batch, key).compile()
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, batch, key).compile()
 
 
 def to_device(
@@ -632,7 +733,12 @@ def make_evaluators(
             lambda params, batch: function(params, batch) | {name: batch[name] for name in of_images},
             out_shardings=everywhere,
         )
-        return lambda params, batch: jax.device_get(jitted(params, to_device(batch, mesh, ("image", *of_images))))
+
+        def run(params, batch: dict) -> dict:
+            with jax.set_mesh(mesh):
+                return jax.device_get(jitted(params, to_device(batch, mesh, ("image", *of_images))))
+
+        return run
 
     supplies = {"folder": str(Path(workdir) / "figures") if processes.is_first() else ""}
     if config.evals:

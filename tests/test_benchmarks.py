@@ -21,6 +21,7 @@ STEP = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
 # (family, size, our side, image, parameters of transformers' ...ForMaskedImageModeling)
 SAME_AS_THE_PEER = [
     ("vit", "b", "plain", 224, 86_390_016),
+    ("cifar", "", "plain", 32, 2_701_104),
     ("swin", "t", "official", 192, 29_875_194),
     ("swin", "b", "official", 192, 89_874_104),
 ]
@@ -37,8 +38,9 @@ def bench():
 def sides_model(bench, family: str, size: str, side: str, image: int) -> tuple:
     """The objective of one of our sides, its abstract parameters, and what the peer is told of its shape."""
     of_family = bench.FAMILIES[family]
-    encoder = make_encoder(family, size, **of_family.ours[side], **of_family.fitted(image))
-    objective = make_objective("simmim", encoder, image_size=(image, image), mean=bench.MEAN, std=bench.STD)
+    encoder = make_encoder(of_family.encoder, size or None, **of_family.ours[side] | of_family.fitted(image))
+    pixels = {"image_size": (image, image), "mean": bench.MEAN, "std": bench.STD}
+    objective = make_objective("simmim", encoder, block_size=of_family.block, **pixels)
     params = jax.eval_shape(objective.init, jax.random.key(0))
     return objective, params, {name: getattr(encoder, name) for name in of_family.shape}
 
@@ -77,7 +79,8 @@ def matmul_flops(jaxpr) -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "side", "image"), [("vit", "ti", "plain", 224), ("swin", "t", "official", 192)]
+    ("family", "size", "side", "image"),
+    [("vit", "ti", "plain", 224), ("cifar", "", "plain", 32), ("swin", "t", "official", 192)],
 )
 def test_counted_flops_are_those_of_the_matmuls_but_for_the_gradient_of_the_images(bench, family, size, side, image):
     objective, params, shape = sides_model(bench, family, size, side, image)
@@ -90,7 +93,8 @@ def test_counted_flops_are_those_of_the_matmuls_but_for_the_gradient_of_the_imag
 
 
 @pytest.mark.parametrize(
-    ("model", "found"), [("swin_t", ("swin", "t")), ("vit_s", ("vit", "s")), ("ti", ("vit", "ti"))]
+    ("model", "found"),
+    [("swin_t", ("swin", "t")), ("vit_s", ("vit", "s")), ("ti", ("vit", "ti")), ("cifar", ("cifar", ""))],
 )
 def test_a_size_alone_is_that_of_a_vit(bench, model, found):
     assert bench.family_and_size(model) == found
@@ -99,14 +103,15 @@ def test_a_size_alone_is_that_of_a_vit(bench, model, found):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--models=swim_t", "vit, swin"),
+        ("--models=swim_t", "vit, swin, cifar"),
         ("--models=vit_s,swin_t --ours=plain", "swin_t has no side plain: give official"),
         ("--ours=plain,oficial", "no side oficial"),
+        ("--peer=eager,compiled", "no peer compiled: give eager, compile, both, or none"),
     ],
 )
 def test_what_is_not_there_is_one_line(bench, capsys, flags, says):
     with pytest.raises(SystemExit) as stop:
-        bench.main([*flags.split(), "--peer=none"])
+        bench.main(["--peer=none", *flags.split()])
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -117,10 +122,13 @@ def test_ratios_are_medians_of_quotients_within_a_round(bench):
     def rounds(*seconds):
         return [{"step_seconds": t, "matmul_flops_per_second": 100.0} for t in seconds]
 
-    row = bench.summarise(rounds(1.0, 2.0, 4.0), rounds(2.0, 2.0, 12.0), batch=8, flops=80)
-    assert row["times_peer"] == [1.0, 2.0, 3.0]
+    peers = {"eager": rounds(2.0, 2.0, 12.0), "compile": rounds(3.0, 4.0, 4.0)}
+    row = bench.summarise(rounds(1.0, 2.0, 4.0), peers, batch=8, flops=80)
+    assert row["times_each"] == {"eager": [1.0, 2.0, 3.0], "compile": [1.0, 2.0, 3.0]}
     assert (row["images_per_second"], row["of_matmul"]) == (4.0, 0.4)
-    assert bench.summarise(rounds(1.0), [], batch=8, flops=80)["times_peer"] is None
+    faster = bench.summarise(rounds(1.0), {"eager": rounds(3.0), "compile": rounds(2.0)}, batch=8, flops=80)
+    assert faster["times_peer"] == [2.0, 2.0, 2.0]
+    assert bench.summarise(rounds(1.0), {}, batch=8, flops=80)["times_peer"] is None
 
 
 @pytest.mark.parametrize("path", sorted(STEP.parent.glob("results/*/step*.json")), ids=lambda path: path.parent.name)
@@ -140,12 +148,16 @@ def test_a_missing_peer_is_one_line_that_says_what_to_do(bench, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    ("model", "image", "side"),
-    [("vit_ti", 32, "plain"), pytest.param("swin_t", 64, "official", marks=pytest.mark.slow)],
+    ("model", "image", "side", "settings"),
+    [
+        ("cifar", 16, "plain", {"remat": "dots", "scan": True, "attention": "xla", "microbatches": 2}),
+        pytest.param("swin_t", 64, "official", {"microbatches": 1}, marks=pytest.mark.slow),
+    ],
 )
-def test_it_measures_without_a_peer(tmp_path, model, image, side):
+def test_it_measures_without_a_peer(tmp_path, model, image, side, settings):
     out = tmp_path / "step.json"
-    flags = f"--models={model} --dtypes=float32 --ours={side} --peer=none --batch=2 --rounds=1 --seconds=0.01"
+    flags = f"--models={model} --dtypes=float32 --ours={side} --peer=none --batch=4 --rounds=1 --seconds=0.01"
+    flags += "".join(f" --{name}" if value is True else f" --{name}={value}" for name, value in settings.items())
     quickly_compiled = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": f"{quickly_compiled} --xla_force_host_platform_device_count=2"}
     command = [sys.executable, STEP, *flags.split(), f"--image={image}", f"--out={out}"]
@@ -154,7 +166,7 @@ def test_it_measures_without_a_peer(tmp_path, model, image, side):
     report = json.loads(out.read_text())
     (row,) = report["rows"]
     assert {"import", "build", "compile", "first step"} == set(row["phases"])
-    assert (row["model"], row["side"], row["image"]) == (model, side, image)
+    assert (row["model"], row["side"], row["image"], row["settings"]) == (model, side, image, settings)
     assert row["images_per_second"] > 0
     assert row["times_peer"] is None
     assert report["versions"]["jax"] == jax.__version__

@@ -69,6 +69,24 @@ def test_a_state_returns_to_the_bit_on_any_mesh(saved):
         assert state.params["encoder"]["block_0"]["mlp"]["fc1"]["kernel"].sharding.mesh.size == 8
 
 
+def test_an_average_is_saved_with_the_rest_and_is_what_others_are_given(tmp_path):
+    state = make_state(3)
+    state = state.replace(ema=jax.tree.map(lambda x: x + 1.0, state.params))
+    with checkpoint.make_manager(str(tmp_path)) as manager:
+        checkpoint.save(manager, state, {"data": {}})
+    restored, _ = checkpoint.restore(checkpoint.make_manager(str(tmp_path)), placed(state))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+    given, _ = checkpoint.read_params(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, given, jax.device_get(state.ema))
+
+
+def test_an_average_that_was_not_saved_begins_at_the_parameters(saved):
+    wanted = make_state()
+    wanted = wanted.replace(ema=wanted.params)
+    restored, _ = checkpoint.restore(checkpoint.make_manager(str(saved)), placed(wanted))
+    jax.tree.map(np.testing.assert_array_equal, restored.ema, restored.params)
+
+
 def test_the_newest_and_every_nth_are_kept(tmp_path):
     manager = checkpoint.make_manager(str(tmp_path), keep=2, keep_every=3)
     for step in range(1, 9):

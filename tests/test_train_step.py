@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tiny import relative_difference, tiny_batch, tiny_encoder, tiny_objective
 
-from simmim_jax import sharding
+from simmim_jax import costs, sharding
 from simmim_jax.errors import ConfigError
 from simmim_jax.optim import make_optimizer, train_labels
 from simmim_jax.stacking import stack, unstack
@@ -114,6 +114,21 @@ def test_the_axis_of_stacked_blocks_is_not_split():
     assert placed["encoder"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
     one = unstack(placed, stacks)["encoder"]["block_3"]["mlp"]["fc1"]["kernel"]
     assert (one.shape, one.sharding.spec) == ((512, 256), P("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_fsdp_sends_weights_and_their_gradients_and_no_maps(scan):
+    encoder = tiny_encoder(**OPTIONS, scan=scan)
+    objective = tiny_objective(encoder)
+    mesh = sharding.make_mesh(fsdp=-1)
+    make_state = partial(init_state, init=objective.init, tx=TX)
+    abstract = place_state(jax.eval_shape(make_state, KEY), mesh, encoder)
+    step = partial(train_step, loss_fn=objective.loss_fn, tx=TX)
+    batch = jax.eval_shape(partial(tiny_batch, 512))  # so large that maps are larger than all weights together
+    sent = costs.collectives(compile_step(step, abstract, batch, KEY, mesh))
+    weights = sum(4 * x.size for x in jax.tree.leaves(abstract.params))
+    # gathered in the forward and the backward pass, and their gradients summed once
+    assert 0 < sum(each.size for each in sent) < 3.5 * weights
 
 
 def test_a_tensor_size_that_does_not_divide_the_heads_is_refused_with_those_that_do():

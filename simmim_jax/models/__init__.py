@@ -10,6 +10,8 @@ The contract. An encoder is a `flax.linen` module with
     init_truncation                            where the normal that tokens start from is cut, in standard deviations
     pool_norm                                  whether a classifier norms what it pools, as the map itself is not normed
     DECAYED_TOO                                names that official code decays of this encoder, though of no other
+    stacks                                     where blocks are scanned, {a stack of parameters: its blocks, in order}
+    remat                                      by name, what of its blocks the backward pass computes again
 
 and `encoder(images, train, position)` is the two in turn. `position` [b] is each image's place in the whole batch, by
 which stochastic depth draws from the rng stream "drop_path" while `train` is true (None: 0, 1, 2, ...). Images are
@@ -17,6 +19,10 @@ normalised float32, channels last; tokens and features are float32 whatever the 
 block's output [b, k, l, d] as `intermediates/blocks`, which probes read and training ignores. Masked image modelling
 replaces tokens between `embed` and `trunk`: what depends on position, or mixes pixels of different tokens, must come
 after, in `trunk`, so that nothing of a hidden pixel reaches a feature.
+
+Blocks are modules that `blocks.run_blocks` calls as functions of their parameters: one after another, each with
+parameters of its own name, like "block_3/attn/qkv/kernel"; or, with `scan`, by `lax.scan` over a stack of them, like
+"blocks/attn/qkv/kernel" with a first axis for the blocks. Initial values, draws and what is sown are the same.
 
 Batch norm's running mean and variance are parameters, named "mean" and "var": they are saved, placed and exchanged as
 such, and get no gradient. While `train` is true and the collection "statistics" is mutable, an encoder puts their new

@@ -22,7 +22,7 @@ MASKED = -1e9  # added to the logits of keys that only pad
 
 
 class QueryKeyValue(nn.Module):
-    """Queries, keys and values of all heads, by one linear map of the tokens each."""
+    """Queries, keys and values of all heads, each a linear map of the tokens."""
 
     heads: int
     use_bias: bool
@@ -36,15 +36,10 @@ class QueryKeyValue(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (width, *features))
         bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if jax.default_backend() == "cpu":  # XLA:CPU is fast with plain matrices alone; see benchmarks/README.md
-            rows = x.reshape(-1, width)
-            out = [
-                (rows @ kernel[:, part].reshape(width, -1)).reshape(*x.shape[:-1], *features[1:]) for part in range(3)
-            ]
-        else:
-            whole = jnp.tensordot(x, kernel, 1)
-            out = [whole[..., part, :, :] for part in range(3)]
-        return tuple(out if bias is None else [one + bias[part] for part, one in enumerate(out)])
+        # Three products of plain matrices: one for all would be cut apart by copies, and split badly over `tensor`.
+        rows, shape = x.reshape(-1, width), (*x.shape[:-1], *features[1:])
+        out = ((rows @ kernel[:, part].reshape(width, -1)).reshape(shape) for part in range(3))
+        return tuple(out if bias is None else (one + bias[part] for part, one in enumerate(out)))
 
 
 def refusal_of_cudnn(dtype: str, head_width: int) -> str:
@@ -73,12 +68,12 @@ def choose_attention(name: str, dtype: str, head_width: int) -> str:
     return "xla" if refusal else "cudnn"
 
 
-def cudnn_padding(tokens: int, with_bias: bool) -> int:
-    """How many tokens to add so that cuDNN takes a sequence: with a bias that learns it wants an even number.
+def cudnn_padding(tokens: int) -> int:
+    """How many tokens to add so that cuDNN trains with a sequence: JAX wants an even number, with a bias and without.
 
-    Then up to the next multiple of 8, so that each row of the bias starts at 16 bytes.
+    Then up to the next multiple of 8, so that each row of a bias starts at 16 bytes.
     """
-    return -tokens % 8 if with_bias and tokens % 2 else 0
+    return -tokens % 8 if tokens % 2 else 0
 
 
 def attend_by_cudnn(
@@ -86,17 +81,22 @@ def attend_by_cudnn(
     key: Float[Array, "b n h c"],
     value: Float[Array, "b n h c"],
     bias: Float[Array, "h m m"] | None,
+    tokens: int,
 ) -> Float[Array, "b n h c"]:
     """softmax(query key^T / sqrt(c) + bias) value by the kernel of cuDNN, and its gradients, those of the bias too.
 
-    bias: for the first m tokens; the others only pad, and no token attends to them. It is rounded to bfloat16, as the
-    kernel takes it; logits and softmax are in float32.
+    tokens: how many of the n are attended to; the others, at the end, only pad. bias: for these, so m = tokens; it is
+    rounded to bfloat16, as the kernel takes it. Logits and softmax are in float32.
     """
+    more, lengths = query.shape[1] - tokens, None
     if bias is not None:
-        more = query.shape[1] - bias.shape[-1]
         bias = jnp.pad(bias, ((0, 0), (0, more), (0, 0)))
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more)), constant_values=MASKED)[None].astype(query.dtype)
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation="cudnn")
+    elif more:
+        lengths = jnp.full(query.shape[:1], tokens, jnp.int32)
+    return jax.nn.dot_product_attention(
+        query, key, value, bias=bias, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from simmim_jax.sharding import along_batch
+
 REMAT = ("none", "full", "dots")
 
 
@@ -107,7 +109,7 @@ def run_blocks(
         _init_blocks(encoder, x, kinds, names, by_kind, stacks, key, given, adapt)
 
     def apply(block, params, x, drop):
-        return block.apply({"params": params}, x, drop, *given)
+        return along_batch(block.apply({"params": params}, along_batch(x), drop, *given))
 
     steps = [partial(apply, block) for block in kinds]
     if encoder.remat in ("full", "dots"):

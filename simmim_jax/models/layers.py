@@ -58,10 +58,10 @@ class Linear(nn.Module):
     """A linear map of the last axes of x, as many as `axes`, to `features` channels; its kernel is [those axes, d]."""
 
     features: int
+    dtype: str
+    kernel_init: jax.nn.initializers.Initializer
     axes: int = 1
     use_bias: bool = True
-    dtype: str = "float32"
-    kernel_init: jax.nn.initializers.Initializer = truncated_normal(100.0)
     bias_init: jax.nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
@@ -193,8 +193,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b ... d"]) -> Float[Array, "b ... d"]:
         initial = truncated_normal(self.init_truncation)
-        first = Linear(self.hidden, dtype=self.dtype, kernel_init=initial, name="fc1")
-        second = Linear(x.shape[-1], dtype=self.dtype, kernel_init=initial, name="fc2")
+        first = Linear(self.hidden, self.dtype, initial, name="fc1")
+        second = Linear(x.shape[-1], self.dtype, initial, name="fc2")
         return second(gelu(first(x))).astype(jnp.float32)
 
 

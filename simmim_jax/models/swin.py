@@ -60,7 +60,7 @@ class WindowAttention(nn.Module):
         query, key, value = QueryKeyValue(self.heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
         bias = RelativePositionBias(self.heads, initializer=initial, name="rel_pos_bias")((side, side))
         out = attend_by_xla(query, key, value, with_mask(bias, mask), recompute=self.recompute)
-        out = Linear(x.shape[-1], axes=2, dtype=self.dtype, kernel_init=initial, name="proj")(out)
+        out = Linear(x.shape[-1], self.dtype, initial, axes=2, name="proj")(out)
         return out.astype(jnp.float32)
 
 
@@ -124,7 +124,7 @@ class PatchMerging(nn.Module):
         """The linear map, from all four tokens to half of their width."""
         initial = truncated_normal(self.init_truncation)
         width = x.shape[-1] // 2
-        reduction = Linear(width, use_bias=False, dtype=self.dtype, kernel_init=initial, name="reduction")
+        reduction = Linear(width, self.dtype, initial, use_bias=False, name="reduction")
         return reduction(x).astype(jnp.float32)
 
     @nn.compact

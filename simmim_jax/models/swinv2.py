@@ -86,7 +86,7 @@ class WindowAttention(nn.Module):
             query.astype(self.dtype), key.astype(self.dtype), value, with_mask(bias, mask),
             scale=1.0, recompute=self.recompute,
         )  # fmt: skip
-        out = Linear(x.shape[-1], axes=2, dtype=self.dtype, kernel_init=initial, name="proj")(out)
+        out = Linear(x.shape[-1], self.dtype, initial, axes=2, name="proj")(out)
         return out.astype(jnp.float32)
 
 

@@ -71,17 +71,17 @@ class Attention(nn.Module):
         tokens, width = x.shape[1:]
         initial, head_width = truncated_normal(self.init_truncation), width // self.heads
         cudnn = choose_attention(self.form, self.dtype, head_width) == "cudnn"
-        if cudnn and (more := cudnn_padding(tokens, bias is not None)):
+        if cudnn and (more := cudnn_padding(tokens)):
             x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
         query, key, value = QueryKeyValue(self.heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
         if self.qkv_bias == "qv":  # a bias on the keys shifts all logits of a query alike: softmax does not see it
             query += self.param("q_bias", nn.initializers.zeros, (self.heads, head_width)).astype(query.dtype)
             value += self.param("v_bias", nn.initializers.zeros, (self.heads, head_width)).astype(value.dtype)
         if cudnn:
-            x = attend_by_cudnn(query, key, value, bias)
+            x = attend_by_cudnn(query, key, value, bias, tokens)
         else:
             x = attend_by_xla(query, key, value, bias, recompute=self.recompute)
-        x = Linear(width, axes=2, dtype=self.dtype, kernel_init=initial, name="proj")(x)
+        x = Linear(width, self.dtype, initial, axes=2, name="proj")(x)
         return x[:, :tokens].astype(jnp.float32)
 
 

@@ -36,7 +36,7 @@ def masked_l1(
 def make_head(channels: int, stride: int, width: int, dtype: str) -> Linear:
     """One linear layer from a feature to the pixels of its square, initialised as PyTorch does a convolution."""
     initial = uniform_by_fan_in(width)
-    return Linear(channels * stride**2, dtype=dtype, kernel_init=initial, bias_init=initial)
+    return Linear(channels * stride**2, dtype, initial, bias_init=initial)
 
 
 def make_forward(encoder: nn.Module, *, channels: int) -> Callable:

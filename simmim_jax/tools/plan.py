@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 
 from absl import app, flags, logging
@@ -21,7 +20,6 @@ from simmim_jax.errors import ConfigError, UserError, check_minimum, choose, tol
 
 JPEG = 110_000  # bytes of an image that are assumed for the rate of reading
 TAKEN = 0.75  # of a GPU's memory, that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-MOST_PARTS = 16  # microbatches that are tried, times those of the config
 # A quarter faster, the same memory and communication: nothing is going to run.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -88,11 +86,11 @@ def plan(
     train.check_numbers(config)
     steps, steps_per_epoch = length_of(config, images)
     if config.encoder.attention == "cudnn":  # which is not here: as what counts, its operations, it is the other form
-        config = with_settings(config, {"encoder.attention": "xla"})
-    built = build(config, steps, steps_per_epoch, devices)
+        config = train.with_settings(config, {"encoder.attention": "xla"})
+    built = train.build(config, steps, steps_per_epoch, devices)
     encoder, abstract, mesh = built["encoder"], built["abstract"], built["mesh"]
     flops = train.step_flops(config, built["objective"], abstract, built["key"], encoder)
-    compiled = compile_to_measure(config, built, steps, steps_per_epoch)
+    compiled = train.compile_to_measure(config, built, steps, steps_per_epoch)
     memory = costs.memory(compiled)
     fraction = 1.0 if kind.startswith("tpu") else float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", TAKEN))
     there = round(of_kind.memory * fraction)
@@ -136,7 +134,7 @@ def plan(
         "read_bytes_per_second_per_host": rate / hosts * JPEG,
     }
     if not numbers["fits"]:
-        numbers["tried"] = list(try_settings(config, encoder, steps, steps_per_epoch, there))
+        numbers["tried"] = list(train.try_settings(config, encoder, steps, steps_per_epoch, there))
     return numbers
 
 
@@ -158,108 +156,6 @@ def length_of(config, images: int) -> tuple[int, int | None]:
                 "give --images=N, ImageNet-1K has 1281167, or --config.steps",
             ) from error  # fmt: skip
     return train.length_of(config, images)
-
-
-def with_settings(config, settings: dict):
-    """A copy of `config` with other values of some fields, by dotted names."""
-    changed = config.copy_and_resolve_references()
-    for name, value in settings.items():
-        folder, _, field = name.rpartition(".")
-        (changed[folder] if folder else changed)[field] = value
-    return changed
-
-
-def build(config, steps: int, steps_per_epoch: int | None, devices: int | None = None) -> dict:
-    """What a run of `config` makes before it compiles, without an array: encoder, objective, tx, mesh, state and key.
-
-    steps_per_epoch: None where it does not matter. devices: that there should be; None: as many as there are.
-    """
-    import jax
-
-    from simmim_jax import sharding, train
-    from simmim_jax.models import make_encoder
-    from simmim_jax.objectives import make_objective
-    from simmim_jax.train_step import init_state
-
-    if devices and jax.device_count() != devices:
-        raise ConfigError(f"{jax.device_count()} devices are simulated, not {devices}", "--devices", "start anew")
-    encoder = make_encoder(**train.whole_encoder(config, ""))
-    objective = make_objective(
-        encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
-    )
-    tx, _ = train.make_tx(config, encoder, steps, steps_per_epoch or 1)
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size("batch_size", config.batch_size, sharding.batch_ways(mesh), config.microbatches)
-    init_key, key, _ = train.keys_of(config)
-    make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
-    abstract = train.place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
-    return {
-        "encoder": encoder, "objective": objective, "tx": tx, "mesh": mesh, "abstract": abstract, "key": key,
-        "make_state": partial(make_state, init_key),
-    }  # fmt: skip
-
-
-def compile_step(config, built: dict):
-    """The training step of what `build` gave, compiled by what a run compiles it with."""
-    from simmim_jax import train
-
-    parts = (built[name] for name in ("objective", "tx", "abstract", "key", "mesh", "encoder"))
-    return train.compile_training(config, *parts)
-
-
-def compile_to_measure(config, built: dict, steps: int, steps_per_epoch: int | None):
-    """`compile_step` of what needs as much memory as on an accelerator.
-
-    XLA:CPU drops the barriers that keep a compiler from computing once what `encoder.remat` has computed twice, so that
-    the blocks of a scan alone are really computed again. There blocks that are are scanned over.
-    """
-    encoder = built["encoder"]
-    if getattr(encoder, "remat", "none") != "none" and not getattr(encoder, "scan", True):
-        config = with_settings(config, {"encoder.scan": True})
-        built = build(config, steps, steps_per_epoch)
-    return compile_step(config, built)
-
-
-def try_settings(config, encoder, steps: int, steps_per_epoch: int | None, there: int) -> Iterator[dict]:
-    """What a device needs under settings that make a step smaller: {"settings", "memory_bytes", "fits"} of each.
-
-    Each alone first: `encoder.remat`, `mesh.fsdp` and `microbatches`, these doubled until it fits; where none does,
-    they are added up.
-    """
-    from simmim_jax import costs
-
-    def attempt(settings: dict) -> dict | None:
-        changed = with_settings(config, settings)
-        try:
-            built = build(changed, steps, steps_per_epoch)
-        except UserError:  # these devices or this encoder do not take it
-            return None
-        memory = costs.memory(compile_to_measure(changed, built, steps, steps_per_epoch))
-        return {"settings": settings, "memory_bytes": memory, "fits": memory <= there}
-
-    def try_parts(settings: dict) -> Iterator[dict]:
-        parts = 2
-        while parts <= MOST_PARTS and (tried := attempt({**settings, "microbatches": parts * config.microbatches})):
-            yield tried
-            if tried["fits"]:
-                return
-            parts *= 2
-
-    can_remat = hasattr(encoder, "scan") and encoder.remat != "full"
-    single = [{"encoder.remat": "full"}] if can_remat else []
-    all_ways = {"mesh.fsdp": -1} if config.mesh.data == -1 else {"mesh.data": -1, "mesh.fsdp": -1}
-    single += [all_ways] if config.mesh.fsdp == 1 else []
-    all_tried = [tried for settings in single if (tried := attempt(settings))]
-    all_tried += try_parts({})
-    yield from all_tried
-    if any(tried["fits"] for tried in all_tried):
-        return
-    together = {name: value for settings in single for name, value in settings.items()}
-    tried = attempt(together) if len(single) > 1 else None
-    if tried:
-        yield tried
-    if together and not (tried and tried["fits"]):
-        yield from try_parts(together)
 
 
 def size_of(tree) -> int:

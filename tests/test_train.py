@@ -1,0 +1,78 @@
+"""What a run refuses before it compiles anything, and what it keeps of what it has compiled."""
+
+import jax
+import pytest
+
+from simmim_jax import compilation, costs, train
+from simmim_jax.config import load
+from simmim_jax.errors import ConfigError
+
+
+def digits(**changes):
+    c = load("configs/digits_vit_tiny.py")
+    c.encoder.width, c.encoder.depth, c.encoder.heads = 32, 1, 2
+    c.probe_block, c.evals, c.batch_size = 1, {}, 32
+    for name, value in changes.items():
+        c[name] = value
+    return c
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ema_decay": 1.0}, "ema_decay is 1.0 - ema_decay - give a number below 1"),
+        ({"ema_decay": -0.1}, "ema_decay is -0.1"),
+        ({"profile_steps": (5,)}, r"profile_steps \(5,\) - profile_steps - give first,last"),
+        ({"profile_steps": (9, 5)}, "profile_steps"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train.check_numbers(digits(**changes))
+
+
+def test_a_step_that_does_not_fit_is_refused_with_settings_that_do(monkeypatch):
+    config = digits(steps=3)
+    built = train.build(config, 3, 1)
+    compiled = train.compile_to_measure(config, built, 3, 1)
+    needed = costs.memory(compiled)
+    monkeypatch.setattr(costs, "memory_of", lambda device: needed)
+    train.check_memory(config, compiled, built["encoder"], 3, 1)
+    monkeypatch.setattr(costs, "memory_of", lambda device: needed - 1)
+    with pytest.raises(ConfigError, match=r"a step needs .* GiB of each device, .* - give --config\.\S+=\S+ \("):
+        train.check_memory(config, compiled, built["encoder"], 3, 1)
+
+
+@pytest.fixture
+def no_cache(monkeypatch):
+    """JAX as it is where nobody has named a folder for compiled programs."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield monkeypatch
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(no_cache, tmp_path):
+    no_cache.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = compilation.keep_compiled()
+    assert folder.is_dir()
+    assert folder.parent == tmp_path / "simmim_jax" / "xla"
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert compilation.keep_compiled() == folder  # now that it is named, it stays
+
+
+def test_a_folder_that_the_user_names_is_left_alone(no_cache, tmp_path):
+    no_cache.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "elsewhere")
+    assert str(compilation.keep_compiled()) == "elsewhere"
+    jax.config.update("jax_compilation_cache_dir", "")
+    assert compilation.keep_compiled() is None
+    assert not (tmp_path / "simmim_jax").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(no_cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    no_cache.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compilation.keep_compiled() is None
+    assert jax.config.jax_compilation_cache_dir is None
