@@ -78,6 +78,7 @@ def test_workers_may_change_between_two_runs_of_a_workdir(tmp_path, unbroken):
     assert_same_run(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_goes_on_on_two_with_fsdp(tmp_path):
     wide = (*DIGITS, "--config.encoder.width=128", "--config.steps=14")  # so wide that fsdp splits something
     assert run(*wide, "--workdir", tmp_path / "one").returncode == 0

@@ -124,12 +124,12 @@ def test_a_loss_is_the_same_within_a_millionth_and_dropped_branches_are_the_same
 
 def test_the_first_block_drops_nothing_and_each_block_draws_for_itself():
     encoder = tiny("vit").bind({}, rngs={"drop_path": KEY})
-    drop = drops(encoder, True, None, 4)
+    drop = drops(encoder, True, None, jnp.zeros((4, 1)))
     assert drop.keep[0] == 1.0
     assert drop_of(drop, 0) is None
     keys = {tuple(jax.random.key_data(drop_of(drop, n).key).tolist()) for n in (1, 2)}
     assert len(keys) == 2
-    assert drops(encoder, False, None, 4) is None
+    assert drops(encoder, False, None, jnp.zeros((4, 1))) is None
 
 
 def test_a_deep_encoder_by_scan_is_no_longer_a_program_than_a_shallow_one():

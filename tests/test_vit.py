@@ -81,7 +81,9 @@ def test_the_head_starts_as_pytorch_starts_a_convolution():
 
 
 def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
-    drop = drops(tiny_encoder(depth=5, drop_path=0.4).bind({}, rngs={"drop_path": KEY}), True, None, 20000)
+    drop = drops(
+        tiny_encoder(depth=5, drop_path=0.4).bind({}, rngs={"drop_path": KEY}), True, None, jnp.zeros((20000, 1))
+    )
     np.testing.assert_allclose(drop.keep, [1, 0.9, 0.8, 0.7, 0.6], rtol=1e-6)
     assert drop_of(drop, 0) is None
     x = jnp.ones((20000, 1, 1))

@@ -32,15 +32,15 @@ class Drop(NamedTuple):
     position: Int[Array, " b"]
 
 
-def drops(encoder: nn.Module, train: bool, position: Int[Array, " b"] | None, batch: int) -> Drop | None:
+def drops(encoder: nn.Module, train: bool, position: Int[Array, " b"] | None, x: Float[Array, "b ..."]) -> Drop | None:
     """What all blocks of an encoder drop by, from its rng stream "drop_path"; None where none drops.
 
-    The rate grows linearly from 0 in the first block to the encoder's `drop_path` in the last.
+    The rate grows linearly from 0 in the first block to the encoder's `drop_path` in the last. x: what they are of.
     """
     if not train or encoder.drop_path == 0.0:
         return None
     rates = [encoder.drop_path * n / max(encoder.depth - 1, 1) for n in range(encoder.depth)]
-    position = jnp.arange(batch) if position is None else position
+    position = jnp.arange(x.shape[0]) if position is None else position
     return Drop(1 - np.asarray(rates, np.float32), encoder.make_rng("drop_path"), position)
 
 

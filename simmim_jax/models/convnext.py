@@ -181,7 +181,7 @@ class ConvNeXt(Encoder):
     ) -> Float[Array, "b k l d2"]:
         """The map of the last stage, not normalised. Each block's output is sown as `intermediates/blocks`."""
         x = tokens
-        drop = drops(self, train, position, len(x))
+        drop = drops(self, train, position, x)
         key = self.make_rng("params") if self.is_initializing() else None
         block = Block(self.layer_scale, self.norm_epsilon, self.init_truncation, self.dtype, parent=None)
         for stage, width in enumerate(self.widths):

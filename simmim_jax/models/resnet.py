@@ -188,7 +188,7 @@ class ResNet(Encoder):
         x = nn.relu(BatchNorm(self.norm_epsilon, self.norm_momentum, name="stem_norm")(x, train))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
-        drop, number = drops(self, train, position, len(x)), itertools.count()
+        drop, number = drops(self, train, position, x), itertools.count()
         # `train` goes by position: remat traces keyword arguments.
         recomputed = self.remat != "none"
         block_class = nn.remat(Block, static_argnums=(2,), **remat_options(self.remat)) if recomputed else Block

@@ -260,7 +260,7 @@ class Swin(Encoder):
         if self.absolute_position == "learned":
             _, i, j, d = x.shape
             x += self.param("pos_embed", initial, (i * j, d)).reshape(i, j, d)
-        drop = drops(self, train, position, len(x))
+        drop = drops(self, train, position, x)
         key = self.make_rng("params") if self.is_initializing() else None
         first = 0
         for stage, depth in enumerate(self.depths):

@@ -280,7 +280,7 @@ class ViT(Encoder):
             self._blocks(),
             stacks=tuple(self.stacks),
             key=self.make_rng("params") if self.is_initializing() else None,
-            drop=drops(self, train, position, b),
+            drop=drops(self, train, position, x),
             given=(bias, (i, j)),
             adapt=rescale,
             to_map=to_map,
