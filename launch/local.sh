@@ -51,16 +51,23 @@ fi
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 pipes=$(mktemp -d)
 trap 'rm -rf "$pipes"' EXIT
-pids=() printers=() status=0 patience=""
+pids=() printers=() status=0 patience="" stopped=""
 forward() {
     local pid
     for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
+stop() {
+    stopped=$1
+    forward "$1"
+}
+trap 'stop TERM' TERM HUP
+trap 'stop INT' INT
 
 # Job control gives each process a group of its own: a Ctrl-C of the terminal reaches this script alone, which hands it
 # on once. A second one would end the run before it has saved.
 [[ $dry_run ]] || set -m
 for ((i = 0; i < processes; i++)); do
+    if [[ $stopped ]]; then break; fi
     command=(env "${environment[@]}")
     [[ $devices ]] || command+=("JAX_LOCAL_DEVICE_IDS=$i")
     command+=("${run[@]}" "--coordinator=127.0.0.1:$port" "--processes=$processes" "--process=$i")
@@ -76,8 +83,6 @@ for ((i = 0; i < processes; i++)); do
 done
 [[ $dry_run ]] && exit
 set +m
-trap 'forward TERM' TERM HUP
-trap 'forward INT' INT
 
 while ((${#pids[@]})); do
     running=()

@@ -142,12 +142,13 @@ def restore(
 ) -> tuple[TrainState, dict] | None:
     """(state, meta) of the newest checkpoint that is whole, placed as `abstract` says; None if there is none at all.
 
-    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried. One that holds parameters alone
-    (see `write_params`) is given the optimizer's `new_moments` of them, and is refused where that is None. An average
-    that is wanted and was not saved begins at the parameters. Raises CheckpointError if none is whole, or if the newest
-    is of another model.
+    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried; by several processes only if
+    its arrays can be read and are not those that were saved, for else not all need to notice. One that holds parameters
+    alone (see `write_params`) is given the optimizer's `new_moments` of them, and is refused where that is None. An
+    average that is wanted and was not saved begins at the parameters. Raises CheckpointError if none is whole, or if
+    the newest is of another model.
     """
-    steps = sorted(manager.all_steps(), reverse=True)
+    steps = processes.on_first(lambda: sorted(manager.all_steps(), reverse=True))
     for step in steps:
         folder = Path(manager.directory) / str(step)
         try:
@@ -168,7 +169,7 @@ def restore(
             items = {name: restored[name] for name in wanted}
             damaged = _damaged(items, meta["checksums"])
             if damaged:
-                raise ValueError(f"{len(damaged)} arrays differ from their checksums, e.g. {damaged[0]}")
+                raise _Damaged(f"{len(damaged)} arrays differ from their checksums, e.g. {damaged[0]}")
             if "opt_state" in absent:
                 items["opt_state"] = new_moments(items["params"])
             if "ema" in absent:
@@ -181,6 +182,9 @@ def restore(
             reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
             if _is_of_the_machine(error):
                 raise CheckpointError(f"cannot read: {reason}", str(folder), "mend that and run again") from error
+            if jax.process_count() > 1 and not isinstance(error, _Damaged):  # not all may have found it
+                fix = "if it is damaged, move this step away and run again"
+                raise CheckpointError(f"cannot read: {reason}", str(folder), fix) from error
             aside = processes.on_first(lambda folder=folder: str(_move_aside(folder)))
             logging.warning("checkpoint %s is damaged (%s): moved to %s, trying the one before", folder, reason, aside)
             manager.reload()
@@ -190,6 +194,10 @@ def restore(
             "they were moved to damaged/ beside it; start again in a new --workdir",
         )  # fmt: skip
     return None
+
+
+class _Damaged(ValueError):
+    """Arrays that differ from their checksums, which all processes see alike."""
 
 
 def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -> Path:
@@ -369,4 +377,5 @@ def hold(workdir: str) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         lock.flush()
+        os.fsync(lock.fileno())  # so that other hosts see it
         yield

@@ -27,6 +27,7 @@ FREE = (
     "data.source", "data.path", "data.name", "data.data_dir",  # which images these are, their fingerprint tells
     "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block", "encoder.size", "imported.",
     "encoder.remat", "encoder.scan", "encoder.attention", "check_memory", "profile_steps",
+    "microbatches",
     "objective.mask_token_truncation",  # which runs had before the encoder's init_truncation said it
 )  # fmt: skip
 

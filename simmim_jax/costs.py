@@ -223,6 +223,12 @@ def memory(compiled: jax.stages.Compiled) -> int | None:
     return held + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
 
+def held_bytes(abstract: PyTree) -> int:
+    """What one device holds of a placed abstract tree."""
+    leaves = jax.tree.leaves(abstract)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def memory_of(device: jax.Device) -> int | None:
     """Bytes that JAX may use of `device`; of a CPU, what is free now, by its devices here. None where unknown."""
     if limit := (device.memory_stats() or {}).get("bytes_limit"):

@@ -27,7 +27,12 @@ def main(argv: list[str]) -> None:
 
     compilation.keep_compiled()
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, heartbeat=HEARTBEAT.value)
-    train.train(CONFIG.value, WORKDIR.value)
+    try:
+        train.train(CONFIG.value, WORKDIR.value)
+    except Exception as error:
+        if (told := processes.explained(error)) is error:
+            raise
+        raise told from error
 
 
 def leave(by_signal: bool) -> None:

@@ -4,6 +4,7 @@ A run on one host is one process and needs none of this. On several hosts every 
 one, `is_first`, holds the workdir and writes what is written once.
 """
 
+import contextlib
 import faulthandler
 import hashlib
 import importlib.util
@@ -20,7 +21,6 @@ from jax.experimental import multihost_utils
 from simmim_jax import errors
 from simmim_jax.errors import ConfigError, PeerError, UserError
 
-LAST_WORDS = 2**13  # bytes in which the first process tells the others what it has done, or what went wrong
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # within `srun`
 
 
@@ -66,8 +66,8 @@ def join(
     except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         where = given["--coordinator"] or "what the cluster says of itself"
-        raise ConfigError(f"cannot join the other processes: {reason}", where, "start all with the same command, and "
-                          "see that the first one's port is open and free") from error  # fmt: skip
+        fix = "start all with the same command; the first one's port must be open and free; or, alone, --processes=1"
+        raise ConfigError(f"cannot join the other processes: {reason}", where, fix) from error
     if not os.environ.get("SIMMIM_TRACEBACK"):
         # Where another process is lost, JAX aborts this one and says so: not to be buried under the stacks of threads.
         faulthandler.disable()
@@ -111,6 +111,11 @@ def greatest(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
+def least(number: int) -> int:
+    """The least of the numbers that the processes give; all must call this, and wait for each other."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(number)).min())
+
+
 def on_first(action: Callable[[], object]):
     """What `action` gives, as JSON data, in the first process, where alone it runs; its UserError is raised in all."""
     if jax.process_count() == 1:
@@ -122,8 +127,11 @@ def on_first(action: Callable[[], object]):
             told = {"value": value if _is_json(value) else None}
         except UserError as error:
             failed, told = error, {"error": [type(error).__name__, error.what, error.where, error.fix]}
-    words = json.dumps(told).encode()[:LAST_WORDS].ljust(LAST_WORDS)
-    words = multihost_utils.broadcast_one_to_all(np.frombuffer(words, np.uint8))
+    words = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(words))))
+    if not is_first():
+        words = np.zeros(length, np.uint8)
+    words = multihost_utils.broadcast_one_to_all(words)
     if failed:
         raise failed
     if is_first():
@@ -152,15 +160,17 @@ def check_same(text: str, what: str, where: str, fix: str) -> None:
 def leave(*, agreed: bool) -> None:
     """To be called before a process ends itself without the interpreter's own end.
 
-    agreed: whether all processes end now, in the same way. Then they wait for each other, so that none is taken for
-    lost. Else the first, which the others are connected with, stays for a moment, so that they can say why they end.
+    agreed: whether a signal ends all of them, with their state saved. Then they wait for each other, so that none is
+    taken for lost. Else it stays for a moment: if it is the first, with which the others are connected, these can say
+    why they end too.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():  # without asking for a device, which may be what is missing
         return
-    if agreed:
-        jax.distributed.shutdown()
-    elif is_first():
-        time.sleep(2)
+    with contextlib.suppress(Exception):  # whatever the others do: this process keeps its own end
+        if agreed:
+            jax.distributed.shutdown()
+        else:
+            time.sleep(2)
 
 
 def explained(error: Exception) -> Exception:
@@ -168,7 +178,8 @@ def explained(error: Exception) -> Exception:
     if jax.process_count() == 1 or isinstance(error, UserError):
         return error
     reason = " ".join(str(error).split())
-    lost = ("connection", "gloo", "nccl", "heartbeat", "unavailable", "coordination", "peer", "socket")
+    lost = ("connection closed", "connection reset", "connection refused", "heartbeat", "coordination service")
+    lost += ("broken pipe", "remote process exited", "another task died")
     if any(word in reason.lower() for word in lost):
         return PeerError(
             f"another process of this run is gone: {reason[:160]}", f"process {jax.process_index()}",

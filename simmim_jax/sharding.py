@@ -4,6 +4,8 @@ import math
 import re
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -49,7 +51,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} on {count} devices", "mesh",
             f"give fsdp and tensor divisors of {count} ({', '.join(map(str, divisors(count)))}), and data -1",
         )  # fmt: skip
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    types = (AxisType.Auto,) * 3
+    devices = sorted(jax.devices(), key=lambda device: (getattr(device, "slice_index", 0), device.id))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types)
+    if devices[0].platform == "tpu" and sizes[0] % slices == 0:  # `data` over the slices, the rest within each
+        within = (sizes[0] // slices, *sizes[1:])
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
 
 
 def divisors(count: int) -> list[int]:
@@ -77,7 +87,7 @@ def check_tensor(state: PyTree, mesh: Mesh) -> None:
     ways = mesh.shape["tensor"]
     leaves = [(path_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
     sizes = {path: leaf.shape[n] for path, leaf in leaves if (n := _tensor_dimension(path)) is not None}
-    if ways > 1 and not sizes:
+    if ways > 1 and not any("attn" in path.split("/") for path in sizes):
         raise ConfigError(f"tensor={ways} for an encoder without attention", "mesh.tensor", "give mesh.fsdp instead")
     bad = [(path, size) for path, size in sizes.items() if size % ways]
     if ways > 1 and bad:

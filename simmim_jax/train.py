@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
@@ -40,6 +41,7 @@ from simmim_jax.stacking import stack, unstack
 from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
 
 MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
+SHARED_SOON = 60  # seconds within which other hosts see a file that the first has written
 MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
 
 
@@ -66,12 +68,12 @@ def train(config: ConfigDict, workdir: str) -> dict:
     tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
     record_of_config = digest(config) | {"encoder": record_of_encoder(encoder, encoder_fields)}
     init_from = None
-    if config.init_from and not checkpoint.has_steps(workdir):
-        init_from = checkpoint.find_step(config.init_from)
+    if config.init_from and not processes.on_first(lambda: checkpoint.has_steps(workdir)):
+        init_from = Path(processes.on_first(lambda: str(checkpoint.find_step(config.init_from))))
         check_init_from(init_from, record_of_config)
 
     with hold_workdir(record_of_config, workdir), checkpoint.StopSignal() as stop:
-        summary = read_json(Path(workdir) / "summary.json")
+        summary = processes.on_first(lambda: read_json(Path(workdir) / "summary.json"))
         if summary.get("step") == steps:
             say(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
             return summary
@@ -95,6 +97,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         if heldout_source:
             fingerprint["heldout"] = heldout_source.fingerprint()
         processes.check_same(json.dumps(fingerprint), "the data", source.describe(), "give all hosts the same files")
+        there = costs.memory_of(jax.local_devices()[0]) or 0  # before the state takes its part of it
         bad_images = 0  # of this epoch so far, in all processes
         with clock.measure("state"):
             new_moments = jax.jit(tx.init, out_shardings=places(in_blocks.opt_state))
@@ -127,12 +130,15 @@ def train(config: ConfigDict, workdir: str) -> dict:
             compiled_step = compile_training(config, objective, tx, abstract, step_key, mesh, encoder)
             # all at once: a rate that is computed in the loop waits in the device's queue behind a whole step
             rates = jax.device_get(jax.jit(jax.vmap(schedule))(np.arange(steps)))
+            flops = step_flops(config, objective, abstract, step_key, encoder)
         if config.check_memory:
-            check_memory(config, compiled_step, encoder, steps, steps_per_epoch)
+            needed = costs.memory(compiled_step) or 0
+            if encoder.stacks:  # saving makes blocks of them
+                needed = max(needed, 2 * costs.held_bytes(abstract))
+            check_memory(config, encoder, needed, processes.least(there), steps, steps_per_epoch)
         step_key = jax.jit(lambda key: key, out_shardings=sharding.replicated(mesh))(step_key)
         records = open_records(workdir, step)
-        flops = step_flops(config, objective, abstract, step_key, encoder)
-        peak = costs.peak_flops(jax.devices()[0], encoder.dtype) * mesh.size
+        peak = costs.peak_flops(jax.local_devices()[0], encoder.dtype) * mesh.size
         progress = metrics.Progress(
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size,
             seconds_at_peak=flops / peak,
@@ -281,10 +287,11 @@ class Profile:
 
 
 def open_records(workdir: str, step: int) -> metrics.Records:
-    """The records of a run, cut back to `step` by the first process before the others read them."""
-    first = metrics.Records(workdir, step) if processes.is_first() else None
-    processes.greatest(0)
-    return first or metrics.Records(workdir, step, writes=False)
+    """The records of a run, cut back to `step`. The first process alone has files; all know what has been evaluated."""
+    records = metrics.Records(workdir, step, writes=processes.is_first())
+    evaluated = processes.on_first(lambda: list(records.evaluations.values()))
+    records.evaluations = {row["step"]: row for row in evaluated}
+    return records
 
 
 def places(abstract):
@@ -396,7 +403,7 @@ def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
         raise ConfigError("no workdir", "--workdir", "give a folder for the run, like runs/mine")
     folder = Path(workdir)
 
-    def take(held: contextlib.ExitStack) -> None:
+    def take(held: contextlib.ExitStack) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(checkpoint.hold(workdir))
@@ -413,20 +420,41 @@ def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
                 f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
             ) from error
 
+        return read_text(folder / "LOCK")
+
     with contextlib.ExitStack() as held:
-        processes.on_first(lambda: take(held))
-        lock = folder / "LOCK"
-        owner = lock.read_text() if lock.exists() else ""
-        processes.check_same(owner, "not the same folder on all hosts", workdir, "give one that all hosts share")
+        owner = processes.on_first(lambda: take(held))
+        deadline = time.monotonic() + SHARED_SOON
+        while (found := read_text(folder / "LOCK")) != owner and time.monotonic() < deadline:
+            time.sleep(0.5)
+        processes.check_same(found, "not the same folder on all hosts", workdir, "give one that all hosts share")
+        of_hosts = {"data": dict.fromkeys(("path", "data_dir", "workers", "threads", "prefetch"), "")}
+        same = {**config, **{name: {**config.get(name, {}), **fields} for name, fields in of_hosts.items()}}
+        processes.check_same(
+            json.dumps([same, versions()], sort_keys=True), "the config, or a package's version", "all hosts",
+            "start all with the same command and environment",
+        )  # fmt: skip
         yield
+
+
+def read_text(path: Path) -> str:
+    """What a file holds; empty where it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def write_versions(workdir: str) -> None:
     """What runs in `workdir`, in versions.json."""
+    metrics.write_atomically(Path(workdir) / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decides a run's numbers."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
     packages += ("cykooz-resizer",)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    metrics.write_atomically(Path(workdir) / "versions.json", json.dumps(versions, indent=2) + "\n")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def read_json(path: Path) -> dict:
@@ -564,12 +592,11 @@ def step_flops(config: ConfigDict, objective: Objective, state: TrainState, key:
     return costs.step_flops(loss_fn, state.params, abstract_batch(config), key)
 
 
-def check_memory(config: ConfigDict, compiled_step, encoder, steps: int, steps_per_epoch: int) -> None:
-    """Tell what the step needs of each device's memory; raise ConfigError if that is more than the device has.
+def check_memory(config: ConfigDict, encoder, needed: int, there: int, steps: int, steps_per_epoch: int | None) -> None:
+    """Tell what a step needs of each device's memory; raise ConfigError if that is more than is there.
 
-    The error names settings with which it fits, found by compiling them.
+    needed, there: bytes; 0 where it is not known. The error names settings with which it fits, found by compiling them.
     """
-    needed, there = costs.memory(compiled_step), costs.memory_of(jax.local_devices()[0])
     if not needed or not there:  # not told
         return
     say(f"memory: a step needs {gib(needed)} of {gib(there)} of each device")
@@ -584,7 +611,8 @@ def check_memory(config: ConfigDict, compiled_step, encoder, steps: int, steps_p
         ]
         raise ConfigError(
             f"a step needs {gib(needed)} of each device, which has {gib(there)}",
-            f"batch_size {config.batch_size}", f"give {' or '.join(fitting) or 'a smaller --config.batch_size'}",
+            f"batch_size {config.batch_size}", f"give {' or '.join(fitting) or 'a smaller batch'}; "
+            "--config.check_memory=false tries it nonetheless",
         )  # fmt: skip
 
 
@@ -628,7 +656,7 @@ def compile_to_measure(config, built: dict, steps: int, steps_per_epoch: int | N
     """`compile_step` of what needs as much memory as on an accelerator.
 
     XLA:CPU drops the barriers that keep a compiler from computing once what `encoder.remat` has computed twice, so that
-    the blocks of a scan alone are really computed again. There blocks that are are scanned over.
+    the blocks of a scan alone are really computed again. So a model with remat is measured scanned.
     """
     encoder = built["encoder"]
     if getattr(encoder, "remat", "none") != "none" and not getattr(encoder, "scan", True):

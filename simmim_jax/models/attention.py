@@ -135,6 +135,8 @@ def _attend(query, key, value, bias, scale, recompute):
 def _attend_gradient(scale, recompute, kept, grad):
     query, key, value, bias, out, over, weights = kept
     if recompute:
+        # Else a compiler finds that these are the logits of the forward pass, and keeps them.
+        query, key, bias, grad = jax.lax.optimization_barrier((query, key, bias, grad))
         weights = jnp.exp(_logits(query, key, bias, scale) - weights).astype(value.dtype)
     # The softmax's division goes into the gradient of the output, which is smaller than the weights.
     grad = grad * over

@@ -85,7 +85,7 @@ def plan(
         )  # fmt: skip
     train.check_numbers(config)
     steps, steps_per_epoch = length_of(config, images)
-    if config.encoder.attention == "cudnn":  # which is not here: as what counts, its operations, it is the other form
+    if config.encoder.attention == "cudnn":  # which is not here; the other form has the same operations
         config = train.with_settings(config, {"encoder.attention": "xla"})
     built = train.build(config, steps, steps_per_epoch, devices)
     encoder, abstract, mesh = built["encoder"], built["abstract"], built["mesh"]
@@ -113,7 +113,7 @@ def plan(
         "microbatches": config.microbatches,
         "images_per_device": config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]),
         "parameters": size_of(abstract.params),
-        "state_bytes": held_bytes(abstract),
+        "state_bytes": costs.held_bytes(abstract),
         "memory_bytes": memory,
         "device_bytes": of_kind.memory,
         "usable_bytes": there,
@@ -162,14 +162,6 @@ def size_of(tree) -> int:
     import jax
 
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def held_bytes(abstract) -> int:
-    """What one device holds of a placed abstract tree."""
-    import jax
-
-    leaves = jax.tree.leaves(abstract)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def lines_of(numbers: dict) -> list[tuple[str, str]]:
