@@ -91,9 +91,9 @@ def main(scratch: Path) -> None:
     with np.load(ROOT / "tests" / "golden" / "official_swin_pretrain.npz") as arrays:  # a Swin of the size of a stamp
         model = {name.removeprefix("params/"): arrays[name] for name in arrays if name.startswith("params/")}
     write_pth(scratch / official, {"model": model, "epoch": 799})
-    places = {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/", "=N ": "=10 "}
+    places = {"HOST:PORT": "127.0.0.1:8476", "--processes=N": "--processes=2"}
+    places |= {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/", "=N ": "=10 "}
     places |= {" DIR ": f" {folder} ", "PREPARED": scratch / "prepared", "=preview.png": f"={scratch}/preview.png"}
-    places |= {"HOST:PORT": "127.0.0.1:8476", "--processes=N": "--processes=2"}
     places |= {"exported/": f"{scratch}/exported/", official: scratch / official}
     Cifar10(data_dir=str(scratch / "tfds"), file_format="array_record").download_and_prepare()
 
