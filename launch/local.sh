@@ -56,12 +56,8 @@ forward() {
     local pid
     for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
-stop() {
-    stopped=$1
-    forward "$1"
-}
-trap 'stop TERM' TERM HUP
-trap 'stop INT' INT
+trap 'stopped=1 && forward TERM' TERM HUP
+trap 'stopped=1 && forward INT' INT
 
 # Job control gives each process a group of its own: a Ctrl-C of the terminal reaches this script alone, which hands it
 # on once. A second one would end the run before it has saved.
