@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from step import ROOT, describe, family_and_size
+from step import ROOT, describe, family_and_size, markdown
 
 PHASES = ("build", "init", "compile", "first step")
 
@@ -99,9 +99,7 @@ def table(report: dict) -> str:
             row["model"], "on" if row["scan"] else "off", str(row["depth"]),
             *(f"{row['phases'][name]:.2f}" for name in PHASES), f"{row['seconds']:.2f}", ratio, f"{least}-{most}",
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.rjust, line, widths))} |" for line in lines)
+    return markdown(lines)
 
 
 def main(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from step import ROOT, describe, family_and_size
+from step import ROOT, describe, family_and_size, markdown
 
 CONFIGS = {"vit": "configs/simmim_vit_b_800ep.py", "swin": "configs/simmim_swin_b_800ep.py"}
 PLACEMENTS = ("replicated", "fsdp", "tensor", "mixed")
@@ -71,9 +71,7 @@ def table(report: dict) -> str:
             str(sum(each["count"] for each in row["collectives"])), f"{row['communication_seconds'] * 1e3:.2f}",
             f"{row['communication_seconds'] / row['compute_seconds']:.0%}",
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.rjust, line, widths))} |" for line in lines)
+    return markdown(lines)
 
 
 def main(arguments: list[str]) -> None:

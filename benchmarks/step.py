@@ -421,9 +421,14 @@ def table(rows: list[dict]) -> str:
             f"{row['of_matmul']:.0%}", f"{row['first_step_seconds']:.1f}",
             f"{(row['device_peak_bytes'] or row['host_peak_bytes']) / 2**20:.0f}",
         ])  # fmt: skip
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table of these lines, the first of them its head; all columns to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.rjust, line, widths))} |" for line in lines)
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    return "\n".join(f"| {' | '.join(map(str.rjust, line, widths))} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def run_text(*command: str) -> str:
