@@ -120,7 +120,7 @@ def preview(
     numbers |= {"masks": masks, "pixels": pixels, "data": timed}
     if step:
         tell("step", f"compiling it for batches of {config.batch_size} (--nostep leaves it out)")
-        step_numbers = time_step(config, encoder, objective, len(source), seconds)
+        step_numbers = time_step(config, len(source), seconds)
         tell(
             "", "{images_per_second:.0f} images/s on {devices} {device} device(s), without data".format(**step_numbers)
         )
@@ -276,31 +276,28 @@ def data_line(timed: dict) -> tuple[str, str]:
     return "data", f"{timed['images_per_second']:.0f} images/s ({how}; over {timed['seconds']:.1f} s); {bad}"
 
 
-def time_step(config, encoder, objective, images: int, seconds: float) -> dict:
+def time_step(config, images: int, seconds: float) -> dict:
     """Images per second that the compiled training step takes on this machine's devices when it waits for none.
 
     images: how many the data have. Measured over at least `seconds` and one step, after a first.
     """
     import jax
 
-    from simmim_jax import sharding, train
-    from simmim_jax.train_step import init_state
+    from simmim_jax import train
 
-    tx, _ = train.make_tx(config, encoder, *train.length_of(config, images))
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size("batch_size", config.batch_size, sharding.batch_ways(mesh), config.microbatches)
-    init_key, step_key, _ = train.keys_of(config)
-    make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
-    abstract = train.place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
+    built = train.build(config, *train.length_of(config, images))
+    mesh, abstract, step_key = built["mesh"], built["abstract"], built["key"]
     shapes = train.abstract_batch(config)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["image"] = np.random.default_rng(0).integers(0, 256, shapes["image"].shape, np.uint8)
     batch["position"] = np.arange(config.batch_size, dtype=np.int32)
     try:
         start = time.perf_counter()
-        step = train.compile_training(config, objective, tx, abstract, step_key, mesh, encoder)
+        step = train.compile_training(
+            config, built["objective"], built["tx"], abstract, step_key, mesh, built["encoder"]
+        )
         compiling = time.perf_counter() - start
-        state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(init_key)
+        state = jax.jit(built["make_state"], out_shardings=train.places(abstract))()
         batch = train.to_device(batch, mesh)
         state, before = step(state, batch, step_key)
         jax.block_until_ready(before)
