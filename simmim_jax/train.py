@@ -32,10 +32,10 @@ from simmim_jax.errors import (
     check_minimum,
 )
 from simmim_jax.evals import make_evaluator
-from simmim_jax.evals.features import make_feature_reader
+from simmim_jax.evals.features import make_feature_reader, run_everywhere
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
-from simmim_jax.objectives.classify import make_features
+from simmim_jax.objectives.features import make_features
 from simmim_jax.processes import say
 from simmim_jax.stacking import stack, unstack
 from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
@@ -752,30 +752,16 @@ def make_evaluators(
         on_error=config.data.on_error,
         max_pixels=config.data.max_pixels,
     )
-    everywhere = sharding.replicated(mesh)
-
-    def run_everywhere(function: Callable) -> Callable:
-        """(params, batch of this process) -> what `function` and the batch say of all processes' images, as numpy."""
-        of_images = ("label", "position", "valid")
-        jitted = jax.jit(
-            lambda params, batch: function(params, batch) | {name: batch[name] for name in of_images},
-            out_shardings=everywhere,
-        )
-
-        def run(params, batch: dict) -> dict:
-            with jax.set_mesh(mesh):
-                return jax.device_get(jitted(params, to_device(batch, mesh, ("image", *of_images))))
-
-        return run
-
     supplies = {"folder": str(Path(workdir) / "figures") if processes.is_first() else ""}
     if config.evals:
         heldout = epoch(heldout_source, limit=config.eval_images)
         supplies["heldout"] = heldout
         supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
-        supplies["predict"] = run_everywhere(lambda params, batch: objective.predict(params, batch, key))
+        supplies["predict"] = run_everywhere(lambda params, batch: objective.predict(params, batch, key), mesh)
         supplies["features"] = make_feature_reader(
-            extract=run_everywhere(lambda params, batch: {"features": features(params["encoder"], batch["image"])[0]}),
+            extract=run_everywhere(
+                lambda params, batch: {"features": features(params["encoder"], batch["image"])[0]}, mesh
+            ),
             train=epoch(source, limit=config.eval_images),
             heldout=heldout,
         )

@@ -25,8 +25,8 @@ from simmim_jax.data.workers import check_main, close, init_worker, let_grain_ru
 from simmim_jax.errors import ConfigError, DataError
 
 __all__ = [
-    "MEND", "SOURCES", "advice", "check_batches", "cores", "fingerprint", "make_batches", "make_epoch", "make_source",
-    "most_bad",
+    "MEND", "SOURCES", "Epoch", "advice", "check_batches", "cores", "fingerprint", "make_batches", "make_epoch",
+    "make_source", "most_bad",
 ]  # fmt: skip
 
 ON_ERROR = ("skip", "raise")  # what becomes of a bad image

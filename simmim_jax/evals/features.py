@@ -1,12 +1,36 @@
-"""Pooled features of two labelled sets, extracted once for all the evaluators that read them."""
+"""What a model makes of images, on all devices: features of two labelled sets, extracted once for all their readers."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from simmim_jax import sharding
 from simmim_jax.errors import NonFiniteError
+
+OF_IMAGES = ("label", "position", "valid")
+
+
+def run_everywhere(function: Callable, mesh: Mesh) -> Callable:
+    """`function` (params, batch) -> dict, compiled for batches that are split over `mesh`.
+
+    The result is called with (params, this process's numpy batch) and gives what `function` and the batch itself
+    ("label", "position", "valid") say of all processes' images, as numpy arrays.
+    """
+    jitted = jax.jit(
+        lambda params, batch: function(params, batch) | {name: batch[name] for name in OF_IMAGES},
+        out_shardings=sharding.replicated(mesh),
+    )
+
+    def run(params, batch: dict) -> dict:
+        with jax.set_mesh(mesh):
+            wanted = {name: batch[name] for name in ("image", *OF_IMAGES)}
+            return jax.device_get(jitted(params, sharding.to_global(wanted, mesh)))
+
+    return run
 
 
 class Features(NamedTuple):

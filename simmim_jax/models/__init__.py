@@ -16,7 +16,8 @@ The contract. An encoder is a `flax.linen` module with
 and `encoder(images, train, position)` is the two in turn. `position` [b] is each image's place in the whole batch, by
 which stochastic depth draws from the rng stream "drop_path" while `train` is true (None: 0, 1, 2, ...). Images are
 normalised float32, channels last; tokens and features are float32 whatever the dtype of the matmuls. `trunk` sows each
-block's output [b, k, l, d] as `intermediates/blocks`, which probes read and training ignores. Masked image modelling
+block's output [b, k, l, d] as `intermediates/blocks`, which probes read and training ignores; one with a class token,
+that of each block and of the output, [b, d], as `intermediates/class_tokens`. Masked image modelling
 replaces tokens between `embed` and `trunk`: what depends on position, or mixes pixels of different tokens, must come
 after, in `trunk`, so that nothing of a hidden pixel reaches a feature.
 

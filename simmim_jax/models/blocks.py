@@ -91,9 +91,9 @@ def run_blocks(
     drop: Drop | None,
     given: tuple = (),
     adapt: Callable[[PyTree, Int[Array, ""]], PyTree] = lambda params, _: params,
-    to_map: Callable[[Array], Array] = lambda x: x,
+    seen: Callable[[Array], dict[str, Array]] = lambda x: {"blocks": x},
 ) -> Float[Array, "b ..."]:
-    """What becomes of `x` in the blocks `names`; each block's output is sown as `intermediates/blocks`.
+    """What becomes of `x` in the blocks `names`; what is `seen` of each block's output is sown as `intermediates`.
 
     kinds: the modules of the blocks, in turns. A module is called with (x, its Drop, *given).
     first: the number of the first of these blocks in the encoder, by which keys are folded and `drop` is indexed.
@@ -101,7 +101,7 @@ def run_blocks(
         each block's parameters have its own name.
     key: which initial values are drawn from; None but while the encoder is initialised. They are the same however
         the blocks run. `adapt` makes them out of a module's own and the block's number.
-    to_map: what is sown of an output.
+    seen: what is sown of an output, by name.
     """
     numbers = np.arange(first, first + len(names), dtype=np.int32)
     by_kind = [numbers[kind :: len(kinds)] for kind in range(len(kinds))]
@@ -115,11 +115,15 @@ def run_blocks(
     if encoder.remat in ("full", "dots"):
         steps = [jax.checkpoint(step, **remat_options(encoder.remat, bool(stacks))) for step in steps]
 
+    def sow(x):
+        for collection, value in seen(x).items():
+            encoder.sow("intermediates", collection, value)
+
     if not stacks:
         for n, name in enumerate(names):
             params = encoder.get_variable("params", name)
             x = steps[n % len(kinds)](params, x, drop_of(drop, first + n))
-            encoder.sow("intermediates", "blocks", to_map(x))
+            sow(x)
         return x
 
     sows = encoder.is_mutable_collection("intermediates")
@@ -138,7 +142,7 @@ def run_blocks(
     ]
     x, outputs = jax.lax.scan(turn, x, scanned)
     for n in range(len(names)) if sows else ():
-        encoder.sow("intermediates", "blocks", to_map(outputs[n % len(kinds)][n // len(kinds)]))
+        sow(outputs[n % len(kinds)][n // len(kinds)])
     return x
 
 

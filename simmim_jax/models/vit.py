@@ -242,7 +242,10 @@ class ViT(Encoder):
     def trunk(
         self, tokens: Float[Array, "b i j d"], train: bool = False, position: Int[Array, " b"] | None = None
     ) -> Float[Array, "b i j d"]:
-        """The features of the patches. Each block's output is sown as `intermediates/blocks`, before the final norm."""
+        """The features of the patches. Each block's output is sown as `intermediates/blocks`, before the final norm.
+
+        With a class token, the blocks' and the output's are sown as `intermediates/class_tokens`.
+        """
         b, i, j, d = tokens.shape
         x = tokens.reshape(b, i * j, d)  # b n d
         if self.class_token:
@@ -258,6 +261,9 @@ class ViT(Encoder):
 
         def to_map(x):
             return x[:, int(self.class_token) :].reshape(b, i, j, d)
+
+        def seen(x):
+            return {"blocks": to_map(x)} | ({"class_tokens": x[:, 0]} if self.class_token else {})
 
         block = Block(
             heads=self.heads,
@@ -283,8 +289,10 @@ class ViT(Encoder):
             drop=drops(self, train, position, x),
             given=(bias, (i, j)),
             adapt=rescale,
-            to_map=to_map,
+            seen=seen,
         )
         if self.final_norm:
             x = layer_norm(self.norm_epsilon, "norm")(x)
+        if self.class_token:
+            self.sow("intermediates", "class_tokens", x[:, 0])
         return to_map(x)

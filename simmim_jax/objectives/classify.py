@@ -8,49 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.masking import check_multiple
 from simmim_jax.models.layers import layer_norm, truncated_normal
+from simmim_jax.objectives.features import make_features
 from simmim_jax.objectives.pixels import normalise
-
-
-def make_features(encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0):
-    """A function (params, images uint8, train, key, position) -> (pooled, statistics).
-
-    pooled: [b, d], the mean over the encoder's features. statistics: the encoder's new running ones, where it has them
-    and is trained; else empty.
-
-    block: 1 to depth for that block's output, as the paper's linear evaluation reads block 8 of 12
-    (microsoft/SimMIM#14); 0 for what the trunk puts out after its final norm.
-    """
-    if not 0 <= block <= encoder.depth:
-        raise ConfigError(
-            f"block {block} of an encoder of {encoder.depth} blocks", "probe_block or objective.block",
-            f"give 1 to {encoder.depth}, or 0 for the output",
-        )  # fmt: skip
-
-    def features(
-        params,
-        images: UInt8[Array, "b y x c"],
-        train: bool = False,
-        key: Key[Array, ""] | None = None,
-        position: Int[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b d"], PyTree]:
-        out, seen = encoder.apply(
-            {"params": params},
-            normalise(images, mean, std),
-            train,
-            position,
-            rngs=None if key is None else {"drop_path": key},
-            mutable=["statistics", "intermediates"] if block else ["statistics"],
-        )
-        if block:
-            out = seen["intermediates"]["blocks"][block - 1]  # later blocks are dead code to XLA
-        return out.mean(axis=(1, 2)), seen.get("statistics", {})
-
-    return features
 
 
 class Head(nn.Module):

@@ -7,19 +7,17 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 from safetensors.numpy import save_file
 
-from simmim_jax import checkpoint, interop, pretrained
+from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import huggingface, stablehlo
 from simmim_jax.interop.reading import MADE_BY, read_json
-from simmim_jax.models import make_encoder
 from simmim_jax.tools.targets import check_target, replaced
 from simmim_jax.tools.weights import print_names
+from simmim_jax.trained import Trained, open_trained
 
 READ_IT_WITH = {
     "huggingface": "transformers.AutoModel.from_pretrained(FILE)",
@@ -29,30 +27,11 @@ READ_IT_WITH = {
 }
 
 
-class Run(NamedTuple):
-    """A run's weights and what it says of them. folder: of its step."""
-
-    params: dict
-    config: dict
-    encoder: nn.Module
-    folder: Path
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return tuple(self.config["image_size"])
-
-    @property
-    def pixels(self) -> dict[str, tuple[float, ...]]:
-        """mean and std."""
-        return {name: tuple(self.config[name]) for name in ("mean", "std")}
-
-
 def export_run(options: argparse.Namespace) -> None:
     """Write the newest checkpoint of the run `options.source` in another format."""
     format = options.format or inferred_format(options.target)
     check_target(options, format if format in ("huggingface", "stablehlo") else "safetensors")
-    run = read_run(options.source)
+    run = open_trained(options.source)
     where = str(options.source)
     objective, allowed = exported_objective(run, options.allow, where)
     if format == "stablehlo":
@@ -85,18 +64,7 @@ def export_run(options: argparse.Namespace) -> None:
     print(f"read it with {READ_IT_WITH[format].replace('FILE', repr(options.target))}")
 
 
-def read_run(source: str) -> Run:
-    """The run that `source` is the workdir or a step of. Raises CheckpointError if it does not say what it is."""
-    params, config = checkpoint.read_params(source)
-    if "encoder" not in params or not {"encoder", "image_size", "mean", "std"} <= config.keys():
-        raise CheckpointError(
-            "no encoder, or no config.json that tells what it is", source, "give the workdir of a run, or a step in it"
-        )
-    encoder = make_encoder(**pretrained.architecture(config["encoder"]))
-    return Run(params, config, encoder, checkpoint.find_step(source))
-
-
-def write_state_dict(path: Path, run: Run, objective: dict, format: str) -> None:
+def write_state_dict(path: Path, run: Trained, objective: dict, format: str) -> None:
     """Safetensors under the names of timm or the official code, and in the metadata all that the names do not tell."""
     fields = {f.name: getattr(run.encoder, f.name) for f in dataclasses.fields(run.encoder)
               if f.name not in ("parent", "name")}  # fmt: skip
@@ -110,7 +78,7 @@ def write_state_dict(path: Path, run: Run, objective: dict, format: str) -> None
     save_file(arrays_of(run, objective, format), path, metadata=metadata)
 
 
-def write_folder(path: Path, run: Run, objective: dict, *, no_place: list[str], allowed: list[str]) -> None:
+def write_folder(path: Path, run: Trained, objective: dict, *, no_place: list[str], allowed: list[str]) -> None:
     """A folder of transformers, with a card of what the run's own files say."""
     interpolation = run.config.get("data", {}).get("interpolation", "")
     pixels = run.pixels
@@ -137,7 +105,7 @@ def write_folder(path: Path, run: Run, objective: dict, *, no_place: list[str], 
     save_file(arrays_of(run, objective, "huggingface"), path / "model.safetensors", metadata=metadata)
 
 
-def arrays_of(run: Run, objective: dict, format: str) -> dict:
+def arrays_of(run: Trained, objective: dict, format: str) -> dict:
     """The run's arrays under their names."""
     chosen = interop.EXPORTS[format]
     rules = chosen.rules(run.encoder, objective, chosen.export_prefix(objective["name"]), run.image_size)
@@ -152,7 +120,7 @@ def inferred_format(target: str) -> str:
     return {".stablehlo": "stablehlo", ".jax_exported": "stablehlo"}.get(suffix, "huggingface")
 
 
-def exported_objective(run: Run, allow: list[str], where: str) -> tuple[dict, list[str]]:
+def exported_objective(run: Trained, allow: list[str], where: str) -> tuple[dict, list[str]]:
     """(the objective whose heads the checkpoint has, the heads that `allow` leaves out).
 
     It is "none" if there are no heads, or `allow` leaves one out. Raises CheckpointError for a pattern that fits none.

@@ -1,0 +1,133 @@
+"""What a run has learned, taken out of its workdir and ready for use: by tools, which have no config of their own."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from simmim_jax import checkpoint, data, pretrained, sharding
+from simmim_jax.errors import CheckpointError, ConfigError, DataError
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import Objective, make_objective
+
+
+class Trained(NamedTuple):
+    """A run's weights and what it says of them.
+
+    params: nested dicts of numpy arrays, "encoder" and the heads of its objective, in blocks. config: config.json.
+    folder: of the step in the run's workdir. image_size: (height, width) in pixels, that the weights are fitted to.
+    """
+
+    params: dict
+    config: dict
+    encoder: nn.Module
+    folder: Path
+    image_size: tuple[int, int]
+
+    @property
+    def pixels(self) -> dict[str, tuple[float, ...]]:
+        """mean and std, a number per channel, on the scale 0..1."""
+        return {name: tuple(self.config[name]) for name in ("mean", "std")}
+
+    @property
+    def channels(self) -> int:
+        return len(self.config["mean"])
+
+    @property
+    def step(self) -> int:
+        return int(self.folder.name) if self.folder.name.isdigit() else 0
+
+
+def open_trained(run: str, image_size: tuple[int, int] | None = None) -> Trained:
+    """The newest checkpoint of the run `run`, its workdir, or the step whose folder it is.
+
+    Of a run that keeps an average of its parameters, the average. image_size: at which it is to be used, by default
+    that of the run; tables of positions are resized to it. Raises CheckpointError if it does not say what it is.
+    """
+    params, config = checkpoint.read_params(run)
+    if "encoder" not in params or not {"encoder", "image_size", "mean", "std"} <= config.keys():
+        raise CheckpointError(
+            "no encoder, or no config.json that tells what it is", run, "give the workdir of a run, or a step in it"
+        )
+    encoder = make_encoder(**pretrained.architecture(config["encoder"]))
+    before = tuple(config["image_size"])
+    now = tuple(image_size or before)
+    if now != before:
+        stride = encoder.token_stride
+        if any(side % stride for side in now):
+            raise ConfigError(f"image size {now}", "image_size", f"give multiples of {stride} pixels")
+        images = jax.ShapeDtypeStruct((1, *now, len(config["mean"])), np.float32)
+        abstract = jax.eval_shape(encoder.init, jax.random.key(0), images)["params"]
+        grids = tuple(tuple(side // stride for side in size) for size in (before, now))
+        fitted, _ = pretrained.fit({"encoder": params["encoder"]}, {"encoder": abstract}, run, grids)
+        params = params | fitted
+    return Trained(params, config, encoder, checkpoint.find_step(run), now)
+
+
+def objective_of(trained: Trained) -> Objective:
+    """The objective that a run was trained for. Raises CheckpointError if it has none, as an imported encoder."""
+    options = trained.config.get("objective") or {"name": "none"}
+    if options["name"] == "none":
+        raise CheckpointError(
+            "an encoder alone, without a head", str(trained.folder), "give a run that was fine-tuned or probed"
+        )
+    return make_objective(encoder=trained.encoder, image_size=trained.image_size, **trained.pixels, **options)
+
+
+def open_source(trained: Trained, path: str, split: str, heldout_fraction: float = 0.1):
+    """The records of `path`, as `data.make_source` takes it; or "digits"; or "tfds:NAME"; or, empty, the run's own.
+
+    split: "train" or a part to evaluate on.
+    """
+    own = trained.config.get("data", {})
+    fields = ("source", "path", "name", "data_dir", "heldout_fraction")
+    if path:
+        tfds, digits = path.startswith("tfds:"), path == "digits" and not os.path.exists("digits")
+        options = {
+            "source": "tfds" if tfds else "digits" if digits else "auto",
+            "path": "" if tfds or digits else path,
+            "name": path.removeprefix("tfds:") if tfds else "",
+            "data_dir": own.get("data_dir", "") if tfds else "",
+            "heldout_fraction": heldout_fraction,
+        }
+    elif own.keys() >= set(fields):
+        options = {name: own[name] for name in fields}
+    else:
+        raise DataError("no images given, and the run says of none", str(trained.folder), "give a folder of images")
+    return data.make_source(split=split, **options)
+
+
+def make_pass(
+    trained: Trained,
+    source,
+    mesh,
+    *,
+    batch_size: int = 64,
+    crop_fraction: float | None = None,
+    limit: int = 0,
+    threads: int = 2,
+    on_error: str = "skip",
+) -> data.Epoch:
+    """Each image of `source` once, as the model wants it: this process's batches (see `data.make_epoch`).
+
+    batch_size: at least; it becomes a multiple of what the devices of `mesh` need. crop_fraction: None for the run's.
+    """
+    ways = sharding.batch_ways(mesh)
+    share, shares = sharding.share_of_batch(mesh)
+    own = trained.config.get("data", {})
+    return data.make_epoch(
+        source,
+        batch_size=-(-batch_size // ways) * ways,
+        image_size=trained.image_size,
+        channels=trained.channels,
+        crop_fraction=own.get("crop_fraction", 1.0) if crop_fraction is None else crop_fraction,
+        interpolation=own.get("interpolation", "bicubic"),
+        limit=limit,
+        process=share,
+        processes=shares,
+        threads=threads,
+        on_error=on_error,
+    )
