@@ -19,7 +19,7 @@ from simmim_jax.config import pretrain_config
 
 def get_config(argument: str = "") -> ConfigDict:
     c = pretrain_config()
-    c.epochs = 8.0
+    c.epochs = 10.0
     c.batch_size = 128
     c.base_learning_rate = 6e-3
     c.optim.warmup_epochs = 0.5
