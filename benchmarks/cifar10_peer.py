@@ -1,0 +1,286 @@
+"""SimMIM pretraining of the ViT of `transformers` in PyTorch, by a config of ours: the peer in benchmarks/cifar10.py.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/cifar10_peer.py --config configs/cifar10_vit_tiny.py --workdir runs/cifar10_peer
+
+It takes the flags of `simmim_jax.main`. Run the same command again to go on after any interruption, a kill -9 too.
+
+From our own code, called with the same config and seed, come at every step the images, their crops and their order, the
+masks, the learning rate, and which kinds of parameters decay. Depth, width, heads, patch, batch, AdamW, clipping, loss
+and precision are the config's too. The model is ViTForMaskedImageModeling as `transformers` has it and draws it: with a
+class token, learned positions and biases on queries, keys and values; without LayerScale, relative positions, and
+positions of sines and cosines.
+
+The workdir holds metrics.jsonl (each step's loss), evaluations.jsonl (the loss on held-out images, with the masks of
+our evaluations) and summary.json, all as our runs write them; checkpoint.pt, written atomically; and at the end
+`huggingface/`, which `python -m simmim_jax.tools.convert` imports.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's threads, spinning, stall on a busy machine
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory; JAX draws masks alone
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from step import CORES, ROOT, describe
+
+sys.path.insert(0, str(ROOT))
+from simmim_jax import checkpoint, data, metrics, train
+from simmim_jax.config import define_config_flag, digest, parse_flags, refuse_change
+from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, told_in_one_line
+from simmim_jax.interop.huggingface import preprocessor_config_of
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import make_objective
+from simmim_jax.train_step import digest_samples
+
+SPARED = (
+    "bias",
+    "cls_token",
+    "position_embeddings",
+)  # ends of its parameters' names that spare weight decay, and norms
+
+
+class Settings(NamedTuple):
+    """What the peer has of our run of a config.
+
+    model: arguments of ViTConfig. rates: the learning rate of each step. batches: a function of the first step. masks:
+    a function (batch, step) -> bool [b, i, j]. heldout: batches to evaluate on. heldout_masks: a function of such a
+    batch. decays: whether a parameter of this name there decays.
+    """
+
+    model: dict
+    steps: int
+    rates: list[float]
+    batches: Callable[[int], Iterator[dict]]
+    masks: Callable[[dict, int], np.ndarray]
+    heldout: data.Epoch
+    heldout_masks: Callable[[dict], np.ndarray]
+    decays: Callable[[str], bool]
+
+
+def settings_of(config) -> Settings:
+    """What a run of `config` in `simmim_jax` would have. Raises ConfigError for what the peer does not have."""
+    encoder = make_encoder(**train.whole_encoder(config, ""))
+    check_peer_has(config, encoder)
+    objective = make_objective(
+        encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
+    )
+    source, heldout_source = train.make_sources(config)
+    of_batches, loading = train.batch_options(config)
+    steps, steps_per_epoch = train.length_of(config, len(source))
+    _, schedule = train.make_tx(config, encoder, steps, steps_per_epoch)
+    init_key, step_key, eval_key = train.keys_of(config)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, init_key))
+
+    @jax.jit
+    def masks(params, batch, key):  # XLA computes the masks alone, for which it needs no parameters
+        pixels = objective.predict(params, batch, key)["mask"]
+        return pixels[:, :: encoder.token_stride, :: encoder.token_stride]
+
+    def masks_of(batch, key):
+        return np.asarray(masks(zeros, {name: batch[name] for name in ("image", "label", "position")}, key))
+
+    token_decays = config.optim.decay_mask_token
+    token_decays = "mask_token" in encoder.DECAYED_TOO if token_decays is None else token_decays
+    spared = SPARED if token_decays else (*SPARED, "mask_token")
+    return Settings(
+        model={
+            "hidden_size": encoder.width, "num_hidden_layers": encoder.depth, "num_attention_heads": encoder.heads,
+            "intermediate_size": int(encoder.width * encoder.mlp_ratio), "image_size": config.image_size[0],
+            "patch_size": encoder.patch_size, "encoder_stride": encoder.patch_size, "num_channels": len(config.mean),
+            "layer_norm_eps": encoder.norm_epsilon,
+        },
+        steps=steps,
+        rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps))).tolist(),
+        batches=lambda start: data.make_batches(source, start_step=start, **of_batches, **loading),
+        masks=lambda batch, step: masks_of(batch, jax.random.fold_in(step_key, step)),
+        heldout=data.make_epoch(
+            heldout_source, batch_size=config.eval_batch_size, image_size=config.image_size, channels=len(config.mean),
+            interpolation=config.data.interpolation, limit=config.eval_images, threads=config.data.threads,
+        ),
+        heldout_masks=lambda batch: masks_of(batch, eval_key),
+        decays=lambda name: not name.endswith(spared) and "norm" not in name,
+    )  # fmt: skip
+
+
+def check_peer_has(config, encoder) -> None:
+    """Raise ConfigError for a setting that the peer does not have."""
+    wanted = {
+        "encoder.name": (type(encoder).__name__, "ViT"), "encoder.drop_path": (encoder.drop_path, 0.0),
+        "objective.name": (config.objective.name, "simmim"), "objective.norm_target": (config.objective.norm_target, 0),
+        "optim.name": (config.optim.name, "adamw"), "optim.layer_decay": (config.optim.layer_decay, 1.0),
+        "optim.frozen": (config.optim.frozen, ""), "microbatches": (config.microbatches, 1),
+        "init_from": (config.init_from, ""), "ema_decay": (config.ema_decay, 0.0),
+        "image_size": (tuple(config.image_size), (config.image_size[0],) * 2),
+    }  # fmt: skip
+    for name, (given, there) in wanted.items():
+        if given != there:
+            raise ConfigError(f"the peer has no {name}={given!r}", name, f"give {there!r}")
+
+
+def pretrain(config, workdir: str) -> dict:
+    """Pretrain the peer in `workdir`, from where an earlier run of it stopped; returns what summary.json holds.
+
+    Raises UserError of the kinds that our own runs raise, and Preempted after SIGTERM or SIGINT, with the state saved.
+    """
+    settings = settings_of(config)
+    import torch
+    import transformers
+
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.hold(workdir), checkpoint.StopSignal() as stop:
+        saved = train.read_json(folder / "config.json")
+        if saved and (folder / "checkpoint.pt").exists():
+            refuse_change(saved, digest(config), workdir)
+        metrics.write_atomically(folder / "config.json", json.dumps(digest(config), indent=2) + "\n")
+        summary = train.read_json(folder / "summary.json")
+        if summary.get("step") == settings.steps:
+            print(f"nothing to do: {workdir} is finished, {settings.steps} of {settings.steps} steps")
+            return summary
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(CORES)
+        torch.manual_seed(config.seed)
+        model = transformers.ViTForMaskedImageModeling(
+            transformers.ViTConfig(**settings.model, attn_implementation="sdpa")
+        ).to(device)
+        groups = {
+            decays: [parameter for name, parameter in model.named_parameters() if settings.decays(name) == decays]
+            for decays in (True, False)
+        }
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[True], "weight_decay": config.optim.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
+            lr=settings.rates[0], betas=tuple(config.optim.betas), eps=config.optim.epsilon, fused=True,
+        )  # fmt: skip
+        mean, std = (torch.tensor(x, device=device).reshape(1, -1, 1, 1) for x in (config.mean, config.std))
+        half = (config.encoder.dtype or "float32") == "bfloat16"
+
+        def forward(batch: dict, mask: np.ndarray):
+            pixels = torch.from_numpy(np.asarray(batch["image"])).to(device).permute(0, 3, 1, 2)
+            hidden = torch.from_numpy(np.array(mask)).to(device).flatten(1)
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                normalised = (pixels / 255 - mean) / std
+                return normalised, model(pixel_values=normalised.contiguous(), bool_masked_pos=hidden)
+
+        def evaluate() -> dict[str, float]:
+            model.eval()
+            losses = []
+            for batch in settings.heldout:
+                mask = settings.heldout_masks(batch)
+                with torch.no_grad():
+                    images, out = forward(batch, mask)
+                hidden = torch.from_numpy(np.repeat(np.repeat(mask, config.encoder.patch_size, 1),
+                                                    config.encoder.patch_size, 2)).to(device)[:, None]  # fmt: skip
+                error = ((out.reconstruction.float() - images).abs() * hidden).sum((1, 2, 3))
+                each = error / (hidden.sum((1, 2, 3)) + 1e-5) / images.shape[1]
+                losses += each.cpu().numpy()[batch["valid"]].tolist()
+            model.train()
+            return {"masked_loss": float(np.mean(losses))}
+
+        start = step = restore(folder, model, optimizer, partial(torch.load, weights_only=True, map_location=device))
+        save = partial(save_atomically, folder, model, optimizer, torch.save)
+        records = metrics.Records(workdir, step)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{'resuming at' if start else 'starting'} step {start} of {settings.steps} in {workdir}: batch "
+            f"{config.batch_size}, {parameters / 1e6:.2f} M parameters, {device}, {torch.get_num_threads()} threads"
+        )
+        batches, clock, saved_step = settings.batches(start), metrics.Clock(), start
+        model.train()
+        while True:
+            due = step in (0, settings.steps) or bool(config.eval_every and step % config.eval_every == 0)
+            if step > saved_step and (step == settings.steps or step % config.save_every == 0 or stop.number):
+                with clock.measure("save"):
+                    save(step)
+                saved_step = step
+            if stop.number:
+                records.close()
+                raise Preempted(stop.number, saved_step)
+            if due and step not in records.evaluations:
+                with clock.measure("evaluation"):
+                    records.write_evaluation(step, evaluate(), {})
+                print(f"evaluation at step {step}: {records.evaluations[step]}", flush=True)
+            if step == settings.steps:
+                break
+            with clock.measure("data"):
+                batch = next(batches)
+                mask = settings.masks(batch, step)
+            with clock.measure("step"):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.rates[step]
+                optimizer.zero_grad(set_to_none=True)
+                loss = forward(batch, mask)[1].loss
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+                if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+                    raise NonFiniteError(f"loss {loss.item()}, gradient norm {norm.item()} at step {step + 1}", workdir)
+                optimizer.step()
+            step += 1
+            samples = int(digest_samples(batch["index"].astype(np.uint32), batch["position"]))
+            row = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": settings.rates[step - 1]}
+            records.write_metrics(step, row | {"samples": f"{samples:08x}"}, {})
+            if step % config.log_every == 0 or step in (1, settings.steps):
+                rate = (step - start) * config.batch_size / (clock.seconds["step"] + clock.seconds["data"])
+                left = metrics.duration((settings.steps - step) * config.batch_size / rate)
+                line = f"step {step}/{settings.steps}  loss {row['loss']:.4f}  {rate:.0f} images/s  ETA {left}"
+                print(line, flush=True)
+
+        evaluations = [{k: v for k, v in records.evaluations[n].items() if k != "step"} for n in (0, settings.steps)]
+        records.close()
+        model.save_pretrained(folder / "huggingface")
+        pixels = preprocessor_config_of(
+            tuple(config.image_size), tuple(config.mean), tuple(config.std), config.data.interpolation
+        )
+        (folder / "huggingface" / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
+        busy = max(clock.seconds["step"] + clock.seconds["data"], 1e-9)
+        summary = {
+            "step": step, **evaluations[1], "start": evaluations[0], "parameters": parameters,
+            "images_per_second": round((step - start) * config.batch_size / busy, 1), "seconds": clock.summary(),
+            "threads": torch.get_num_threads(), "device": device, "describe": describe(),
+        }  # fmt: skip
+        metrics.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def save_atomically(folder: Path, model, optimizer, write: Callable, step: int) -> None:
+    """`checkpoint.pt` of `folder` is all of this step's state, or what it was before."""
+    partial_file = folder / ".checkpoint.pt.partial"
+    write({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial_file)
+    partial_file.replace(folder / "checkpoint.pt")
+
+
+def restore(folder: Path, model, optimizer, read: Callable) -> int:
+    """Put what `save_atomically` has written into model and optimizer; returns its step, 0 where there is nothing."""
+    if not (folder / "checkpoint.pt").exists():
+        return 0
+    saved = read(folder / "checkpoint.pt")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def main(argv: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    summary = pretrain(flags.FLAGS.config, flags.FLAGS.workdir)
+    print(json.dumps({name: value for name, value in summary.items() if name != "describe"}))
+
+
+if __name__ == "__main__":
+    define_config_flag()
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    with told_in_one_line():
+        app.run(main, argv=sys.argv, flags_parser=parse_flags)
