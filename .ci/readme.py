@@ -28,6 +28,7 @@ SMALL = {  # what makes a command small: flags added by its config, or None wher
     "configs/cifar10_linear.py": ["--config.batch_size=16", "--config.steps=3"],
     "configs/folder_finetune.py": ["--config.batch_size=8", "--config.steps=2", "--config.eval_batch_size=8"],
     "configs/digits_finetune.py": ["--config.epochs=4.0"],
+    "configs/folder_segment.py": ["--config.image_size=64,64", "--config.batch_size=8", "--config.steps=3"],
     "configs/simmim_swin_b_100ep.py": [
         "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depths=1,1,1,1",
         "--config.encoder.width=32", "--config.encoder.stage_heads=1,1,2,2", "--config.eval_images=8",
@@ -48,7 +49,8 @@ INSTEAD = {  # of what makes a command small, where a flag of the command itself
 }
 AS_THEY_STAND = (
     "python benchmarks/step.py", "python -m simmim_jax.tools.convert", "python -m simmim_jax.tools.prepare",
-    "python -m simmim_jax.tools.plan",
+    "python -m simmim_jax.tools.plan", "python -m simmim_jax.tools.probe", "python -m simmim_jax.tools.evaluate",
+    "python -m simmim_jax.tools.predict", "python -m simmim_jax.tools.embed", "python -m simmim_jax.tools.map",
 )  # fmt: skip
 ALREADY_RUN = ("pip install -r requirements.txt", "python -m pytest")  # by .ci/run itself
 
@@ -87,6 +89,12 @@ def main(scratch: Path) -> None:
         path = folder / f"class_{n % 10}" / f"{n}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(n).save(path)
+    segments = scratch / "segments"
+    for n in range(16):
+        for part, content in (("images", picture(n)), ("annotations", Image.fromarray(np.uint8(np.eye(72) * (n % 3))))):
+            path = segments / part / ("val" if n % 4 == 0 else "train") / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content.save(path)
     official = "simmim_pretrain__swin_base__img192_window6__800ep.pth"
     with np.load(ROOT / "tests" / "golden" / "official_swin_pretrain.npz") as arrays:  # a Swin of the size of a stamp
         model = {name.removeprefix("params/"): arrays[name] for name in arrays if name.startswith("params/")}
@@ -94,7 +102,8 @@ def main(scratch: Path) -> None:
     places = {"HOST:PORT": "127.0.0.1:8476", "--processes=N": "--processes=2"}
     places |= {"TFDS_DIR": scratch / "tfds", "=DIR": f"={folder}", "runs/": f"{scratch}/runs/", "=N ": "=10 "}
     places |= {" DIR ": f" {folder} ", "PREPARED": scratch / "prepared", "=preview.png": f"={scratch}/preview.png"}
-    places |= {"exported/": f"{scratch}/exported/", official: scratch / official}
+    places |= {"exported/": f"{scratch}/exported/", official: scratch / official, "probes/": f"{scratch}/probes/"}
+    places |= {"=SEGMENTS": f"={segments}", " IMAGE": f" {folder}/class_0/0.jpg"}
     Cifar10(data_dir=str(scratch / "tfds"), file_format="array_record").download_and_prepare()
 
     for command in readme_commands():

@@ -16,6 +16,7 @@ our evaluations) and summary.json, all as our runs write them; checkpoint.pt, wr
 `huggingface/`, which `python -m simmim_jax.tools.convert` imports.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -127,14 +128,32 @@ def check_peer_has(config, encoder) -> None:
             raise ConfigError(f"the peer has no {name}={given!r}", name, f"give {there!r}")
 
 
+def make_model(config, settings: Settings, device: str) -> tuple:
+    """The model as `transformers` draws it, and AdamW with a group of parameters that decay and one of the others."""
+    import torch
+    import transformers
+
+    torch.manual_seed(config.seed)
+    there = transformers.ViTConfig(**settings.model, attn_implementation="sdpa")
+    model = transformers.ViTForMaskedImageModeling(there).to(device)
+    groups = []
+    for decays, weight_decay in ((True, config.optim.weight_decay), (False, 0.0)):
+        parameters = [x for name, x in model.named_parameters() if settings.decays(name) == decays]
+        groups.append({"params": parameters, "weight_decay": weight_decay})
+    constants = {"betas": tuple(config.optim.betas), "eps": config.optim.epsilon}
+    return model, torch.optim.AdamW(groups, lr=settings.rates[0], fused=True, **constants)
+
+
 def pretrain(config, workdir: str) -> dict:
     """Pretrain the peer in `workdir`, from where an earlier run of it stopped; returns what summary.json holds.
 
     Raises UserError of the kinds that our own runs raise, and Preempted after SIGTERM or SIGINT, with the state saved.
     """
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ConfigError(f"no {' and '.join(missing)}", "Python", "pip install -r benchmarks/requirements.txt")
     settings = settings_of(config)
     import torch
-    import transformers
 
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,23 +169,9 @@ def pretrain(config, workdir: str) -> dict:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(CORES)
-        torch.manual_seed(config.seed)
-        model = transformers.ViTForMaskedImageModeling(
-            transformers.ViTConfig(**settings.model, attn_implementation="sdpa")
-        ).to(device)
-        groups = {
-            decays: [parameter for name, parameter in model.named_parameters() if settings.decays(name) == decays]
-            for decays in (True, False)
-        }
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": config.optim.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=settings.rates[0], betas=tuple(config.optim.betas), eps=config.optim.epsilon, fused=True,
-        )  # fmt: skip
+        model, optimizer = make_model(config, settings, device)
         mean, std = (torch.tensor(x, device=device).reshape(1, -1, 1, 1) for x in (config.mean, config.std))
-        half = (config.encoder.dtype or "float32") == "bfloat16"
+        half, patch_size = config.encoder.dtype == "bfloat16", settings.model["patch_size"]
 
         def forward(batch: dict, mask: np.ndarray):
             pixels = torch.from_numpy(np.asarray(batch["image"])).to(device).permute(0, 3, 1, 2)
@@ -182,8 +187,7 @@ def pretrain(config, workdir: str) -> dict:
                 mask = settings.heldout_masks(batch)
                 with torch.no_grad():
                     images, out = forward(batch, mask)
-                hidden = torch.from_numpy(np.repeat(np.repeat(mask, config.encoder.patch_size, 1),
-                                                    config.encoder.patch_size, 2)).to(device)[:, None]  # fmt: skip
+                hidden = torch.from_numpy(mask.repeat(patch_size, 1).repeat(patch_size, 2)).to(device)[:, None]
                 error = ((out.reconstruction.float() - images).abs() * hidden).sum((1, 2, 3))
                 each = error / (hidden.sum((1, 2, 3)) + 1e-5) / images.shape[1]
                 losses += each.cpu().numpy()[batch["valid"]].tolist()

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     c.data.source, c.data.heldout_split, c.data.flip = "digits", "test", 0.0
     c.data.crop_scale = (0.67, 1.0)
     c.data.interpolation = "bilinear"  # as in pretraining
+    c.data.crop_fraction = 1.0
     c.objective.num_classes, c.objective.block = 10, 3
 
     c.epochs = 60.0

@@ -9,9 +9,14 @@ architecture is the one there. At another resolution give --config.image_size=22
 trained with other pixel statistics than ImageNet's, give --config.mean and --config.std.
 
 `folder_finetune.py:vit` is for a ViT as official SimMIM fine-tunes it: each block gets its own copy of the shared bias
-table, and the norm stands after pooling instead of before. Rates, schedule, decay and heads are theirs for both; the
-layer decay is 0.65 for ViT-B, 0.8 or 0.9 for Swin-B, 0.7 for Swin-L, 0.75 for Swin V2-B: --config.optim.layer_decay.
-Mixup, CutMix and RandAugment are not here yet.
+table, and the norm stands after pooling instead of before. Rates, schedule, decay, heads, RandAugment, erasing, Mixup
+and CutMix are theirs for both (`simmim_swin_b_finetune.py` lists them); the layer decay is 0.65 for ViT-B, 0.8 or 0.9
+for Swin-B, 0.7 for Swin-L, 0.75 for Swin V2-B: --config.optim.layer_decay.
+
+Less than all of it: --config.optim.frozen_layers=N keeps the lowest layers as they are (1: what embeds, n: that and
+n - 1 blocks); --config.optim.frozen=encoder/ --config.objective.train_encoder=false trains the head alone. From
+scratch: leave RUN out and name an encoder, like --config.encoder.name=vit --config.encoder.size=s. For a small data set
+shorten the warm-up, --config.optim.warmup_epochs, and mix less: --config.objective.mix_probability=0.5.
 Hardware: one GPU. Time and result: not yet run.
 """
 

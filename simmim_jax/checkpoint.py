@@ -269,7 +269,7 @@ def find_step(init_from: str) -> Path:
             return folder / str(max(steps))
     raise CheckpointError(
         "no checkpoint" if root.exists() else "no such folder", str(root),
-        "give the --workdir of a pretraining run in init_from, or an empty string for an untrained encoder",
+        "give the workdir of a run that has saved a checkpoint (an empty init_from: an untrained encoder)",
     )  # fmt: skip
 
 

@@ -24,8 +24,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Fields that may change between two runs of one workdir, because no parameter depends on them.
 FREE = (
     "data.workers", "data.threads", "data.prefetch", "data.on_error", "data.max_bad_fraction", "mesh.",
-    "data.source", "data.path", "data.name", "data.data_dir",  # which images these are, their fingerprint tells
-    "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "probe_block", "encoder.size", "imported.",
+    "data.source", "data.path", "data.name", "data.data_dir", "classes",  # which images, their fingerprint tells
+    "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "data.crop_fraction", "probe",
+    "encoder.size", "imported.",
     "encoder.remat", "encoder.scan", "encoder.attention", "check_memory", "profile_steps",
     "microbatches",
     "objective.mask_token_truncation",  # which runs had before the encoder's init_truncation said it
@@ -61,6 +62,9 @@ def base_config() -> ConfigDict:
     c.data.crop_scale, c.data.crop_ratio = (0.67, 1.0), (3 / 4, 4 / 3)
     c.data.flip = 0.5
     c.data.interpolation = "bilinear"
+    c.data.augment = ""  # timm's RandAugment by its string, like rand-m9-mstd0.5-inc1
+    c.data.colour_jitter = 0.0  # strength of random brightness, contrast and saturation, where there is no RandAugment
+    c.data.crop_fraction = 1.0  # of an evaluated image's resized side, that its centre crop keeps: 0.875 is 224 of 256
     c.data.workers = -1  # processes that decode; 0: none but this; -1: beside an accelerator one a core, else 0
     c.data.threads, c.data.prefetch = 2, 4  # of each process: batches at work at a time, and waiting
     c.data.on_error = "skip"  # a bad image is replaced by another; or "raise": it stops the run
@@ -86,11 +90,13 @@ def base_config() -> ConfigDict:
     c.optim.clip = 5.0  # of the gradient's global norm; 0: not
     c.ema_decay = 0.0  # above 0, like 0.9999: an average of the parameters is kept, evaluated and handed on
     c.optim.frozen = ""  # regular expression of parameter paths that are not trained
+    c.optim.frozen_layers = 0  # nor so many of the encoder's lowest layers: 1 what embeds, n that and n - 1 blocks
 
     c.evals = ConfigDict()  # by evaluator: its options
-    c.eval_every = 0  # steps; 0: at the start and the end alone
+    c.eval_every = 0  # steps; 0: at the start and the end alone; -1: so often that it takes less than 3 % of the work
     c.eval_images = 2000  # held-out images, and as many training images for probes; 0: all
     c.eval_batch_size = c.get_ref("batch_size") // c.get_ref("microbatches")  # what fits in training fits here
+    c.probes = False  # knn and linear among the evaluators, with their defaults, where the images have classes
     c.probe_block = 0  # whose output knn and linear probe read: 1 to depth, or 0 for the features
 
     c.log_every = 10
@@ -127,6 +133,7 @@ def pretrain_config() -> ConfigDict:
     c.objective = ConfigDict({"name": "simmim", "strategy": "aligned_blocks", "block_size": 32, "ratio": 0.6})
     c.objective.norm_target = 0  # side in pixels of the windows that normalise the target; 0: it is not
     c.evals.reconstruction = ConfigDict({"pictures": 8})
+    c.probes, c.eval_every = True, -1
     return c
 
 
@@ -134,6 +141,7 @@ def _classification() -> ConfigDict:
     """What linear evaluation and fine-tuning share: official crops, and the accuracy on all held-out images."""
     c = base_config()
     c.data.crop_scale = (0.08, 1.0)
+    c.data.crop_fraction = 0.875
     c.data.interpolation = "bicubic"
     c.eval_images = 0
     c.evals.accuracy = ConfigDict({})
@@ -154,18 +162,23 @@ def linear_config() -> ConfigDict:
 
 
 def finetune_config() -> ConfigDict:
-    """Fine-tuning of the encoder of another run, whichever that is: layer-wise rates, stochastic depth, mean pooling.
+    """Fine-tuning of the encoder of another run, whichever that is, as official SimMIM fine-tunes a Swin.
 
-    Rates, decay, schedule and head are those of official SimMIM's fine-tuning of Swin (config.py, main_finetune.py);
-    mixing and random augmentation are not here yet.
+    Rates, decay, schedule, head, augmentation and mixing are those of its config.py, main_finetune.py and
+    data_finetune.py. (Its colour jitter of 0.4 is not used there: timm leaves it out where RandAugment is.)
     """
     c = _classification()
+    c.data.augment = "rand-m9-mstd0.5-inc1"
     c.encoder = encoder_config("", "")
     c.encoder.drop_path = 0.1
     c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0})
     c.objective.pool_norm = placeholder(bool)  # None: where the encoder does not end in a norm
     c.objective.head_scale, c.objective.label_smoothing = 1.0, 0.1
     c.objective.train_encoder = True
+    c.objective.mixup, c.objective.cutmix = 0.8, 1.0  # of Beta(a, a), whose draw is the share of the image; 0: none
+    c.objective.mix_probability, c.objective.mix_switch = 1.0, 0.5  # that a batch is mixed; that CutMix does it
+    c.objective.mix_mode = "batch"  # one draw for a batch; or "pair", "elem"
+    c.objective.erase = 0.25  # probability that a box of an image becomes noise
     c.epochs = 100.0
     c.base_learning_rate = 1.25e-3
     c.optim.schedule = "cosine_global"
@@ -174,6 +187,42 @@ def finetune_config() -> ConfigDict:
     c.optim.warmup_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
     c.optim.min_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
     c.optim.layer_decay = 0.8
+    return c
+
+
+def segment_config(head: str = "linear") -> ConfigDict:
+    """Semantic segmentation with the encoder of another run: `linear`, frozen under a linear map, or `upernet`.
+
+    Crops, schedule and decay are those of BEiT's UPerNet on ADE20K (microsoft/unilm, beit/semantic_segmentation).
+    """
+    c = base_config()
+    c.encoder = encoder_config("", "")
+    c.objective = ConfigDict({"name": "segment", "num_classes": 150, "head": head, "block": 0, "blocks": ()})
+    c.objective.channels, c.objective.auxiliary_weight = 512, 0.4  # of upernet alone
+    c.objective.train_encoder = head != "linear"
+    c.image_size = (512, 512)  # of the crops, and of the windows that whole images are evaluated by
+    c.batch_size = 16
+    c.data.maps = ConfigDict({"reduce_zero_label": False, "ignore": 255, "channel": -1})
+    c.data.maps.short_side = 0  # to which images are scaled, in pixels; 0: the crop's shorter side; -1: they are not
+    c.data.maps.scale, c.data.maps.most_of_one, c.data.maps.photometric = (0.5, 2.0), 0.75, True
+    c.data.heldout_fraction = 0.1
+    c.eval_images = 0
+    c.evals.segmentation = ConfigDict({"pictures": 8, "step": 0})
+    c.optim.schedule = "linear"
+    c.optim.min_learning_rate = 0.0
+    if head == "linear":
+        c.optim.frozen = "encoder/"
+        c.optim.weight_decay = 0.0
+        c.base_learning_rate = 3.2e-2  # 1e-3 for a batch of 16
+        c.optim.warmup_epochs = 0.0
+        c.optim.warmup_learning_rate = 0.0
+    else:
+        c.encoder.drop_path = 0.1
+        c.base_learning_rate = 3.2e-3  # 1e-4 for a batch of 16
+        c.optim.warmup_epochs = 1.0
+        c.optim.warmup_learning_rate = 0.0
+        c.optim.layer_decay = 0.75
+    c.log_every = 50
     return c
 
 

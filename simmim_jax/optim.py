@@ -125,37 +125,58 @@ def _along(value: np.ndarray, dimensions: int):
     return value.reshape(-1, *[1] * (dimensions - 1)) if value.ndim else value[()]
 
 
-def train_labels(params: PyTree, frozen: str, stacks: Stacks | None = None) -> PyTree:
-    """For each parameter "frozen", if the regular expression matches its path from the start, or else "trained".
+def make_frozen(
+    frozen: str = "", frozen_layers: int = 0, layer_of: Callable[[str], int] | None = None
+) -> Callable[[str], bool] | None:
+    """Whether the parameter of a path is frozen; None where none is.
 
-    Raises ConfigError if it matches some of the blocks of a stack.
+    frozen: a regular expression that matches the path from its start. frozen_layers: so many of the encoder's lowest
+    layers too, as `layer_of` counts them: 1 what embeds, n that and n - 1 blocks. Raises ConfigError.
     """
+    try:
+        pattern = re.compile(frozen)
+    except re.error as error:
+        raise ConfigError(f"no regular expression: {error}", f"optim.frozen={frozen}", "like encoder/") from error
+    check_minimum("optim.frozen_layers", frozen_layers, 0)
+    if not frozen and not frozen_layers:
+        return None
+
+    def is_frozen(path: str) -> bool:
+        part, _, rest = path.partition("/")
+        low = frozen_layers and part == "encoder" and layer_of(rest) < frozen_layers
+        return bool(low or (frozen and pattern.match(path)))
+
+    return is_frozen
+
+
+def train_labels(params: PyTree, is_frozen: Callable[[str], bool], stacks: Stacks | None = None) -> PyTree:
+    """For each parameter "frozen" or "trained". Raises ConfigError if some of the blocks of a stack are frozen."""
 
     def label(value) -> str:
         if np.ndim(value) and np.any(value) != np.all(value):
             raise ConfigError(
-                "some blocks are frozen and others not, in one stack", f"optim.frozen={frozen}, encoder.scan",
+                "some blocks are frozen and others not, in one stack", "optim.frozen, encoder.scan",
                 "give --config.encoder.scan=false",
             )  # fmt: skip
         return "frozen" if np.all(value) else "trained"
 
-    matches = of_each_block(lambda path, _: bool(re.match(frozen, path_of(path))), params, stacks or {})
+    matches = of_each_block(lambda path, _: is_frozen(path_of(path)), params, stacks or {})
     return jax.tree.map(label, matches)
 
 
-def freeze(loss_fn: Callable, frozen: str, stacks: Stacks | None = None) -> Callable:
-    """`loss_fn` with no gradient, and so no backward pass, for the parameters that `frozen` names.
+def freeze(loss_fn: Callable, is_frozen: Callable[[str], bool] | None, stacks: Stacks | None = None) -> Callable:
+    """`loss_fn` with no gradient, and so no backward pass, for the parameters that are frozen (see `make_frozen`).
 
     Nor are those measured anew: frozen running statistics stay as they are.
     """
-    if not frozen:
+    if is_frozen is None:
         return loss_fn
 
     def frozen_loss_fn(params, batch, key, train):
         stop = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
-        loss, metrics = loss_fn(jax.tree.map(stop, train_labels(params, frozen, stacks), params), batch, key, train)
+        loss, metrics = loss_fn(jax.tree.map(stop, train_labels(params, is_frozen, stacks), params), batch, key, train)
         old = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-        keep = lambda path, new: old[path_of(path)] if re.match(frozen, path_of(path)) else new  # noqa: E731
+        keep = lambda path, new: old[path_of(path)] if is_frozen(path_of(path)) else new  # noqa: E731
         kept = jax.tree_util.tree_map_with_path(keep, metrics.get("statistics", {}))
         return loss, {**metrics, "statistics": kept}
 
@@ -195,6 +216,7 @@ def make_optimizer(
     decayed_too: tuple[str, ...] = (),
     clip: float = 5.0,
     frozen: str = "",
+    frozen_layers: int = 0,
     stacks: Stacks | None = None,
     **schedule_options,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -208,13 +230,11 @@ def make_optimizer(
     Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the names in
     paths that it spares. decay_mask_token, decay_bias_tables: whether these decay nonetheless; None: if `decayed_too`,
     what official code decays of this encoder, has "mask_token" or "table".
-    `frozen` parameters get no update and no moments. stacks: the encoder's (see `simmim_jax.stacking`).
+    frozen, frozen_layers: parameters that get no update and no moments (see `make_frozen`).
+    stacks: the encoder's (see `simmim_jax.stacking`).
     """
     check_options("optimizer", make_schedule, schedule_options)
-    try:
-        re.compile(frozen)
-    except re.error as error:
-        raise ConfigError(f"no regular expression: {error}", f"optim.frozen={frozen}", "like encoder/") from error
+    is_frozen = make_frozen(frozen, frozen_layers, layer_of)
     check_minimum("optim.layer_decay", layer_decay, 0, strict=True)
     scales = [1.0] if layer_decay == 1 else [layer_decay ** (depth + 1 - layer) for layer in range(depth + 2)]
     rates = [
@@ -246,8 +266,8 @@ def make_optimizer(
         return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_of, depth, stacks)
 
     tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rates, layer_of_each))
-    if frozen:
+    if is_frozen:
         tx = optax.partition(
-            {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, frozen, stacks)
+            {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, is_frozen, stacks)
         )
     return tx, rates[-1]

@@ -6,6 +6,7 @@ batches -> masks -> encoder -> objective -> step -> checkpoint -> evaluation, on
 import contextlib
 import dataclasses
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from simmim_jax.errors import (
 )
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import make_feature_reader, run_everywhere
+from simmim_jax.evals.segmentation import make_windows_reader
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.features import make_features
@@ -42,6 +44,7 @@ from simmim_jax.train_step import TrainState, digest_samples, init_state, train_
 
 MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
 SHARED_SOON = 60  # seconds within which other hosts see a file that the first has written
+EVALUATION_SHARE, MOST_EVALUATIONS = 0.03, 20  # where config.eval_every leaves it open: of a run's work, and in number
 MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
 
 
@@ -67,10 +70,15 @@ def train(config: ConfigDict, workdir: str) -> dict:
         logging.warning("the warm-up, %g epochs, is as long as the run: its rate stays low", config.optim.warmup_epochs)
     tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
     record_of_config = digest(config) | {"encoder": record_of_encoder(encoder, encoder_fields)}
+    if config.objective.name in ("classify", "segment"):
+        record_of_config["classes"] = list(source.classes)
     init_from = None
     if config.init_from and not processes.on_first(lambda: checkpoint.has_steps(workdir)):
         init_from = Path(processes.on_first(lambda: str(checkpoint.find_step(config.init_from))))
         check_init_from(init_from, record_of_config)
+
+    evals = evals_of(config, source, heldout_source)
+    evaluation_every = evaluation_period(config, evals, steps, len(source), len(heldout_source or ()))
 
     with hold_workdir(record_of_config, workdir), checkpoint.StopSignal() as stop:
         summary = processes.on_first(lambda: read_json(Path(workdir) / "summary.json"))
@@ -85,7 +93,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
         sharding.check_batch_size("batch_size", config.batch_size, ways, config.microbatches)
         sharding.check_batch_size("eval_batch_size", config.eval_batch_size, ways)
         init_key, step_key, eval_key = keys_of(config)
-        evaluators = make_evaluators(config, features, objective, source, heldout_source, mesh, eval_key, workdir)
+        evaluators = make_evaluators(
+            config, evals, features, objective, source, heldout_source, mesh, eval_key, workdir
+        )
 
         # The state, born where it lives: restored, drawn from the seed, or begun with another run's encoder.
         make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
@@ -143,6 +153,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size,
             seconds_at_peak=flops / peak,
         )  # fmt: skip
+        costs_of_evaluators = metrics.Clock()
         recorded = start
         signalled = processes.greatest(stop.number)  # the number of a signal that all processes know of, or 0
         skipped = 0  # steps in a row without an update
@@ -186,11 +197,12 @@ def train(config: ConfigDict, workdir: str) -> dict:
             nonlocal signalled
             with clock.measure("evaluation"):
                 row, judged = {}, state if state.ema is None else state.replace(params=state.ema)
-                for run in evaluators:
+                for name, run in evaluators.items():
                     signalled = processes.greatest(stop.number)
                     if signalled:
                         return
-                    row |= run(judged)
+                    with costs_of_evaluators.measure(name):
+                        row |= run(judged)
                 records.write_evaluation(step, row, pictures_of(workdir, step))
             say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
 
@@ -205,7 +217,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 must_save = step == steps or stopping
                 save_due = step > saved and (must_save or step % config.save_every == 0)
                 evaluation_due = step not in records.evaluations and (
-                    step in (0, steps) or bool(config.eval_every and step % config.eval_every == 0)
+                    step in (0, steps) or bool(evaluation_every and step % evaluation_every == 0)
                 )
                 if pending and (save_due or evaluation_due):
                     record(*pending)
@@ -260,7 +272,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 with clock.measure("save"):
                     checkpoint.finish(manager)  # whatever ends the run, a save that has begun is finished
 
-        return write_summary(workdir, records, clock, step=steps, trained=steps - start, batch_size=config.batch_size)
+        return write_summary(
+            workdir, records, clock, dict(costs_of_evaluators.seconds), step=steps, trained=steps - start,
+            batch_size=config.batch_size,
+        )  # fmt: skip
 
 
 class Profile:
@@ -322,8 +337,9 @@ def check_numbers(config: ConfigDict) -> None:
         )
     for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "keep"):
         check_minimum(name, config[name], 1)
-    for name in ("steps", "epochs", "eval_every", "eval_images", "keep_every", "max_skipped", "ema_decay"):
+    for name in ("steps", "epochs", "eval_images", "keep_every", "max_skipped", "ema_decay"):
         check_minimum(name, config[name], 0)
+    check_minimum("eval_every", config.eval_every, -1)
     if config.ema_decay >= 1:
         raise ConfigError(f"ema_decay is {config.ema_decay}", "ema_decay", "give a number below 1, like 0.9999, or 0")
     if len(config.profile_steps) not in (0, 2) or list(config.profile_steps) != sorted(config.profile_steps):
@@ -360,8 +376,19 @@ def make_tx(config: ConfigDict, encoder, steps: int, steps_per_epoch: int) -> tu
 def make_sources(config: ConfigDict) -> tuple:
     """The training images, and the held-out ones that evaluators look at (None where there are no evaluators)."""
     options = {name: config.data[name] for name in ("source", "path", "name", "data_dir", "heldout_fraction")}
-    source = data.make_source(split=config.data.split, **options)
-    heldout = data.make_source(split=config.data.heldout_split, **options) if config.evals else None
+    segments = config.objective.name == "segment"
+    make = data.make_mapped_source if segments else data.make_source
+    source = make(split=config.data.split, **options)
+    heldout = make(split=config.data.heldout_split, **options) if config.evals else None
+    for each in (source, heldout) if segments else ():
+        if each:
+            data.check_maps(each, maps_of(config), len(config.mean), config.data.max_pixels)
+    unfit = set(config.evals) - {"segmentation"} if segments else set(config.evals) & {"segmentation"}
+    if unfit:
+        raise ConfigError(
+            f"evaluators that objective {config.objective.name} has nothing for: {', '.join(sorted(unfit))}",
+            "config.evals", "segmentation goes with objective segment alone, and that with no other",
+        )  # fmt: skip
     if config.objective.name == "classify":
         if not source.classes:
             raise DataError("images without classes", source.describe(), "put each class into a folder of its own")
@@ -385,11 +412,45 @@ def make_sources(config: ConfigDict) -> tuple:
     return source, heldout
 
 
+def evals_of(config: ConfigDict, source, heldout) -> dict[str, dict]:
+    """The options of a run's evaluators by name: `config.evals`, and, where images have classes, `config.probes`."""
+    evals = {name: dict(options) for name, options in config.evals.items()}
+    if config.probes and heldout and len(source.classes) > 1 and source.classes == heldout.classes:
+        evals = {"knn": {}, "linear": {}} | evals
+    return evals
+
+
+def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, heldout: int) -> int:
+    """Steps from one evaluation to the next; 0: none but at start and end.
+
+    For `config.eval_every` of -1: as many as keep the passes of all evaluations under `EVALUATION_SHARE` of the run's
+    work, a forward pass being a third of a training step's; at most `MOST_EVALUATIONS`.
+    """
+    if config.eval_every >= 0 or not evals:
+        return max(config.eval_every, 0)
+    limit = config.eval_images or math.inf
+    of_one = min(heldout, limit) * len({"reconstruction", "accuracy", "segmentation"} & set(evals))
+    if {"knn", "linear"} & set(evals):
+        of_one += min(heldout, limit) + min(images, limit)
+    affordable = EVALUATION_SHARE * steps * config.batch_size / max(of_one / 3, 1) - 2  # at start and end there is one
+    count = min(int(affordable), MOST_EVALUATIONS)
+    return -(-steps // (count + 1)) if count > 0 else 0
+
+
+def maps_of(config: ConfigDict) -> data.Maps:
+    """How the label maps of a run of segmentation are read, and crops drawn."""
+    fill = tuple(round(255 * value) for value in config.mean)
+    return data.Maps(num_classes=config.objective.num_classes, fill=fill, **config.data.maps)
+
+
 def batch_options(config: ConfigDict) -> tuple[dict, dict]:
     """What decides which pixels are in the batch of a step, and how they are loaded."""
     pixels = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
+    pixels += ("augment", "colour_jitter")
     loading = ("workers", "threads", "prefetch", "on_error", "max_bad_fraction")
-    what = {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean)}
+    what = {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean), "mean": config.mean}
+    if config.objective.name == "segment":
+        what["maps"] = maps_of(config)
     how = {name: config.data[name] for name in loading}
     if how["workers"] == -1:  # on a CPU they would take cores from the step
         how["workers"] = 0 if jax.default_backend() == "cpu" else min(data.cores() - 1, MOST_WORKERS)
@@ -560,8 +621,10 @@ def abstract_batch(config: ConfigDict) -> dict:
     """Shapes and types of a whole batch on the device."""
     size, shape = config.batch_size, (config.batch_size, *config.image_size, len(config.mean))
     of_each = {"label": np.int32, "position": np.int32, "index": np.uint32, "replaced": np.bool_, "stop": np.int32}
-    integers = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in of_each.items()}
-    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), **integers}
+    arrays = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in of_each.items()}
+    if config.objective.name == "segment":
+        arrays["label_map"] = jax.ShapeDtypeStruct(shape[:3], maps_of(config).dtype)
+    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), **arrays}
 
 
 def step_and_samples(state: TrainState, batch: dict, key: jax.Array, **options) -> tuple[TrainState, dict]:
@@ -569,7 +632,7 @@ def step_and_samples(state: TrainState, batch: dict, key: jax.Array, **options) 
     "stop", the greatest number of a signal that any process has got.
     """
     index, replaced = batch["index"], batch["replaced"]
-    learned = {name: batch[name] for name in ("image", "label", "position")}
+    learned = {name: batch[name] for name in ("image", "label", "position", "label_map") if name in batch}
     state, values = train_step(state, learned, key, **options)
     values |= {"samples": digest_samples(index, batch["position"]), "bad_images": replaced.sum(dtype=np.int32)}
     values["stop"] = batch["stop"].max()
@@ -580,16 +643,22 @@ def compile_training(
     config: ConfigDict, objective: Objective, tx, state: TrainState, key: jax.Array, mesh, encoder
 ) -> Callable:
     """(state, batch, key) -> (state, metrics) of a run, compiled for an abstract `state`."""
-    loss_fn = optim.freeze(objective.loss_fn, config.optim.frozen, encoder.stacks)
+    loss_fn = optim.freeze(objective.loss_fn, frozen_of(config, encoder), encoder.stacks)
     split = {"microbatches": config.microbatches, "ema_decay": config.ema_decay}
-    step = partial(step_and_samples, loss_fn=loss_fn, tx=tx, **split)
+    step = partial(step_and_samples, loss_fn=loss_fn, prepare=objective.prepare, tx=tx, **split)
     return compile_step(step, state, abstract_batch(config), key, mesh)
 
 
 def step_flops(config: ConfigDict, objective: Objective, state: TrainState, key: jax.Array, encoder) -> int:
     """Multiplications and additions in the matmuls of a step, over all devices; recomputed ones do not count."""
-    loss_fn = optim.freeze(objective.loss_fn, config.optim.frozen, encoder.stacks)
-    return costs.step_flops(loss_fn, state.params, abstract_batch(config), key)
+    loss_fn = optim.freeze(objective.loss_fn, frozen_of(config, encoder), encoder.stacks)
+    batch = jax.eval_shape(objective.prepare, abstract_batch(config))
+    return costs.step_flops(loss_fn, state.params, batch, key)
+
+
+def frozen_of(config: ConfigDict, encoder) -> Callable | None:
+    """Whether the parameter of a path is frozen, by `config`."""
+    return optim.make_frozen(config.optim.frozen, config.optim.frozen_layers, encoder.layer_of)
 
 
 def check_memory(config: ConfigDict, encoder, needed: int, there: int, steps: int, steps_per_epoch: int | None) -> None:
@@ -725,11 +794,13 @@ def to_device(
 ) -> dict:
     """What of a batch the device needs, as global arrays."""
     narrow = {"index": batch["index"].astype(np.uint32)}  # JAX has no 64 bits; of more than 2**32 images, the last 32
+    names = (*names, "label_map") if "label_map" in batch else names
     return sharding.to_global({name: narrow.get(name, batch[name]) for name in names}, mesh)
 
 
 def make_evaluators(
     config: ConfigDict,
+    evals: dict,
     features: Callable,
     objective: Objective,
     source,
@@ -737,14 +808,15 @@ def make_evaluators(
     mesh,
     key: jax.Array,
     workdir: str,
-) -> list[Callable]:
-    """The evaluators of `config.evals`, each given what it asks for out of what a run has."""
+) -> dict[str, Callable]:
+    """The evaluators `evals` by name, each given what it asks for out of what a run has."""
     share, shares = sharding.share_of_batch(mesh)
     epoch = partial(
         data.make_epoch,
         batch_size=config.eval_batch_size,
         image_size=config.image_size,
         channels=len(config.mean),
+        crop_fraction=config.data.crop_fraction,
         interpolation=config.data.interpolation,
         process=share,
         processes=shares,
@@ -753,7 +825,7 @@ def make_evaluators(
         max_pixels=config.data.max_pixels,
     )
     supplies = {"folder": str(Path(workdir) / "figures") if processes.is_first() else ""}
-    if config.evals:
+    if evals:
         heldout = epoch(heldout_source, limit=config.eval_images)
         supplies["heldout"] = heldout
         supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
@@ -765,7 +837,24 @@ def make_evaluators(
             train=epoch(source, limit=config.eval_images),
             heldout=heldout,
         )
-    return [make_evaluator(name, supplies, **options) for name, options in config.evals.items()]
+    if evals and config.objective.name == "segment":
+        supplies |= segmentation_supplies(config, supplies["predict"], heldout_source, share, shares)
+    return {name: make_evaluator(name, supplies, **options) for name, options in evals.items()}
+
+
+def segmentation_supplies(config: ConfigDict, predict: Callable, source, share: int, shares: int) -> dict:
+    """What the evaluator of segmentation asks for beside what all do."""
+    maps, batch_size = maps_of(config), config.eval_batch_size
+    whole = data.Whole(
+        source, size=config.image_size, maps=maps, channels=len(config.mean), interpolation=config.data.interpolation,
+        limit=config.eval_images, threads=config.data.threads, on_error=config.data.on_error,
+        max_pixels=config.data.max_pixels,
+    )  # fmt: skip
+    return {
+        "whole": whole, "window": config.image_size, "window_batch": batch_size,
+        "read_windows": make_windows_reader(predict, batch_size, share, shares),
+        "fill": np.asarray(maps.fill, np.uint8), "classes": source.classes,
+    }  # fmt: skip
 
 
 def pictures_of(workdir: str, step: int) -> dict[str, np.ndarray]:
@@ -777,13 +866,24 @@ def pictures_of(workdir: str, step: int) -> dict[str, np.ndarray]:
 
 
 def write_summary(
-    workdir: str, records: metrics.Records, clock: metrics.Clock, *, step: int, trained: int, batch_size: int
-):
-    """Write summary.json, and print the results beside those at step 0, and where the time went."""
+    workdir: str,
+    records: metrics.Records,
+    clock: metrics.Clock,
+    evaluators: dict[str, float],
+    *,
+    step: int,
+    trained: int,
+    batch_size: int,
+) -> dict:
+    """Write summary.json, and print the results beside those at step 0, and where the time went.
+
+    evaluators: seconds that each took; what two of them read was computed by the first.
+    """
     first, last = ({k: v for k, v in records.evaluations.get(n, {}).items() if k != "step"} for n in (0, step))
     seconds = clock.summary()
     rate = trained * batch_size / max(seconds.get("step", 0) + seconds.get("data", 0), 1e-9)
     summary = {"step": step, **last, "start": first, "images_per_second": round(rate, 1), "seconds": seconds}
+    summary["seconds_of_evaluators"] = {name: round(value, 2) for name, value in evaluators.items()}
     if not processes.is_first():
         return summary
     metrics.write_atomically(Path(workdir) / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -794,4 +894,8 @@ def write_summary(
     print(
         "\ntime: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + f"  ({rate:.0f} images/s)"
     )
+    if evaluators:
+        share = seconds.get("evaluation", 0) / max(seconds["total"], 1e-9)
+        parts = "  ".join(f"{name} {value:.1f} s" for name, value in evaluators.items())
+        print(f"evaluations: {parts}  ({share:.1%} of the time)")
     return summary

@@ -80,6 +80,7 @@ def train_step(
     *,
     loss_fn: Callable,
     tx: optax.GradientTransformationExtraArgs,
+    prepare: Callable[[dict], dict] = lambda batch: batch,
     microbatches: int = 1,
     ema_decay: int | float = 0.0,
 ) -> tuple[TrainState, dict]:
@@ -87,10 +88,12 @@ def train_step(
 
     The key of the step is `key` folded with `state.step`: nothing random is stored, and a resumed run draws the same.
     Running statistics that `loss_fn` has measured are written over those in the parameters. A step whose loss or
-    gradient is not finite changes neither parameters nor moments, and says `skipped` = 1. ema_decay: what the average
+    gradient is not finite changes neither parameters nor moments, and says `skipped` = 1. prepare: of the whole batch,
+    before it is worked off in parts: brings to each image what its loss needs of others. ema_decay: what the average
     keeps of itself at each update; the rest is of the new parameters.
     """
     key = jax.random.fold_in(key, state.step)
+    batch = prepare(batch)
     loss, metrics, grads = mean_grads(state.params, batch, key, loss_fn=loss_fn, microbatches=microbatches)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

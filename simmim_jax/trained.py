@@ -1,5 +1,6 @@
 """What a run has learned, taken out of its workdir and ready for use: by tools, which have no config of their own."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from simmim_jax import checkpoint, data, pretrained, sharding
-from simmim_jax.errors import CheckpointError, ConfigError, DataError
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 
@@ -82,22 +83,25 @@ def open_source(trained: Trained, path: str, split: str, heldout_fraction: float
 
     split: "train" or a part to evaluate on.
     """
+    return data.make_source(split=split, **source_options(trained, path, heldout_fraction))
+
+
+def source_options(trained: Trained, path: str, heldout_fraction: float = 0.1) -> dict:
+    """What `open_source` gives `data.make_source`, save the split. Raises DataError if the run says of no images."""
     own = trained.config.get("data", {})
     fields = ("source", "path", "name", "data_dir", "heldout_fraction")
     if path:
         tfds, digits = path.startswith("tfds:"), path == "digits" and not os.path.exists("digits")
-        options = {
+        return {
             "source": "tfds" if tfds else "digits" if digits else "auto",
             "path": "" if tfds or digits else path,
             "name": path.removeprefix("tfds:") if tfds else "",
             "data_dir": own.get("data_dir", "") if tfds else "",
             "heldout_fraction": heldout_fraction,
         }
-    elif own.keys() >= set(fields):
-        options = {name: own[name] for name in fields}
-    else:
-        raise DataError("no images given, and the run says of none", str(trained.folder), "give a folder of images")
-    return data.make_source(split=split, **options)
+    if own.keys() >= set(fields):
+        return {name: own[name] for name in fields}
+    raise DataError("no images given, and the run says of none", str(trained.folder), "give a folder of images")
 
 
 def make_pass(
@@ -106,14 +110,16 @@ def make_pass(
     mesh,
     *,
     batch_size: int = 64,
-    crop_fraction: float | None = None,
+    crop_fraction: int | float | None = None,
+    interpolation: str = "",
     limit: int = 0,
     threads: int = 2,
     on_error: str = "skip",
 ) -> data.Epoch:
     """Each image of `source` once, as the model wants it: this process's batches (see `data.make_epoch`).
 
-    batch_size: at least; it becomes a multiple of what the devices of `mesh` need. crop_fraction: None for the run's.
+    batch_size: at least; it becomes a multiple of what the devices of `mesh` need. crop_fraction, interpolation: where
+    they are None and empty, the run's.
     """
     ways = sharding.batch_ways(mesh)
     share, shares = sharding.share_of_batch(mesh)
@@ -124,10 +130,19 @@ def make_pass(
         image_size=trained.image_size,
         channels=trained.channels,
         crop_fraction=own.get("crop_fraction", 1.0) if crop_fraction is None else crop_fraction,
-        interpolation=own.get("interpolation", "bicubic"),
+        interpolation=interpolation or own.get("interpolation", "bicubic"),
         limit=limit,
         process=share,
         processes=shares,
         threads=threads,
         on_error=on_error,
     )
+
+
+def class_names(trained: Trained) -> tuple[str, ...]:
+    """The names of a classifier's classes: of config.json, or of the run's images; () where neither knows them all."""
+    names = trained.config.get("classes") or ()
+    if not names:
+        with contextlib.suppress(UserError):
+            names = open_source(trained, "", trained.config.get("data", {}).get("split", "train")).classes
+    return tuple(names) if len(names) == trained.config["objective"]["num_classes"] else ()

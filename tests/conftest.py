@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
 import tempfile
+import threading
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+# What a shell runs in its background ignores this signal, and so would the runs that tests send it to.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One cache of compiled programs for the whole session: most of a small run's time is compilation. pytest's two workers
 # have it from the process that starts them.

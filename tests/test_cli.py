@@ -58,7 +58,7 @@ def images(tmp_path):
         ("--config.epochs=0.0", "a run of 0 steps"),
         ("--config.microbatches=0", "microbatches is 0"),
         ("--config.eval_images=-4", "eval_images is -4"),
-        ("--config.eval_every=-1", "eval_every is -1"),
+        ("--config.eval_every=-2", "eval_every is -2"),
         ("--config.keep=0", "keep is 0"),
         ("--config.optim.clip=-5.0", "clip is -5.0 - optim.clip"),
         ("--config.optim.betas=(0.9,0.99,0.5)", "betas .* - optim.betas - give two numbers"),

@@ -121,7 +121,8 @@ FIRST, SECOND = 2 * 4 * 16 * 32, 2 * 4 * 32 * 8
 @pytest.mark.parametrize("rematted", [False, True])
 def test_a_step_counts_each_gradient_that_is_needed_once(frozen, operations, rematted):
     loss_fn = jax.checkpoint(two_layers, static_argnums=3) if rematted else two_layers
-    assert costs.step_flops(optim.freeze(loss_fn, frozen), LAYERS, spec(4, 16), jax.random.key(0)) == operations
+    loss_fn = optim.freeze(loss_fn, optim.make_frozen(frozen))
+    assert costs.step_flops(loss_fn, LAYERS, spec(4, 16), jax.random.key(0)) == operations
 
 
 def test_a_carry_that_a_later_turn_makes_depend_on_a_parameter_counts_in_all():
@@ -156,7 +157,7 @@ def test_a_linear_probe_costs_the_forward_pass_of_the_blocks_that_it_reads_and_i
     def probe(depth: int) -> int:
         options = {"num_classes": 10, "block": 1, "pool_norm": False, "train_encoder": False}
         objective = make_objective("classify", tiny_encoder(depth=depth), **PIXELS, **options)
-        loss_fn = optim.freeze(objective.loss_fn, "encoder/")
+        loss_fn = optim.freeze(objective.loss_fn, optim.make_frozen("encoder/"))
         return costs.step_flops(loss_fn, jax.eval_shape(objective.init, key), batch, key)
 
     encoder = tiny_encoder(depth=1)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tiny import tiny_batch, tiny_objective
 
 from simmim_jax.errors import ConfigError, NonFiniteError
@@ -75,6 +78,19 @@ def test_a_linear_probe_separates_what_is_separable_and_not_what_is_noise():
     probe = lambda *sets: make_evaluator("linear", {"features": lambda _: Features(*sets)})(STATE)["linear"]  # noqa: E731
     assert probe(train, train_labels, heldout, labels) == 1.0
     assert probe(train, RNG.permutation(train_labels), heldout, labels) < 0.6
+
+
+@pytest.mark.slow
+def test_a_linear_probe_is_the_logistic_regression_of_scikit_learn():
+    (train, train_labels), (heldout, labels) = clusters(200, 2.0), clusters(300, 2.0)
+    supplies = {"features": lambda _: Features(10 * train + 3, train_labels, 10 * heldout + 3, labels)}
+    found = {}
+    for strength in (0.001, 1.0):
+        theirs = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+        found[strength] = theirs.fit(10 * train + 3, train_labels).score(10 * heldout + 3, labels)
+        run = make_evaluator("linear", supplies, inverse_regularisation=strength)
+        assert run(STATE)["linear"] == pytest.approx(found[strength], abs=1.01 / 300)  # an image on the border
+    assert found[0.001] != found[1.0]
 
 
 def test_features_are_read_once_a_step_from_valid_labelled_images():

@@ -11,16 +11,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The highest prefix that fits counts. `errors` is below all: it imports nothing.
 FLOORS = {
     "errors": -2, "stacking": -1,
-    "config": 0, "compilation": 0, "costs": 0, "masking": 0, "optim": 0, "processes": 0, "sharding": 0, "train_step": 0,
-    "models.layers": 1, "models.windows": 1, "data.": 1, "objectives.pixels": 0, "objectives.features": 1,
-    "evals.features": 1, "checkpoint": 1, "metrics": 1, "pretrained": 1,
+    "config": 0, "compilation": 0, "costs": 0, "masking": 0, "mixing": 0, "optim": 0, "processes": 0, "sharding": 0,
+    "train_step": 0,
+    "models.layers": 1, "models.windows": 1, "models.pyramid": 1, "data.": 1, "objectives.pixels": 0,
+    "objectives.features": 1, "evals.features": 1, "checkpoint": 1, "metrics": 1, "pretrained": 1,
     "models.": 2, "objectives.": 2, "evals.": 2,
     "models": 3, "objectives": 3, "evals": 3, "data": 3, "interop.": 3, "interop": 3,
     "train": 4, "trained": 4,
     "main": 5, "tools.": 5,
 }  # fmt: skip
 # they tell --help and a mistake in a flag before JAX comes in
-COMMANDS = ("main", "tools.convert", "tools.plan", "tools.prepare", "tools.preview")
+COMMANDS = (
+    "main", "tools.convert", "tools.embed", "tools.evaluate", "tools.map", "tools.plan", "tools.predict",
+    "tools.prepare", "tools.preview", "tools.probe",
+)  # fmt: skip
 HEAVY = {"torch", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "pyarrow"}
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
-from simmim_jax.interop import huggingface, mae, official, rules
+from simmim_jax.interop import backbone, huggingface, mae, official, rules
 from simmim_jax.interop.found import ratio_of, side_of_table, whole_root
 from simmim_jax.interop.reading import Weights, read_weights
 from simmim_jax.models import make_encoder
@@ -372,17 +372,27 @@ def test_the_names_of_transformers_5_in_memory_are_told():
     assert "give what save_pretrained writes" in message(weights._replace(arrays=renamed))
 
 
-def test_a_classifier_of_the_class_token_is_refused_until_it_is_left_out():
+@pytest.mark.parametrize("format", ["timm", "huggingface", "official"])
+def test_a_classifier_of_the_class_token_comes_in_and_goes_out(format):
     plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
-    weights, params = exported("timm", plain, BARE)
+    options = {**plain, "qkv_bias": "qv", "relative_position": "shared"} if format == "official" else plain
+    objective = {"name": "classify", "num_classes": 5, "pool_norm": False, "pool": "class_token"}
+    assert interop.EXPORTS[format].refusal(make_encoder(**options), objective, (32, 32)) == ""
+    weights, params = exported(format, options, objective)
+    taken, found = imported(weights, {"heads": 2})
+    assert found.objective == objective
+    assert_same(taken, params)
+
+
+def test_a_classifier_of_what_ours_cannot_read_is_refused_until_it_is_left_out():
+    """Without a final norm and without fc_norm: timm's fc_norm=False with global_pool="avg"."""
+    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
+    weights, params = exported("timm", {**plain, "final_norm": False}, BARE)
     head = {"head__weight": np.zeros((5, 16), np.float32), "head__bias": np.zeros(5, np.float32)}
     told = message(changed(weights, **head), {"heads": 2})
-    assert "does not read the mean of the patches" in told
+    assert "reads neither fc_norm of the mean of the patches nor the class token" in told
     assert "--allow 'head.*'" in told
     assert_same(imported(weights, {"heads": 2})[0], params)
-    weights, _ = exported("huggingface", plain, BARE)
-    head = {"classifier__weight": head["head__weight"], "classifier__bias": head["head__bias"]}
-    assert "--allow 'classifier.*'" in message(changed(weights, **head))
 
 
 def test_a_mae_is_its_encoder_with_fixed_positions_when_its_decoder_is_left_out():
@@ -446,6 +456,54 @@ def test_register_tokens_are_refused():
 )  # fmt: skip
 def test_a_model_that_a_format_cannot_hold_is_refused_with_the_reason(format, options, objective, told):
     assert told in interop.EXPORTS[format].refusal(make_encoder(**options), objective, IMAGE[options["name"]])
+
+
+PLAIN_VIT = {**VIT, "relative_position": "none", "qkv_bias": "qkv"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [VIT, {**VIT, "relative_position": "per_block", "final_norm": False, "layer_scale": 0.0}, PLAIN_VIT,
+     {**PLAIN_VIT, "qkv_bias": "qv", "layer_scale": 0.0, "absolute_position": "sincos", "final_norm": False},
+     {**SWINS[0], "window": 2}, {**SWINS[1], "window": 2}, RESNET, CONVNEXT],
+    ids=lambda options: options["name"],
+)  # fmt: skip
+def test_a_backbone_has_a_place_for_all_of_an_encoder_and_a_norm_for_each_stage_that_transformers_norms(options):
+    weights, params = exported("backbone", options, BARE)
+    encoder = make_encoder(**options)
+    config = backbone.config_of(encoder, IMAGE[options["name"]], 3)
+    assert config["architectures"] == [backbone.CLASSES[config["model_type"]]]
+    assert set(config["out_features"]) <= {f"stage{n + 1}" for n in range(len(backbone.stage_ends(encoder)))}
+    assert config["out_features"][-1] == f"stage{len(backbone.stage_ends(encoder))}"
+    norms = {name: x for name, x in weights.arrays.items() if name.startswith("hidden_states_norms.")}
+    assert len(norms) == (8 if config["model_type"] in ("swin", "convnext") else 0)
+    for name, x in norms.items():
+        if config["model_type"] == "swin" and "stage4" in name:
+            part = "scale" if name.endswith("weight") else "bias"
+            np.testing.assert_array_equal(x, params["encoder"]["norm"][part])
+        else:
+            assert set(x.tolist()) == {1.0 if name.endswith("weight") else 0.0}
+    if config["model_type"] == "resnet":
+        assert {x.shape for name, x in weights.arrays.items() if name.endswith("num_batches_tracked")} == {()}
+    assert any("its maps are those of our" in note for note in backbone.export_notes(encoder))
+
+
+@pytest.mark.parametrize(
+    ("options", "image_size", "told"),
+    [
+        ({**VIT, "class_token": False}, (32, 32), "has a class token"),
+        ({**VIT, "qkv_bias": "qkv"}, (32, 32), "biases on queries and values alone"),
+        (VIT, (32, 64), "square images"),
+        ({**PLAIN_VIT, "mlp_ratio": 2.5}, (32, 32), "mlp_ratio is 2.5, and whole in each Dinov2"),
+        ({**RESNET, "norm_epsilon": 1e-3}, (64, 64), "norm_epsilon is 0.001, and 1e-05 in each resnet"),
+        ({**CONVNEXT, "norm_epsilon": 1e-5}, (64, 64), "norm_epsilon is 1e-05, and 1e-06 in each convnext"),
+        ({**SWINS[0], "patch_norm": False}, (64, 64), "norm after the patches"),
+    ],
+)
+def test_an_encoder_that_no_backbone_is_is_refused_with_what_to_take_instead(options, image_size, told):
+    reason = backbone.refusal(make_encoder(**options), BARE, image_size)
+    assert told in reason
+    assert "stablehlo" in reason or options["name"] == "swin"
 
 
 def test_a_rectangular_masked_image_model_is_refused_for_transformers():

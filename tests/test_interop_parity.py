@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from simmim_jax import checkpoint
@@ -21,7 +22,7 @@ from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.pixels import from_patches
 from simmim_jax.objectives.simmim import make_forward, masked_l1
-from simmim_jax.tools import convert
+from simmim_jax.tools import convert, evaluate
 from simmim_jax.tools.weights import abstract_model
 
 torch = pytest.importorskip("torch")
@@ -269,6 +270,47 @@ def test_a_beit_classifier_of_transformers_gives_the_same_logits(tmp_path):
     assert_close(logits_of(encoder, params, config, images_of(64)), model(to_torch(images_of(64))).logits)
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Beit"])
+def test_a_classifier_of_the_class_token_gives_the_same_logits_and_goes_back(tmp_path, kind):
+    config = transformers.ViTConfig(**VIT, num_labels=7) if kind == "ViT" else transformers.BeitConfig(
+        **BEIT, use_relative_position_bias=True, use_mean_pooling=False, num_labels=7
+    )  # fmt: skip
+    model = with_random_weights(getattr(transformers, f"{kind}ForImageClassification")(config))
+    model.save_pretrained(tmp_path / "hf")
+    encoder, params, config = imported(tmp_path, tmp_path / "hf")
+    theirs = model(to_torch(images_of(64))).logits
+    assert_close(logits_of(encoder, params, config, images_of(64)), theirs)
+    convert.run([str(tmp_path / "workdir"), str(tmp_path / "back")])
+    back, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_close(back.eval()(to_torch(images_of(64))).logits.detach(), theirs)
+
+
+def test_an_imported_classifier_is_evaluated_as_transformers_itself_evaluates_it(tmp_path, capsys):
+    """ViTForImageClassification, and images of the size that it takes, so that both see the same pixels."""
+    config = transformers.ViTConfig(**VIT, num_labels=7)
+    model = with_random_weights(transformers.ViTForImageClassification(config))
+    with torch.no_grad():
+        model.vit.layernorm.weight.mul_(8)
+    model.save_pretrained(tmp_path / "hf")
+    convert.run([str(tmp_path / "hf"), str(tmp_path / "workdir")])
+    images, labels = images_of(64, batch=35), np.arange(35) % 7
+    for n, (image, label) in enumerate(zip(images, labels, strict=True)):
+        image[:] = image // 4 + np.random.default_rng(n).integers(0, 190, 3, dtype=np.uint8)
+        (tmp_path / "images" / f"class{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "images" / f"class{label}" / f"{n:02}.png")
+    logits = model(to_torch(images)).logits.detach().numpy()
+    ranks = (logits >= logits[np.arange(35), labels][:, None]).sum(axis=1)
+    top1, top5 = (100 * (ranks <= k).mean() for k in (1, 5))
+    assert 0 < top1 < top5 < 100
+
+    capsys.readouterr()
+    evaluate.run([str(tmp_path / "workdir"), f"--data={tmp_path / 'images'}", "--batch-size=16", "--crop-fraction=1",
+                  f"--results={tmp_path / 'results.csv'}"])  # fmt: skip
+    assert f"top-1 {top1:.2f} %  top-5 {top5:.2f} %  of 35 images" in capsys.readouterr().out
+
+
 OUR_VIT = {"name": "vit", "size": "ti", "width": 32, "depth": 2, "heads": 4, "patch_size": 16}
 PLAIN = {"relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0}
 OUR_SWIN = {"size": "t", "width": 8, "depths": (2, 1, 2, 1), "stage_heads": (1, 1, 2, 2), "window": 2}
@@ -333,7 +375,7 @@ def timm_models(timm):
     swin = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 2, 1), "num_heads": (1, 1, 2, 2), "num_classes": 7}
     heads = ("--encoder.heads=4",)
     return {
-        "vit": (heads, 64, lambda: vision_transformer.VisionTransformer(**vit | {"num_classes": 0})),
+        "vit": (heads, 64, lambda: vision_transformer.VisionTransformer(**vit)),
         "vit_average": (heads, 64, lambda: vision_transformer.VisionTransformer(
             **vit, global_pool="avg", class_token=False, init_values=1e-5)),
         "beit": ((), 64, lambda: beit.Beit(**vit, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)),
@@ -373,8 +415,7 @@ def test_a_timm_model_gives_the_same_features_and_logits_and_goes_back(tmp_path,
     if name in ("resnet", "convnext"):
         theirs = theirs.permute(0, 2, 3, 1)
     assert_close(features, as_map(theirs, features) if theirs.ndim == 3 else theirs)
-    if name != "vit":
-        assert_close(logits_of(encoder, params, config, images), model(to_torch(images)))
+    assert_close(logits_of(encoder, params, config, images), model(to_torch(images)))
 
     convert.run([str(tmp_path / "workdir"), str(tmp_path / "back.safetensors"), "--format=timm"])
     back = {key: torch.from_numpy(x) for key, x in load_file(tmp_path / "back.safetensors").items()}

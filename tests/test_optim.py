@@ -12,7 +12,7 @@ from tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.optim import freeze, make_optimizer, make_schedule, path_of
+from simmim_jax.optim import freeze, make_frozen, make_optimizer, make_schedule, path_of
 from simmim_jax.train_step import init_state, train_step
 
 KEY = jax.random.key(0)
@@ -155,7 +155,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
         "adamw", steps=10, steps_per_epoch=1, schedule="constant", learning_rate=0.1, frozen="encoder/"
     )
     state = init_state(KEY, init=objective.init, tx=tx)
-    loss_fn = freeze(objective.loss_fn, "encoder/")
+    loss_fn = freeze(objective.loss_fn, make_frozen("encoder/"))
     new, metrics = jax.jit(lambda s, b: train_step(s, b, KEY, loss_fn=loss_fn, tx=tx))(state, tiny_batch())
     jax.tree.map(np.testing.assert_array_equal, new.params["encoder"], state.params["encoder"])
     assert not (new.params["head"]["kernel"] == state.params["head"]["kernel"]).all()
@@ -169,7 +169,7 @@ def test_frozen_statistics_are_not_measured_anew():
         return params["head"] * 1.0, {"statistics": {"encoder": {"mean": jnp.float32(5.0), "var": jnp.float32(6.0)}}}
 
     params = {"encoder": {"mean": jnp.float32(1.0), "var": jnp.float32(2.0)}, "head": jnp.float32(3.0)}
-    _, metrics = freeze(loss_fn, "encoder/mean")(params, None, KEY, True)
+    _, metrics = freeze(loss_fn, make_frozen("encoder/mean"))(params, None, KEY, True)
     assert metrics["statistics"]["encoder"] == {"mean": 1.0, "var": 6.0}
 
 

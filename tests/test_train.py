@@ -1,5 +1,7 @@
 """What a run refuses before it compiles anything, and what it keeps of what it has compiled."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -39,6 +41,43 @@ def test_a_step_that_does_not_fit_is_refused_with_settings_that_do():
     train.check_memory(config, built["encoder"], needed, 0, 3, 1)  # not known
     with pytest.raises(ConfigError, match=r"a step needs .* GiB of each device, .* - give --config\.\S+=\S+ \("):
         train.check_memory(config, built["encoder"], needed, needed - 1, 3, 1)
+
+
+def test_probes_join_the_evaluators_where_both_sides_have_the_same_classes():
+    images = lambda *classes: SimpleNamespace(classes=classes)  # noqa: E731
+    config = digits(evals={"reconstruction": {"pictures": 2}, "knn": {"neighbours": 5}})
+    names = lambda *sides: set(train.evals_of(config, *sides))  # noqa: E731
+    assert train.evals_of(config, images("a", "b"), images("a", "b"))["knn"] == {"neighbours": 5}
+    assert names(images("a", "b"), images("a", "b")) == {"reconstruction", "knn", "linear"}
+    config.evals = {"reconstruction": {}}
+    for sides in ((images(), images()), (images("a"), images("a")), (images("a", "b"), images("a"))):
+        assert names(*sides) == {"reconstruction"}
+    config.probes = False
+    assert names(images("a", "b"), images("a", "b")) == {"reconstruction"}
+
+
+@pytest.mark.parametrize("heldout", [0, 100, 5000])
+@pytest.mark.parametrize("steps", [5, 880, 100_000])
+@pytest.mark.parametrize("names", [("reconstruction",), ("knn", "linear"), ("reconstruction", "linear")])
+def test_evaluations_cost_less_than_the_share_that_is_theirs(names, steps, heldout):
+    config = digits(eval_every=-1, eval_images=2000)
+    period = train.evaluation_period(config, {name: {} for name in names}, steps, 50_000, heldout)
+    if period == 0:  # none but those at start and end
+        return
+    forward = min(heldout, 2000) * ("reconstruction" in names)
+    forward += (2000 + min(heldout, 2000)) * bool({"knn", "linear"} & set(names))
+    count = (steps - 1) // period
+    assert 1 <= count <= train.MOST_EVALUATIONS
+    assert (count + 2) * forward / 3 <= train.EVALUATION_SHARE * steps * config.batch_size
+    if steps == 100_000:
+        assert count == train.MOST_EVALUATIONS
+
+
+def test_a_period_that_is_given_is_kept():
+    evals = {"reconstruction": {}}
+    assert train.evaluation_period(digits(eval_every=7), evals, 100, 1000, 100) == 7
+    assert train.evaluation_period(digits(eval_every=0), evals, 10**6, 1000, 100) == 0
+    assert train.evaluation_period(digits(eval_every=-1), {}, 10**6, 1000, 100) == 0
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tiny import relative_difference, tiny_batch, tiny_encoder, tiny_objective
 
 from simmim_jax import costs, sharding
 from simmim_jax.errors import ConfigError
-from simmim_jax.optim import make_optimizer, train_labels
+from simmim_jax.optim import make_frozen, make_optimizer, train_labels
 from simmim_jax.stacking import stack, unstack
 from simmim_jax.train import compile_step, place_state
 from simmim_jax.train_step import digest_samples, init_state, train_step
@@ -153,8 +153,8 @@ def test_a_part_of_a_stack_cannot_be_frozen():
     encoder = tiny_encoder(**OPTIONS, scan=True)
     params = jax.eval_shape(tiny_objective(encoder).init, KEY)
     with pytest.raises(ConfigError, match=r"--config.encoder.scan=false"):
-        train_labels(params, "encoder/block_0/", encoder.stacks)
-    labels = train_labels(params, "encoder/", encoder.stacks)
+        train_labels(params, make_frozen("encoder/block_0/"), encoder.stacks)
+    labels = train_labels(params, make_frozen("encoder/"), encoder.stacks)
     assert set(jax.tree.leaves(labels["encoder"])) == {"frozen"}
     assert labels["head"]["kernel"] == "trained"
 

@@ -18,15 +18,17 @@ import grain
 import numpy as np
 from absl import logging
 
+from simmim_jax.data.augment import make_augment
 from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode
+from simmim_jax.data.label_maps import Maps, Whole, check_maps, check_pair, make_mapped_source, read_random_crop
 from simmim_jax.data.sources import SOURCES, make_source
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
 from simmim_jax.data.workers import check_main, close, init_worker, let_grain_run_without_flags, watched
 from simmim_jax.errors import ConfigError, DataError
 
 __all__ = [
-    "MEND", "SOURCES", "Epoch", "advice", "check_batches", "cores", "fingerprint", "make_batches", "make_epoch",
-    "make_source", "most_bad",
+    "MEND", "SOURCES", "Epoch", "Maps", "Whole", "advice", "check_batches", "check_maps", "cores", "fingerprint",
+    "make_batches", "make_epoch", "make_mapped_source", "make_source", "most_bad",
 ]  # fmt: skip
 
 ON_ERROR = ("skip", "raise")  # what becomes of a bad image
@@ -45,6 +47,10 @@ def make_batches(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
     interpolation: str = "bilinear",
+    augment: str = "",
+    colour_jitter: int | float = 0.0,
+    mean: tuple[int | float, ...] = (),
+    maps: Maps | None = None,
     start_step: int = 0,
     process: int = 0,
     processes: int = 1,
@@ -69,6 +75,10 @@ def make_batches(
       batch_size: over all processes.
       crop_scale, crop_ratio: of the random crop (`transforms.random_resized_crop`).
       flip: the probability of a mirror image.
+      augment, colour_jitter, mean: what is done after crop and flip, and the channels' means, 0..1, that it takes
+        (`augment.make_augment`).
+      maps: of a source with label maps, how these are read and crops are drawn, in place of crop_scale, crop_ratio and
+        what is done after the flip; a batch then has "label_map" [b, h, w], of `maps.dtype`.
       start_step: the step that the first batch is for.
       workers: processes that decode; 0 for this one. In each, `threads` make a batch each and `prefetch` batches wait.
       on_error: "skip", as above, or "raise": the first bad image ends the run.
@@ -81,13 +91,23 @@ def make_batches(
     """
     check_batches(
         source, batch_size=batch_size, seed=seed, image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio,
-        flip=flip, interpolation=interpolation, start_step=start_step, process=process, processes=processes,
-        workers=workers, threads=threads, prefetch=prefetch, on_error=on_error, max_bad_fraction=max_bad_fraction,
+        flip=flip, interpolation=interpolation, channels=channels, augment=augment, colour_jitter=colour_jitter,
+        mean=mean, maps=maps, start_step=start_step, process=process, processes=processes, workers=workers,
+        threads=threads, prefetch=prefetch, on_error=on_error, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
     crop = functools.partial(
-        _random_crop, size=image_size, scale=crop_scale, ratio=crop_ratio, flip=flip, interpolation=interpolation
-    )
-    load = functools.partial(_load_or_substitute, source=source, crop=crop, channels=channels, max_pixels=max_pixels)
+        _random_crop, size=image_size, scale=crop_scale, ratio=crop_ratio, flip=flip, interpolation=interpolation,
+        augment=make_augment(augment, colour_jitter=colour_jitter, mean=mean, interpolation=interpolation),
+    )  # fmt: skip
+    of_images = {"channels": channels, "max_pixels": max_pixels}
+    read = functools.partial(_read_image, crop=crop, **of_images)
+    check = functools.partial(_check_image, **of_images)
+    if maps:
+        read = functools.partial(
+            read_random_crop, size=image_size, maps=maps, flip=flip, interpolation=interpolation, **of_images
+        )
+        check = functools.partial(check_pair, maps=maps, **of_images)
+    load = functools.partial(_load_or_substitute, source=source, read=read)
     # seeds s and s + 1 must share nothing, but grain's epoch e of seed s is epoch 0 of seed s + e: hence hashed seeds
     shuffle_seed, map_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
     dataset = (
@@ -110,7 +130,6 @@ def make_batches(
         return iter(batches)
 
     opened = [open_at(start_step)]
-    check = functools.partial(decode, channels=channels, max_pixels=max_pixels)
     allowed = most_bad(source, on_error, max_bad_fraction)
     positions = np.arange(process, batch_size, processes, dtype=np.int32)
     batches = watched(opened, open_at, start_step)
@@ -130,6 +149,11 @@ def check_batches(
     crop_ratio: tuple[float, float],
     flip: float,
     interpolation: str,
+    channels: int = 3,
+    augment: str = "",
+    colour_jitter: int | float = 0.0,
+    mean: tuple[int | float, ...] = (),
+    maps: Maps | None = None,
     start_step: int = 0,
     process: int = 0,
     processes: int = 1,
@@ -149,6 +173,12 @@ def check_batches(
     _check(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "must be (low, high), above 0")
     _check(0 <= flip <= 1, "flip", flip, "must be in [0, 1]")
     _check(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1]")
+    if augment or colour_jitter:
+        _check(len(mean) == channels, "mean", mean, f"must have {channels} numbers, one for each channel")
+    make_augment(augment, colour_jitter=colour_jitter, mean=mean, interpolation=interpolation)
+    if maps:
+        maps.check()
+        _check(not augment and not colour_jitter, "augment", augment, "must be empty where images have label maps")
     choices = ", ".join(ON_ERROR)
     _check(on_error in ON_ERROR, "on_error", on_error, f"must be one of {choices}")
     for key, value in {"start_step": start_step, "workers": workers, "threads": threads}.items():
@@ -231,9 +261,16 @@ def fingerprint(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
     interpolation: str = "bilinear",
+    augment: str = "",
+    colour_jitter: int | float = 0.0,
+    mean: tuple[int | float, ...] = (),
+    maps: Maps | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> dict:
     """What decides the samples that `make_batches` yields at a step, as JSON; not how many processes compute them."""
+    augmenting = {"augment": augment, "mean": list(mean)} if augment else {}
+    augmenting |= {"colour_jitter": colour_jitter} if colour_jitter else {}
+    augmenting |= {"maps": maps.as_json()} if maps else {}
     return {
         "source": source.fingerprint(),
         "seed": seed,
@@ -245,6 +282,7 @@ def fingerprint(
         "flip": flip,
         "interpolation": interpolation,
         "max_pixels": max_pixels,
+        **augmenting,
     }
 
 
@@ -264,29 +302,38 @@ def advice(source, *, workers: int) -> str:
     changes = []
     if workers < cores() - 1:
         changes.append(f"set --config.data.workers={cores() - 1} (now {workers}, of {cores()} cores)")
-    if kind not in ("digits", "array_record"):
+    if kind not in ("digits", "array_record", "label_maps"):
         changes.append("prepare the images once (python -m simmim_jax.tools.prepare SOURCE DEST) and train from DEST")
     return ", or ".join(changes) or f"all {cores()} cores decode already: take a host with more, or smaller images"
 
 
-def _random_crop(image, rng, *, size, scale, ratio, flip, interpolation):
-    return random_flip(random_resized_crop(image, rng, size, scale, ratio, interpolation), rng, flip)
+def _random_crop(image, rng, *, size, scale, ratio, flip, interpolation, augment):
+    image = random_flip(random_resized_crop(image, rng, size, scale, ratio, interpolation), rng, flip)
+    return augment(image, rng) if augment else image
 
 
-def _load_or_substitute(index: int, rng: np.random.Generator, *, source, crop, channels, max_pixels) -> dict:
+def _read_image(record: dict, rng: np.random.Generator, *, crop, channels: int, max_pixels: int) -> dict:
+    return {"image": crop(Picture(record["image"], channels, max_pixels), rng)}
+
+
+def _check_image(record: dict, *, channels: int, max_pixels: int) -> None:
+    decode(record["image"], channels, max_pixels)
+
+
+def _load_or_substitute(index: int, rng: np.random.Generator, *, source, read) -> dict:
     """The record, or a stand-in for it; "bad_index" is then the index asked for, else -1."""
     stride = _stride(len(source))
     for step in range(min(TRIES, len(source))):
         used = (index + step * stride) % len(source)
         try:
             record = source[used]
-            image = crop(Picture(record["image"], channels, max_pixels), rng)
+            arrays = read(record, rng)
         except (BadImage, OSError) as error:
             reason = error
             continue
         bad = -1 if used == index else index
         label = np.int32(record["label"])
-        return {"image": image, "label": label, "index": np.int64(used), "bad_index": np.int64(bad)}
+        return {**arrays, "label": label, "index": np.int64(used), "bad_index": np.int64(bad)}
     what = f"{step + 1} images in a row cannot be read, the last being {source.name(used)}: {reason}"
     raise DataError(what, source.describe(), "see whether the disk is there, and what the files are")
 
@@ -334,7 +381,7 @@ def _count_bad(batches, source, check, allowed: int, positions: np.ndarray, *, a
 
 def _reason(source, index: int, check) -> str:
     try:
-        check(source[index]["image"])
+        check(source[index])
     except (BadImage, OSError) as error:
         return str(error)
     return "could not be read, though now it can"

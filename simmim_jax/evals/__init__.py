@@ -11,6 +11,10 @@ same for any batch size and device count. Supplies, of which each evaluator's si
     features    (state) -> evals.features.Features of training and held-out images
     folder      where figures go: <folder>/<name>_<step>.png
 
+Of segmentation besides: whole, the held-out images, as large as they are, with their maps; window, (height, width) of
+what the model takes; window_batch, how many of these at a time; read_windows, (params, windows) -> their logits; fill,
+a pixel, with which windows are padded; and classes, their names.
+
 A new evaluator is one file, and one line in `EVALUATORS`.
 """
 
@@ -18,13 +22,14 @@ import inspect
 from collections.abc import Callable
 
 from simmim_jax.errors import check_options, choose
-from simmim_jax.evals import accuracy, knn, linear, reconstruction
+from simmim_jax.evals import accuracy, knn, linear, reconstruction, segmentation
 
 EVALUATORS = {
     "accuracy": accuracy.make_accuracy,
     "knn": knn.make_knn,
     "linear": linear.make_linear,
     "reconstruction": reconstruction.make_reconstruction,
+    "segmentation": segmentation.make_segmentation,
 }
 
 

@@ -5,26 +5,21 @@ The protocol of Wu et al. 2018 (arXiv 1805.01978) as DINO uses it: k = 20, tempe
 
 from collections.abc import Callable
 
-import numpy as np
-from sklearn.neighbors import KNeighborsClassifier
-
 from simmim_jax.errors import check_minimum
+from simmim_jax.evals import probes
 
 
-def make_knn(*, features: Callable, neighbours: int = 20, temperature: float = 0.07):
+def make_knn(*, features: Callable, neighbours: int = 20, temperature: int | float = 0.07):
     """features(state) -> `evals.features.Features`. Metric: "knn", top-1 accuracy on the held-out set in 0..1."""
     check_minimum("evals.knn.neighbours", neighbours, 1)
     check_minimum("evals.knn.temperature", temperature, 0, strict=True)
 
     def run(state) -> dict[str, float]:
         x = features(state)
-        classifier = KNeighborsClassifier(
-            min(neighbours, len(x.train)),
-            metric="cosine",
-            algorithm="brute",
-            weights=lambda distance: np.exp((1 - distance) / temperature),
-        )
-        classifier.fit(x.train, x.train_labels)
-        return {"knn": float(classifier.score(x.heldout, x.heldout_labels))}
+        found = probes.nearest_classes(
+            x.train, x.train_labels, x.heldout, classes=int(x.train_labels.max()) + 1, neighbours=(neighbours,),
+            temperature=temperature,
+        )  # fmt: skip
+        return {"knn": float((found[0, :, 0] == x.heldout_labels).mean())}
 
     return run

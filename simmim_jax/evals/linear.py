@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+import numpy as np
 
 from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.evals import probes
 
 
-def make_linear(*, features: Callable, inverse_regularisation: float = 1.0, iterations: int = 1000):
+def make_linear(*, features: Callable, inverse_regularisation: int | float = 1.0, iterations: int = 1000):
     """features(state) -> `evals.features.Features`. Metric: "linear", top-1 accuracy on the held-out set in 0..1.
 
     inverse_regularisation: scikit-learn's C. iterations: of L-BFGS, at most.
@@ -23,8 +22,13 @@ def make_linear(*, features: Callable, inverse_regularisation: float = 1.0, iter
             raise ConfigError(
                 f"{len(x.train)} images of one class to train a probe", "eval_images", "give more, or 0 for all"
             )
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_regularisation, max_iter=iterations))
-        probe.fit(x.train, x.train_labels)
-        return {"linear": float(probe.score(x.heldout, x.heldout_labels))}
+        classes = int(max(x.train_labels.max(), x.heldout_labels.max())) + 1
+        standard = probes.statistics(x.train)
+        classifier = probes.logistic_path(
+            probes.standardise(x.train, *standard), x.train_labels, np.float32([inverse_regularisation]),
+            classes=classes, iterations=iterations,
+        )  # fmt: skip
+        ranks = probes.ranks(probes.standardise(x.heldout, *standard), x.heldout_labels, classifier)
+        return {"linear": probes.accuracies(ranks[:, 0], classes)["top1"]}
 
     return run

@@ -24,7 +24,7 @@ first.
 import dataclasses
 
 from simmim_jax.errors import CheckpointError, ConfigError
-from simmim_jax.interop import huggingface, mae, official, timm
+from simmim_jax.interop import backbone, huggingface, mae, official, timm
 from simmim_jax.interop.found import Found
 from simmim_jax.interop.reading import Weights, read_weights
 from simmim_jax.interop.rules import Rule, skip, to_ours, to_theirs
@@ -58,7 +58,7 @@ CLASSES = {
 }
 LARGEST_IMAGE = 16384  # pixels of a side
 FORMATS = {"huggingface": huggingface, "mae": mae, "official": official, "timm": timm}
-EXPORTS = {name: FORMATS[name] for name in ("huggingface", "official", "timm")}
+EXPORTS = {"backbone": backbone} | {name: FORMATS[name] for name in ("huggingface", "official", "timm")}
 SUPPORTED = (
     "supported are official SimMIM, Swin, Swin V2 and ConvNeXt files; timm's vit, beit, swin, swinv2, convnext and "
     "resnet of bottleneck blocks; Hugging Face folders of ViT, BEiT, Swin and Swinv2; MAE files"

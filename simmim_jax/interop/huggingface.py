@@ -20,7 +20,7 @@ from simmim_jax.interop.found import (
     square,
     without_prefix,
 )
-from simmim_jax.interop.official import position_of, positions, under_encoder
+from simmim_jax.interop.official import of_class_token, position_of, positions, reads_class_token, under_encoder
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import (
     PER_HEAD,
@@ -164,14 +164,12 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> F
     if "decoder.0.weight" in weights.arrays:
         objective = {"name": "simmim"}
     elif "classifier.weight" in weights.arrays:
-        if "pooler.layernorm.weight" not in shapes:
-            raise CheckpointError(
-                "the classifier in this file reads the class token, ours the mean of the patches",
-                weights.where, "leave it out with --allow 'classifier.*'",
-            )  # fmt: skip
         classes = weights.arrays["classifier.weight"].shape[0]
+        of_patches = "pooler.layernorm.weight" in shapes
         objective = {"name": "classify", "num_classes": classes, "pool_norm": True}
-        if encoder["norm_epsilon"] != 1e-6:
+        if not of_patches:
+            objective = of_class_token(classes)
+        elif encoder["norm_epsilon"] != 1e-6:
             notes.append(f"the norm after pooling has epsilon 1e-6 here, {encoder['norm_epsilon']:g} there")
     return Found(NAME, encoder, objective, None, 3, prefix, tuple(notes))
 
@@ -260,7 +258,7 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
     """Why transformers cannot hold the model; empty if it can."""
     kind = model_type(encoder)
     if kind in ("resnet", "convnext"):
-        return f"a {kind} is not exported for transformers; timm has its names"
+        return f"a {kind} is exported for transformers as a backbone alone; timm has its names"
     if not encoder.final_norm and not (kind == "beit" and objective["name"] != "simmim"):
         return f"the {kind} of transformers always has a final norm; timm's and the official ViT need not"
     if kind in ("vit", "beit"):
@@ -298,8 +296,13 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
     hint = "leave the classifier out with --allow head"
     if objective.get("block", 0):
         return f"the classifier reads block {objective['block']}, theirs reads the output; {hint}"
+    if kind in ("vit", "beit") and reads_class_token(encoder, objective):
+        return ""
     if kind == "vit":
-        return f"the classifier reads the mean of the patches, that of transformers the class token; timm's can; {hint}"
+        read = {"patches": "the mean of the patches"}.get(objective.get("pool", "patches"), "something else")
+        return f"the classifier reads {read}, that of transformers the class token; timm's can; {hint}"
+    if objective.get("pool", "patches") != "patches":
+        return f"the classifier reads {objective['pool']}, theirs the class token after one final norm; {hint}"
     if kind == "beit" and (encoder.final_norm or not objective["pool_norm"]):
         return f"BEiT's classifier has one norm, after pooling: final_norm=False and pool_norm=True; {hint}"
     if kind == "beit" and encoder.norm_epsilon != 1e-6:
@@ -402,7 +405,7 @@ ARCHITECTURES = {
     "simmim": {kind: f"{cls}ForMaskedImageModeling" for kind, cls in
                (("vit", "ViT"), ("swin", "Swin"), ("swinv2", "Swinv2"))},
     "classify": {kind: f"{cls}ForImageClassification" for kind, cls in
-                 (("beit", "Beit"), ("swin", "Swin"), ("swinv2", "Swinv2"))},
+                 (("beit", "Beit"), ("swin", "Swin"), ("swinv2", "Swinv2"), ("vit", "ViT"))},
 }  # fmt: skip
 
 
@@ -478,13 +481,14 @@ def preprocessor_config_of(image_size: tuple[int, int], mean: tuple, std: tuple,
 
 
 def model_card(
-    encoder, objective: dict, config: dict, *, step: int | None, summary: dict, no_place: list[str], allowed: list[str]
-) -> str:
+    encoder, objective: dict, config: dict, *, step: int | None, summary: dict, no_place: list[str], allowed: list[str],
+    notes: tuple[str, ...] = (),
+) -> str:  # fmt: skip
     """README.md: what the model is, how it was made, and what was measured, by its run's own files.
 
     config: the run's config.json. summary: its summary.json, or empty; no number comes from elsewhere, and none of
     another step than that of the weights. no_place, allowed: what was left out because this format has no place for
-    it, and because the user said so.
+    it, and because the user said so. notes: what else its reader should know.
     """
     imported, parts = config.get("imported"), []
     what = {"simmim": "pretrained by masked image modelling", "classify": "an image classifier", "none": "an encoder"}
@@ -502,6 +506,7 @@ def model_card(
         parts.append(f"Left out, because this format has no place for it: {', '.join(no_place)}.")
     if allowed:
         parts.append(f"Left out at the export, as its user chose: {', '.join(allowed)}.")
+    parts += [f"Note: {note}." for note in notes]
     data = {
         name: value for name, value in config.get("data", {}).items() if name in ("source", "name", "split") and value
     }

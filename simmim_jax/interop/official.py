@@ -123,21 +123,32 @@ def position_of(table: np.ndarray | None, class_token: bool) -> str:
 def objective_of(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool, of_patches: str = "") -> dict:
     """The objective that the heads in the file are of.
 
-    of_patches: of a ViT, the name of the norm whose presence says that the classifier pools patches. Raises
-    CheckpointError for one that reads the class token: ours would feed it something else.
+    of_patches: of a ViT, the name of the norm whose presence says that the classifier pools patches; without it, it
+    reads the class token after the final norm. Raises CheckpointError for one that does neither.
     """
     if "decoder.0.weight" in weights.arrays:
         return {"name": "simmim"}
     if "head.weight" not in weights.arrays:
         return {"name": "none"}
+    classes = weights.arrays["head.weight"].shape[0]
+    if of_patches and of_patches not in shapes and final_norm and "cls_token" in shapes:
+        return of_class_token(classes)
     if of_patches and (of_patches not in shapes or final_norm):
         raise CheckpointError(
-            "the classifier in this file does not read the mean of the patches and fc_norm of it, as ours would",
-            weights.where, "leave it out with --allow 'head.*'",
+            "the classifier in this file reads neither fc_norm of the mean of the patches nor the class token after "
+            "the final norm, as ours can", weights.where, "leave it out with --allow 'head.*'",
         )  # fmt: skip
-    return {
-        "name": "classify", "num_classes": weights.arrays["head.weight"].shape[0], "pool_norm": bool(of_patches)
-    }  # fmt: skip
+    return {"name": "classify", "num_classes": classes, "pool_norm": bool(of_patches)}
+
+
+def of_class_token(classes: int) -> dict:
+    """The objective of a classifier that reads the class token of the output."""
+    return {"name": "classify", "num_classes": classes, "pool_norm": False, "pool": "class_token"}
+
+
+def reads_class_token(encoder, objective: dict) -> bool:
+    """Whether a classifier reads the class token of a ViT, after the final norm and no other."""
+    return objective.get("pool") == "class_token" and encoder.final_norm and not objective["pool_norm"]
 
 
 def describe_swin(weights: Weights, format: str, name: str) -> Found:
@@ -280,6 +291,10 @@ def refusal_of_head(name: str, encoder, objective: dict) -> str:
     hint = "leave the classifier out with --allow head"
     if objective.get("block", 0):
         return f"the classifier reads block {objective['block']}, theirs reads the output; {hint}"
+    if name == "ViT" and reads_class_token(encoder, objective):
+        return ""
+    if objective.get("pool", "patches") != "patches":
+        return f"the classifier reads {objective['pool']}, theirs the class token after one final norm; {hint}"
     if name == "ViT" and (encoder.final_norm or not objective["pool_norm"]):
         return f"theirs has one norm, after pooling: final_norm=False and pool_norm=True; {hint}"
     if name in ("Swin", "SwinV2", "ResNet") and objective["pool_norm"]:

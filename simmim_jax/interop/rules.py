@@ -108,7 +108,7 @@ def to_theirs(rules: list[Rule], params: dict) -> dict[str, np.ndarray]:
     for rule in rules:
         value = rule.fixed if rule.fixed is not None else np.asarray(ours.pop(rule.ours))
         out |= {
-            name: np.ascontiguousarray(array)
+            name: np.asarray(array, order="C")  # which leaves a number without axes as it is
             for name, array in zip(rule.theirs, rule.layout.to_theirs(value), strict=True)
         }
     if ours:

@@ -7,6 +7,7 @@ The contract. An encoder is a `flax.linen` module with
     check()                                    raises ConfigError for options that cannot work
     layer_of(path) -> layer                    of a parameter: 0 what embeds, 1 to depth the blocks, depth + 1 the rest
     token_stride, feature_stride, depth        pixels, pixels, number of blocks
+    stages                                     the blocks, from 1 on, that end its stages; each halves the map
     init_truncation                            where the normal that tokens start from is cut, in standard deviations
     pool_norm                                  whether a classifier norms what it pools, as the map itself is not normed
     DECAYED_TOO                                names that official code decays of this encoder, though of no other

@@ -7,6 +7,7 @@ Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residu
 the attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
 """
 
+import itertools
 import math
 from functools import partial
 
@@ -152,6 +153,11 @@ def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -
 
 class Encoder(nn.Module):
     """What every encoder is, called as a whole: `embed` and `trunk` in turn (the contract: `simmim_jax.models`)."""
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The blocks that end its stages, counted from 1; of an encoder without stages, the last alone."""
+        return tuple(itertools.accumulate(getattr(self, "depths", (self.depth,))))
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:

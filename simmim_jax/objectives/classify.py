@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from simmim_jax import mixing
 from simmim_jax.errors import ConfigError
 from simmim_jax.masking import check_multiple
 from simmim_jax.models.layers import layer_norm, truncated_normal
@@ -43,13 +44,26 @@ def make_classify(
     head_scale: float = 1.0,
     label_smoothing: float = 0.0,
     train_encoder: bool = True,
+    pool: str = "patches",
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    mix_probability: float = 1.0,
+    mix_switch: float = 0.5,
+    mix_mode: str = "batch",
+    erase: float = 0.0,
 ):
-    """(init, loss_fn, predict) of cross entropy over `num_classes`; `predict` gives "logits" [b, n].
+    """(init, loss_fn, predict, prepare) of cross entropy over `num_classes`; `predict` gives "logits" [b, n].
 
-    params: "encoder" and "head". loss_fn's metrics: "top1", the share of right answers.
+    params: "encoder" and "head". loss_fn's metrics: "top1", the share of right answers; of mixed images, of those that
+        name the class with the greater share.
     pool_norm: LayerNorm of what is pooled (official `fc_norm`); None: where the encoder has no norm at its end.
     head_scale: factor on the head's initial N(0, 0.02) (official: 0.001 for ViT).
     train_encoder: whether the encoder is in training mode, with stochastic depth; false where it is frozen.
+    pool: what of the encoder is classified, one of `features.POOLS`.
+    erase: probability that a box of a training image becomes noise. mixup, cutmix, mix_probability, mix_switch,
+        mix_mode: how training images, and their targets, are mixed, each with the one at its place in the reversed
+        batch (see `simmim_jax.mixing`). All of it happens in the compiled step, first erasing, as in official
+        data_finetune.py and main_finetune.py.
     """
     if num_classes < 2:
         raise ConfigError(
@@ -59,7 +73,11 @@ def make_classify(
         raise ConfigError(f"label_smoothing {label_smoothing} is not in [0, 1)", "objective.label_smoothing")
     for size in image_size:  # else what lies beyond the last whole token would go unseen
         check_multiple(size, encoder.token_stride, "image size", "the side of the encoder's tokens")
-    features = make_features(encoder, mean=mean, std=std, block=block)
+    mixing.check_mixing(
+        mixup=mixup, cutmix=cutmix, probability=mix_probability, switch=mix_switch, mode=mix_mode, erase=erase
+    )
+    mixes = mixup > 0 or cutmix > 0
+    features = make_features(encoder, mean=mean, std=std, block=block, pool=pool)
     head = Head(num_classes, encoder.pool_norm if pool_norm is None else pool_norm, head_scale)
 
     def init(key):
@@ -73,14 +91,43 @@ def make_classify(
         pooled, statistics = features(params["encoder"], images, *mode)
         return head.apply({"params": params["head"]}, pooled), statistics
 
+    def targets_of(labels: Int[Array, " b"]) -> Float[Array, "b n"]:
+        return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
+
+    def prepare(batch):
+        if not mixes:
+            return batch
+        return batch | {f"partner_{name}": batch[name][::-1] for name in ("image", "label", "position")}
+
+    def augmented(batch, key) -> tuple[Float[Array, "b y x c"], Float[Array, "b n"]]:
+        """The batch's images as they are trained on, and what they are to be taken for."""
+        erase_key, mix_key = jax.random.split(jax.random.fold_in(key, 1))  # the key itself draws stochastic depth
+
+        def erased(images, position):
+            images = normalise(images, mean, std)
+            return mixing.erase(images, erase_key, position, probability=erase) if erase else images
+
+        images, targets = erased(batch["image"], batch["position"]), targets_of(batch["label"])
+        if not mixes:
+            return images, targets
+        drawn = mixing.draw_mix(
+            mix_key, batch["position"], batch["partner_position"], image_size=image_size, mixup=mixup, cutmix=cutmix,
+            probability=mix_probability, switch=mix_switch, mode=mix_mode,
+        )  # fmt: skip
+        partners = erased(batch["partner_image"], batch["partner_position"])
+        images = mixing.mix(images, partners, drawn)
+        return images, mixing.mix_targets(targets, targets_of(batch["partner_label"]), drawn)
+
     def loss_fn(params, batch, key, train):
-        logits, statistics = logits_of(params, batch["image"], train and train_encoder, key, batch["position"])
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), label_smoothing)
-        right = logits.argmax(axis=-1) == batch["label"]
+        images, targets = batch["image"], targets_of(batch["label"])
+        if train and (erase or mixes):
+            images, targets = augmented(batch, key)
+        logits, statistics = logits_of(params, images, train and train_encoder, key, batch["position"])
+        right = logits.argmax(axis=-1) == targets.argmax(axis=-1)
         metrics = {"top1": right.mean(dtype=jnp.float32), "statistics": {"encoder": statistics}}
         return optax.softmax_cross_entropy(logits, targets).mean(), metrics
 
     def predict(params, batch, key):
         return {"logits": logits_of(params, batch["image"])[0]}
 
-    return init, loss_fn, predict
+    return init, loss_fn, predict, prepare

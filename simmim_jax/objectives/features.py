@@ -37,7 +37,9 @@ def pooled(features: Float[Array, "b k l d"], class_tokens: Float[Array, "b d"] 
 def make_features(
     encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0, pool: str = "patches"
 ) -> Callable:
-    """A function (params, images uint8, train, key, position) -> (pooled, statistics).
+    """A function (params, images, train, key, position) -> (pooled, statistics).
+
+    images: uint8, or float32 that are normalised already.
 
     pooled: [b, d] of one block. statistics: the encoder's new running ones, where it has them and is trained; else
     empty.
@@ -50,7 +52,7 @@ def make_features(
 
     def features(
         params,
-        images: UInt8[Array, "b y x c"],
+        images: UInt8[Array, "b y x c"] | Float[Array, "b y x c"],
         train: bool = False,
         key: Key[Array, ""] | None = None,
         position: Int[Array, " b"] | None = None,
@@ -58,7 +60,7 @@ def make_features(
         reads = block or pool != "patches"
         out, seen = encoder.apply(
             {"params": params},
-            normalise(images, mean, std),
+            normalise(images, mean, std) if images.dtype == jnp.uint8 else images,
             train,
             position,
             rngs=None if key is None else {"drop_path": key},

@@ -24,9 +24,11 @@ examples:
     python -m simmim_jax.tools.convert runs/mine exported/mine
     python -m simmim_jax.tools.convert runs/mine mine.safetensors --format=timm
     python -m simmim_jax.tools.convert runs/mine mine.stablehlo
+  its maps of each stage, as a backbone for the detectors and segmenters of transformers:
+    python -m simmim_jax.tools.convert runs/mine exported/pyramid --format=backbone
 """
 LARGEST_IMAGE = 16384  # pixels of a side, as in `interop`, which is not imported to read a command line
-FORMATS = ("huggingface", "official", "stablehlo", "timm")
+FORMATS = ("backbone", "huggingface", "official", "stablehlo", "timm")
 
 
 def make_parser() -> argparse.ArgumentParser:

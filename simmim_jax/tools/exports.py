@@ -13,13 +13,15 @@ from safetensors.numpy import save_file
 
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
-from simmim_jax.interop import huggingface, stablehlo
+from simmim_jax.interop import backbone, huggingface, stablehlo
 from simmim_jax.interop.reading import MADE_BY, read_json
 from simmim_jax.tools.targets import check_target, replaced
 from simmim_jax.tools.weights import print_names
 from simmim_jax.trained import Trained, open_trained
 
+FOLDERS = ("backbone", "huggingface")  # of transformers
 READ_IT_WITH = {
+    "backbone": "transformers.CLASS.from_pretrained(FILE)(pixel_values).feature_maps",
     "huggingface": "transformers.AutoModel.from_pretrained(FILE)",
     "official": "model.load_state_dict(safetensors.torch.load_file(FILE), strict=False), as it has no buffers",
     "stablehlo": "jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)",
@@ -30,7 +32,8 @@ READ_IT_WITH = {
 def export_run(options: argparse.Namespace) -> None:
     """Write the newest checkpoint of the run `options.source` in another format."""
     format = options.format or inferred_format(options.target)
-    check_target(options, format if format in ("huggingface", "stablehlo") else "safetensors")
+    kinds = dict.fromkeys(FOLDERS, "huggingface") | {"stablehlo": "stablehlo"}
+    check_target(options, kinds.get(format, "safetensors"))
     run = open_trained(options.source)
     where = str(options.source)
     objective, allowed = exported_objective(run, options.allow, where)
@@ -49,8 +52,8 @@ def export_run(options: argparse.Namespace) -> None:
         if format == "stablehlo":
             program = stablehlo.serialise(run.encoder, run.params["encoder"], image_size=run.image_size, **run.pixels)
             partial.write_bytes(program)
-        elif format == "huggingface":
-            write_folder(partial, run, objective, no_place=no_place, allowed=left_out if allowed else [])
+        elif format in FOLDERS:
+            write_folder(partial, run, objective, format, no_place=no_place, allowed=left_out if allowed else [])
         else:
             write_state_dict(partial, run, objective, format)
 
@@ -61,7 +64,10 @@ def export_run(options: argparse.Namespace) -> None:
         print(f"note: {note}")
     print_names("left out, as --allow says", left_out if allowed else [])
     print_names(f"left out, as {format} has no place for it", no_place)
-    print(f"read it with {READ_IT_WITH[format].replace('FILE', repr(options.target))}")
+    read_it = READ_IT_WITH[format].replace("FILE", repr(options.target))
+    if format == "backbone":
+        read_it = read_it.replace("CLASS", backbone.CLASSES[backbone.kind_of(run.encoder)])
+    print(f"read it with {read_it}")
 
 
 def write_state_dict(path: Path, run: Trained, objective: dict, format: str) -> None:
@@ -78,12 +84,18 @@ def write_state_dict(path: Path, run: Trained, objective: dict, format: str) -> 
     save_file(arrays_of(run, objective, format), path, metadata=metadata)
 
 
-def write_folder(path: Path, run: Trained, objective: dict, *, no_place: list[str], allowed: list[str]) -> None:
+def write_folder(
+    path: Path, run: Trained, objective: dict, format: str, *, no_place: list[str], allowed: list[str]
+) -> None:
     """A folder of transformers, with a card of what the run's own files say."""
     interpolation = run.config.get("data", {}).get("interpolation", "")
     pixels = run.pixels
+    if format == "backbone":
+        config = backbone.config_of(run.encoder, run.image_size, run.channels)
+    else:
+        config = huggingface.config_of(run.encoder, objective, run.image_size, run.channels)
     files = {
-        "config.json": huggingface.config_of(run.encoder, objective, run.image_size, len(pixels["mean"])),
+        "config.json": config,
         "preprocessor_config.json": huggingface.preprocessor_config_of(
             run.image_size, pixels["mean"], pixels["std"], interpolation
         ),
@@ -96,13 +108,14 @@ def write_folder(path: Path, run: Trained, objective: dict, *, no_place: list[st
         summary=read_json(run.folder.parent.parent / "summary.json"),
         no_place=no_place,
         allowed=allowed,
+        notes=interop.EXPORTS[format].export_notes(run.encoder),
     )
     path.mkdir()
     for name, content in files.items():
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
     (path / "README.md").write_text(card)
     metadata = {"format": "pt", "made_by": MADE_BY}
-    save_file(arrays_of(run, objective, "huggingface"), path / "model.safetensors", metadata=metadata)
+    save_file(arrays_of(run, objective, format), path / "model.safetensors", metadata=metadata)
 
 
 def arrays_of(run: Trained, objective: dict, format: str) -> dict:
@@ -139,7 +152,8 @@ def exported_objective(run: Trained, allow: list[str], where: str) -> tuple[dict
     if objective.get("name") == "classify":
         head = run.params["head"]
         found = {"num_classes": head["logits"]["kernel"].shape[-1], "pool_norm": "norm" in head}
-        return {"name": "classify", "block": objective.get("block", 0), **found}, []
+        pool = {"pool": objective["pool"]} if objective.get("pool", "patches") != "patches" else {}
+        return {"name": "classify", "block": objective.get("block", 0), **found, **pool}, []
     raise CheckpointError(
         f"heads of an unknown objective {objective.get('name')!r}: {', '.join(heads)}", where,
         f"leave them out with --allow {','.join(heads)}",

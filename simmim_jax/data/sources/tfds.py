@@ -90,13 +90,18 @@ class Tfds:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> dict:
+    def record(self, i: int) -> dict:
+        """All features of a record, images as their files' bytes. Raises BadImage where it cannot be read."""
         i = range(self.count)[i]
         records = self.records
         try:
-            record = records[i]
+            return records[i]
         except (RuntimeError, IndexError, ValueError, DecodeError) as error:
             raise BadImage("its record is damaged: " + " ".join(str(error).split())[:160]) from error
+
+    def __getitem__(self, i: int) -> dict:
+        i = range(self.count)[i]
+        record = self.record(i)
         label = int(record[self.label]) if self.label else -1
         return {"image": record[self.image], "label": label, "name": self.name(i)}
 

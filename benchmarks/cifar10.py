@@ -1,0 +1,473 @@
+"""What a small ViT learns from CIFAR-10: ours, the ViT of `transformers` trained alike in PyTorch, and random weights.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/cifar10.py --images=DIR --runs=RUNS --out=benchmarks/results/DATE-DEVICE/cifar10.json
+    python benchmarks/cifar10.py peer --images=DIR --runs=RUNS --pretrain="--config.epochs=10"       # one stage alone
+
+DIR has train/<class>/ and test/<class>/; without --images TFDS's cifar10 is read. The stages, in this order unless some
+are named; every one goes on from where it was interrupted, when the same command is given again:
+
+    ours       pretrain by configs/cifar10_vit_tiny.py, in RUNS/ours (--ours: a run that is finished already)
+    peer       pretrain the peer by the same config, in RUNS/peer: see cifar10_peer.py
+    imported   RUNS/peer_imported: the peer's weights as a run of ours, by simmim_jax.tools.convert
+    random     RUNS/random: the parameters that `ours` began with
+    probe      linear probe, k-NN and few-shot of all three, by simmim_jax.tools.probe, in RUNS/probe_*
+    finetune   fine-tune all three alike by configs/cifar10_finetune.py, in RUNS/finetune_*
+    report     gather what is there: a JSON file, a picture of the curves beside it, tables on the console
+
+--pretrain, --probe and --finetune hand flags on to the programs of these stages.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont
+from step import ROOT, describe, markdown
+
+sys.path.insert(0, str(ROOT))
+from simmim_jax import checkpoint, pretrained, train
+from simmim_jax.config import refuse_change
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, told_in_one_line
+from simmim_jax.metrics import read_rows, write_atomically
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import make_objective
+
+ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # names of runs, and in tables
+COLOURS = {"random": "#7d8590", "ours": "#1f6feb", "peer": "#d9730d"}
+CURVE_EVERY = 10  # steps between the losses that `ours` writes down
+PROBES = {  # columns of the table: (method, images, which row of these) of simmim_jax.tools.probe
+    "linear probe": ("linear", "all", "chosen"),
+    "linear, paper's block": ("linear", "all", "paper"),
+    "k-NN": ("knn", "all", "chosen"),
+    "1 % of labels": ("logistic", "1 %", "chosen"),
+    "10 % of labels": ("logistic", "10 %", "chosen"),
+}
+NOT_RUN = "not yet run"
+
+
+def workdir_of(encoder: str, options: argparse.Namespace) -> Path:
+    """The run that holds an encoder's weights."""
+    return {"ours": options.ours or options.runs / "ours", "peer": options.runs / "peer_imported"}.get(
+        encoder, options.runs / encoder
+    )
+
+
+def config_flags(name: str, options: argparse.Namespace) -> list[str]:
+    """--config of this file of configs/, and where its images are."""
+    if options.images:
+        return [f"--config=configs/{name}.py:folder", f"--config.data.path={options.images}"]
+    return [f"--config=configs/{name}.py"]
+
+
+def run(name: str, command: list, options: argparse.Namespace) -> None:
+    """Run a command to its end, and write what it was, where and when, to RUNS/records/NAME.json. Ends where it fails.
+
+    A SIGTERM to this program goes to the command, which saves what it has.
+    """
+    path = options.runs / "records" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    attempts = json.loads(path.read_text()) if path.exists() else []
+    line = shlex.join(map(str, command))
+    attempts.append({"command": without_paths(line, options), "seconds": None, "exit_code": None, **describe()})
+    write_atomically(path, json.dumps(attempts, indent=1) + "\n")
+    print(f"{name}: {line}", flush=True)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    begun = time.perf_counter()
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):  # which the command has got too
+                code = child.wait()
+                break
+        signal.signal(signal.SIGTERM, before)
+    attempts[-1] |= {"seconds": round(time.perf_counter() - begun, 1), "exit_code": code}
+    write_atomically(path, json.dumps(attempts, indent=1) + "\n")
+    if code:
+        print(f"benchmarks/cifar10.py: {name} ended with code {code}: what it said is above", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def without_paths(text: str, options: argparse.Namespace) -> str:
+    """A command without what is of this machine alone."""
+    names = {options.python: "python", sys.executable: "python", ROOT: ".", options.runs: "RUNS"}
+    names |= {options.images: "IMAGES", options.ours: "RUNS/ours"}
+    for path, name in sorted(names.items(), key=lambda item: -len(str(item[0]))):
+        text = text.replace(str(path), name) if path else text
+    return text
+
+
+def pretrain_ours(options: argparse.Namespace) -> None:
+    if options.ours:
+        return
+    flags = [*config_flags("cifar10_vit_tiny", options), f"--config.log_every={CURVE_EVERY}", *options.pretrain]
+    run("ours", [sys.executable, "-m", "simmim_jax.main", *flags, f"--workdir={options.runs}/ours"], options)
+
+
+def pretrain_peer(options: argparse.Namespace) -> None:
+    flags = [*config_flags("cifar10_vit_tiny", options), *options.pretrain, f"--workdir={options.runs}/peer"]
+    run("peer", [options.python, ROOT / "benchmarks" / "cifar10_peer.py", *flags], options)
+
+
+def import_peer(options: argparse.Namespace) -> None:
+    target = workdir_of("peer", options)
+    folder = options.runs / "peer" / "huggingface"
+    if not folder.exists():
+        raise CheckpointError("no finished run of the peer", str(folder.parent), "run the stage peer to its end")
+    run("imported", [sys.executable, "-m", "simmim_jax.tools.convert", folder, target, "--overwrite"], options)
+
+
+def draw_random(options: argparse.Namespace) -> None:
+    target = workdir_of("random", options)
+    if not checkpoint.has_steps(str(target)):  # in a process of its own: JAX would keep a GPU's memory here
+        run("random", [sys.executable, __file__, "draw", workdir_of("ours", options), target], options)
+
+
+def draw(run_of: str, workdir: str) -> None:
+    """Write the parameters that the run `run_of` began with as a run of their own."""
+    config = train.read_json(Path(run_of) / "config.json")
+    if not config:
+        raise CheckpointError("no run", run_of, "run the stage ours first, or give --ours=RUN")
+    encoder = make_encoder(**pretrained.architecture(config["encoder"]))
+    pixels = {name: tuple(config[name]) for name in ("image_size", "mean", "std")}
+    objective = make_objective(encoder=encoder, **pixels, **config["objective"])
+    init_key, _, _ = train.keys_of(ConfigDict({"seed": config["seed"]}))
+    checkpoint.write_params(workdir, jax.jit(objective.init)(init_key), config)
+
+
+def each_encoder(name: str, command: Callable, options: argparse.Namespace) -> None:
+    """Run `command` (encoder's run, name of the new folder) for each encoder that is asked for."""
+    for encoder in options.encoders:
+        source = workdir_of(encoder, options)
+        if not checkpoint.has_steps(str(source)):
+            raise CheckpointError(
+                f"no weights of {encoder}", str(source), f"run the stages before {name}, or leave out --encoders"
+            )
+        run(f"{name}_{encoder}", command(source, options.runs / f"{name}_{encoder}"), options)
+
+
+def probe(options: argparse.Namespace) -> None:
+    images = ["--data", options.images or "tfds:cifar10"]
+    program = [sys.executable, "-m", "simmim_jax.tools.probe"]
+    each_encoder("probe", lambda source, out: [*program, source, out, *images, *options.probe], options)
+
+
+def finetune(options: argparse.Namespace) -> None:
+    program = [sys.executable, "-m", "simmim_jax.main", *config_flags("cifar10_finetune", options)]
+    program += ["--config.encoder.name="]  # each run's own: the peer's is another than the config's
+    each_encoder(
+        "finetune",
+        lambda source, out: [*program, f"--config.init_from={source}", *options.finetune, f"--workdir={out}"],
+        options,
+    )
+
+
+def pretraining_of(folder: Path) -> dict | None:
+    """What a pretraining run says of itself; None where it is not finished."""
+    summary = train.read_json(folder / "summary.json")
+    if not summary:
+        return None
+    names = ("step", "masked_loss", "images_per_second", "seconds", "parameters", "threads", "device", "describe")
+    told = {name: summary[name] for name in names if name in summary}
+    if versions := train.read_json(folder / "versions.json"):
+        told["versions"] = versions
+    return told | {"masked_loss_at_start": summary["start"].get("masked_loss")}
+
+
+def losses_of(folder: Path) -> dict[int, dict]:
+    """The rows of metrics.jsonl by step."""
+    return {row["step"]: row for row in read_rows(folder / "metrics.jsonl")}
+
+
+def compare(ours: Path, peer: Path) -> dict[str, list]:
+    """{"step", "ours", "peer"}: the losses at the steps that both runs have written down.
+
+    Raises ConfigError where their configs differ, and DataError where their batches did.
+    """
+    first, second = (train.read_json(folder / "config.json") for folder in (ours, peer))
+    if first and second:
+        given = {name: value for name, value in second["encoder"].items() if value is not None}
+        same = {name: value for name, value in first["encoder"].items() if name in given}
+        refuse_change(first | {"encoder": same}, second | {"encoder": given}, str(peer))
+    rows = losses_of(ours), losses_of(peer)
+    steps = sorted(rows[0].keys() & rows[1].keys())
+    for step in steps:
+        if rows[0][step]["samples"] != rows[1][step]["samples"]:
+            raise DataError(f"other images at step {step}", f"{ours} and {peer}", "run both with the same flags")
+    curves = [[round(of_run[step]["loss"], 5) for step in steps] for of_run in rows]
+    return {"step": steps, "ours": curves[0], "peer": curves[1]}
+
+
+def finetuning_of(folder: Path) -> dict | None:
+    """Accuracy of a finished fine-tuning, and how it rose; None where there is none."""
+    summary = train.read_json(folder / "summary.json")
+    if not summary:
+        return None
+    rows = read_rows(folder / "evaluations.jsonl")
+    curve = {"step": [row["step"] for row in rows], "top1": [round(row["top1"], 5) for row in rows]}
+    return {name: summary[name] for name in ("step", "top1", "top5", "images")} | {"curve": curve}
+
+
+def check_same_budget(options: argparse.Namespace) -> None:
+    """Raise ConfigError where two encoders were probed or fine-tuned in other ways, or `ours` before its last step."""
+    probed, tuned = {}, {}
+    for encoder in ENCODERS:
+        folder = options.runs / f"probe_{encoder}"
+        if results := train.read_json(folder / "results.json"):
+            probed[folder] = {k: v for k, v in results["options"].items() if k not in ("run", "out")}
+            step = pretraining_of(workdir_of("ours", options))["step"]
+            if encoder == "ours" and results["step"] != step:
+                raise ConfigError(f"probed at step {results['step']} of {step}", str(folder), "run the stage probe")
+        folder = options.runs / f"finetune_{encoder}"
+        if finetuning_of(folder):
+            config = train.read_json(folder / "config.json")
+            tuned[folder] = {k: v for k, v in config.items() if k not in ("encoder", "init_from")}
+    for of_each in (probed, tuned):
+        folders = list(of_each)
+        for folder in folders[1:]:
+            refuse_change(of_each[folders[0]], of_each[folder], str(folder))
+
+
+def gather(options: argparse.Namespace) -> dict:
+    """All that is there of the stages, and None or nothing for what is not yet run."""
+    ours, peer = workdir_of("ours", options), options.runs / "peer"
+    pretraining = {"ours": pretraining_of(ours), "peer": pretraining_of(peer)}
+    rows = []
+    for encoder in ENCODERS:
+        loss = pretraining["ours" if encoder == "random" else encoder] or {}
+        rows.append({
+            "encoder": encoder,
+            "masked_loss": loss.get("masked_loss_at_start" if encoder == "random" else "masked_loss"),
+            "probe": probes_of(options.runs / f"probe_{encoder}"),
+            "finetuned": finetuning_of(options.runs / f"finetune_{encoder}"),
+        })  # fmt: skip
+    check_same_budget(options)
+    config = train.read_json(ours / "config.json")
+    config.get("data", {}).update(path="", data_dir="")
+    records = {}
+    for path in sorted((options.runs / "records").glob("*.json")):
+        records[path.stem] = json.loads(path.read_text())
+    return {
+        "command": without_paths(shlex.join(["python", "benchmarks/cifar10.py", *options.arguments]), options),
+        **describe(),
+        "pretraining": pretraining,
+        "pretraining_config": config,
+        "losses": compare(ours, peer),
+        "rows": rows,
+        "records": records,
+    }
+
+
+def probes_of(folder: Path) -> list[dict]:
+    """The rows of a probe's results that its validation images chose, and those of the paper's block."""
+    rows = train.read_json(folder / "results.json").get("rows", [])
+    return [row for row in rows if row["chosen"] or row["paper"]]
+
+
+def table(report: dict) -> str:
+    """The rows of a report as a Markdown table; benchmarks/README.md says what its columns mean."""
+    lines = [["encoder", "masked loss", *PROBES, "fine-tuned"]]
+    for row in report["rows"]:
+        loss, tuned = row["masked_loss"], row["finetuned"]
+        probed = []
+        for method, images, which in PROBES.values():
+            fitting = (r for r in row["probe"] if (r["method"], r["images"]) == (method, images) and r[which])
+            found = max(fitting, key=lambda r: r["validation_top1"], default=None)
+            probed.append(NOT_RUN if found is None else accuracy_of(found))
+        told = [NOT_RUN if loss is None else f"{loss:.3f}", *probed, accuracy_of(tuned) if tuned else NOT_RUN]
+        lines.append([ENCODERS[row["encoder"]], *told])
+    return markdown(lines)
+
+
+def accuracy_of(row: dict) -> str:
+    """In percent, with the deviation over draws and the block where there are such."""
+    spread = "" if row.get("top1_std") is None else f" ± {100 * row['top1_std']:.1f}"
+    block = "" if "block" not in row else f" (block {row['block']})" if row["block"] else " (output)"
+    return f"{100 * row['top1']:.1f}{spread}{block}"
+
+
+WIDTH, HEIGHT = 720, 440  # pixels of a panel
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 52, 52  # around its axes
+SHARPNESS = 3  # lines are drawn so much larger, and reduced: Pillow's are not smooth
+
+
+class Curve(NamedTuple):
+    """name: empty for one that the legend leaves out."""
+
+    name: str
+    colour: str
+    x: list[int | float]
+    y: list[float]
+    width: int = 2
+
+
+class Panel(NamedTuple):
+    title: str
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    legend: str  # "upper" or "lower", at the right, where there are no curves
+
+
+def running_mean(x: list[int], y: list[float], count: int) -> tuple[list[float], list[float]]:
+    """The mean of each `count` neighbours, in x and in y."""
+    kernel = np.full(count, 1 / count)
+    return np.convolve(x, kernel, "valid").tolist(), np.convolve(y, kernel, "valid").tolist()
+
+
+def panels_of(report: dict) -> list[Panel]:
+    """The losses of both pretraining runs, and the accuracies of all fine-tuning runs, where there are any."""
+    panels, losses = [], report["losses"]
+    if len(losses["step"]) > 1:
+        count = max(1, len(losses["step"]) // 40)
+        curves = [Curve("", faded(COLOURS[name]), losses["step"], losses[name], 1) for name in ("ours", "peer")]
+        for name in ("ours", "peer"):
+            x, y = running_mean(losses["step"], losses[name], count)
+            curves.append(Curve(f"{ENCODERS[name]}  {y[-1]:.3f}", COLOURS[name], x, y))
+        title = "pretraining: the same images, crops and masks at every step"
+        panels.append(Panel(title, "step", f"loss, and its mean over {count} of the steps drawn", curves, "upper"))
+    tuned = {row["encoder"]: row["finetuned"]["curve"] for row in report["rows"] if row["finetuned"]}
+    curves = []
+    for name, curve in tuned.items():
+        if len(curve["step"]) > 1:
+            percent = [100 * value for value in curve["top1"]]
+            curves.append(Curve(f"{ENCODERS[name]}  {percent[-1]:.1f}", COLOURS[name], curve["step"], percent))
+    if curves:
+        title = "fine-tuning: the same recipe and number of steps for all"
+        panels.append(Panel(title, "step", "top-1 of the test images, %", curves, "lower"))
+    return panels
+
+
+def faded(colour: str) -> str:
+    """The colour, three quarters of the way to white."""
+    channels = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
+    return "#" + "".join(f"{round(255 - (255 - channel) * 0.25):02x}" for channel in channels)
+
+
+def ticks_of(low: float, high: float) -> list[float]:
+    """Round numbers, four to eight of them, that hold `low` and `high` between them."""
+    span = max(high - low, 1e-9)
+    power = 10.0 ** np.floor(np.log10(span / 4))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if span / (factor * power) <= 6)
+    first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
+    return [float(round(n * step, 10)) for n in np.arange(first, max(last, first + 1) + 1)]
+
+
+def draw_panels(panels: list[Panel]) -> Image.Image:
+    """The panels side by side."""
+    large = Image.new("RGB", (len(panels) * WIDTH * SHARPNESS, HEIGHT * SHARPNESS), "white")
+    pen = ImageDraw.Draw(large)
+    texts = [text for n, panel in enumerate(panels) for text in draw_panel(pen, panel, n * WIDTH)]
+    sheet = large.resize((len(panels) * WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    pen = ImageDraw.Draw(sheet)
+    for place, text, anchor, size, colour in texts:  # at the last size, at which they are hinted
+        pen.text(place, text, fill=colour, font=ImageFont.load_default(size), anchor=anchor)
+    return sheet
+
+
+def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tuple]:
+    """Draw a panel's lines, `offset` pixels from the left; returns its texts: (place, text, anchor, size, colour)."""
+    left, right, top, bottom = offset + LEFT, offset + WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    x_ticks = ticks_of(0, max(x for curve in panel.curves for x in curve.x))
+    values = [y for curve in panel.curves for y in curve.y]
+    y_ticks = ticks_of(min(values), max(values))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    def line(places: list[tuple[float, float]], colour: str, width: int) -> None:
+        scaled = [(x * SHARPNESS, y * SHARPNESS) for x, y in places]
+        pen.line(scaled, fill=colour, width=width * SHARPNESS, joint="curve")
+
+    texts = [((left, 16), panel.title, "lt", 16, "#24292f"), ((left, 38), panel.y_label, "lt", 12, "#57606a")]
+    for tick in y_ticks:
+        line([place(x_ticks[0], tick), place(x_ticks[-1], tick)], "#e6e8eb", 1)
+        texts.append(((left - 8, place(0, tick)[1]), f"{tick:g}", "rm", 12, "#57606a"))
+    for tick in x_ticks:
+        x = place(tick, y_ticks[0])[0]
+        line([(x, bottom), (x, bottom + 4)], "#8c959f", 1)
+        texts.append(((x, bottom + 8), f"{tick:,.0f}", "mt", 12, "#57606a"))
+    line([(left, bottom), (right, bottom)], "#8c959f", 1)
+    texts.append((((left + right) / 2, bottom + 28), panel.x_label, "mt", 12, "#57606a"))
+    for curve in panel.curves:
+        line([place(x, y) for x, y in zip(curve.x, curve.y, strict=True)], curve.colour, curve.width)
+    named = [curve for curve in panel.curves if curve.name]
+    for n, curve in enumerate(named):
+        y = top + 18 + 20 * n if panel.legend == "upper" else bottom - 18 - 20 * (len(named) - 1 - n)
+        line([(right - 172, y), (right - 148, y)], curve.colour, 3)
+        texts.append(((right - 140, y), curve.name, "lm", 13, "#24292f"))
+    return texts
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the JSON file of what is there, its picture beside it, and print the table."""
+    found = gather(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out, json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    if panels := panels_of(found):
+        picture = options.out.with_suffix(".png")
+        draw_panels(panels).save(picture, optimize=True)
+        print(f"\ncurves: {picture}")
+
+
+STAGES = {
+    "ours": pretrain_ours, "peer": pretrain_peer, "imported": import_peer, "random": draw_random, "probe": probe,
+    "finetune": finetune, "report": report,
+}  # fmt: skip
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options. Raises ConfigError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"some of {', '.join(STAGES)} (default: all)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10_comparison"), help="folder of all runs")
+    parser.add_argument("--images", default="", help="folder with train/ and test/ (default: TFDS's cifar10)")
+    parser.add_argument("--ours", type=Path, help="a finished run of configs/cifar10_vit_tiny.py")
+    parser.add_argument("--encoders", default=",".join(ENCODERS), help="for probe and finetune: some of these")
+    parser.add_argument("--python", default=sys.executable, help="that has torch and transformers, for the stage peer")
+    parser.add_argument("--pretrain", type=shlex.split, default=[], help="flags of both pretraining runs")
+    parser.add_argument("--probe", type=shlex.split, default=[], help="flags of simmim_jax.tools.probe")
+    parser.add_argument("--finetune", type=shlex.split, default=[], help="flags of the fine-tuning runs")
+    parser.add_argument("--out", type=Path, help="JSON file of the report (default: RUNS/cifar10.json)")
+    options = parser.parse_args(arguments)
+    options.arguments = arguments
+    for stage in options.stages:
+        choose("stage", stage, STAGES)
+    options.stages = [stage for stage in STAGES if stage in options.stages or not options.stages]
+    options.encoders = [choose("encoder", name, set(ENCODERS)) for name in options.encoders.split(",")]
+    options.images = str(Path(options.images).expanduser().resolve()) if options.images else ""
+    options.runs = options.runs.expanduser().resolve()
+    options.ours = options.ours and options.ours.expanduser().resolve()
+    options.out = (options.out or options.runs / "cifar10.json").expanduser().resolve()
+    if options.images and not (Path(options.images) / "train").is_dir():
+        raise ConfigError("no train/ in this folder", options.images, "give --images=DIR with train/ and test/")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["draw"]:
+        draw(*arguments[1:])
+        return
+    options = parse(arguments)
+    for stage in options.stages:
+        STAGES[stage](options)
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        main(sys.argv[1:])

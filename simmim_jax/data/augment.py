@@ -1,0 +1,302 @@
+"""RandAugment and colour jitter on the host: timm's choices and strengths, Pillow's operations, one image at a time.
+
+RandAugment (Cubuk et al. 2019, arXiv 1909.13719) as `rand_augment_transform` of timm 1.0.31 has it, which is what
+official fine-tuning trains with (data_finetune.py, "rand-m9-mstd0.5-inc1"): operations are drawn, each is done with a
+probability, its magnitude is a draw around m, of 10. Colour jitter as torchvision's ColorJitter, without hue.
+
+Each operation is Pillow's own, so that its pixels are too. No JAX here: worker processes load this.
+Letters of shapes: h height, w width, c channels, 1 or 3.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from simmim_jax.errors import ConfigError, check_minimum, choose
+
+EXAMPLE = "rand-m9-mstd0.5-inc1"
+RESAMPLING = {  # what Pillow turns and shears with
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # what colour jitter changes
+
+Argument = int | float | None
+Strength = Callable[[int | float, np.random.Generator], Argument]
+
+
+# --- how strong an operation is: its argument, by the level (magnitude / 10) and, where it may go either way, a coin
+
+
+def _constant(level: int | float, rng: np.random.Generator) -> None:
+    """An operation that takes no argument."""
+
+
+def _either_way(amount: int | float, rng: np.random.Generator) -> int | float:
+    return -amount if rng.random() < 0.5 else amount
+
+
+def _around_zero(most: float) -> Strength:
+    return lambda level, rng: _either_way(level * most, rng)
+
+
+def _enhanced(level: int | float, rng: np.random.Generator) -> float:
+    return level * 1.8 + 0.1
+
+
+def _enhanced_increasing(level: int | float, rng: np.random.Generator) -> float:
+    return max(0.1, 1.0 + _either_way(level * 0.9, rng))
+
+
+def _between(low: float, high: float) -> Strength:
+    return lambda level, rng: max(low, min(high, low + (high - low) * level))
+
+
+# --- what an operation does: (image, argument) -> image, and of those that move pixels a `move` of their options
+
+
+def _enhance(enhancer) -> Callable[[Image.Image, float], Image.Image]:
+    return lambda image, factor: enhancer(image).enhance(factor)
+
+
+def _posterize(image: Image.Image, bits: int) -> Image.Image:
+    if bits < 1:  # Pillow 13 refuses it and before gave black: m9-mstd0.5 has such a magnitude in 2.3 % of its draws
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+def _solarize_add(image: Image.Image, added: int) -> Image.Image:
+    table = [min(255, value + added) if value < 128 else value for value in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+def _affine(coefficients: Callable) -> Callable:
+    """Each pixel comes from the place (a x + b y + c, d x + e y + f) of the image."""
+
+    def moved(image: Image.Image, amount: float, **move) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients(amount, *image.size), **move)
+
+    return moved
+
+
+def _rotate(image: Image.Image, degrees: float, **move) -> Image.Image:
+    return image.rotate(degrees, **move)
+
+
+MOVES: dict[str, tuple[Strength, Callable]] = {
+    "Rotate": (_around_zero(30.0), _rotate),
+    "ShearX": (_around_zero(0.3), _affine(lambda amount, width, height: (1, amount, 0, 0, 1, 0))),
+    "ShearY": (_around_zero(0.3), _affine(lambda amount, width, height: (1, 0, 0, amount, 1, 0))),
+    "TranslateXRel": (_around_zero(0.45), _affine(lambda amount, width, height: (1, 0, amount * width, 0, 1, 0))),
+    "TranslateYRel": (_around_zero(0.45), _affine(lambda amount, width, height: (1, 0, 0, 0, 1, amount * height))),
+}
+COLOURS: dict[str, tuple[Strength, Callable]] = {
+    "AutoContrast": (_constant, lambda image, _: ImageOps.autocontrast(image)),
+    "Equalize": (_constant, lambda image, _: ImageOps.equalize(image)),
+    "Invert": (_constant, lambda image, _: ImageOps.invert(image)),
+    "Posterize": (lambda level, rng: int(level * 4), _posterize),
+    "PosterizeIncreasing": (lambda level, rng: 4 - int(level * 4), _posterize),
+    "Solarize": (lambda level, rng: min(256, int(level * 256)), ImageOps.solarize),
+    "SolarizeIncreasing": (lambda level, rng: 256 - min(256, int(level * 256)), ImageOps.solarize),
+    "SolarizeAdd": (lambda level, rng: min(128, int(level * 110)), _solarize_add),
+    "Color": (_enhanced, _enhance(ImageEnhance.Color)),
+    "ColorIncreasing": (_enhanced_increasing, _enhance(ImageEnhance.Color)),
+    "Contrast": (_enhanced, _enhance(ImageEnhance.Contrast)),
+    "ContrastIncreasing": (_enhanced_increasing, _enhance(ImageEnhance.Contrast)),
+    "Brightness": (_enhanced, _enhance(ImageEnhance.Brightness)),
+    "BrightnessIncreasing": (_enhanced_increasing, _enhance(ImageEnhance.Brightness)),
+    "Sharpness": (_enhanced, _enhance(ImageEnhance.Sharpness)),
+    "SharpnessIncreasing": (_enhanced_increasing, _enhance(ImageEnhance.Sharpness)),
+    "Desaturate": (_between(0.5, 1.0), lambda image, amount: ImageEnhance.Color(image).enhance(1.0 - amount)),
+    "GaussianBlur": (_between(0.1, 2.0), lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius))),
+}
+OPERATIONS = COLOURS | MOVES
+
+# --- which operations there are to draw from
+
+PLAIN = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+         "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")  # fmt: skip
+GROWING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")  # these have an increasing variant
+INCREASING = tuple(f"{name}Increasing" if name in GROWING else name for name in PLAIN)
+THREE = ("SolarizeIncreasing", "Desaturate", "GaussianBlur")  # of DeiT III, arXiv 2204.07118
+WEIGHTS = {  # by the name after t: how likely each operation is, relative to the others
+    "weights": {
+        "Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1, "ColorIncreasing": 0.25,
+        "SharpnessIncreasing": 0.25, "AutoContrast": 0.25, "SolarizeIncreasing": 0.05, "SolarizeAdd": 0.05,
+        "ContrastIncreasing": 0.05, "BrightnessIncreasing": 0.05, "Equalize": 0.05, "PosterizeIncreasing": 0.05,
+        "Invert": 0.05,
+    },
+    "3aw": {
+        "SolarizeIncreasing": 6, "Desaturate": 6, "GaussianBlur": 6, "Rotate": 3, "ShearX": 2, "ShearY": 2,
+        "PosterizeIncreasing": 1, "AutoContrast": 1, "ColorIncreasing": 1, "SharpnessIncreasing": 1,
+        "ContrastIncreasing": 1, "BrightnessIncreasing": 1, "Equalize": 1, "Invert": 1,
+    },
+}  # fmt: skip
+SETS = ("3a", *WEIGHTS)
+
+
+class RandAugment(NamedTuple):
+    """What a string like "rand-m9-mstd0.5-inc1" says.
+
+    magnitude: the mean of the magnitudes. deviation: their standard deviation; 0: all are the mean; infinite: uniform
+    between 0 and `magnitude`. most: the largest magnitude there is. layers: operations drawn for an image.
+    probability: that a drawn one is done. weights: how likely each is to be drawn, then never twice; None: all alike.
+    """
+
+    operations: tuple[str, ...]
+    magnitude: int = 10
+    deviation: float = 0.0
+    most: int = 10
+    layers: int = 2
+    probability: float = 0.5
+    weights: tuple[float, ...] | None = None
+
+
+def make_augment(
+    augment: str, *, colour_jitter: int | float, mean: tuple[int | float, ...], interpolation: str
+) -> Callable[[UInt8[np.ndarray, "h w c"], np.random.Generator], UInt8[np.ndarray, "h w c"]] | None:
+    """A function (image, rng) -> image that augments; None where there is nothing to do.
+
+    Args:
+      augment: RandAugment as `parse` reads it; empty: none.
+      colour_jitter: by how much brightness, contrast and saturation are changed at most, in either direction and in
+        random order; 0: not at all. timm's recipes have 0.4, and none of it where there is RandAugment.
+      mean: of the channels, 0..1. This colour fills what is moved in from outside of the image.
+      interpolation: one of `RESAMPLING`, of operations that move pixels.
+
+    Raises ConfigError for what cannot work: a string that is none, images that are neither grey nor RGB.
+    """
+    check_minimum("data.colour_jitter", colour_jitter, 0)
+    if not augment and not colour_jitter:
+        return None
+    if len(mean) not in (1, 3):
+        fix = "set data.augment='' and data.colour_jitter=0: Pillow's operations are for 1 or 3 channels"
+        raise ConfigError(f"images of {len(mean)} channels cannot be augmented", "data.augment", fix)
+    if not augment:
+        return functools.partial(_jittered, strength=colour_jitter)
+    if colour_jitter:
+        what = f"colour_jitter={colour_jitter} and RandAugment together"
+        raise ConfigError(what, "data.colour_jitter", "set it to 0 (timm leaves it out there), or data.augment to ''")
+    policy = parse(augment)
+    if not set(MOVES).isdisjoint(policy.operations) and interpolation not in RESAMPLING:
+        fix = f"choose one of {', '.join(RESAMPLING)}, or set data.augment=''"
+        raise ConfigError(f"images cannot be turned by {interpolation}", "data.interpolation", fix)
+    fill = tuple(min(255, max(0, round(255 * value))) for value in mean)
+    move = {"resample": RESAMPLING.get(interpolation), "fillcolor": fill if len(fill) == 3 else fill[0]}
+    return functools.partial(_rand_augmented, policy=policy, move=move)
+
+
+def parse(augment: str) -> RandAugment:
+    """The RandAugment that a string of timm 1.0 tells of: "rand", then parts in any order, with dashes between.
+
+    m9: magnitude, a whole number (default 10). mstd0.5: its standard deviation (default 0; above 100: uniform between
+    0 and m). mmax12: the largest magnitude (default 10). n2: operations drawn (default 2). p0.5: the probability of
+    each (default 0.5). inc1: all operations grow stronger with the magnitude (default 0). tweights, t3a, t3aw: other
+    operations, or not all equally likely.
+
+    Raises ConfigError for a part that is none of these, or is there twice: timm passes over some of them in silence.
+    """
+    kind, *parts = augment.split("-")
+    if kind != "rand":
+        raise ConfigError(f"unknown augmentation {augment!r}", "data.augment", f"write it like {EXAMPLE}")
+    given: dict[str, int | float | str] = {}
+    for part in parts:
+        key, value = _read_part(part, augment)
+        if key in given:
+            raise ConfigError(f"{augment} says {key} twice", "data.augment", "leave one of them out")
+        given[key] = value
+    operations, weights = INCREASING if given.get("inc") else PLAIN, None
+    if given.get("t") == "3a":
+        operations = THREE
+    elif "t" in given:
+        weighted = WEIGHTS[given["t"]]
+        operations, weights = tuple(weighted), tuple(weight / sum(weighted.values()) for weight in weighted.values())
+    deviation = float(given.get("mstd", 0.0))
+    policy = RandAugment(
+        operations, weights=weights, magnitude=given.get("m", 10), most=given.get("mmax", 10),
+        deviation=deviation if deviation <= 100 else float("inf"),
+        layers=given.get("n", 2), probability=float(given.get("p", 0.5)),
+    )  # fmt: skip
+    most = len(operations) if weights else 100
+    _check(1 <= policy.layers <= most, augment, "n", f"a number of operations from 1 to {most}")
+    _check(policy.most >= 1, augment, "mmax", "a magnitude of 1 or more")
+    _check(policy.probability <= 1, augment, "p", "a probability, at most 1")
+    _check(given.get("inc", 0) in (0, 1), augment, "inc", "0 or 1")
+    return policy
+
+
+def apply(
+    operation: str, image: Image.Image, magnitude: int | float, rng: np.random.Generator, move: dict
+) -> Image.Image:
+    """The image after an operation of `OPERATIONS` with this magnitude, 0 to 10 and beyond; `rng` decides which way.
+
+    move: `resample` and `fillcolor`, as Pillow's `transform` has them.
+    """
+    strength, operate = OPERATIONS[operation]
+    argument = strength(magnitude / 10, rng)
+    return operate(image, argument, **move) if operation in MOVES else operate(image, argument)
+
+
+def draw_magnitude(policy: RandAugment, rng: np.random.Generator) -> float:
+    """A magnitude, from 0 to `policy.most`."""
+    drawn = policy.magnitude
+    if policy.deviation == float("inf"):
+        drawn = rng.uniform(0, drawn)
+    elif policy.deviation > 0:
+        drawn = rng.normal(drawn, policy.deviation)
+    return float(max(0, min(drawn, policy.most)))
+
+
+def draw_operations(policy: RandAugment, rng: np.random.Generator) -> list[str]:
+    """The operations that are done to one image, in their order."""
+    drawn = rng.choice(len(policy.operations), policy.layers, replace=policy.weights is None, p=policy.weights)
+    return [policy.operations[place] for place in drawn if rng.random() < policy.probability]
+
+
+def _rand_augmented(
+    image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator, *, policy: RandAugment, move: dict
+) -> UInt8[np.ndarray, "h w c"]:
+    operations = draw_operations(policy, rng)
+    if not operations:
+        return image
+    picture = _as_picture(image)
+    for operation in operations:
+        picture = apply(operation, picture, draw_magnitude(policy, rng), rng, move)
+    return np.atleast_3d(np.asarray(picture))
+
+
+def _jittered(
+    image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator, *, strength: int | float
+) -> UInt8[np.ndarray, "h w c"]:
+    picture = _as_picture(image)
+    for place in rng.permutation(len(ENHANCERS)):
+        picture = ENHANCERS[place](picture).enhance(rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength))
+    return np.atleast_3d(np.asarray(picture))
+
+
+def _as_picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+
+
+def _read_part(part: str, augment: str) -> tuple[str, int | float | str]:
+    """("mstd", 0.5) of "mstd0.5"."""
+    if part.startswith("t"):
+        return "t", choose(f"operations in {augment}:", part[1:], set(SETS))
+    parts = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
+    key, number = parts.groups() if parts else (part, "")
+    if key not in ("m", "n", "p", "mstd", "mmax", "inc") or not number:
+        fix = f"write it like {EXAMPLE}, of m, mstd, mmax, n, p, inc (each with its number) and t"
+        raise ConfigError(f"{augment} has a part that means nothing: {part!r}", "data.augment", fix)
+    _check("." not in number or key in ("p", "mstd"), augment, key, "a whole number")
+    return key, float(number) if key in ("p", "mstd") else int(number)
+
+
+def _check(right: bool, augment: str, key: str, rule: str) -> None:
+    if not right:
+        raise ConfigError(f"{augment} cannot work", "data.augment", f"{key} must be {rule}")

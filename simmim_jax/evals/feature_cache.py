@@ -1,0 +1,169 @@
+"""Features of every block of an encoder, on disk: extracted in one pass over the images, once for all their readers.
+
+Layout: FOLDER/<key>/{train,test}_block_NN.npy [m, d], {train,test}_labels.npy int32 [m], meta.json. The key is a hash
+of what decides the numbers. A row is the image's place in the pass; label -1: without a label, or unreadable. Arrays
+are mapped, not read: ImageNet's 1.28 million images x 12 blocks x 768 numbers x 4 bytes are 47 GB there, half of it as
+float16, and a reader holds one block of them in memory. What is being extracted lies in <key>.partial and goes on after
+a kill; meta.json, written last, says which blocks are whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from simmim_jax.errors import NonFiniteError
+from simmim_jax.metrics import write_atomically
+
+FLUSH = 20.0  # seconds between the places from which an extraction that was killed goes on
+
+
+class Pass(NamedTuple):
+    """One pass over `count` images. batches(start): from that batch on, all as large, the last filled up."""
+
+    count: int
+    batch_size: int
+    batches: Callable[[int], Iterable[dict]]
+
+
+class FeatureCache(NamedTuple):
+    folder: Path
+
+    def labels(self, split: str) -> Int[np.ndarray, " m"]:
+        return np.load(self.folder / f"{split}_labels.npy")
+
+    def features(self, split: str, block: int) -> Float[np.ndarray, "m d"]:
+        """Mapped from the disk."""
+        return np.load(self.folder / file_name(split, block), mmap_mode="r")
+
+
+def file_name(split: str, block: int) -> str:
+    return f"{split}_block_{block:02}.npy"
+
+
+def key_of(identity: dict) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_cache(
+    folder: str | Path,
+    identity: dict,
+    passes: dict[str, Pass],
+    extract: Callable[[dict], dict],
+    blocks: list[int],
+    dtype: str = "float32",
+    say: Callable[[str], None] = print,
+) -> FeatureCache:
+    """The cache in `folder` of what `identity`, JSON, names; blocks that it has not yet are extracted from `passes`.
+
+    extract(batch) -> {"block_N" [b, d] for each of the blocks, "label", "position", "valid" [b]}. Other identities in
+    the folder stay. Raises NonFiniteError, and OSError where the disk is full.
+    """
+    final = Path(folder) / key_of(identity | {"dtype": dtype})
+    counts = {split: each.count for split, each in passes.items()}
+    whole = _whole(final, counts)
+    missing = [block for block in blocks if block not in whole]
+    if not missing:
+        say(f"features: {len(blocks)} blocks are there already, in {final}")
+        return FeatureCache(final)
+    partial = final.with_name(f"{final.name}.partial")
+    plan = {"blocks": missing, "batch_size": {split: each.batch_size for split, each in passes.items()}}
+    done = _progress(partial, plan)
+    for split, each in passes.items():
+        _extract(partial, plan, done, split, each, extract, np.dtype(dtype), say)
+    final.mkdir(parents=True, exist_ok=True)
+    for path in partial.glob("*.npy"):
+        path.replace(final / path.name)
+    meta = {"blocks": sorted({*whole, *missing}), "counts": counts, "dtype": dtype, "identity": identity}
+    write_atomically(final / "meta.json", json.dumps(meta, indent=2) + "\n")
+    shutil.rmtree(partial)
+    return FeatureCache(final)
+
+
+def _whole(final: Path, counts: dict[str, int]) -> list[int]:
+    """The blocks that are whole: those that meta.json names, where their files are as long as they should be."""
+    try:
+        blocks = json.loads((final / "meta.json").read_text())["blocks"]
+        for split, count in counts.items():
+            for name in (f"{split}_labels.npy", *(file_name(split, block) for block in blocks)):
+                if len(np.load(final / name, mmap_mode="r")) != count:
+                    return []
+    except (OSError, ValueError, KeyError):
+        return []
+    return blocks
+
+
+def _progress(partial: Path, plan: dict) -> dict[str, int]:
+    """How many batches of each split lie in `partial`; none where it is of another plan, and then it is emptied."""
+    try:
+        said = json.loads((partial / "progress.json").read_text())
+        if {name: said[name] for name in plan} == plan:
+            return said["done"]
+    except (OSError, ValueError, KeyError):
+        pass
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return {}
+
+
+def _extract(partial: Path, plan: dict, done: dict, split: str, images: Pass, extract, dtype, say) -> None:
+    """Fill the files of one split, from the batch on that `done` says, and count there what is on the disk."""
+    names = {f"block_{block}": file_name(split, block) for block in plan["blocks"]}
+    total = -(-images.count // images.batch_size)
+    start = done.get(split, 0)
+    if start == total:
+        return
+    files: dict[str, np.memmap] = {}
+    if start:
+        say(f"features: {split} goes on at image {start * images.batch_size} of {images.count}")
+        files = {name: np.lib.format.open_memmap(partial / file, mode="r+") for name, file in names.items()}
+        files["label"] = np.lib.format.open_memmap(partial / f"{split}_labels.npy", mode="r+")
+    begin = said = time.monotonic()
+    for n, batch in enumerate(images.batches(start), start):
+        out = extract(batch)
+        if not files:
+            files = {
+                name: _allocate(partial / file, (images.count, out[name].shape[1]), dtype)
+                for name, file in names.items()
+            }
+            files["label"] = _allocate(partial / f"{split}_labels.npy", (images.count,), np.dtype(np.int32))
+            files["label"][:] = -1
+        use = out["valid"] & (out["position"] < images.count)
+        for name, file in files.items():
+            values = out[name][use]
+            with np.errstate(over="ignore"):  # what is too large is told below
+                rows = values.astype(file.dtype)
+            if not np.isfinite(rows).all():
+                fix = "look at the run's mean and std, and whether it diverged"
+                if np.isfinite(values).all():
+                    fix = "give --dtype=float32"
+                raise NonFiniteError(f"features are not finite as {file.dtype}", f"{name} of the {split} images", fix)
+            file[out["position"][use]] = rows
+        now = time.monotonic()
+        if n + 1 == total or now - said > FLUSH:
+            for file in files.values():
+                file.flush()
+            done[split] = n + 1
+            write_atomically(partial / "progress.json", json.dumps(plan | {"done": done}))
+            read = min((n + 1) * images.batch_size, images.count)
+            rate = (read - start * images.batch_size) / max(now - begin, 1e-9)
+            say(f"features: {split} {read}/{images.count} images, {rate:.0f} images/s")
+            said = now
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """A new .npy file, mapped, whose place on the disk is taken: writing to one that is full would be a SIGBUS."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    return array

@@ -1,0 +1,282 @@
+"""Segmentation of whole images, of any size, by windows as large as a model's input; exact for any batch size.
+
+Shape letters: y x pixels of an image or a window, c channels, m windows, k l the grid of logits, n classes.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw
+
+from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum
+from simmim_jax.evals.reconstruction import to_rgb
+
+COLUMNS = ("image", "truth", "prediction")
+TILE = 224  # pixels of a picture's longer side, at least and at most
+AT_ONCE = 2**24  # numbers of logits that are brought to full size at a time
+
+
+def make_windows_reader(predict: Callable, batch_size: int, share: int, shares: int) -> Callable:
+    """A function (params, windows uint8 [m, y, x, c]) -> logits [m, k, l, n], for m up to `batch_size`.
+
+    predict(params, this process's batch) -> {"logits", "position"} of all processes. All of them give the same windows.
+    """
+
+    def read(params, windows: UInt8[np.ndarray, "m y x c"]) -> Float[np.ndarray, "m k l n"]:
+        count = len(windows)
+        whole = np.concatenate([windows, np.zeros((batch_size - count, *windows.shape[1:]), np.uint8)])
+        position = np.arange(batch_size, dtype=np.int32)
+        batch = {
+            "image": whole, "position": position, "label": np.full(batch_size, -1, np.int32), "valid": position < count,
+        }  # fmt: skip
+        out = predict(params, {name: x[share::shares] for name, x in batch.items()})
+        return out["logits"][np.argsort(out["position"])][:count]
+
+    return read
+
+
+def make_segmentation(
+    *,
+    read_windows: Callable,
+    whole: Iterable[dict],
+    window: tuple[int, int],
+    window_batch: int,
+    fill: UInt8[np.ndarray, " c"],
+    folder: str,
+    classes: tuple[str, ...] = (),
+    step: int = 0,
+    pictures: int = 8,
+):
+    """read_windows(params, windows) -> logits, of up to `window_batch` windows of the size `window`.
+
+    `whole`, with a length, gives {"image" uint8 [y, x, c], "label_map" [h, w]}; an image is cut into overlapping
+    windows, padded with `fill` where it is smaller; logits are averaged where windows overlap, brought to the size of
+    the map, and the highest counts. Labels from n on have no class.
+
+    Metrics in 0..1: "miou", the mean intersection over union of the classes that are in a map or a prediction;
+    "pixel_accuracy"; "mean_accuracy", over the classes that are in a map; and "images", how many. Those of each class
+    go to `folder`/segmentation.csv, and some images, evenly spread, to `folder`/segmentation_<step>.png. No folder, no
+    files. Raises NonFiniteError.
+
+    step: pixels from a window to the next; 0 for two thirds of a window. It is rounded to whole logits.
+    pictures: how many images are drawn.
+    """
+    check_minimum("evals.segmentation.step", step, 0)
+    check_minimum("evals.segmentation.pictures", pictures, 0)
+    if step > min(window):
+        raise ConfigError(
+            f"step {step} leaves gaps between windows of {window}",
+            "evals.segmentation.step",
+            f"give {min(window)} or less",
+        )
+
+    def run(state) -> dict[str, float]:
+        counts, shown, images = np.zeros((0, 0), np.int64), [], 0
+        drawn = min(pictures, len(whole))
+        wanted = {place * len(whole) // drawn for place in range(drawn)}
+        read = partial(read_windows, state.params)
+        segmented = segment_all(read, whole, window, window_batch, fill, step)
+        for record, prediction, num_classes in segmented:
+            if not images:
+                counts = np.zeros((num_classes, num_classes), np.int64)
+            counts += confusion(record["label_map"], prediction, num_classes)
+            if images in wanted and folder:
+                shown.append((record["image"], record["label_map"], prediction))
+            images += 1
+        if not counts.sum():
+            raise DataError("no held-out pixel has a class", "config.data", "look at what is said of each image")
+        measures = measures_of(counts)
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "segmentation.csv").write_text(table_of(counts, measures, classes))
+        if shown:
+            sheet = draw(shown, len(counts))
+            Image.fromarray(sheet).save(Path(folder) / f"segmentation_{int(state.step)}.png")
+        seen = counts.sum(axis=1) > 0
+        return {
+            "miou": float(np.nanmean(measures["iou"])),
+            "pixel_accuracy": float(np.trace(counts) / counts.sum()),
+            "mean_accuracy": float(measures["accuracy"][seen].mean()),
+            "images": float(images),
+        }
+
+    return run
+
+
+def confusion(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> Int[np.ndarray, "n n"]:
+    """How many pixels of each class (row) were given each class (column); those without a class do not count."""
+    valid = truth < num_classes
+    pairs = truth[valid].astype(np.int64) * num_classes + prediction[valid]
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def measures_of(counts: Int[np.ndarray, "n n"]) -> dict[str, Float[np.ndarray, " n"]]:
+    """Of each class "iou" and "accuracy" in 0..1, NaN where they are not defined."""
+    right, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return {"iou": right / (true + predicted - right), "accuracy": right / true}
+
+
+def table_of(counts: Int[np.ndarray, "n n"], measures: dict[str, np.ndarray], classes: tuple[str, ...]) -> str:
+    """A row of CSV for each class; empty where a number is not defined."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("class", "name", "iou", "accuracy", "pixels", "predicted_pixels"))
+    for n in range(len(counts)):
+        of_class = ("" if np.isnan(measures[name][n]) else f"{measures[name][n]:.6f}" for name in ("iou", "accuracy"))
+        name = classes[n] if n < len(classes) else ""
+        writer.writerow((n, name, *of_class, counts[n].sum(), counts[:, n].sum()))
+    return file.getvalue()
+
+
+def segment_all(
+    read: Callable, whole: Iterable[dict], window: tuple[int, int], window_batch: int, fill: np.ndarray, step: int = 0
+) -> Iterator[tuple[dict, Int[np.ndarray, "h w"], int]]:
+    """(record, its prediction, the number of classes) of each image, in order; windows of several share a batch."""
+    blank = np.broadcast_to(np.asarray(fill, np.uint8), (1, *window, len(fill)))
+    _, rows, columns, num_classes = read(blank).shape
+    stride = window[0] // rows, window[1] // columns
+    waiting, begun = [], []  # windows that are not yet read; images, in order
+
+    def work() -> None:
+        logits = read(np.stack([cut for _, _, cut in waiting]))
+        if not np.isfinite(logits).all():
+            raise NonFiniteError("logits are not finite", "evaluation", "lower the learning rate, in a new --workdir")
+        for (canvas, corner, _), one in zip(waiting, logits, strict=True):
+            canvas.add(corner, one)
+        waiting.clear()
+
+    def finished() -> Iterator[tuple]:
+        while begun and not begun[0][1].left:
+            record, canvas = begun.pop(0)
+            yield record, canvas.predict(record["label_map"].shape), num_classes
+
+    for record in whole:
+        canvas = Canvas(record["image"].shape[:2], window, stride, step, num_classes)
+        begun.append((record, canvas))
+        for corner in canvas.corners:
+            waiting.append((canvas, corner, cut_window(record["image"], corner, window, fill)))
+            if len(waiting) == window_batch:
+                work()
+        yield from finished()
+    if waiting:
+        work()
+    yield from finished()
+
+
+def cut_window(
+    image: UInt8[np.ndarray, "y x c"], corner: tuple[int, int], window: tuple[int, int], fill: np.ndarray
+) -> UInt8[np.ndarray, "h w c"]:
+    """The window of an image whose top left is `corner`; what lies beyond the image is `fill`."""
+    part = image[corner[0] : corner[0] + window[0], corner[1] : corner[1] + window[1]]
+    out = np.empty((*window, image.shape[2]), np.uint8)
+    out[:] = fill
+    out[: part.shape[0], : part.shape[1]] = part
+    return out
+
+
+def corners_along(size: int, window: int, stride: int, step: int) -> list[int]:
+    """Where windows begin along one side: every `step` pixels, in whole strides, the last just reaching the end."""
+    step = max(stride, (step or window * 2 // 3) // stride * stride)
+    last = -(-max(size - window, 0) // stride) * stride
+    return sorted({*range(0, last, step), last})
+
+
+class Canvas:
+    """The logits of one image, summed up over its windows, one for each `stride` pixels."""
+
+    def __init__(
+        self, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], step: int, num_classes: int
+    ):
+        along = [corners_along(*sides, step) for sides in zip(size, window, stride, strict=True)]
+        self.corners = [(top, left) for top in along[0] for left in along[1]]
+        self.size, self.stride, self.left = size, stride, len(self.corners)
+        grid = [(places[-1] + side) // each for places, side, each in zip(along, window, stride, strict=True)]
+        self.total, self.count = np.zeros((*grid, num_classes), np.float32), np.zeros((*grid, 1), np.float32)
+
+    def add(self, corner: tuple[int, int], logits: Float[np.ndarray, "k l n"]) -> None:
+        """The logits of the window that begins at this pixel."""
+        top, left = (first // stride for first, stride in zip(corner, self.stride, strict=True))
+        place = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
+        self.total[place] += logits
+        self.count[place] += 1
+        self.left -= 1
+
+    def predict(self, shape: tuple[int, int]) -> Int[np.ndarray, "h w"]:
+        """The class of each pixel of a map of this shape, which shows what the image does: bilinear, then the highest.
+
+        What lies wholly beyond the image does not count.
+        """
+        rows, columns = (-(-size // stride) for size, stride in zip(self.size, self.stride, strict=True))
+        logits = self.total[:rows, :columns] / self.count[:rows, :columns]
+        low, high, part = taps(shape[1], self.size[1] / self.stride[1], columns)
+        part = part[None, :, None]
+        below, above, across = taps(shape[0], self.size[0] / self.stride[0], rows)
+        out, chunk = np.empty(shape, np.int32), max(1, AT_ONCE // (shape[1] * logits.shape[2]))
+        for first in range(0, shape[0], chunk):
+            some = slice(first, first + chunk)
+            weight = across[some, None, None]
+            lines = logits[below[some]] * (1 - weight) + logits[above[some]] * weight
+            out[some] = (lines[:, low] * (1 - part) + lines[:, high] * part).argmax(axis=-1)
+        return out
+
+
+def taps(wanted: int, extent: float, there: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(the one value, the other, the share of the other) for each of `wanted` places over `extent` of `there` values.
+
+    Values stand in the middle of their unit, and the outermost are held beyond it.
+    """
+    places = np.clip((np.arange(wanted) + 0.5) * (extent / wanted) - 0.5, 0, there - 1)
+    low = places.astype(np.int64)
+    return low, np.minimum(low + 1, there - 1), (places - low).astype(np.float32)
+
+
+def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
+    """A colour for each class, always the same: those of PASCAL VOC from its first object on."""
+    numbers, colours = np.arange(1, num_classes + 1), np.zeros((num_classes, 3), np.int64)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (numbers >> channel & 1) << (7 - bit)
+        numbers = numbers >> 3
+    return colours.astype(np.uint8)
+
+
+def painted(
+    image: UInt8[np.ndarray, "h w 3"], classes: np.ndarray, num_classes: int, share: float = 0.6
+) -> UInt8[np.ndarray, "h w 3"]:
+    """An image under the colours of its classes, which have this share; where there is no class, the image alone."""
+    colours = palette(num_classes)[np.minimum(classes, num_classes - 1)]
+    mixed = (1 - share) * image + share * colours
+    return np.where((classes < num_classes)[..., None], mixed, image).round().astype(np.uint8)
+
+
+def draw(
+    rows: list[tuple[UInt8[np.ndarray, "_ _ _"], np.ndarray, np.ndarray]], num_classes: int
+) -> UInt8[np.ndarray, "y x 3"]:
+    """A sheet with a row for each (image, truth, prediction), which may differ in size from the image."""
+    gap, header, tiles = 4, 16, []
+    for image, truth, prediction in rows:
+        colours = Image.fromarray((to_rgb(image / 255) * 255).round().astype(np.uint8))
+        factor = TILE / max(colours.size)
+        size = tuple(max(1, round(side * factor)) for side in colours.size)
+        small = np.asarray(colours.resize(size, Image.Resampling.BILINEAR if factor < 1 else Image.Resampling.NEAREST))
+        maps = (
+            np.asarray(Image.fromarray(x.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
+            for x in (truth, prediction)
+        )
+        tiles.append((small, *(painted(small, x, num_classes) for x in maps)))
+    width = max(tile.shape[1] for row in tiles for tile in row) + gap
+    sheet = Image.new("RGB", (3 * width + gap, header + sum(row[0].shape[0] + gap for row in tiles)), "white")
+    pen, top = ImageDraw.Draw(sheet), header
+    for column, title in enumerate(COLUMNS):
+        pen.text((gap + column * width, 2), title, fill="black")
+    for row in tiles:
+        for column, tile in enumerate(row):
+            sheet.paste(Image.fromarray(tile), (gap + column * width, top))
+        top += row[0].shape[0] + gap
+    return np.asarray(sheet)

@@ -1,0 +1,434 @@
+"""python -m simmim_jax.tools.embed RUN DATA OUT [options]
+
+What a trained encoder makes of each image of DATA, in one Parquet or NPZ file.
+
+A row for each image, in the order of the source (file names are sorted): `index` of the record in the source, `name`
+(of a file: relative to its folder), `label` and, in Parquet, `class_name` where there are classes, and `embedding`. In
+Parquet that is a list of fixed size, in NPZ an array [n, d], beside `classes`. Images that cannot be read are left out
+and named: on stderr, and in the metadata. The metadata are JSON: in Parquet the file's key "simmim_jax", in NPZ the
+array "about". They say of what run, step, block, pooling, image size and normalisation the numbers are, and in what
+shape they are.
+
+With --pool=map an embedding is the map of tokens [k, l, d], row by row from the top left, flat in Parquet and
+[n, k, l, d] in NPZ: what a multimodal model takes as its image features, k * l tokens of width d. Images are resized to
+cover, centre-cropped to the image size, and normalised as (pixel / 255 - mean) / std, all of which the metadata say.
+Tokens are those of a block as it leaves them; of block 0, those after the encoder's final norm, where it has one.
+--normalise divides each embedding, of a map each token, by its Euclidean length. Numbers are computed in float32
+outside of the encoder, and float16 rounds them in the end.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from simmim_jax.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    Parser,
+    check_minimum,
+    choose,
+    nearest_of,
+    told_in_one_line,
+)
+
+EXAMPLES = """\
+examples:
+  features of a folder of images, by class or not, by the encoder of a run:
+    python -m simmim_jax.tools.embed runs/mine DIR mine.parquet
+  those of block 8 of the images to test on, of length 1, as numpy arrays:
+    python -m simmim_jax.tools.embed runs/mine DIR mine.npz --split=test --block=8 --normalise
+  a map of tokens for each image, for a multimodal model:
+    python -m simmim_jax.tools.embed runs/mine DIR maps.parquet --pool=map --dtype=float16
+  of the images that the run was trained on:
+    python -m simmim_jax.tools.embed runs/mine '' mine.parquet
+
+Interrupted? The same command goes on, from what is in OUT.parts, and ends with the same bytes.
+"""
+POOLS = ("patches", "class_token", "both", "map")
+PART_ROWS, PART_BYTES = 1024, 2**25  # of a part: about so many rows, and not more bytes
+NAMED = 3  # images that an error names
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m simmim_jax.tools.embed",
+        description="Embed images with the encoder of a run, into a .parquet or .npz file.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="workdir of a run, or a step in it")
+    add("data", metavar="DATA", help="a data.path, or digits, or tfds:NAME; '' for the images of the run")
+    add("out", metavar="OUT", help="the file to write: .parquet or .npz")
+    add("--block", type=int, metavar="N", help="1 to depth; 0: the encoder's output (default: the run's probe_block)")
+    add("--pool", default="patches", help=f"{', '.join(POOLS)} (default: patches, their mean)")
+    add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
+    add("--batch-size", type=int, default=64, metavar="N", help="default: 64")
+    add("--split", default="train", metavar="NAME", help="where DATA has parts: train, val, test, ... (default: train)")
+    add("--limit", type=int, default=0, metavar="N", help="so many images, evenly spread; 0: all")
+    add("--normalise", action="store_true", help="to Euclidean length 1, as for cosine similarity")
+    add("--dtype", default="float32", help="float32 or float16")
+    add("--max-bad-fraction", type=float, default=0.01, metavar="R", help="of unreadable images (default: 0.01)")
+    add("--overwrite", action="store_true", help="begin anew; replaces nothing that embed has not written")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options. Raises ConfigError for what is not one, with the nearest."""
+    options = parse_known(make_parser(), argv)
+    for name in ("run", "out"):
+        if not getattr(options, name):
+            raise ConfigError(f"an empty {name.upper()}", "command line", "see --help")
+    options.run, options.data, out = map(os.path.expanduser, (options.run, options.data, options.out))
+    options.out = Path(out)
+    if options.out.suffix not in (".parquet", ".npz"):
+        raise ConfigError(f"OUT is {out}", "command line", "give a file that ends in .parquet or .npz")
+    choose("pool", options.pool, set(POOLS))
+    choose("dtype", options.dtype, {"float32", "float16"})
+    options.image_size = sides(options.image_size)
+    check_minimum("--batch-size", options.batch_size, 1)
+    check_minimum("--limit", options.limit, 0)
+    if options.block is not None:
+        check_minimum("--block", options.block, 0)
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise ConfigError(f"max-bad-fraction is {options.max_bad_fraction}", "--max-bad-fraction", "give one of 0 to 1")
+    return options
+
+
+def parse_known(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """What `parser` makes of `argv`, with - and _ alike in flags. Raises ConfigError with the nearest flag."""
+    hyphened = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), argument) for argument in argv]
+    options, surplus = parser.parse_known_args(hyphened)
+    if surplus:
+        known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        flag = surplus[0].split("=")[0]
+        fix = nearest_of(flag, known) if flag.startswith("-") else "see --help"
+        raise ConfigError(f"unknown argument {surplus[0]!r}", "command line", fix)
+    return options
+
+
+def sides(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "H,W", or of "H" for both. Raises ConfigError if it is neither."""
+    if text is None:
+        return None
+    numbers = text.strip("()").split(",")
+    if len(numbers) > 2 or not all(number.strip().isdecimal() and 0 < int(number) <= 16384 for number in numbers):
+        raise ConfigError(f"--image-size={text}", "command line", "give height,width in pixels, like 224,224")
+    return int(numbers[0]), int(numbers[-1])
+
+
+def run(argv: list[str]) -> None:
+    """Embed, as the command line says."""
+    options = parse(argv)
+    try:
+        embed(options)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what, where = f"cannot read or write: {error.strerror or error}", str(error.filename or options.out)
+        raise DataError(what, where, "mend that and run the same command again: what is done stays") from error
+    except MemoryError as error:
+        raise DataError("not enough memory", str(options.out), "set --batch-size lower, and run again") from error
+
+
+class View:
+    """Records of a source: `count` of them evenly spread, from the one at `start` on."""
+
+    def __init__(self, source, count: int, start: int):
+        self.source, self.count, self.start, self.classes = source, count, start, source.classes
+
+    def index(self, i: int) -> int:
+        """Of a record in the source."""
+        return (self.start + i) * len(self.source) // self.count
+
+    def __len__(self) -> int:
+        return self.count - self.start
+
+    def __getitem__(self, i: int) -> dict:
+        return self.source[self.index(i)]
+
+    def name(self, i: int) -> str:
+        return self.source.name(self.index(i))
+
+    def describe(self) -> str:
+        return self.source.describe()
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Write OUT, from where an earlier command stopped."""
+    from simmim_jax import checkpoint, compilation, data, sharding, trained  # JAX: help and mistakes are told without
+    from simmim_jax.objectives.features import check_readable
+    from simmim_jax.tools import embeddings
+
+    compilation.keep_compiled()
+    model = trained.open_trained(options.run, options.image_size)
+    if options.block is None:
+        options.block = model.config.get("probe_block", 0)
+    pooling = "patches" if options.pool == "map" else options.pool
+    check_readable(model.encoder, options.block, pooling, "--block and --pool")
+    where = trained.source_options(model, options.data, heldout_fraction=0.0) | {"split": options.split}
+    source = data.make_source(**where)
+    count = min(options.limit or len(source), len(source))
+    made_from = origin(model, options, source)
+
+    finished = options.out.exists() and embeddings.read_about(options.out)
+    if finished and not options.overwrite:
+        embeddings.refuse_difference(finished.get("made_from", {}), made_from, str(options.out))
+    folder = options.out.with_name(options.out.name + ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.hold(str(folder)):
+        if options.overwrite:
+            forget(folder, options.out)
+        elif finished:
+            remove(folder)
+            print(f"{options.out} is finished: {summary(finished)}")
+            return
+        mesh, shape = sharding.make_mesh(), shape_of(model, options)
+        ways = sharding.batch_ways(mesh)
+        options.batch_size = -(-options.batch_size // ways) * ways
+        rows_of_part = embeddings.begin(folder, made_from, part_rows(shape, options.batch_size))
+        batches = partial(compute, model, options, mesh=mesh)
+        left_out = write_parts(folder, source, count, rows_of_part, batches, options)
+        parts = -(-count // rows_of_part)
+        if len(left_out) == count:
+            raise DataError("none of the images can be read", source.describe(), "look at what is said of each")
+        about = description(model, options, source, where, shape, count, left_out) | {"made_from": made_from}
+        embeddings.join(folder, parts, options.out, about)
+    print(f"{options.out}: {summary(about)}")
+
+
+def origin(model, options: argparse.Namespace, source) -> dict:
+    """What decides the numbers in OUT, as JSON."""
+    from simmim_jax import checkpoint, pretrained
+
+    weights = json.dumps(checkpoint.checksums(model.params["encoder"]), sort_keys=True)
+    own = model.config.get("data", {})
+    return {
+        "weights": hashlib.sha256(weights.encode()).hexdigest(),
+        "step": model.step,
+        "encoder": json.loads(json.dumps(pretrained.architecture(model.config["encoder"]))),
+        "mean": list(model.config["mean"]),
+        "std": list(model.config["std"]),
+        "image_size": list(model.image_size),
+        "crop_fraction": own.get("crop_fraction", 1.0),
+        "interpolation": own.get("interpolation", "bicubic"),
+        "block": options.block,
+        "pool": options.pool,
+        "normalise": options.normalise,
+        "dtype": options.dtype,
+        "limit": options.limit,
+        "data": source.fingerprint(),
+    }
+
+
+def part_rows(shape: tuple[int, ...], batch_size: int) -> int:
+    """How many records a part has: whole batches, so that one that is gone on with has the batches of one unbroken."""
+    rows = min(PART_ROWS, PART_BYTES // (4 * math.prod(shape)))
+    return max(1, rows // batch_size) * batch_size
+
+
+def compute(model, options: argparse.Namespace, view: View, mesh) -> Iterator[tuple]:
+    """(position in `view`, valid, label, embedding) of the records of each batch, arrays with b in front."""
+    import jax
+
+    from simmim_jax import sharding, trained
+    from simmim_jax.evals.features import run_everywhere
+
+    run_batch = run_everywhere(make_embedding(model, options), mesh)
+    params = jax.device_put(model.params["encoder"], sharding.replicated(mesh))
+    for batch in trained.make_pass(model, view, mesh, batch_size=options.batch_size):
+        out = run_batch(params, batch)
+        here = slice(0, max(0, len(view) - int(out["position"][0])))  # without what fills up the last batch
+        yield tuple(out[name][here] for name in ("position", "valid", "label", "embedding"))
+
+
+def shape_of(model, options: argparse.Namespace) -> tuple[int, ...]:
+    """The shape of one embedding: [d], or [k, l, d] of a map."""
+    import jax
+    import numpy as np
+
+    image = jax.ShapeDtypeStruct((1, *model.image_size, model.channels), np.uint8)
+    out = jax.eval_shape(make_embedding(model, options), model.params["encoder"], {"image": image})
+    return out["embedding"].shape[1:]
+
+
+def make_embedding(model, options: argparse.Namespace):
+    """A function (encoder's params, batch) -> {"embedding": float32 [b, d], or [b, k, l, d] of maps}."""
+    import jax.numpy as jnp
+
+    from simmim_jax.objectives.features import make_features
+    from simmim_jax.objectives.pixels import normalise
+
+    if options.pool != "map":
+        pooled = make_features(model.encoder, **model.pixels, block=options.block, pool=options.pool)
+
+    def embedding(params, batch):
+        if options.pool == "map":
+            images = normalise(batch["image"], **model.pixels)
+            x, seen = model.encoder.apply({"params": params}, images, mutable=["intermediates"])
+            x = seen["intermediates"]["blocks"][options.block - 1] if options.block else x
+        else:
+            x, _ = pooled(params, batch["image"])
+        x = x.astype(jnp.float32)
+        if options.normalise:
+            x /= jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return {"embedding": x}
+
+    return embedding
+
+
+def write_parts(
+    folder: Path, source, count: int, rows_of_part: int, batches: Callable, options: argparse.Namespace
+) -> list:
+    """Write the parts that are missing; the images that are left out, of all of them.
+
+    batches(view): as `compute` yields them.
+    """
+    from simmim_jax.tools import embeddings
+    from simmim_jax.tools.prepare import Progress
+
+    done = embeddings.parts_done(folder)
+    left_out = [each for n in range(done) for each in embeddings.left_out_of(embeddings.part_path(folder, n))]
+    allowed = math.ceil(options.max_bad_fraction * count)
+    refuse_many(left_out, allowed, source)
+    start = min(done * rows_of_part, count)
+    if start == count:
+        return left_out
+    if start:
+        print(f"going on from image {start:,} of {count:,}", file=sys.stderr)
+    view = View(source, count, start)
+    progress = Progress("embed", count, start, len(left_out))
+    waiting = []  # batches that a part is not yet full of
+    try:
+        for batch in batches(view):
+            waiting.append(batch)
+            of_view = int(batch[0][-1]) + 1
+            while done * rows_of_part < count and start + of_view >= min((done + 1) * rows_of_part, count):
+                last = min((done + 1) * rows_of_part, count) - start  # of the view
+                rows, faults, rest = cut(waiting, last, view, options)
+                embeddings.write_part(folder, done, rows, source.classes, faults)
+                left_out += faults
+                progress.add(last + start - progress.done, len(faults))
+                refuse_many(left_out, allowed, source)
+                done, waiting = done + 1, [rest]
+    finally:
+        progress.bar.close()
+    return left_out
+
+
+def cut(batches: list[tuple], last: int, view: View, options: argparse.Namespace) -> tuple:
+    """(rows of the records before position `last`, those of them that are left out, the rest as a batch)."""
+    import numpy as np
+
+    from simmim_jax.tools.embeddings import LeftOut, Rows
+
+    arrays = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    keep = arrays[0] < last
+    position, valid, labels, embedding = (array[keep] for array in arrays)
+    index = np.array([view.index(i) for i in position.tolist()], np.int64)
+    names = [view.name(i) for i in position.tolist()]
+    faults = [LeftOut(int(n), name) for n, name, good in zip(index, names, valid, strict=True) if not good]
+    names = [name for name, good in zip(names, valid, strict=True) if good]
+    numbers = in_dtype(embedding[valid], options.dtype, names)
+    rows = Rows(index[valid], names, labels[valid] if view.classes else None, numbers)
+    return rows, faults, tuple(array[~keep] for array in arrays)
+
+
+def in_dtype(numbers, dtype: str, names: list[str]):
+    """Rounded to `dtype`. Raises NonFiniteError, naming an image, for what is not finite, or is not any more."""
+    import numpy as np
+
+    largest = np.abs(numbers).max(axis=tuple(range(1, numbers.ndim)), initial=0.0)  # of each image
+    for name, value in zip(names, largest, strict=True):
+        if not np.isfinite(value):
+            raise NonFiniteError("embeddings are not finite", name, "look at the run: did it learn?")
+        if dtype == "float16" and value >= 65520:
+            raise NonFiniteError("numbers that float16 cannot hold", name, "give --normalise, or --dtype=float32")
+    return numbers.astype(dtype)
+
+
+def refuse_many(left_out: list, allowed: int, source) -> None:
+    """Raise DataError if more images than `allowed` are left out."""
+    if len(left_out) > allowed:
+        named = ", ".join(repr(each.name) for each in left_out[-NAMED:])
+        what = f"{len(left_out)} images cannot be read, of at most {allowed}, the last being {named}"
+        raise DataError(what, source.describe(), "mend them, or raise --max-bad-fraction and run again to go on")
+
+
+def description(
+    model, options: argparse.Namespace, source, where: dict, shape: tuple[int, ...], count: int, left_out: list
+) -> dict:
+    """What OUT says of itself, as JSON."""
+    from simmim_jax.tools import embeddings
+
+    height, width = model.image_size
+    block = f"block {options.block}" if options.block else "the encoder's output"
+    pooled = {
+        "patches": f"the mean of the patches of {block}",
+        "class_token": f"the class token of {block}",
+        "both": f"the class token of {block}, and then the mean of its patches",
+        "map": f"the tokens of {block}, [rows, columns, width] from the top left, flat in Parquet",
+    }
+    return {
+        "made_by": "simmim_jax.tools.embed",
+        "run": options.run,
+        "step": model.step,
+        "encoder": model.config["encoder"]["name"],
+        "objective": (model.config.get("objective") or {"name": "none"})["name"],
+        "what": pooled[options.pool] + (", of Euclidean length 1" * options.normalise),
+        "images": f"resized to cover, centre-cropped to {height} x {width} pixels, (pixel / 255 - mean) / std",
+        "shape": list(shape),
+        "dtype": options.dtype,
+        "block": options.block,
+        "pool": options.pool,
+        "normalised": options.normalise,
+        "image_size": list(model.image_size),
+        "mean": list(model.config["mean"]),
+        "std": list(model.config["std"]),
+        "data": source.describe(),
+        "source": where,
+        "classes": [embeddings.printable(name) for name in source.classes],
+        "count": count - len(left_out),
+        "left_out": len(left_out),
+        "left_out_names": [embeddings.printable(each.name) for each in left_out[: embeddings.MOST_NAMED]],
+    }
+
+
+def summary(about: dict) -> str:
+    """A line of what a file holds."""
+    size = " x ".join(map(str, about["shape"]))
+    left = f"; left out, as they cannot be read: {about['left_out']}" if about["left_out"] else ""
+    return f"{about['count']:,} images, each {size} of {about['dtype']}: {about['what']}, step {about['step']}{left}"
+
+
+def forget(folder: Path, out: Path) -> None:
+    """Remove what an earlier command has written: OUT, which has been seen to be embed's, and parts."""
+    if (folder / "manifest.json").exists():
+        for path in folder.iterdir():
+            if path.name != "LOCK":
+                path.unlink()
+    out.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of parts that are joined; one with anything else in it stays."""
+    for path in [*folder.glob("part-*"), *folder.glob("manifest.json*"), *folder.glob("whole*"), folder / "LOCK"]:
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
+    with told_in_one_line():
+        run(sys.argv[1:])

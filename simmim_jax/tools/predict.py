@@ -1,0 +1,197 @@
+"""python -m simmim_jax.tools.predict RUN IMAGE [IMAGE ...] [options]
+
+What a run says of single images: a classifier its likeliest classes, a pretraining run, with --out, its reconstruction.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from simmim_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Parser,
+    check_minimum,
+    told_in_one_line,
+)
+from simmim_jax.tools.embed import parse_known, sides
+from simmim_jax.tools.embeddings import write_whole
+
+EXAMPLES = """\
+examples:
+  the five likeliest classes of two images, by a run that was fine-tuned or probed:
+    python -m simmim_jax.tools.predict runs/finetuned cat.jpg dog.jpg
+  as JSON, a list with an object for each image:
+    python -m simmim_jax.tools.predict runs/finetuned cat.jpg --top=1 --json
+  what a pretraining run makes of the hidden parts of an image:
+    python -m simmim_jax.tools.predict runs/pretrained cat.jpg --out=cat_reconstructed.png
+"""
+BATCH = 64  # images at a time, of many
+NEXT = "fine-tune or probe it (configs/*_finetune.py, configs/*_linear.py), or give --out=FILE.png for what it rebuilds"
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m simmim_jax.tools.predict",
+        description="Classes and probabilities of images by a classifier; reconstructions by a pretraining run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="workdir of a run, or a step in it")
+    add("images", metavar="IMAGE", nargs="+", help="files: JPEG, PNG, WebP, BMP, TIFF, GIF")
+    add("--top", type=int, default=5, metavar="N", help="how many classes of each image (default: 5)")
+    add("--json", action="store_true", help="print JSON")
+    add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
+    add("--out", default="", metavar="FILE.png", help="of a pretraining run: the picture to write")
+    add("--seed", type=int, default=0, metavar="N", help="of the masks of a reconstruction (default: 0)")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options. Raises ConfigError for what is not one, with the nearest."""
+    options = parse_known(make_parser(), argv)
+    if not options.run:
+        raise ConfigError("an empty RUN", "command line", "see --help")
+    options.run, options.out = map(os.path.expanduser, (options.run, options.out))
+    options.image_size = sides(options.image_size)
+    check_minimum("--top", options.top, 1)
+    check_minimum("--seed", options.seed, 0)
+    if options.out and Path(options.out).suffix != ".png":
+        raise ConfigError(f"--out={options.out}", "command line", "give a file that ends in .png")
+    for image in options.images:
+        if os.path.isdir(image):
+            fix = "give files, or a folder to python -m simmim_jax.tools.embed"
+            raise DataError("a folder, no image", image, fix)
+        if not os.path.exists(image):
+            raise DataError("no such image", image, "give the path of a file")
+    return options
+
+
+class Files:
+    """A source (see `simmim_jax.data.sources`) of files, by their paths."""
+
+    def __init__(self, paths: list[str]):
+        self.paths, self.classes = paths, ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"image": Path(self.paths[i]).read_bytes(), "label": -1, "name": self.paths[i]}
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def describe(self) -> str:
+        return f"{len(self)} files"
+
+
+def run(argv: list[str]) -> None:
+    """Predict, as the command line says."""
+    options = parse(argv)
+    from simmim_jax import compilation, trained  # JAX comes in here: help and mistakes are told without it
+
+    compilation.keep_compiled()
+    model = trained.open_trained(options.run, options.image_size)
+    name = (model.config.get("objective") or {"name": "none"})["name"]
+    if name == "classify":
+        if options.out:
+            raise ConfigError("--out for a classifier", str(model.folder), "leave it out, or add --json and > FILE")
+        classify(model, options)
+    elif name == "simmim":
+        if not options.out:
+            raise CheckpointError("a pretraining run, which knows no classes", str(model.folder), NEXT)
+        reconstruct(model, options)
+    else:
+        trained.objective_of(model)  # which refuses an encoder alone
+        raise CheckpointError(f"a run of {name}, which gives no classes", str(model.folder), "give one of classify")
+
+
+def classify(model, options: argparse.Namespace) -> None:
+    """Print the likeliest classes of each image. Raises DataError in the end if some cannot be read."""
+    import numpy as np
+
+    from simmim_jax import trained
+
+    classes = trained.class_names(model)
+    if not classes:
+        print("classes are told by number: neither config.json nor the run's images name them", file=sys.stderr)
+    answers = []
+    for position, out in outputs(model, options):
+        logits = out["logits"].astype(np.float64)
+        likely = np.exp(logits - logits.max())
+        likely /= likely.sum()
+        best = np.argsort(-likely, kind="stable")[: options.top].tolist()
+        ranked = [{"class": classes[n] if classes else n, "label": n, "probability": float(likely[n])} for n in best]
+        answers.append({"image": options.images[position], "predictions": ranked})
+        if not options.json:
+            print(options.images[position])
+            for each in ranked:
+                print(f"  {each['probability']:7.2%}  {each['class']}", flush=True)
+    if options.json:
+        print(json.dumps(answers, indent=2))
+    refuse_unread(options, len(answers))
+
+
+def reconstruct(model, options: argparse.Namespace) -> None:
+    """Draw each image, its visible part, what the run predicts, and that pasted into the visible part."""
+    from PIL import Image
+
+    from simmim_jax.evals.reconstruction import draw
+
+    rows, lines, path = [], [], Path(options.out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for position, out in outputs(model, options):
+            rows.append((out["image"], out["mask"], out["prediction"]))
+            lines.append({"image": options.images[position], "masked_loss": float(out["loss"])})
+        if rows:
+            write_whole(path, lambda partial: Image.fromarray(draw(rows)).save(partial, format="PNG"))
+    except OSError as error:
+        fix = "mend the disk, or give another --out"
+        raise ConfigError(f"cannot write: {error.strerror or error}", options.out, fix) from error
+    if options.json:
+        print(json.dumps(lines, indent=2))
+    else:
+        for line in lines:
+            print(f"{line['image']}: loss of what is hidden {line['masked_loss']:.4f}")
+        print(f"{options.out}: {len(rows)} rows")
+    refuse_unread(options, len(rows))
+
+
+def outputs(model, options: argparse.Namespace):
+    """(place in `options.images`, what the objective makes of it) of each image that can be read."""
+    import jax
+
+    from simmim_jax import sharding, trained
+    from simmim_jax.evals.features import run_everywhere
+
+    objective = trained.objective_of(model)
+    key, mesh = jax.random.key(options.seed), sharding.make_mesh()
+    run_batch = run_everywhere(lambda params, batch: objective.predict(params, batch, key), mesh)
+    params = jax.device_put(model.params, sharding.replicated(mesh))
+    source = Files(options.images)
+    for batch in trained.make_pass(model, source, mesh, batch_size=min(BATCH, len(source))):
+        out = run_batch(params, batch)
+        for row, (position, valid) in enumerate(zip(out["position"].tolist(), out["valid"], strict=True)):
+            if valid:
+                yield position, {name: value[row] for name, value in out.items()}
+
+
+def refuse_unread(options: argparse.Namespace, read: int) -> None:
+    missing = len(options.images) - read
+    if missing:
+        what = f"{missing} of {len(options.images)} images cannot be read"
+        raise DataError(what, "they are named above", "give JPEG, PNG, WebP, BMP, TIFF or GIF files")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
+    with told_in_one_line():
+        run(sys.argv[1:])

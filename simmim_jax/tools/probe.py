@@ -1,0 +1,161 @@
+"""python -m simmim_jax.tools.probe RUN OUT [options]
+
+How well classes can be read off the frozen features of each block: linear and ridge probes, k-NN, few-shot.
+"""
+
+import argparse
+import os
+import sys
+
+from simmim_jax.errors import BusyError, ConfigError, Parser, check_minimum, choose, nearest_of, told_in_one_line
+
+EXAMPLES = """\
+examples:
+  a run, on its own images, every block and every probe:
+    python -m simmim_jax.tools.probe runs/mine probes/mine
+  imported weights, on a folder with train/<class>/ and val/<class>/:
+    python -m simmim_jax.tools.probe runs/swin_b probes/swin_b --data=DIR --train-split=train --test-split=val
+  a first look, in a minute: k-NN and ridge alone, on 2,000 images of each part:
+    python -m simmim_jax.tools.probe runs/mine probes/look --only=knn,ridge --limit=2000
+  ImageNet of TFDS, three blocks, as half-size numbers on the disk:
+    python -m simmim_jax.tools.probe runs/vit_b probes/vit_b --data=tfds:imagenet2012 --test-split=validation \\
+      --blocks=7,8,9 --dtype=float16 --batch-size=512 --threads=16
+
+OUT/ then has results.csv and results.json (a row for each method, block and pooling), blocks.png, and features/, which
+the next call with the same weights and images reads again. Settings are chosen by images taken out of the training
+images; the test images are looked at once, with what was chosen. The linear, ridge and logistic probes are then fitted
+to all training images. A few-shot probe is fitted to the drawn images alone; the features' mean and scale are those of
+all training images, whose labels that takes not.
+"""
+METHODS = ("linear", "logistic", "ridge", "knn", "fewshot")
+POOLS = ("patches", "class_token", "both", "all")
+DTYPES = ("float32", "float16")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m simmim_jax.tools.probe",
+        description="Linear probe, logistic and ridge regression, k-NN and few-shot accuracy of each block's features.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="a workdir or step of ours, or an import")
+    parser.add_argument("out", metavar="OUT", help="folder for the results; features are kept in it")
+    parser.add_argument(
+        "--data", default="", help="folder or file of images, digits, or tfds:NAME (default: the run's)"
+    )
+    parser.add_argument("--train-split", help="to fit to (default: the run's own, or train)")
+    parser.add_argument("--test-split", help="to report on (default: the run's own, or test)")
+    parser.add_argument("--pool", default="patches", help=f"one of {', '.join(POOLS)} (default: patches)")
+    parser.add_argument(
+        "--blocks", default="all", help="like 1,8,0 with 0 for the output after the norm (default: all)"
+    )
+    parser.add_argument("--image-size", help="H or H,W in pixels (default: the run's)")
+    parser.add_argument("--crop-fraction", help="of a resized image's side that is kept (default: the run's)")
+    parser.add_argument("--limit", default="0", help="so many images of each part, evenly spread (default: 0, all)")
+    parser.add_argument("--only", default=",".join(METHODS), help=f"some of {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--shots", default="1,5,10", help="images per class of few-shot draws (default: 1,5,10)")
+    parser.add_argument("--fractions", default="0.01,0.1", help="of the training images, likewise (default: 0.01,0.1)")
+    parser.add_argument("--seeds", default="5", help="draws of each few-shot setting (default: 5)")
+    parser.add_argument("--seed", default="0", help="of the validation images and of the order (default: 0)")
+    parser.add_argument("--validation-fraction", default="0.1", help="of the training images (default: 0.1)")
+    parser.add_argument("--learning-rates", default="0.01,0.03,0.1,0.3,1", help="of the linear probe, per 256 images")
+    parser.add_argument("--weight-decays", default="0,0.0001,0.001", help="of the linear probe")
+    parser.add_argument("--epochs", default="100", help="of the linear probe (default: 100)")
+    parser.add_argument("--probe-batch-size", default="1024", help="at most, of the linear probe (default: 1024)")
+    parser.add_argument("--neighbours", default="10,20,100,200", help="of k-NN (default: DINO's 10,20,100,200)")
+    parser.add_argument("--temperature", default="0.07", help="of k-NN (default: DINO's 0.07)")
+    parser.add_argument("--dtype", default="float32", help="of features on the disk: float32 or float16")
+    parser.add_argument("--batch-size", default="64", help="of the pass over the images (default: 64)")
+    parser.add_argument("--threads", default="2", help="that decode images (default: 2)")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options, as numbers where they are numbers. Raises ConfigError."""
+    parser = make_parser()
+    options, surplus = parser.parse_known_args(argv)
+    if surplus:
+        flag = surplus[0].split("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        fix = nearest_of(flag, known) if flag.startswith("-") else "give RUN and OUT, and no third"
+        raise ConfigError(f"unknown argument {surplus[0]!r}", "command line", fix)
+    options.run, options.out = map(os.path.expanduser, (options.run, options.out))
+    choose("pool", options.pool, POOLS)
+    choose("dtype", options.dtype, DTYPES)
+    options.only = tuple(choose("probe", name, METHODS) for name in options.only.split(",") if name)
+    if not options.only:
+        raise ConfigError("--only= leaves no probe", "command line", f"give some of {', '.join(METHODS)}")
+    options.blocks = None if options.blocks == "all" else _numbers("blocks", options.blocks, int, 0)
+    options.image_size = options.image_size and _numbers("image-size", options.image_size, int, 1)
+    if options.image_size:
+        if len(options.image_size) > 2:
+            raise ConfigError("--image-size of three numbers", "command line", "give H or H,W in pixels")
+        options.image_size = (options.image_size * 2)[:2]
+    options.shots = _numbers("shots", options.shots, int, 1)
+    options.fractions = _numbers("fractions", options.fractions, float, 0, strict=True)
+    options.learning_rates = _numbers("learning-rates", options.learning_rates, float, 0, strict=True, needed=True)
+    options.weight_decays = _numbers("weight-decays", options.weight_decays, float, 0, needed=True)
+    options.neighbours = _numbers("neighbours", options.neighbours, int, 1, needed=True)
+    for name, least in (("limit", 0), ("seeds", 1), ("seed", 0), ("epochs", 1), ("probe_batch_size", 1),
+                        ("batch_size", 1), ("threads", 0)):  # fmt: skip
+        setattr(options, name, _number(name, getattr(options, name), int, least))
+    for name in ("validation_fraction", "temperature", "crop_fraction"):
+        if (given := getattr(options, name)) is not None:
+            setattr(options, name, _number(name, given, float, 0, strict=True))
+    for name, value in (("validation-fraction", options.validation_fraction),
+                        *(("fractions", fraction) for fraction in options.fractions)):  # fmt: skip
+        if value >= 1:
+            raise ConfigError(f"--{name}={value:g}", "command line", "give numbers below 1")
+    return options
+
+
+def _number(name: str, text: str, kind: type, least: int, *, strict: bool = False) -> int | float:
+    found = _numbers(name.replace("_", "-"), text, kind, least, strict=strict, needed=True)
+    if len(found) > 1:
+        raise ConfigError(f"--{name.replace('_', '-')}={text}", "command line", "give one number")
+    return found[0]
+
+
+def _numbers(name: str, text: str, kind: type, least: int, *, strict: bool = False, needed: bool = False) -> tuple:
+    """The comma-separated numbers of an option, without repetition. Raises ConfigError if they are none."""
+    try:
+        values = tuple(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
+    except ValueError as error:
+        example = "numbers" if kind is float else "whole numbers"
+        raise ConfigError(f"--{name}={text}", "command line", f"give {example} with commas between") from error
+    if needed and not values:
+        raise ConfigError(f"--{name} is empty", "command line", "give a number")
+    for value in values:
+        check_minimum(f"--{name}", value, least, strict=strict)
+    if kind is float and any(value == float("inf") for value in values):
+        raise ConfigError(f"--{name}={text}", "command line", "give finite numbers")
+    return values
+
+
+def run(argv: list[str]) -> None:
+    """Probe RUN as the command line says."""
+    options = parse(argv)
+    from simmim_jax import checkpoint  # JAX comes in here: help and mistakes are told without it
+    from simmim_jax.tools import probing
+
+    try:
+        os.makedirs(options.out, exist_ok=True)
+        with checkpoint.hold(options.out):
+            probing.probe(options)
+    except BrokenPipeError:
+        raise
+    except BusyError as error:
+        raise BusyError("OUT is in use", error.where, "wait for it, or give another OUT") from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read or write: {error.strerror or error}", str(error.filename or options.out),
+            "make room, or give another OUT; what was read of the images is kept",
+        ) from error  # fmt: skip
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        run(sys.argv[1:])

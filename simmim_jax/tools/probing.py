@@ -1,0 +1,468 @@
+"""What `simmim_jax.tools.probe` does: features of every block, probes of each, and what they found as tables and a
+picture.
+
+A row of the results is one method on one block and pooling: what was chosen by the validation images, their accuracy,
+and the accuracy on the test images. The classifiers run on one device, the features on all; one process.
+"""
+
+import csv
+import io
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from PIL import Image
+
+from simmim_jax import checkpoint, compilation, sharding
+from simmim_jax.errors import ConfigError, DataError, NonFiniteError
+from simmim_jax.evals import draws, probes
+from simmim_jax.evals.curves import Curve, Panel, draw_curves
+from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
+from simmim_jax.evals.features import run_everywhere
+from simmim_jax.metrics import write_atomically
+from simmim_jax.objectives.features import check_readable, make_all_features
+from simmim_jax.trained import Trained, make_pass, open_source, open_trained
+
+REGULARISATIONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge regression, on covariances of standardised features
+INVERSE_REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C
+FEW_SHOT_C, FEW_SHOT_NEIGHBOURS = 1.0, 20  # where nothing is chosen
+LEAST_STEPS = 16  # of the linear probe in an epoch: of few images, batches are smaller
+STACKED = 2**30  # bytes of features that linear probes are trained on at once, block beside block
+COLUMNS = (
+    "method", "images", "pool", "block", "paper", "chosen", "setting", "validation_top1", "top1", "top5", "draws",
+    "top1_std", "top1_least", "top1_greatest", "train_images", "test_images", "seconds",
+)  # fmt: skip
+
+
+def probe(options: Namespace) -> list[dict]:
+    """Probe a run; print, write and return the rows. options: those of `simmim_jax.tools.probe.parse`."""
+    compilation.keep_compiled()
+    out = Path(options.out)
+    trained = open_trained(options.run, options.image_size)
+    depth = trained.encoder.depth
+    blocks = list(options.blocks or (*range(1, depth + 1), 0))
+    for block in blocks:
+        check_readable(trained.encoder, block, "patches", "--blocks")
+    sources = open_sources(trained, options)
+    pools = pools_of(trained, options.pool)
+    cache = extract(trained, sources, pools, blocks, options, out)
+    sets = labelled(cache, sources, options)
+    paper = round(depth * 2 / 3)
+    rows = []
+    for pool in pools:
+        for found in probe_blocks(cache, sets, pool, blocks, options):
+            for row in found:
+                row = {"pool": pool, "paper": row["block"] == paper and pool == "patches"} | row
+                rows.append({name: row.get(name) for name in COLUMNS})
+            tell(rows[-len(found) :])
+    mark_chosen(rows)
+    said = {
+        "run": str(trained.folder), "step": trained.step, "image_size": list(trained.image_size), "depth": depth,
+        "train": sources["train"].describe(), "test": sources["test"].describe(), "classes": sets["classes"],
+        "validation_images": len(sets["validation"]), "options": vars(options), "rows": rows,
+    }  # fmt: skip
+    write_atomically(out / "results.json", json.dumps(said, indent=2) + "\n")
+    write_atomically(out / "results.csv", csv_of(rows))
+    write_picture(out / "blocks.png", rows, blocks, paper)
+    for line in table(rows, paper, depth):
+        print(line)
+    print(f"\nwritten: {out}/results.csv, results.json, blocks.png")
+    return rows
+
+
+def open_sources(trained: Trained, options: Namespace) -> dict:
+    """ "train" and "test" images with the same classes. Raises DataError and ConfigError."""
+    own = {} if options.data else trained.config.get("data", {})
+    splits = {
+        "train": options.train_split or own.get("split", "train"),
+        "test": options.test_split or own.get("heldout_split", "test"),
+    }
+    if splits["train"] == splits["test"]:
+        raise ConfigError(
+            f"split {splits['train']!r} to fit to and to report on", "command line", "give another --test-split"
+        )
+    sources = {name: open_source(trained, options.data, split) for name, split in splits.items()}
+    train, test = sources.values()
+    if len(train.classes) < 2:
+        raise DataError(
+            f"{len(train.classes) or 'no'} class{'' if len(train.classes) == 1 else 'es'}: a probe needs two",
+            train.describe(), "put each class into a folder of its own",
+        )  # fmt: skip
+    if train.classes != test.classes:
+        raise DataError(
+            f"the test images have {len(test.classes) or 'no'} classes, the training images {len(train.classes)}, "
+            "or others", test.describe(), "give both the same folders of classes",
+        )  # fmt: skip
+    return sources
+
+
+def pools_of(trained: Trained, pool: str) -> tuple[str, ...]:
+    """The poolings to probe; "all" is what the encoder has."""
+    if pool == "all":
+        return ("patches", "class_token", "both") if getattr(trained.encoder, "class_token", False) else ("patches",)
+    check_readable(trained.encoder, 0, pool, "--pool")
+    return (pool,)
+
+
+def extract(
+    trained: Trained, sources: dict, pools: tuple[str, ...], blocks: list[int], options: Namespace, out: Path
+) -> FeatureCache:
+    """The features of the blocks, from the disk where they are there."""
+    pool = pools[0] if len(pools) == 1 else "both"  # of which the others are parts
+    mesh = sharding.make_mesh()
+    ways = sharding.batch_ways(mesh)
+    batch_size = -(-options.batch_size // ways) * ways
+    passes = {}
+    for split, source in sources.items():
+        images = make_pass(
+            trained, source, mesh, batch_size=batch_size, crop_fraction=options.crop_fraction,
+            limit=options.limit, threads=options.threads,
+        )  # fmt: skip
+        passes[split] = Pass(
+            min(options.limit or len(source), len(source)),
+            batch_size,
+            lambda start, images=images: iter(images.dataset[start:].to_iter_dataset(images.options)),
+        )
+    own = trained.config.get("data", {})
+    params = trained.params["encoder"]
+    identity = {
+        "checksums": checkpoint.checksums(params), "step": trained.step, "encoder": trained.config["encoder"],
+        "image_size": list(trained.image_size), **{name: list(x) for name, x in trained.pixels.items()}, "pool": pool,
+        "crop_fraction": options.crop_fraction or own.get("crop_fraction", 1.0),
+        "interpolation": own.get("interpolation", "bicubic"), "limit": options.limit,
+        **{split: source.fingerprint() for split, source in sources.items()},
+    }  # fmt: skip
+    features = make_all_features(trained.encoder, **trained.pixels, pool=pool)
+
+    def wanted(params, batch) -> dict:
+        found = features(params, batch["image"])
+        return {f"block_{block}": found[block] for block in blocks}
+
+    run = run_everywhere(wanted, mesh)
+    on_devices = jax.device_put(params, sharding.replicated(mesh))
+    return open_cache(
+        out / "features", identity, passes, partial(run, on_devices), blocks, options.dtype, partial(print, flush=True)
+    )
+
+
+def labelled(cache: FeatureCache, sources: dict, options: Namespace) -> dict:
+    """Which images are used for what, by index, and their labels; says which classes lack images.
+
+    "train" and "test": rows of the cache with a label. "fit" and "validation": indices into those of "train".
+    """
+    sets: dict = {"classes": len(sources["train"].classes)}
+    for split, source in sources.items():
+        labels = cache.labels(split)
+        sets[split] = np.flatnonzero(labels >= 0)
+        sets[f"{split}_labels"] = labels[sets[split]]
+        if not len(sets[split]):
+            raise DataError("no image with a label could be read", source.describe(), "look at what was said of each")
+        counts = np.bincount(sets[f"{split}_labels"], minlength=sets["classes"])
+        if lacking := [source.classes[n] for n in np.flatnonzero(counts == 0)]:
+            more = ", ..." if len(lacking) > 5 else ""
+            print(f"classes without {split} images ({len(lacking)}): {', '.join(lacking[:5])}{more}", flush=True)
+    labels = sets["train_labels"]
+    if not np.isin(sets["test_labels"], labels).any():
+        raise DataError(
+            "no class has training and test images", sources["test"].describe(), "give both the same folders of classes"
+        )
+    if len(np.unique(labels)) < 2:
+        raise DataError(
+            f"{len(labels)} images of one class: a probe needs two",
+            sources["train"].describe(),
+            "give a higher --limit",
+        )
+    sets["fit"], sets["validation"] = draws.split_by_class(labels, options.validation_fraction, options.seed)
+    if not len(sets["validation"]):
+        raise DataError(
+            f"{len(labels)} images, one of each class: none to choose settings by", sources["train"].describe(),
+            "give more images, or a higher --limit",
+        )  # fmt: skip
+    sets["plans"] = plans_of(labels[sets["fit"]], options) if "fewshot" in options.only else []
+    return sets
+
+
+def plans_of(labels: Int[np.ndarray, " m"], options: Namespace) -> list[tuple[str, Callable]]:
+    """(name, draw(seed) -> indices) of each few-shot setting; says which take more images of a class than it has."""
+    least = int(np.unique(labels, return_counts=True)[1].min())
+    if lacking := [n for n in options.shots if n > least]:
+        print(
+            f"a class has {least} images to draw from: no draws of {', '.join(map(str, lacking))} per class", flush=True
+        )
+    plans = [(f"{n} per class", partial(draws.draw_per_class, labels, n)) for n in options.shots if n <= least]
+    return plans + [(f"{100 * f:g} %", partial(draws.draw_fraction, labels, f)) for f in options.fractions]
+
+
+class Block(NamedTuple):
+    """Features of all training and test images, as they are, and the mean and scale of the training images'."""
+
+    train: Float[np.ndarray, "m d"]
+    test: Float[np.ndarray, "n d"]
+    standard: tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]
+
+    def standardised(self) -> tuple[Float[Array, "m d"], Float[Array, "n d"]]:
+        return probes.standardise(self.train, *self.standard), probes.standardise(self.test, *self.standard)
+
+
+def probe_blocks(
+    cache: FeatureCache, sets: dict, pool: str, blocks: list[int], options: Namespace
+) -> Iterator[list[dict]]:
+    """The rows of one pooling, block by block; a group of blocks is in memory, or one, where they are large."""
+    methods = {"logistic": logistic_rows, "ridge": ridge_rows, "knn": knn_rows, "fewshot": few_shot_rows}
+    for group in groups_of(cache, blocks, len(sets["train"])):
+        read = {block: read_block(cache, sets, pool, block) for block in group}
+        linear = linear_rows(read, sets, options) if "linear" in options.only else {}
+        for block, features in read.items():
+            rows = [linear[block]] if linear else []
+            rows += [row for name in options.only if name in methods for row in methods[name](features, sets, options)]
+            yield [{"block": block} | row for row in rows]
+
+
+def groups_of(cache: FeatureCache, blocks: list[int], count: int) -> Iterator[list[int]]:
+    """The blocks in groups of neighbours of one width, whose features of the training images are at most `STACKED`."""
+    group: list[int] = []
+    for block in blocks:
+        width = cache.features("train", block).shape[1]
+        fits = not group or (
+            width == cache.features("train", group[0]).shape[1] and (len(group) + 1) * count * width * 4 <= STACKED
+        )
+        if not fits:
+            yield group
+            group = []
+        group = [*group, block]
+    yield group
+
+
+def read_block(cache: FeatureCache, sets: dict, pool: str, block: int) -> Block:
+    """The labelled images' features of a block, or the half of them that is `pool`."""
+    parts = []
+    for split in ("train", "test"):
+        mapped = cache.features(split, block)
+        half = mapped.shape[1] // 2
+        columns = slice(None)
+        if is_both(cache):
+            columns = {"class_token": slice(half), "patches": slice(half, None)}.get(pool, columns)
+        parts.append(np.asarray(mapped[:, columns][sets[split]], np.float32))
+    return Block(*parts, probes.statistics(parts[0]))
+
+
+def is_both(cache: FeatureCache) -> bool:
+    return json.loads((cache.folder / "meta.json").read_text())["identity"]["pool"] == "both"
+
+
+def whole_row(method: str, sets: dict, setting: str, validation: float, ranks, begin: float) -> dict:
+    """A row of a probe that was fitted to all training images."""
+    return {
+        "method": method, "images": "all", "setting": setting, "validation_top1": float(validation),
+        **probes.accuracies(ranks, sets["classes"]), "draws": 1, "train_images": len(sets["train"]),
+        "test_images": len(sets["test"]), "seconds": round(time.monotonic() - begin, 2),
+    }  # fmt: skip
+
+
+def linear_rows(read: dict[int, Block], sets: dict, options: Namespace) -> dict[int, dict]:
+    """A grid of linear probes for all these blocks at once; then, of each block, the best on all images."""
+    begin = time.monotonic()
+    fit, validation, labels = sets["fit"], sets["validation"], sets["train_labels"]
+    x, y = (jnp.stack(parts) for parts in zip(*(block.standardised() for block in read.values()), strict=True))
+    settings = np.float32([(rate, decay) for rate in options.learning_rates for decay in options.weight_decays])
+    train = partial(
+        probes.sweep, key=jax.random.key(options.seed), classes=sets["classes"], epochs=options.epochs,
+        batch_size=min(options.probe_batch_size, max(1, len(labels) // LEAST_STEPS)),
+    )  # fmt: skip
+    grid = np.broadcast_to(settings, (len(read), *settings.shape))
+    found = train(x[:, fit], labels[fit], grid[..., 0], grid[..., 1])
+    best, top1 = [], []
+    for n in range(len(read)):
+        each, at = probes.choose_setting(probes.ranks(x[n, validation], labels[validation], at_index(found, n)))
+        best.append(at)
+        top1.append(each[at])
+    chosen = settings[best][:, None]
+    refitted = train(x, labels, chosen[..., 0], chosen[..., 1])
+    if not np.isfinite(np.asarray(refitted.bias)).all():
+        raise NonFiniteError("a linear probe diverged at every rate", "--learning-rates", "give lower ones")
+    rows = {}
+    for n, block in enumerate(read):
+        ranks = probes.ranks(y[n], sets["test_labels"], at_index(refitted, (n, 0)))
+        setting = f"learning rate {settings[best[n]][0]:g}, weight decay {settings[best[n]][1]:g}"
+        row = whole_row("linear", sets, setting, top1[n], ranks, begin)
+        rows[block] = row | {"seconds": round(row["seconds"] / len(read), 2)}
+    return rows
+
+
+def at_index(classifiers: probes.Linear, at) -> probes.Linear:
+    return probes.Linear(classifiers.weights[at], classifiers.bias[at])
+
+
+def path_row(method: str, name: str, fit_path: Callable, strengths: tuple[float, ...], block: Block, sets: dict):
+    """A probe at several strengths; then the best of these on all images."""
+    begin = time.monotonic()
+    x, y = block.standardised()
+    fit, validation, labels = sets["fit"], sets["validation"], sets["train_labels"]
+    found = fit_path(x[fit], labels[fit], strengths)
+    top1, at = probes.choose_setting(probes.ranks(x[validation], labels[validation], found))
+    refitted = fit_path(x, labels, strengths[at : at + 1])
+    ranks = probes.ranks(y, sets["test_labels"], refitted)[:, 0]
+    return whole_row(method, sets, f"{name} {strengths[at]:g}", top1[at], ranks, begin)
+
+
+def logistic_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict]:
+    def fit_path(x, labels, strengths):
+        return probes.logistic_path(x, labels, np.float32(strengths), classes=sets["classes"])
+
+    yield path_row("logistic", "C", fit_path, INVERSE_REGULARISATIONS, block, sets)
+
+
+def ridge_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict]:
+    fit_path = partial(probes.ridge_path, classes=sets["classes"])
+    yield path_row("ridge", "regularisation", fit_path, REGULARISATIONS, block, sets)
+
+
+def knn_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict]:
+    """A row for each number of neighbours. The features are as they are, neither centred nor scaled."""
+    begin, x, y = time.monotonic(), block.train, block.test
+    fit, validation, labels = sets["fit"], sets["validation"], sets["train_labels"]
+    find = partial(
+        probes.nearest_classes, classes=sets["classes"], neighbours=options.neighbours, temperature=options.temperature
+    )
+    tried = find(x[fit], labels[fit], x[validation])
+    found = find(x, labels, y)
+    for n, number in enumerate(options.neighbours):
+        top1 = (probes.found_ranks(tried[n], labels[validation]) < 1).mean()
+        ranks = probes.found_ranks(found[n], sets["test_labels"])
+        yield whole_row("knn", sets, neighbours_of(number), top1, ranks, begin)
+
+
+def few_shot_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict]:
+    """Logistic regression and k-NN on few of the images to fit to, over several draws.
+
+    As many neighbours are asked as the smallest class has images, and at most `FEW_SHOT_NEIGHBOURS`.
+    """
+    labels, classes = sets["train_labels"], sets["classes"]
+    fit, validation = sets["fit"], sets["validation"]
+    x, y = block.standardised()
+    judged = (labels[validation], sets["test_labels"])
+    for images, draw in sets["plans"]:
+        begin, found = time.monotonic(), {"logistic": [], "knn": []}
+        neighbours = min(FEW_SHOT_NEIGHBOURS, int(np.unique(labels[fit[draw(0)]], return_counts=True)[1].min()))
+        for seed in range(options.seeds):
+            drawn = fit[draw(seed)]
+            classifier = probes.logistic_path(x[drawn], labels[drawn], np.float32([FEW_SHOT_C]), classes=classes)
+            find = partial(
+                probes.nearest_classes, block.train[drawn], labels[drawn], classes=classes,
+                neighbours=(neighbours,), temperature=options.temperature,
+            )  # fmt: skip
+            ranks = [probes.ranks(z, of, classifier)[:, 0] for z, of in zip((x[validation], y), judged, strict=True)]
+            found["logistic"].append(ranks)
+            queries = (block.train[validation], block.test)
+            found["knn"].append([probes.found_ranks(find(z)[0], of) for z, of in zip(queries, judged, strict=True)])
+        settings = {"logistic": f"C {FEW_SHOT_C:g}", "knn": neighbours_of(neighbours)}
+        for method, ranks in found.items():
+            tried = [probes.accuracies(each[0], classes)["top1"] for each in ranks]
+            tested = [probes.accuracies(each[1], classes) for each in ranks]
+            top1 = draws.spread([each["top1"] for each in tested])
+            yield {
+                "method": method, "images": images, "setting": settings[method],
+                "validation_top1": float(np.mean(tried)), "top1": top1["mean"],
+                "top5": float(np.mean([each["top5"] for each in tested])) if classes > 5 else None,
+                "draws": options.seeds, "top1_std": top1["std"], "top1_least": top1["least"],
+                "top1_greatest": top1["greatest"], "train_images": len(drawn), "test_images": len(sets["test"]),
+                "seconds": round((time.monotonic() - begin) / 2, 2),
+            }  # fmt: skip
+
+
+def neighbours_of(number: int) -> str:
+    return f"{number} neighbour{'' if number == 1 else 's'}"
+
+
+def mark_chosen(rows: list[dict]) -> None:
+    """Say of each row whether the validation images prefer it to all of its method and number of images."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        kind = (row["method"], row["images"])
+        if kind not in best or row["validation_top1"] > best[kind]["validation_top1"]:
+            best[kind] = row
+    for row in rows:
+        row["chosen"] = any(row is each for each in best.values())
+
+
+def tell(rows: list[dict]) -> None:
+    """One line of a block: top-1 in percent of each method on all training images, or where there are none, on few."""
+    best: dict[str, float] = {}
+    for row in [row for row in rows if row["images"] == "all"] or rows:
+        name = row["method"] if row["images"] == "all" else f"{row['method']} {row['images']}"
+        best[name] = max(best.get(name, 0.0), row["top1"])
+    found = ", ".join(f"{name} {100 * top1:.1f}" for name, top1 in best.items())
+    seconds = sum({(row["method"], row["images"]): row["seconds"] for row in rows}.values())
+    print(f"{name_of(rows[0]['block'])}, {rows[0]['pool']}: {found} ({seconds:.1f} s)", flush=True)
+
+
+def name_of(block: int) -> str:
+    return f"block {block}" if block else "output"
+
+
+def csv_of(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def table(rows: list[dict], paper: int, depth: int) -> Iterator[str]:
+    """For each method and number of images, what the paper's block gives and what the validation images choose."""
+    yield f"\npaper: block {paper} of {depth}, mean of patch tokens; best: the block that the validation images choose"
+    yield f"{'method':10}{'images':13}{'paper top-1':>17}{'top-5':>8}   {'best top-1':>17}{'top-5':>8}   which"
+    chosen = {(row["method"], row["images"]): row for row in rows if row["chosen"]}
+    for kind in dict.fromkeys((row["method"], row["images"]) for row in rows):
+        best = chosen[kind]
+        papers = [row for row in rows if row["paper"] and (row["method"], row["images"]) == kind]
+        paper_row = max(papers, key=lambda row: row["validation_top1"], default=None)
+        which = f"{name_of(best['block'])}, {best['pool']}, {best['setting']}"
+        yield f"{kind[0]:10}{kind[1]:13}{_numbers_of(paper_row)}   {_numbers_of(best)}   {which}"
+
+
+def _numbers_of(row: dict | None) -> str:
+    if row is None:
+        return f"{'-':>17}{'-':>8}"
+    spread = f" +- {100 * row['top1_std']:4.2f}" if row["top1_std"] is not None else ""
+    top5 = f"{100 * row['top5']:.2f}" if row["top5"] is not None else "-"
+    top1 = f"{100 * row['top1']:.2f}{spread}"
+    return f"{top1:>17}{top5:>8}"
+
+
+def write_picture(path: Path, rows: list[dict], blocks: list[int], paper: int) -> None:
+    """Top-1 over the blocks: of each pooling a panel for the whole training set, and one for few-shot draws."""
+    ticks = [str(block) if block else "out" for block in blocks]
+    panels = []
+    for pool in dict.fromkeys(row["pool"] for row in rows):
+        for few in (False, True):
+            curves: dict[tuple[str, str], list] = {}
+            for row in (r for r in rows if r["pool"] == pool and (r["images"] != "all") == few):
+                top1 = row["top1"]
+                band = (top1, row["top1_least"], row["top1_greatest"]) if few else (top1,) * 3
+                detail = row["images"] if few else row["setting"] if row["method"] == "knn" else ""
+                curve = curves.setdefault((row["method"], detail), [])
+                curve.append((blocks.index(row["block"]), *(100 * each for each in band)))
+            details = list(dict.fromkeys(detail for _, detail in curves))
+            drawn = [
+                Curve(
+                    f"{method} {detail}".strip(), points, details.index(detail) if few else n, few and method == "knn"
+                )
+                for n, ((method, detail), points) in enumerate(curves.items())
+            ]
+            title = f"{pool}: " + ("few labels, mean and range over draws" if few else "all training images")
+            if drawn:
+                marked = blocks.index(paper) if paper in blocks and pool == "patches" else None
+                panels.append(Panel(f"top-1, {title}", drawn, marked))
+    sheet = draw_curves(panels, ticks)
+    partial_path = path.with_name(f".{path.name}")
+    Image.fromarray(sheet).save(partial_path, "PNG")
+    partial_path.replace(path)

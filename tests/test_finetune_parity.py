@@ -1,0 +1,155 @@
+"""Three updates of fine-tuning a small ViT: by `configs/simmim_vit_b_finetune.py`, and by PyTorch as official code.
+
+The peer is transformers' BEiT, which is the official model, under torch.optim.AdamW with the parameter groups of
+official optimizer.py, the rates of its lr_scheduler.py (timm's CosineLRScheduler, one group at a time) and gradients
+clipped by torch. Both see the same images, erased and mixed alike. Runs where torch and transformers are installed.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+
+from simmim_jax import checkpoint, mixing, train
+from simmim_jax.config import load
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import make_objective
+from simmim_jax.objectives.pixels import normalise
+from simmim_jax.pretrained import architecture
+from simmim_jax.stacking import path_of
+from simmim_jax.tools import convert
+from simmim_jax.train_step import TrainState, train_step
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+SIDE, BATCH, CLASSES, DEPTH = 32, 8, 5, 3
+STEPS, STEPS_PER_EPOCH = 12, 2  # 20 epochs of warm-up are cut to one: the second and third update have left it
+BEIT = {
+    "hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "intermediate_size": 128, "patch_size": 8,
+    "image_size": SIDE, "layer_norm_eps": 1e-6, "drop_path_rate": 0.0, "use_relative_position_bias": True,
+    "use_mean_pooling": True, "num_labels": CLASSES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def official_layer(name: str) -> int:
+    """`get_vit_layer` of optimizer.py, for the names of transformers."""
+    if name.startswith("beit.embeddings."):
+        return 0
+    block = re.search(r"\.layers?\.(\d+)\.", name)
+    return int(block.group(1)) + 1 if block else DEPTH + 1
+
+
+def official_groups(model, config) -> list[dict]:
+    """`get_finetune_param_groups`: what has one dimension, biases and the class token do not decay."""
+    groups = []
+    for name, x in model.named_parameters():
+        spared = x.ndim == 1 or name.endswith(".bias") or name.endswith("cls_token")
+        scale = config.optim.layer_decay ** (DEPTH + 1 - official_layer(name))
+        decay = 0.0 if spared else config.optim.weight_decay
+        groups.append({"params": [x], "weight_decay": decay, "peak": config.optim.learning_rate * scale})
+    return groups
+
+
+def official_rate(config, peak: float, step: int) -> float:
+    """timm's CosineLRScheduler, set after each update: the first two updates have the rate that warm-up starts from."""
+    t, warmup = max(step - 1, 0), STEPS_PER_EPOCH
+    low, start = config.optim.min_learning_rate, config.optim.warmup_learning_rate
+    if t < warmup:
+        return start + t * (peak - start) / warmup
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * t / STEPS))
+
+
+def draw_batch(step: int) -> dict:
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), dtype=np.uint8)
+    labels = rng.integers(0, CLASSES, BATCH).astype(np.int32)
+    return {"image": images, "label": labels, "position": np.arange(BATCH, dtype=np.int32)}
+
+
+def peers_batch(batch: dict, key, config) -> tuple:
+    """(images, targets) of a step as timm's Mixup makes them, of the draws of ours."""
+    objective = config.objective
+    erase_key, mix_key = random.split(random.fold_in(key, 1))
+    images = normalise(jnp.asarray(batch["image"]), config.mean, config.std)
+    position = jnp.asarray(batch["position"])
+    erased = np.asarray(mixing.erase(images, erase_key, position, probability=objective.erase))
+    drawn = mixing.draw_mix(
+        mix_key, position, position[::-1], image_size=(SIDE, SIDE), mixup=objective.mixup,
+        cutmix=objective.cutmix, probability=objective.mix_probability, switch=objective.mix_switch,
+        mode=objective.mix_mode,
+    )  # fmt: skip
+    weight, (top, left, bottom, right) = float(drawn.weight[0]), np.asarray(drawn.box[0])
+    x = torch.from_numpy(erased.transpose(0, 3, 1, 2).copy())
+    if drawn.use_cutmix[0]:
+        x[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
+    else:
+        x = weight * x + (1 - weight) * x.flip(0)
+    smoothing = objective.label_smoothing
+    hot = torch.nn.functional.one_hot(torch.from_numpy(batch["label"]).long(), CLASSES).float()
+    hot = hot * (1 - smoothing) + smoothing / CLASSES
+    return x, weight * hot + (1 - weight) * hot.flip(0), bool(drawn.use_cutmix[0])
+
+
+def imported(model, folder):
+    model.save_pretrained(folder / "hf")
+    convert.run([str(folder / "hf"), str(folder / "workdir")])
+    return checkpoint.read_params(str(folder / "workdir"))
+
+
+def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_groups(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.BeitForImageClassification(transformers.BeitConfig(**BEIT)).train()
+    with torch.no_grad():
+        for x in model.parameters():
+            x += 0.02 * torch.randn(x.shape)
+    params, record = imported(model, tmp_path / "before")
+
+    config = load("configs/simmim_vit_b_finetune.py")
+    config.batch_size, config.image_size, config.base_learning_rate = BATCH, (SIDE, SIDE), 5e-3 * 512 / BATCH
+    config.mean, config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config.optim.warmup_epochs, config.objective.num_classes = 1.0, CLASSES
+    encoder = make_encoder(**architecture(record["encoder"]))
+    assert (encoder.relative_position, encoder.final_norm) == ("per_block", False)  # as the config has it
+    pixels = {"image_size": config.image_size, "mean": config.mean, "std": config.std}
+    objective = make_objective(encoder=encoder, **pixels, **config.objective)
+    tx, _ = train.make_tx(config, encoder, STEPS, STEPS_PER_EPOCH)
+    key = random.key(3)
+    params = jax.tree.map(jnp.asarray, params)
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+    step = jax.jit(
+        lambda state, batch: train_step(
+            state, batch, key, loss_fn=objective.loss_fn, prepare=objective.prepare, tx=tx, microbatches=2
+        )
+    )
+
+    optimizer = torch.optim.AdamW(official_groups(model, config), betas=(0.9, 0.999), eps=1e-8)
+    cut = []
+    for n in range(3):
+        batch = draw_batch(n)
+        state, metrics = step(state, batch)
+        images, targets, is_cut = peers_batch(batch, random.fold_in(key, n), config)
+        cut.append(is_cut)
+        for group in optimizer.param_groups:
+            group["lr"] = official_rate(config, group["peak"], n)
+        loss = torch.sum(-targets * torch.log_softmax(model(images).logits, dim=-1), dim=-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        optimizer.step()
+        np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+    assert set(cut) == {True, False}  # of the three batches some are cut and some are blended
+
+    theirs, _ = imported(model, tmp_path / "after")
+    theirs = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(theirs)}
+    before = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        name = path_of(path)
+        np.testing.assert_allclose(x, theirs[name], rtol=0, atol=1e-5, err_msg=name)
+        moved = np.abs(theirs[name] - before[name]).max()
+        assert moved > 1e-4, f"{name} has hardly moved"

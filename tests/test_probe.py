@@ -1,0 +1,326 @@
+"""The probe tool from its command line: features on the disk, what chooses, what is written, and every mistake."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from runs import command, run
+from tiny import tiny_encoder
+
+from simmim_jax import checkpoint
+from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
+from simmim_jax.evals import feature_cache
+from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
+from simmim_jax.tools import probe, probing
+
+PROBE = ("-m", "simmim_jax.tools.probe")
+QUICK = ("--data=digits", "--limit=160", "--epochs=2", "--seeds=2", "--shots=1,50", "--fractions=0.2",
+         "--neighbours=5,10", "--learning-rates=0.1,0.3", "--weight-decays=0")  # fmt: skip
+
+
+def tool(*arguments):
+    """The tool in this process."""
+    probe.run([str(argument) for argument in arguments])
+
+
+def told(*arguments, kind=ConfigError) -> str:
+    """The one line of the tool's error."""
+    with pytest.raises(kind) as caught:
+        tool(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A workdir of an untrained ViT of two blocks with a class token, of grey images."""
+    return write_workdir(tmp_path_factory.mktemp("probed") / "workdir", seed=0)
+
+
+def write_workdir(folder, seed):
+    options = {"width": 16, "depth": 2, "heads": 2, "patch_size": 8, "class_token": True}
+    encoder = tiny_encoder(**options)
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), shapes)
+    config = {"encoder": {"name": "vit", "size": "ti", **options}, "image_size": [16, 16], "mean": [0.3], "std": [0.4]}
+    checkpoint.write_params(str(folder), {"encoder": params}, config)
+    return folder
+
+
+def folder_of(root, images):
+    """A folder of images: {"train/a": 3, ...}, so many in each."""
+    rng = np.random.default_rng(0)
+    for name, count in images.items():
+        (root / name).mkdir(parents=True)
+        for n in range(count):
+            Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(root / name / f"{n}.png")
+    return root
+
+
+QUICKEST = ("patches", ("ridge",), {"ridge": 1})
+SLOW = ("all", probe.METHODS, {"linear": 1, "logistic": 3, "ridge": 1, "knn": 4})
+
+
+@pytest.mark.parametrize(("pool", "only", "rows_of"), [QUICKEST, pytest.param(*SLOW, marks=pytest.mark.slow)])
+def test_every_method_block_and_pooling_has_a_row_and_validation_images_choose(
+    tmp_path, workdir, capsys, pool, only, rows_of
+):
+    tool(workdir, tmp_path, f"--pool={pool}", *QUICK, f"--only={','.join(only)}")
+    pools, few = ("patches", "class_token", "both") if pool == "all" else (pool,), "fewshot" in only
+    out = capsys.readouterr().out
+    with open(tmp_path / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    said = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in rows] == [row["method"] for row in said["rows"]]
+    kinds = {(row["images"], row["setting"]) for row in said["rows"] if row["method"] == "knn"}
+    assert not few or {("all", "5 neighbours"), ("all", "10 neighbours"), ("1 per class", "1 neighbour")} <= kinds
+    assert ("no draws of 50 per class" in out) == few
+    for method, count in rows_of.items():
+        of_method = [row for row in said["rows"] if row["method"] == method]
+        assert len(of_method) == count * 3 * len(pools)
+        assert {(row["block"], row["pool"]) for row in of_method} == {
+            (block, pool) for block in (1, 2, 0) for pool in pools
+        }
+        for images in {row["images"] for row in of_method}:
+            same = [row for row in of_method if row["images"] == images]
+            (chosen,) = [row for row in same if row["chosen"]]
+            assert chosen["validation_top1"] == max(row["validation_top1"] for row in same)
+            assert {(row["block"], row["pool"]) for row in same if row["paper"]} == {(1, "patches")}
+    drawn = [row for row in said["rows"] if row["images"] == "1 per class"]
+    assert all(row["top1_least"] <= row["top1"] <= row["top1_greatest"] and row["train_images"] == 10 for row in drawn)
+    assert "paper: block 1 of 2, mean of patch tokens" in out
+    assert Image.open(tmp_path / "blocks.png").size == (700 * (1 + few), len(pools) * 380)
+
+
+def made_up(params, batch):
+    """Features of three blocks without a model."""
+    pixels = batch["image"].reshape(len(batch["image"]), -1)[:, 40:44].astype(np.float32)
+    return batch | {f"block_{n}": pixels for n in range(3)}
+
+
+@pytest.mark.slow
+def test_features_are_read_again_where_nothing_changed_and_made_anew_where_something_did(
+    tmp_path, workdir, capsys, monkeypatch
+):
+    monkeypatch.setattr(probing, "run_everywhere", lambda function, mesh: made_up)
+    quick = ("--data=digits", "--limit=64", "--only=ridge")
+
+    def extracted(run, *more):
+        tool(run, tmp_path / "out", *quick, *more)
+        out = capsys.readouterr().out
+        assert ("are there already" in out) != ("features: train" in out)
+        return "features: train" in out
+
+    assert extracted(workdir, "--blocks=2")
+    assert not extracted(workdir, "--blocks=2", "--seed=1")
+    assert extracted(workdir)  # the other blocks, of which none is there
+    assert extracted(write_workdir(tmp_path / "other", seed=1), "--blocks=1")
+    assert not extracted(workdir, "--blocks=1,0", "--only=knn")
+
+
+def images_of(count, width=3, batch_size=8, stop_at=None, label=None):
+    """(a Pass over made-up images, an extract whose features say which image a row is); it breaks off at a batch."""
+
+    def batches(start):
+        for n in range(start, -(-count // batch_size)):
+            if n == stop_at:
+                raise KeyboardInterrupt
+            position = np.arange(n * batch_size, (n + 1) * batch_size)
+            labels = np.where(position == 5, -1, position % 4) if label is None else label
+            yield {"position": position, "valid": (position < count) & (position != 7), "label": labels}
+
+    def extract(batch):
+        rows = np.repeat(batch["position"][:, None], width, axis=1).astype(np.float32)
+        return batch | {"block_1": rows, "block_2": -rows}
+
+    return Pass(count, batch_size, batches), extract
+
+
+def test_an_extraction_that_was_killed_goes_on_and_no_half_of_one_is_taken_for_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "FLUSH", 0.0)
+    said = []
+    whole, extract = images_of(43)
+    for stop_at in (3, 5):
+        cut, _ = images_of(43, stop_at=stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            open_cache(tmp_path, {"a": 1}, {"train": whole, "test": cut}, extract, [1, 2], say=said.append)
+        assert not list(tmp_path.glob("*/meta.json"))
+    assert "features: test goes on at image 24 of 43" in said
+    cache = open_cache(tmp_path, {"a": 1}, {"train": whole, "test": whole}, extract, [1, 2], say=said.append)
+    assert said[-2:] == ["features: test goes on at image 40 of 43", said[-1]]
+    for split in ("train", "test"):
+        expected = np.where(np.arange(43) == 7, 0, np.arange(43))  # unreadable: nothing, without a label
+        np.testing.assert_array_equal(cache.features(split, 2), -np.repeat(expected[:, None], 3, axis=1))
+        labels = cache.labels(split)
+        assert np.flatnonzero(labels < 0).tolist() == [5, 7]
+        assert (labels[8:] == np.arange(8, 43) % 4).all()
+    assert [path.name for path in tmp_path.iterdir()] == [cache.folder.name]
+    damaged = cache.folder / "train_block_01.npy"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    open_cache(tmp_path, {"a": 1}, {"train": whole, "test": whole}, extract, [2], say=said.append)
+    assert said[-1].startswith("features: test 43/43")
+    small = open_cache(tmp_path, {"a": 1}, {"train": whole, "test": whole}, extract, [2], "float16", said.append)
+    assert small.folder != cache.folder
+    assert small.features("train", 2).dtype == np.float16
+    open_cache(tmp_path, {"a": 1}, {"train": whole, "test": whole}, extract, [2], say=said.append)
+    assert said[-1].startswith("features: 1 blocks are there already")
+    other, _ = images_of(43, batch_size=4, stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(tmp_path, {"a": 2}, {"train": other}, extract, [1])
+    again = open_cache(tmp_path, {"a": 2}, {"train": whole}, extract, [1], say=said.append)  # batches of another size
+    np.testing.assert_array_equal(again.features("train", 1)[8:, 0], np.arange(8, 43))
+    assert said[-1].startswith("features: train 43/43")
+
+
+def test_features_that_are_not_finite_are_refused_and_say_whether_the_type_is_too_small(tmp_path):
+    whole, _ = images_of(8)
+    for value, fix in ((np.nan, "diverged"), (1e6, "--dtype=float32")):
+        extract = lambda batch, value=value: batch | {"block_1": np.full((8, 2), value, np.float32)}  # noqa: E731
+        with pytest.raises(NonFiniteError, match=fix):
+            open_cache(tmp_path, {}, {"train": whole}, extract, [1], dtype="float16")
+    assert not list(tmp_path.glob("*/meta.json"))
+
+
+@pytest.mark.slow
+def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {split: rng.normal(size=(90, 6)).astype(np.float32) for split in ("train", "test")}
+    labels = {split: rng.integers(-1, 5, 90) for split in arrays}
+    source = SimpleNamespace(classes=tuple("abcde"), describe=lambda: "images")
+    options = probe.parse(["RUN", "OUT", *QUICK, "--fractions=0.3"])
+
+    def rows(test_labels):
+        for split, of in (("train", labels["train"]), ("test", test_labels)):
+            np.save(tmp_path / f"{split}_labels.npy", of)
+        cache = FeatureCache(tmp_path)
+        sets = probing.labelled(cache, {"train": source, "test": source}, options)
+        assert len(sets["train"]) == (labels["train"] >= 0).sum()
+        block = probing.Block(
+            *(arrays[split][sets[split]] for split in arrays), (np.zeros(6, np.float32), np.ones(6, np.float32))
+        )
+        return [
+            *probing.linear_rows({1: block}, sets, options).values(), *probing.logistic_rows(block, sets, options),
+            *probing.ridge_rows(block, sets, options), *probing.knn_rows(block, sets, options),
+            *probing.few_shot_rows(block, sets, options),
+        ]  # fmt: skip
+
+    own, other = rows(labels["test"]), rows(np.where(labels["test"] < 0, -1, (labels["test"] + 1) % 5))
+    chosen = [[(row["method"], row["setting"], row["validation_top1"]) for row in each] for each in (own, other)]
+    assert chosen[0] == chosen[1]
+    assert [row["top1"] for row in own] != [row["top1"] for row in other]
+    assert {row["test_images"] for row in own} == {int((labels["test"] >= 0).sum())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("a",), "the following arguments are required: OUT - command line"),
+        (("a", "b", "c"), "unknown argument 'c' - command line - give RUN and OUT"),
+        (("a", "b", "--blcks=1"), "unknown argument '--blcks=1' - command line - did you mean --blocks"),
+        (("a", "b", "--pool=token"), "unknown pool 'token'"),
+        (("a", "b", "--only=linear,kn"), "unknown probe 'kn' - did you mean knn"),
+        (("a", "b", "--only="), "--only= leaves no probe"),
+        (("a", "b", "--dtype=float8"), "unknown dtype 'float8'"),
+        (("a", "b", "--blocks=one"), "--blocks=one - command line - give whole numbers"),
+        (("a", "b", "--seeds=0"), "seeds is 0"),
+        (("a", "b", "--seeds=1,2"), "--seeds=1,2 - command line - give one number"),
+        (("a", "b", "--temperature=0"), "temperature is 0.0"),
+        (("a", "b", "--temperature=nan"), "temperature is nan"),
+        (("a", "b", "--fractions=1.5"), "--fractions=1.5 - command line - give numbers below 1"),
+        (("a", "b", "--validation-fraction=1"), "--validation-fraction=1"),
+        (("a", "b", "--learning-rates=inf"), "--learning-rates=inf - command line - give finite numbers"),
+        (("a", "b", "--neighbours="), "--neighbours is empty"),
+        (("a", "b", "--image-size=1,2,3"), "--image-size of three numbers"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told_in_one_line(arguments, line):
+    message = told(*arguments)
+    assert line in message
+    assert "\n" not in message
+
+
+def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
+    out = tmp_path / "out"
+    assert "no such folder" in told(tmp_path / "nowhere", out, kind=CheckpointError)
+    assert "no checkpoint" in told(tmp_path, out, kind=CheckpointError)
+    assert "the run says of none" in told(workdir, out, kind=DataError)
+    assert "block 3 of an encoder of 2 blocks - --blocks" in told(workdir, out, "--data=digits", "--blocks=3")
+    same = ("--data=digits", "--train-split=test")
+    assert "split 'test' to fit to and to report on" in told(workdir, out, *same)
+    one = folder_of(tmp_path / "one", {"train/a": 4, "test/a": 2})
+    assert "a probe needs two" in told(workdir, out, f"--data={one}", kind=DataError)
+    other = folder_of(tmp_path / "other", {"train/a": 4, "train/b": 4, "test/c": 2, "test/d": 2})
+    assert "no class has training and test images" in told(workdir, out, f"--data={other}", kind=DataError)
+    single = folder_of(tmp_path / "single", {"train/a": 1, "train/b": 1, "test/a": 2, "test/b": 2})
+    assert "none to choose settings by" in told(workdir, out, f"--data={single}", "--only=ridge", kind=DataError)
+    with checkpoint.hold(str(out)):
+        assert "OUT is in use" in told(workdir, out, "--data=digits", kind=BusyError)
+    (tmp_path / "file").write_text("")
+    assert "cannot read or write: File exists" in told(workdir, tmp_path / "file", "--data=digits")
+
+
+def test_a_class_without_images_in_one_part_is_told_and_probed_without(tmp_path, workdir, capsys, monkeypatch):
+    monkeypatch.setattr(probing, "run_everywhere", lambda function, mesh: made_up)
+    images = folder_of(tmp_path / "lacking", {"train/a": 12, "train/b": 12, "test/a": 3, "test/b": 3, "test/c": 2})
+    tool(workdir, tmp_path / "out", f"--data={images}", "--only=knn", "--neighbours=3", "--blocks=1")
+    assert "classes without train images (1): c" in capsys.readouterr().out
+    said = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert said["classes"] == 3
+    assert {row["test_images"] for row in said["rows"]} == {8}
+    assert all(row["top1"] <= 6 / 8 and row["top5"] is None for row in said["rows"])
+
+
+@pytest.mark.slow
+def test_a_kill_while_features_are_read_costs_no_more_than_what_was_not_on_the_disk(tmp_path, workdir):
+    arguments = (workdir, tmp_path / "killed", "--data=digits", "--only=ridge", "--batch-size=8")
+    line, keywords = command(*arguments, script=("-c", KILLED))
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, **keywords)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed" / "features").glob("*.partial/progress.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "killed" / "features").glob("*/meta.json"))
+    again, unbroken = (
+        run(workdir, tmp_path / name, *arguments[2:], script=PROBE, timeout=120) for name in ("killed", "unbroken")
+    )
+    assert again.returncode == unbroken.returncode == 0, again.stderr
+    assert re.search(r"train goes on at image [1-9]\d*", again.stdout)
+    for name in ("features/*/*.npy", "results.csv"):
+        ours, theirs = ([*sorted((tmp_path / folder).glob(name))] for folder in ("killed", "unbroken"))
+        assert [path.name for path in ours] == [path.name for path in theirs] != []
+        for a, b in zip(ours, theirs, strict=True):
+            if a.suffix == ".npy":
+                assert a.read_bytes() == b.read_bytes()
+
+
+KILLED = """
+import sys
+from simmim_jax.evals import feature_cache
+from simmim_jax.tools import probe
+feature_cache.FLUSH = 0.0
+probe.run(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_probes_and_a_full_disk_is_told_in_one_line(tmp_path, workdir):
+    done = run(workdir, tmp_path / "out", *QUICK, "--only=ridge", script=PROBE)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "ridge     all" in done.stdout
+    full = run(workdir, tmp_path / "full", *QUICK, "--only=ridge", script=PROBE, file_limit=4)
+    assert full.returncode == 2
+    assert re.fullmatch(r"ERROR\[config\] cannot read or write: File too large - .+ - .+", full.stderr.strip())

@@ -1,0 +1,178 @@
+"""Classifiers of frozen features against scikit-learn and computations by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from simmim_jax.evals import draws, probes
+from simmim_jax.evals.curves import scale_of
+
+CLASSES = 6
+
+
+def clusters(count, spread=2.0, width=12, seed=0):
+    """Standardised, correlated features of six classes around six centres, float32, and labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(CLASSES), rng.integers(0, CLASSES, count - CLASSES)])
+    fixed = np.random.default_rng(7)
+    centres, mix = fixed.normal(size=(CLASSES, width)), fixed.normal(size=(width, width))
+    features = (centres[labels] + spread * rng.normal(size=(count, width))) @ mix
+    return ((features - features.mean(0)) / features.std(0)).astype(np.float32), labels
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Images in parts of 32, and compared with 24 at a time."""
+    for name, size in (("ROWS", 32), ("KEYS", 24)):
+        monkeypatch.setattr(probes, name, size)
+    compiled = (probes.logistic_path, probes._nearest_classes)
+    for function in compiled:
+        function.clear_cache()
+    yield
+    for function in compiled:
+        function.clear_cache()
+
+
+def test_logistic_regression_is_that_of_scikit_learn_at_every_strength(small_parts):
+    x, labels = clusters(150)  # five parts, the last filled up
+    strengths = (0.01, 0.1, 1.0, 10.0)
+    found = probes.logistic_path(x, labels, np.float32(strengths), classes=CLASSES, tolerance=1e-6)
+
+    def objective(weights, bias, strength):
+        logits = x.astype(np.float64) @ weights + bias
+        loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(150), labels]
+        return strength * loss.sum() + (weights**2).sum() / 2
+
+    for n, strength in enumerate(strengths):
+        theirs = LogisticRegression(C=strength, max_iter=1000, tol=1e-8).fit(x.astype(np.float64), labels)
+        ours = np.asarray(found.weights[n], np.float64), np.asarray(found.bias[n], np.float64)
+        least = objective(theirs.coef_.T, theirs.intercept_, strength)
+        assert least <= objective(*ours, strength) < least * (1 + 1e-5)  # float32's sum of 150 losses
+        if strength <= 1:  # above, the objective is so flat that float32 tells no nearer where it is least
+            np.testing.assert_allclose(ours[0], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max())
+
+
+def test_ridge_regression_equals_that_of_scikit_learn_at_every_strength():
+    x, labels = clusters(150)
+    queries, _ = clusters(40, seed=1)
+    strengths = (1e-3, 0.1, 10.0)
+    found = probes.ridge_path(x, labels, strengths, classes=CLASSES)
+    for n, strength in enumerate(strengths):
+        theirs = Ridge(alpha=strength * len(x)).fit(x.astype(np.float64), np.eye(CLASSES)[labels])
+        ours = queries @ np.asarray(found.weights[n]) + np.asarray(found.bias[n])
+        np.testing.assert_allclose(ours, theirs.predict(queries), atol=2e-5)
+
+
+def test_nearest_neighbours_equal_those_of_scikit_learn_whatever_the_parts(small_parts):
+    (x, labels), (queries, _) = clusters(150), clusters(70, seed=1)  # seven parts of keys, three of queries
+    numbers = (1, 7, 20, 500)
+    found = probes.nearest_classes(x + 0.3, labels, queries, classes=CLASSES, neighbours=numbers, temperature=0.2)
+    assert found.shape == (4, 70, 5)
+    for n, number in enumerate(numbers):
+        theirs = KNeighborsClassifier(
+            min(number, 150), metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.2)
+        ).fit(x + 0.3, labels)
+        shares = theirs.predict_proba(queries)
+        np.testing.assert_array_equal(found[n, :, 0], shares.argmax(axis=1))
+        first = np.where(np.sort(shares)[:, :-6:-1] > 0, np.argsort(-shares, kind="stable")[:, :5], -1)
+        np.testing.assert_array_equal(found[n], first)
+
+
+def test_of_equal_votes_the_lowest_class_is_first_and_a_class_without_votes_is_not_found():
+    train, labels = np.float32([[1, 0], [1, 0], [0, 1], [-1, 0]]), np.array([3, 1, 0, 2])
+    query = np.float32([[2, 0]])
+    found = probes.nearest_classes(train, labels, query, classes=4, neighbours=(2, 4), temperature=0.001)
+    assert found[:, 0].tolist() == [[1, 3, -1, -1, -1], [1, 3, -1, -1, -1]]  # exp(-1000) is no vote in float32
+    assert probes.found_ranks(found[0], np.array([3])).tolist() == [1]
+    assert probes.found_ranks(found[0], np.array([2])).tolist() == [5]
+
+
+def test_a_sweep_is_the_gradient_descent_of_each_setting_alone():
+    blocks = np.stack([clusters(60)[0], clusters(60, spread=0.5)[0]])
+    labels = clusters(60)[1]
+    rates, decays = np.float32([[0.5, 1.0, 1e38], [0.5, 2.0, 1e38]]), np.float32([[0, 0.1, 1e38], [0.3, 0, 0]])
+    found = probes.sweep(blocks, labels, rates, decays, jax.random.key(0), classes=CLASSES, batch_size=256, epochs=5)
+    for s in range(2):
+        for g in range(2):
+            x, targets = blocks[s].astype(np.float64), np.eye(CLASSES)[labels]
+            w, b = np.zeros((12, CLASSES)), np.zeros(CLASSES)
+            momentum = [0.0, 0.0]
+            for step in range(5):  # the batch is all images, so that their order does not matter
+                z = np.exp(x @ w + b)
+                error = (z / z.sum(1, keepdims=True) - targets) / 60
+                momentum = [0.9 * momentum[0] + x.T @ error + decays[s, g] * w, 0.9 * momentum[1] + error.sum(0)]
+                rate = rates[s, g] * 60 / 256 * (1 + np.cos(np.pi * step / 5)) / 2
+                w, b = w - rate * momentum[0], b - rate * momentum[1]
+            np.testing.assert_allclose(found.weights[s, g], w, atol=1e-5)
+            np.testing.assert_allclose(found.bias[s, g], b, atol=1e-5)
+    assert not np.isfinite(np.asarray(found.weights[0, 2])).all()
+    ranks = probes.ranks(blocks[0], labels, probes.Linear(found.weights[0], found.bias[0]))
+    top1, best = probes.choose_setting(ranks)
+    assert top1[2] == 0  # what diverged is not chosen
+    assert best == top1.argmax() != 2
+
+
+@pytest.mark.slow
+def test_an_epoch_of_a_sweep_takes_every_image_once():
+    x = np.eye(8, dtype=np.float32)[None]
+    labels = np.arange(8) % 2
+    found = probes.sweep(x, labels, np.float32([[0.1]]), np.float32([[0]]), jax.random.key(1), classes=2, batch_size=2,
+                         epochs=1)  # fmt: skip
+    moved = np.abs(np.asarray(found.weights[0, 0])).sum(axis=1)
+    assert (moved > 0).all()  # each feature belongs to one image
+    again = probes.sweep(x, labels, np.float32([[0.1]]), np.float32([[0]]), jax.random.key(2), classes=2, batch_size=2,
+                         epochs=1)  # fmt: skip
+    assert not np.array_equal(again.weights, found.weights)
+
+
+def test_features_are_standardised_as_by_scikit_learn_and_one_that_does_not_vary_becomes_zero():
+    x = (3 * np.random.default_rng(0).normal(size=(50, 4)) + [0, 1000, 5, 7]).astype(np.float32)
+    x[:, 2] = 5.1
+    mean, scale = probes.statistics(x)
+    ours = np.asarray(probes.standardise(x, mean, scale))
+    np.testing.assert_allclose(ours, StandardScaler().fit_transform(x.astype(np.float64)), atol=1e-4)  # of 1000
+    assert np.abs(ours[:, 2]).max() < 1e-6
+
+
+def test_a_class_that_only_ties_is_not_found_nor_is_any_by_nan():
+    x = np.float32([[1.0]])
+    weights = jnp.float32([[[0, 0, 1]], [[0, 0, np.nan]]])
+    ranks = probes.ranks(x, np.array([0]), probes.Linear(weights, jnp.zeros((2, 3))))
+    assert ranks.tolist() == [[2, 2]]
+    assert probes.accuracies(np.array([0, 4, 5, 0]), 10) == {"top1": 0.5, "top5": 0.75}
+    assert probes.accuracies(np.array([0, 4]), 5)["top5"] is None
+
+
+def test_validation_images_are_of_every_class_and_apart_from_the_others():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [1, 2, 30, 101]))
+    fit, validation = draws.split_by_class(labels, 0.1, seed=0)
+    assert sorted([*fit, *validation]) == list(range(134))
+    assert np.bincount(labels[validation], minlength=4).tolist() == [0, 1, 3, 10]
+    np.testing.assert_array_equal(validation, draws.split_by_class(labels, 0.1, seed=0)[1])
+    assert not np.array_equal(validation, draws.split_by_class(labels, 0.1, seed=1)[1])
+
+
+def test_few_shot_draws_are_of_every_class_and_differ_by_seed():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [40, 200, 6]))
+    assert np.bincount(labels[draws.draw_per_class(labels, 5, 0)]).tolist() == [5, 5, 5]
+    assert np.bincount(labels[draws.draw_fraction(labels, 0.1, 0)]).tolist() == [4, 20, 1]
+    sets = {tuple(draws.draw_per_class(labels, 5, seed)) for seed in range(4)}
+    assert len(sets) == 4
+    assert draws.spread([0.1, 0.3]) == pytest.approx(
+        {"mean": 0.2, "std": np.std([0.1, 0.3], ddof=1), "least": 0.1, "greatest": 0.3}
+    )
+    assert draws.spread([0.5])["std"] == 0
+
+
+@pytest.mark.parametrize("values", [[0.0], [100.0], [12.34, 12.35], [3.0, 97.2], [50.0, 50.0, 61.0]])
+def test_an_axis_holds_all_values_in_round_steps(values):
+    low, high, step = scale_of(values)
+    assert 0 <= low <= min(values)
+    assert max(values) <= high
+    assert high > low
+    assert (high - low) / step == pytest.approx(round((high - low) / step))
+    assert (high - low) / step < 9

@@ -1,0 +1,335 @@
+"""Segmentation: pyramids, heads and loss; windows over whole images; the measures; a run from end to end."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from runs import ROOT, assert_same_run, run, run_until
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
+from tiny import PIXELS, tiny_batch, tiny_encoder
+
+from simmim_jax import train
+from simmim_jax.config import load
+from simmim_jax.errors import ConfigError, DataError, NonFiniteError
+from simmim_jax.evals import make_evaluator
+from simmim_jax.evals.segmentation import Canvas, corners_along, draw, make_windows_reader, painted, palette
+from simmim_jax.models import make_encoder
+from simmim_jax.models.pyramid import Rescale, pyramid_blocks, pyramid_factors
+from simmim_jax.objectives import make_objective
+from simmim_jax.objectives.segment import masked_cross_entropy, pooling_weights
+
+RNG = np.random.default_rng(0)
+STATE = SimpleNamespace(step=4, params=None)
+WINDOW = (16, 16)
+
+
+def segment(encoder=None, **options):
+    return make_objective("segment", encoder or tiny_encoder(), **{**PIXELS, "num_classes": 5, **options})
+
+
+def batch_with_maps(size=4, num_classes=5):
+    maps = np.random.default_rng(1).integers(0, num_classes, (size, 32, 32)).astype(np.uint8)
+    maps[:, :8] = 255
+    return tiny_batch(size) | {"label_map": jnp.asarray(maps)}
+
+
+def test_pixels_without_a_class_do_not_count():
+    measure = jax.jit(jax.value_and_grad(masked_cross_entropy, has_aux=True))
+    logits = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    maps = RNG.integers(0, 3, (2, 8, 8)).astype(np.uint8)
+    maps[:, 5:] = 255
+    (loss, accuracy), slope = measure(logits, maps)
+    kept, labels = logits[:, :5].reshape(-1, 3).astype(np.float64), maps[:, :5].reshape(-1)
+    chances = np.exp(kept) / np.exp(kept).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(loss, -np.log(chances[np.arange(len(labels)), labels]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(accuracy, (kept.argmax(axis=1) == labels).mean(), rtol=1e-6)
+    assert not np.asarray(slope)[:, 5:].any()
+    assert np.asarray(slope)[:, :5].any()
+    (loss, accuracy), slope = measure(logits, np.full_like(maps, 255))  # a batch without any class teaches nothing
+    assert (float(loss), float(accuracy), float(np.abs(slope).max())) == (0.0, 0.0, 0.0)
+
+
+def test_adaptive_pooling_averages_the_parts_that_pytorch_names():
+    torch_says = [
+        [1 / 3] * 3 + [0] * 4,
+        [0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0],
+        [0] * 4 + [1 / 3] * 3,
+    ]  # of 7 values, 3 bins
+    np.testing.assert_allclose(pooling_weights(7, 3), torch_says, rtol=1e-6)
+    np.testing.assert_allclose(pooling_weights(2, 6).sum(axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "blocks"),
+    [
+        ("vit", {"width": 32, "depth": 12, "heads": 2, "patch_size": 16}, (3, 6, 9, 12)),
+        ("vit", {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}, (1, 1, 2, 2)),
+        ("swin", {"width": 16, "depths": (1, 1, 2, 1), "stage_heads": (1, 2, 2, 4), "window": 4}, (1, 2, 4, 5)),
+        ("convnext", {"depths": (1, 1, 2, 1), "widths": (8, 16, 24, 32)}, (1, 2, 4, 5)),
+        ("resnet", {"depths": (1, 1, 1, 1), "width": 8}, (1, 2, 3, 4)),
+    ],
+)
+def test_a_pyramid_has_strides_4_to_32(name, options, blocks):
+    encoder = make_encoder(name, None, **options)
+    assert pyramid_blocks(encoder) == blocks
+
+    def levels(images):
+        _, seen = encoder.apply(encoder.init(jax.random.key(0), images), images, mutable=["intermediates"])
+        maps = [seen["intermediates"]["blocks"][n - 1] for n in blocks]
+        of_level = [Rescale(factor, "float32") for factor in pyramid_factors(encoder)]
+        return [level.init_with_output(jax.random.key(1), x)[0] for level, x in zip(of_level, maps, strict=True)]
+
+    shapes = [x.shape[1:3] for x in jax.eval_shape(levels, jnp.zeros((1, 64, 96, 3)))]
+    assert shapes == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+
+def test_what_makes_no_pyramid_is_refused():
+    with pytest.raises(ConfigError, match="head=linear"):
+        segment(tiny_encoder(patch_size=14), image_size=(28, 28), head="upernet")
+    with pytest.raises(ConfigError, match="give four"):
+        segment(head="upernet", blocks=(1, 2, 3, 4))
+    with pytest.raises(ConfigError, match="did you mean linear"):
+        segment(head="linea")
+    with pytest.raises(ConfigError, match="2 or more"):
+        segment(num_classes=1)
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_a_head_gives_logits_for_all_of_an_image(head):
+    objective = segment(head=head, channels=16)
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    logits = jax.eval_shape(objective.predict, params, batch_with_maps(), jax.random.key(1))["logits"]
+    assert logits.shape == ((4, 4, 4, 5) if head == "linear" else (4, 8, 8, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_every_parameter_learns_and_what_is_dropped_follows_an_images_place(head):
+    objective = segment(head=head, channels=16)
+    params, batch = jax.jit(objective.init)(jax.random.key(0)), batch_with_maps(4)
+    step = jax.jit(jax.value_and_grad(lambda *args: objective.loss_fn(*args, True)[0]))
+    turned = jax.tree.map(lambda x: x[::-1], batch)
+    steps = [
+        step(params, each, jax.random.key(1)) for each in (batch, turned, turned | {"position": batch["position"]})
+    ]
+    paths = jax.tree_util.tree_leaves_with_path(steps[0][1])
+    idle = {jax.tree_util.keystr(path) for path, x in paths if not x.any()}
+    of_the_output = {"['encoder']['norm']['scale']", "['encoder']['norm']['bias']"}
+    assert idle == (set() if head == "linear" else of_the_output)  # UPerNet reads the blocks
+    losses = [float(loss) for loss, _ in steps]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (abs(losses[0] - losses[2]) > 1e-5) == (head == "upernet")  # the linear head drops nothing
+
+
+@pytest.mark.parametrize(("size", "step"), [(16, 0), (17, 0), (40, 0), (40, 16), (100, 3), (5, 0)])
+def test_windows_reach_the_end_and_leave_no_gap(size, step):
+    corners = corners_along(size, 16, 4, step)
+    covered = np.zeros(max(corners) + 16, bool)
+    for corner in corners:
+        assert corner % 4 == 0
+        covered[corner : corner + 16] = True
+    assert covered.all()
+    assert size <= len(covered) < max(size, 16) + 4
+
+
+def of_pixel(params, windows):
+    """Logits that say, for each pixel by itself, the class that its grey value is."""
+    return np.eye(6, dtype=np.float32)[np.minimum(windows[..., 0], 5)] * 3
+
+
+def pictures(shapes, num_classes=5):
+    for index, shape in enumerate(shapes):
+        truth = RNG.integers(0, num_classes, shape).astype(np.uint8)
+        yield {"image": truth[..., None].repeat(3, axis=2), "label_map": truth, "index": index}
+
+
+def supplies(records, **more):
+    given = {"whole": records, "window": WINDOW, "window_batch": 4, "fill": np.zeros(3, np.uint8), "folder": ""}
+    return given | {"read_windows": of_pixel} | more
+
+
+def test_windows_together_say_what_each_pixel_says_whatever_the_size_of_an_image_and_of_a_batch():
+    records = list(pictures([(16, 16), (5, 40), (33, 21), (50, 70), (1, 1)]))
+    for batch, step in ((1, 0), (3, 5), (64, 16)):
+        result = make_evaluator("segmentation", supplies(records, window_batch=batch), step=step)(STATE)
+        assert result == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_accuracy": 1.0, "images": 5.0}
+
+
+def test_logits_are_averaged_where_windows_overlap():
+    canvas = Canvas((16, 24), WINDOW, (4, 4), 8, 2)
+    assert canvas.corners == [(0, 0), (0, 8)]
+    canvas.add((0, 0), np.broadcast_to(np.float32([1, 0]), (4, 4, 2)))
+    canvas.add((0, 8), np.broadcast_to(np.float32([0, 4]), (4, 4, 2)))
+    mean = canvas.total / canvas.count
+    np.testing.assert_array_equal(mean[0], [[1, 0]] * 2 + [[0.5, 2]] * 2 + [[0, 4]] * 2)
+    assert canvas.predict((32, 48)).shape == (32, 48)
+    assert (np.diff(canvas.predict((4, 6)), axis=1) >= 0).all()
+
+
+def test_logits_are_enlarged_as_pytorch_does_it():
+    canvas = Canvas((16, 16), WINDOW, (4, 4), 0, 2)
+    logits = RNG.normal(size=(4, 4, 2)).astype(np.float32)
+    canvas.add((0, 0), logits)
+    expected = jax.image.resize(logits, (40, 40, 2), "bilinear").argmax(axis=-1)
+    assert (canvas.predict((40, 40)) == expected).mean() > 0.999  # but for ties to the last bit
+
+
+def test_the_measures_equal_those_of_scikit_learn(tmp_path):
+    def noisy(params, windows):
+        return RNG.normal(size=(*windows.shape[:3], 6)).astype(np.float32) + of_pixel(params, windows) / 2
+
+    predictions = []
+    records = list(pictures([(16, 16), (30, 20), (12, 40)]))
+    records[1]["label_map"] = np.where(RNG.random((30, 20)) < 0.3, 255, records[1]["label_map"]).astype(np.uint8)
+    records[1]["label_map"][records[1]["label_map"] == 3] = 255
+    kept = Canvas.predict
+
+    def keep(canvas, shape):
+        predictions.append(kept(canvas, shape))
+        return predictions[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Canvas, "predict", keep)
+        given = supplies(records, read_windows=noisy, folder=str(tmp_path), classes=tuple("abcde"))
+        result = make_evaluator("segmentation", given, pictures=2)(STATE)
+    truth = np.concatenate([record["label_map"].ravel() for record in records])
+    predicted = np.concatenate([prediction.ravel() for prediction in predictions])[truth < 6]
+    truth = truth[truth < 6]
+    labels = np.union1d(truth, predicted)
+    of_classes = jaccard_score(truth, predicted, labels=labels, average=None)
+    assert result["miou"] == pytest.approx(of_classes.mean(), abs=1e-12)
+    assert result["pixel_accuracy"] == pytest.approx(accuracy_score(truth, predicted), abs=1e-12)
+    recall = recall_score(truth, predicted, labels=np.unique(truth), average="macro")
+    assert result["mean_accuracy"] == pytest.approx(recall, abs=1e-12)
+    rows = list(csv.DictReader((tmp_path / "segmentation.csv").open()))
+    assert [row["name"] for row in rows] == [*"abcde", ""]
+    np.testing.assert_allclose([float(rows[n]["iou"]) for n in labels], of_classes, atol=1e-6)
+    counts = confusion_matrix(truth, predicted, labels=range(6))
+    assert [int(row["pixels"]) for row in rows] == counts.sum(axis=1).tolist()
+    assert [int(row["predicted_pixels"]) for row in rows] == counts.sum(axis=0).tolist()
+    assert np.asarray(Image.open(tmp_path / "segmentation_4.png")).shape[2] == 3
+
+
+def test_an_evaluation_that_cannot_be_is_told():
+    records = list(pictures([(16, 16)]))
+    for options in ({"step": 17}, {"step": -1}, {"pictures": -1}):
+        with pytest.raises(ConfigError):
+            make_evaluator("segmentation", supplies(records), **options)
+    with pytest.raises(NonFiniteError):
+        make_evaluator("segmentation", supplies(records, read_windows=lambda _, x: of_pixel(_, x) * np.nan))(STATE)
+    records[0]["label_map"] = np.full((16, 16), 255, np.uint8)
+    with pytest.raises(DataError, match="no held-out pixel"):
+        make_evaluator("segmentation", supplies(records))(STATE)
+
+
+def test_windows_come_back_in_order_however_many_processes_share_them():
+    def predict_of(shares):
+        def predict(params, batch):  # of all processes, one after another
+            whole = np.concatenate([all_windows[share::shares] for share in range(shares)])
+            places = np.concatenate([np.arange(8)[share::shares] for share in range(shares)])
+            np.testing.assert_array_equal(batch["image"], all_windows[0::shares])
+            return {"logits": whole[:, :2, :2].astype(np.float32), "position": places}
+
+        return predict
+
+    windows = RNG.integers(0, 255, (5, 4, 4, 3)).astype(np.uint8)
+    all_windows = np.concatenate([windows, np.zeros((3, 4, 4, 3), np.uint8)])
+    for shares in (1, 2, 4):
+        logits = make_windows_reader(predict_of(shares), 8, 0, shares)(None, windows)
+        np.testing.assert_array_equal(logits, windows[:, :2, :2])
+
+
+def test_a_picture_shows_image_truth_and_prediction():
+    image = np.full((20, 40, 3), 100, np.uint8)
+    truth, prediction = np.zeros((20, 40), np.uint8), np.ones((20, 40), np.int32)
+    truth[:, 20:] = 255
+    sheet = draw([(image, truth, prediction)] * 2, 2)
+    assert sheet.shape == (16 + 2 * (112 + 4), 3 * 228 + 4, 3)
+    colours = palette(2)
+    assert len({tuple(colour) for colour in palette(150).tolist()} | {(0, 0, 0)}) == 151
+    shade = lambda colour: (0.4 * 100 + 0.6 * colour).round().tolist()  # noqa: E731
+    at = lambda column, x: sheet[16 + 50, 4 + column * 228 + x].tolist()  # noqa: E731
+    assert (at(0, 10), at(1, 10), at(1, 200)) == ([100] * 3, shade(colours[0]), [100] * 3)
+    assert at(2, 10) == at(2, 200) == shade(colours[1])
+    assert (painted(image, np.full((20, 40), 255), 2) == image).all()
+
+
+def write_squares(folder, count=24):
+    """Dark images with a bright square, whose map says where that is."""
+    rng = np.random.default_rng(3)
+    for split, many in (("train", count), ("val", 6)):
+        for n in range(many):
+            image, truth = rng.integers(0, 60, (40, 48, 3)).astype(np.uint8), np.zeros((40, 48), np.uint8)
+            top, left = rng.integers(0, 24, 2)
+            image[top : top + 16, left : left + 16] += 150
+            truth[top : top + 16, left : left + 16] = 1
+            for kind, pixels in (("images", image), ("masks", truth)):
+                (folder / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / kind / split / f"{n}.png")
+
+
+@pytest.fixture
+def config(monkeypatch, tmp_path):
+    """That of configs/folder_segment.py for six small images."""
+    write_squares(tmp_path / "data", 6)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    loaded = load("configs/folder_segment.py")
+    loaded.data.path, loaded.objective.num_classes = str(tmp_path / "data"), 2
+    return loaded
+
+
+def test_a_config_opens_its_images_with_maps(config):
+    source, heldout = train.make_sources(config)
+    assert (len(source), len(heldout)) == (6, 6)
+    what, _ = train.batch_options(config)
+    assert what["maps"].fill == (124, 116, 104)
+    batch = train.abstract_batch(config)
+    assert (batch["label_map"].shape, batch["label_map"].dtype) == ((16, 512, 512), np.uint8)
+
+
+def test_evaluators_that_do_not_fit_the_objective_are_refused(config):
+    with config.unlocked():
+        config.evals.knn = {}
+    with pytest.raises(ConfigError, match=r"nothing for: knn"):
+        train.make_sources(config)
+    other = load("configs/digits_vit_tiny.py")
+    with other.unlocked():
+        other.evals.segmentation = {}
+    with pytest.raises(ConfigError, match=r"nothing for: segmentation"):
+        train.make_sources(other)
+
+
+ARGUMENTS = (
+    "--config.encoder.name=vit", "--config.encoder.size=ti", "--config.encoder.width=32", "--config.encoder.depth=2",
+    "--config.encoder.heads=2", "--config.encoder.patch_size=4", "--config.image_size=32,32",
+    "--config.objective.num_classes=2", "--config.objective.channels=16", "--config.batch_size=8",
+    "--config.optim.layer_decay=1", "--config.optim.warmup_epochs=0", "--config.log_every=1",
+    "--config.data.maps.short_side=-1", "--config.save_every=10",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head", "rate", "steps"), [("linear", 1.0, 40), ("upernet", 0.5, 100)])
+def test_a_run_learns_where_things_are(tmp_path, head, rate, steps):
+    write_squares(tmp_path / "data")
+    arguments = (f"--config=configs/folder_segment.py:{head}", f"--config.data.path={tmp_path}/data", *ARGUMENTS)
+    arguments += (f"--config.base_learning_rate={rate}", f"--config.steps={steps}")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = run(*arguments, f"--workdir={whole}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["miou"] > 0.8 > summary["start"]["miou"] + 0.2
+    assert (whole / "figures" / f"segmentation_{steps}.png").exists()
+    if head == "upernet":
+        return
+    stopped = run_until("step:13", "SIGTERM", *arguments, f"--workdir={cut}")
+    assert stopped.returncode == 143, stopped.stderr
+    done = run(*arguments, f"--workdir={cut}")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(cut, whole, steps)

@@ -1,0 +1,53 @@
+"""A workdir with random weights, and folders of images, small enough for a test of the tools that read them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from simmim_jax import checkpoint
+from simmim_jax.models import make_encoder
+from simmim_jax.objectives import make_objective
+
+PIXELS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
+SIZE = (16, 16)
+ENCODER = {
+    "name": "vit", "size": "ti", "width": 16, "depth": 2, "heads": 2, "patch_size": 8, "class_token": True,
+    "absolute_position": "learned", "relative_position": "none",
+}  # fmt: skip
+SIMMIM = {"name": "simmim", "strategy": "aligned_blocks", "block_size": 8, "ratio": 0.5}
+CLASSES = ("cat", "dog", "owl")
+
+
+def make_run(folder, objective=SIMMIM, *, seed=0, **config) -> tuple[str, object, dict]:
+    """(workdir, encoder, parameters), as of a run that stopped at step 7."""
+    encoder = make_encoder(**ENCODER)
+    init = make_objective(encoder=encoder, image_size=SIZE, **PIXELS, **objective).init
+    # random throughout: initial values are zero here and there, which would hide what is mixed up
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.float32(0.3 * rng.standard_normal(x.shape)), shapes)
+    config = {"encoder": ENCODER, "objective": objective, "image_size": SIZE, **PIXELS, **config}
+    checkpoint.write_params(str(folder), params, json.loads(json.dumps(config)), step=7)
+    return str(folder), encoder, jax.tree.map(jnp.asarray, params)
+
+
+def make_images(folder, count=20, classes=CLASSES, size=SIZE, bad=()) -> list[str]:
+    """PNG images of random pixels in `folder`/<class>/, those with numbers in `bad` cut off; their names, sorted."""
+    rng, names = np.random.default_rng(0), []
+    for n in range(count):
+        name = f"{classes[n * len(classes) // count]}/{n:03d}.png" if classes else f"{n:03d}.png"
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        if n in bad:
+            path.write_bytes(path.read_bytes()[:100])
+        names.append(name)
+    return names
+
+
+def pixels_of(folder, names) -> jax.Array:
+    """uint8 [n, y, x, 3]."""
+    return jnp.stack([jnp.asarray(Image.open(folder / name)) for name in names])
