@@ -183,9 +183,9 @@ def test_damaged_parameters_are_refused(saved):
 
 
 def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path):
-    flags = (*DIGITS, "--workdir", tmp_path)
+    flags = (*DIGITS, "--config.steps=10", "--config.evals={}", "--workdir", tmp_path)
     assert run_until("step:7", "SIGTERM", *flags).returncode == 143
-    full = run(*flags, "--config.evals={}", file_limit=20)  # less than an array
+    full = run(*flags, file_limit=20)  # less than an array
     assert full.returncode == 5, full.stderr
     assert "ERROR[checkpoint] could not save" in full.stderr.splitlines()[-1]
     assert "MiB free" in full.stderr.splitlines()[-1]
@@ -205,12 +205,13 @@ def test_too_little_room_is_told_before_anything_is_written(saved, monkeypatch):
 
 def test_linear_evaluation_takes_the_encoder_and_leaves_it_as_it_is(tmp_path):
     """From a run split over eight devices, on one."""
-    assert run(*DIGITS, "--config.mesh.fsdp=-1", "--workdir", tmp_path / "run", devices=8).returncode == 0
+    short = (*DIGITS, "--config.steps=6", "--config.evals={}")
+    assert run(*short, "--config.mesh.fsdp=-1", "--workdir", tmp_path / "run", devices=8).returncode == 0
     encoder = [f for f in DIGITS if "encoder" in f]
-    linear = ("--config=configs/digits_linear.py", *encoder, "--config.objective.block=2", "--config.epochs=2.0")
+    linear = ("--config=configs/digits_linear.py", *encoder, "--config.objective.block=2", "--config.steps=6")
     done = run(*linear, "--config.init_from", tmp_path / "run", "--workdir", tmp_path / "linear")
     assert done.returncode == 0, done.stderr
-    before, after = arrays(tmp_path / "run", 24), arrays(tmp_path / "linear", 22)
+    before, after = arrays(tmp_path / "run", 6), arrays(tmp_path / "linear", 6)
     names = [name for name in after if name.startswith("params['encoder']")]
     assert len(names) > 20
     assert all(before[name].tobytes() == after[name].tobytes() for name in names)
@@ -218,7 +219,7 @@ def test_linear_evaluation_takes_the_encoder_and_leaves_it_as_it_is(tmp_path):
     summary = json.loads((tmp_path / "linear" / "summary.json").read_text())
     assert 0 < summary["top1"] <= summary["top5"] <= 1
     assert summary["images"] == 360
-    untrained = run(*linear, "--config.init_from=", "--workdir", tmp_path / "untrained")
+    untrained = run(*linear, "--config.steps=1", "--config.init_from=", "--workdir", tmp_path / "untrained")
     assert untrained.returncode == 0, untrained.stderr
 
 

@@ -38,7 +38,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def params():
-    return classifier().init(jax.random.key(0))
+    return jax.jit(classifier().init)(jax.random.key(0))
 
 
 def loss_of(objective, params, batch, train=True):
@@ -96,7 +96,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_mixed_batch_is_split(mode, bat
 @pytest.mark.parametrize("scan", [False, True])
 def test_one_pass_gives_the_features_of_every_block(pool, scan, batch):
     encoder = tiny_encoder(scan=scan)
-    params = encoder.init(jax.random.key(1), normalise(batch["image"], **PIXELS))["params"]
+    params = jax.jit(encoder.init)(jax.random.key(1), normalise(batch["image"], **PIXELS))["params"]
     together = make_all_features(encoder, **PIXELS, pool=pool)(params, batch["image"])
     assert sorted(together) == [0, 1, 2]
     for block, features in together.items():
@@ -108,8 +108,8 @@ def test_one_pass_gives_the_features_of_every_block(pool, scan, batch):
 
 def test_a_classifier_may_read_the_class_token(batch):
     objective = classifier(pool="class_token")
-    params = objective.init(jax.random.key(0))
-    grads = jax.grad(lambda p: objective.loss_fn(p, batch, KEY, False)[0])(params)
+    params = jax.jit(objective.init)(jax.random.key(0))
+    grads = jax.jit(jax.grad(lambda p: objective.loss_fn(p, batch, KEY, False)[0]))(params)
     assert np.abs(grads["encoder"]["cls_token"]).max() > 0
 
 

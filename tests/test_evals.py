@@ -116,10 +116,11 @@ def test_features_are_read_once_a_step_from_valid_labelled_images():
 
 def test_the_held_out_loss_does_not_depend_on_the_batch_size_and_draws_the_same_pictures(tmp_path):
     objective, data = tiny_objective(), jax.tree.map(np.asarray, tiny_batch(20))
-    params, key = objective.init(jax.random.key(0)), jax.random.key(9)
+    params, key = jax.jit(objective.init)(jax.random.key(0)), jax.random.key(9)
+    jitted = jax.jit(lambda params, batch: objective.predict(params, batch, key))
 
     def predict(params, batch):
-        out = objective.predict(params, {name: jnp.asarray(batch[name]) for name in data}, key)
+        out = jitted(params, {name: jnp.asarray(batch[name]) for name in data})
         return jax.device_get(out) | {name: batch[name] for name in ("position", "valid")}
 
     results = {}

@@ -69,8 +69,13 @@ def test_a_run_shorter_than_its_warm_up_warms_up_throughout():
 def names_of_decayed(params, **options) -> set[str]:
     """The paths of all parameters that an update with no gradient changes."""
     tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, **options)
-    params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, step=0)
+
+    @jax.jit
+    def update():
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+        return tx.update(jax.tree.map(jnp.zeros_like, ones), tx.init(ones), ones, step=0)[0]
+
+    updates = update()
     return {path_of(path) for path, x in jax.tree_util.tree_leaves_with_path(updates) if (x != 0).any()}
 
 
@@ -109,8 +114,12 @@ def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
     )  # fmt: skip
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
 
+    @jax.jit
+    def update(step):
+        return tx.update(ones, tx.init(ones), ones, step=step)[0]
+
     def rates(step):
-        updates, _ = tx.update(ones, tx.init(ones), ones, step=step)
+        updates = update(step)
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         return {path_of(path): -float(x.ravel()[0]) for path, x in leaves}
 

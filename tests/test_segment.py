@@ -79,7 +79,7 @@ def test_a_pyramid_has_strides_4_to_32(name, options, blocks):
     assert pyramid_blocks(encoder) == blocks
 
     def levels(images):
-        _, seen = encoder.apply(encoder.init(jax.random.key(0), images), images, mutable=["intermediates"])
+        _, seen = encoder.apply(jax.jit(encoder.init)(jax.random.key(0), images), images, mutable=["intermediates"])
         maps = [seen["intermediates"]["blocks"][n - 1] for n in blocks]
         of_level = [Rescale(factor, "float32") for factor in pyramid_factors(encoder)]
         return [level.init_with_output(jax.random.key(1), x)[0] for level, x in zip(of_level, maps, strict=True)]

@@ -24,7 +24,7 @@ ENCODERS = (
 def setting():
     """(forward, params, images, mask) with images normalised and half of the tokens hidden."""
     encoder = tiny_encoder()
-    params = tiny_objective(encoder).init(KEY)
+    params = jax.jit(tiny_objective(encoder).init)(KEY)
     images = jax.random.normal(KEY, (4, 32, 32, 3))
     mask = jax.random.bernoulli(KEY, 0.5, (4, 2, 2)).repeat(2, axis=1).repeat(2, axis=2)
     return make_forward(encoder, channels=3), params, images, mask
@@ -37,7 +37,7 @@ def pixels_of(mask, stride=8):
 @pytest.mark.parametrize("options", ENCODERS)
 def test_no_hidden_pixel_reaches_a_feature(options):
     encoder = tiny_encoder(**options)
-    params = tiny_objective(encoder).init(KEY)
+    params = jax.jit(tiny_objective(encoder).init)(KEY)
     images = jax.random.normal(KEY, (4, 32, 32, 3))
     mask = jax.random.bernoulli(KEY, 0.5, (4, 2, 2)).repeat(2, axis=1).repeat(2, axis=2)
     forward = make_forward(encoder, channels=3)
@@ -108,7 +108,7 @@ def test_local_moments_equal_those_counted_pixel_by_pixel():
 def test_a_normalised_target_is_learnt_and_its_prediction_shown_as_an_image():
     """A head that says 0 everywhere predicts the local mean of the image."""
     objective, batch = tiny_objective(norm_target=9), tiny_batch()
-    params = objective.init(KEY)
+    params = jax.jit(objective.init)(KEY)
     params = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
     out = objective.predict(params, batch, KEY)
     images = normalise(batch["image"], PIXELS["mean"], PIXELS["std"])
@@ -126,7 +126,8 @@ def test_rectangular_images_and_any_channel_count_train(image_size, channels):
     statistics = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
     objective = tiny_objective(image_size=image_size, **statistics)
     batch = tiny_batch(4, (*image_size, channels))
-    loss, grads = jax.value_and_grad(lambda p: objective.loss_fn(p, batch, KEY, True)[0])(objective.init(KEY))
+    step = jax.jit(jax.value_and_grad(lambda p: objective.loss_fn(p, batch, KEY, True)[0]))
+    loss, grads = step(jax.jit(objective.init)(KEY))
     assert jnp.isfinite(loss)
     zero = [
         jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not jnp.abs(g).max()
@@ -136,7 +137,7 @@ def test_rectangular_images_and_any_channel_count_train(image_size, channels):
 
 def test_prediction_and_loss_describe_the_same_batch():
     objective, batch = tiny_objective(), tiny_batch()
-    params = objective.init(KEY)
+    params = jax.jit(objective.init)(KEY)
     out = objective.predict(params, batch, KEY)
     assert out["image"].shape == out["prediction"].shape == (16, 32, 32, 3)
     assert (out["mask"].mean(axis=(1, 2)) == 0.5).all()
@@ -146,10 +147,12 @@ def test_prediction_and_loss_describe_the_same_batch():
 def test_bfloat16_matmuls_leave_parameters_tokens_and_loss_in_float32():
     encoder = tiny_encoder(dtype="bfloat16")
     objective, batch = tiny_objective(encoder), tiny_batch()
-    params = objective.init(KEY)
+    params = jax.jit(objective.init)(KEY)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    loss, grads = jax.value_and_grad(lambda p: objective.loss_fn(p, batch, KEY, True)[0])(params)
-    exact, exact_grads = jax.value_and_grad(lambda p: tiny_objective().loss_fn(p, batch, KEY, True)[0])(params)
+    (loss, grads), (exact, exact_grads) = (
+        jax.jit(jax.value_and_grad(lambda p, of=of: of.loss_fn(p, batch, KEY, True)[0]))(params)
+        for of in (objective, tiny_objective())
+    )
     assert loss.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(loss, exact, rtol=1e-2)  # bfloat16 keeps eight bits
@@ -162,7 +165,7 @@ def test_bfloat16_matmuls_leave_parameters_tokens_and_loss_in_float32():
 
 def test_unknown_names_are_refused_with_the_choices():
     with pytest.raises(
-        ConfigError, match=r"unknown objective 'simmin' - did you mean simmim\? choose one of classify, simmim"
+        ConfigError, match=r"unknown objective 'simmin' - did you mean simmim\? choose one of classify, segment, simmim"
     ):
         make_objective("simmin", tiny_encoder())
     with pytest.raises(ConfigError, match=r"unknown encoder 'vitt' - did you mean vit\?"):

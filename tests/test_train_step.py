@@ -57,13 +57,13 @@ def one_device():
 @pytest.mark.parametrize(
     "split",
     [
-        {"devices": 2},
+        pytest.param({"devices": 2}, marks=pytest.mark.slow),
         {"devices": 8},
         {"devices": 8, "fsdp": 8, "scan": True},
         {"devices": 8, "fsdp": 2, "tensor": 2},
         {"devices": 4, "tensor": 4, "remat": "full"},
         {"microbatches": 4, "scan": True, "remat": "dots"},
-        {"devices": 2, "microbatches": 4},
+        pytest.param({"devices": 2, "microbatches": 4}, marks=pytest.mark.slow),
         {"devices": 8, "fsdp": 4, "microbatches": 2},
     ],
     ids=str,
@@ -140,7 +140,7 @@ def test_a_tensor_size_that_does_not_divide_the_heads_is_refused_with_those_that
 
 
 def test_stacking_is_undone_by_unstacking_wherever_the_parameters_stand():
-    params = OBJECTIVE.init(KEY)
+    params = jax.jit(OBJECTIVE.init)(KEY)
     tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
     tree = {"params": params, "moments": tx.init(params)}
     stacks = {"blocks": ("block_0", "block_1")}
@@ -161,10 +161,10 @@ def test_a_part_of_a_stack_cannot_be_frozen():
 
 def test_the_average_follows_the_parameters_and_stays_where_a_step_is_skipped():
     _, (params, ema) = run(steps=1)
-    before = OBJECTIVE.init(KEY)
+    before = jax.jit(OBJECTIVE.init)(KEY)
     wanted = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before, params)
     assert relative_difference(ema, wanted) < 1e-5
-    state = init_state(KEY, init=OBJECTIVE.init, tx=TX, ema_decay=0.9)
+    state = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX, ema_decay=0.9))(KEY)
     loss_fn = lambda *_: (jnp.nan * state.params["mask_token"].sum(), {})  # noqa: E731
     after, _ = train_step(state, tiny_batch(), KEY, loss_fn=loss_fn, tx=TX, ema_decay=0.9)
     jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
@@ -189,7 +189,7 @@ def test_a_step_compiles_once():
 
 
 def test_every_step_draws_other_masks_and_a_repeated_step_the_same():
-    state, batch = init_state(KEY, init=OBJECTIVE.init, tx=TX), tiny_batch()
+    state, batch = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX))(KEY), tiny_batch()
     step = jax.jit(partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX))
     first, again = (step(state, batch, KEY)[1]["loss"] for _ in range(2))
     later = step(state.replace(step=jnp.int32(7)), batch, KEY)[1]["loss"]
@@ -211,7 +211,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
         return loss * jnp.where(batch["label"][0] == 99, jnp.nan, 1.0), metrics
 
     step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX))
-    state, batch = init_state(KEY, init=OBJECTIVE.init, tx=TX), tiny_batch()
+    state, batch = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX))(KEY), tiny_batch()
     bad = batch | {"label": batch["label"].at[0].set(99)}
     after, metrics = step(state, bad, KEY)
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=state.step), state)

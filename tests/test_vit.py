@@ -44,7 +44,7 @@ def test_features_of_every_size_have_one_place_per_patch(size):
 def test_every_block_sows_its_map_before_the_final_norm():
     encoder = tiny_encoder(final_norm=False)
     images = jax.random.normal(KEY, (2, 32, 48, 3))
-    variables = encoder.init(KEY, images)
+    variables = jax.jit(encoder.init)(KEY, images)
     features, sown = encoder.apply(variables, images, mutable=["intermediates"])
     blocks = sown["intermediates"]["blocks"]
     assert [block.shape for block in blocks] == [(2, 4, 6, 32)] * 2
@@ -52,7 +52,8 @@ def test_every_block_sows_its_map_before_the_final_norm():
 
 
 def test_initial_kernels_are_cut_at_one_sigma_and_rescaled_by_depth():
-    params = make_encoder("vit", "ti", width=192, depth=3, heads=3).init(KEY, jnp.zeros((1, 32, 32, 3)))["params"]
+    encoder = make_encoder("vit", "ti", width=192, depth=3, heads=3)
+    params = jax.jit(encoder.init)(KEY, jnp.zeros((1, 32, 32, 3)))["params"]
     deviation = 0.02 * 0.5395  # of a normal cut at one sigma: 0.0108
     for n in range(3):
         block = params[f"block_{n}"]
@@ -74,7 +75,7 @@ def test_initial_kernels_are_cut_at_one_sigma_and_rescaled_by_depth():
 def test_the_head_starts_as_pytorch_starts_a_convolution():
     from tiny import tiny_objective
 
-    head = tiny_objective().init(KEY)["head"]
+    head = jax.jit(tiny_objective().init)(KEY)["head"]
     for values in (head["kernel"], head["bias"]):
         assert jnp.abs(values).max() <= 32**-0.5
         np.testing.assert_allclose(values.std(), 32**-0.5 / 3**0.5, rtol=0.1)

@@ -9,6 +9,7 @@ All is on one device, one set of features at a time: ImageNet's 1.28 million of 
 logits are computed in parts of `ROWS` images.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -133,9 +134,8 @@ def logistic_path(
     """Multinomial logistic regression of standardised features: the classifier [g] of each `inverse_regularisation` C.
 
     What is minimised is scikit-learn's: the sum over images of cross entropy, times C, and half the squared weights
-    (the bias is free). By L-BFGS with backtracking, each C from where the one before it ended, until no derivative of
-    that sum, divided by C and m, is above `tolerance`, the loss does not fall any more in float32, or so many
-    iterations are done.
+    (the bias is free). By L-BFGS, each C from where the one before it ended, until no derivative of that sum, divided
+    by C and m, is above `tolerance`, the loss does not fall any more in float32, or so many iterations are done.
     """
     count, width = features.shape
     parts = -(-count // ROWS)
@@ -144,89 +144,44 @@ def logistic_path(
     x = jnp.pad(features, ((0, pad), (0, 0))).reshape(parts, rows, width)
     y = jnp.pad(labels, (0, pad), constant_values=-1).reshape(parts, rows)
 
+    @jax.checkpoint  # else the logits of all images would be kept for the gradient
+    def add(total, part, p):
+        x, y = part
+        logits = jnp.matmul(x, p[:-1], precision=EXACT) + p[-1]  # p: [d + 1, k], the bias last
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
+        return total + jnp.where(y >= 0, losses, 0).sum()  # the last part is filled up
+
     def fit(start, strength):
-        def value_and_gradient(p):  # p: [d + 1, k], the bias last
-            def add(total, part):
-                x, y = part
-                logits = jnp.matmul(x, p[:-1], precision=EXACT) + p[-1]
-                right = jnp.take_along_axis(logits, y[:, None], axis=1)
-                total_of = jax.nn.logsumexp(logits, axis=1, keepdims=True)
-                there = y[:, None] >= 0  # the last part is filled up
-                loss = jnp.where(there, total_of - right, 0).sum()
-                error = jnp.where(there, jnp.exp(logits - total_of) - jax.nn.one_hot(y, classes), 0)
-                gradient = jnp.vstack([jnp.matmul(x.T, error, precision=EXACT), error.sum(axis=0)])
-                return (total[0] + loss, total[1] + gradient), None
+        def objective(p):
+            total, _ = jax.lax.scan(lambda total, part: (add(total, part, p), None), jnp.float32(0), (x, y))
+            return total / count + 0.5 * (p[:-1] ** 2).sum() / (strength * count)
 
-            (loss, gradient), _ = jax.lax.scan(add, (jnp.float32(0), jnp.zeros_like(p)), (x, y))
-            decay = p.at[-1].set(0) / (strength * count)
-            return loss / count + 0.5 * (decay * p).sum(), gradient / count + decay
-
-        return _minimise(value_and_gradient, start, iterations, tolerance)
+        return minimise(objective, start, iterations, tolerance)
 
     start = jnp.zeros((width + 1, classes))
     _, found = jax.lax.scan(lambda p, strength: (fit(p, strength),) * 2, start, inverse_regularisations)
     return Linear(found[:, :-1], found[:, -1])
 
 
-def _minimise(value_and_gradient, start: Float[Array, "d k"], iterations: int, tolerance: float) -> Float[Array, "d k"]:
-    """L-BFGS (Nocedal and Wright, algorithm 7.5) with a backtracking line search, for convex functions.
+def minimise(objective: Callable, start: Float[Array, "..."], iterations: int, tolerance: float) -> Float[Array, "..."]:
+    """Where a smooth `objective` is least, by L-BFGS from `start`.
 
-    Each round of the loop evaluates the function once, at a step's end; a step that goes too far is halved.
+    It ends when no derivative is above `tolerance`, when the objective does not fall any more in float32, or after so
+    many iterations.
     """
+    solver = optax.lbfgs(memory_size=MEMORY)
+    value_and_grad = optax.value_and_grad_from_state(objective)
 
-    class State(NamedTuple):
-        p: Array
-        value: Array
-        gradient: Array
-        way: Array
-        length: Array  # of the step along `way` that is tried next
-        moves: Array  # [MEMORY, ...] the last steps, in a ring
-        changes: Array  # how the gradient changed along each
-        curvatures: Array  # [MEMORY] 1 / their product; 0 where there is none yet
-        pairs: Array  # how many have been put into the ring
-        count: Array
-        ends: Array
+    def iterate(carry):
+        p, state, n, _ = carry
+        value, gradient = value_and_grad(p, state=state)
+        updates, state = solver.update(gradient, state, p, value=value, grad=gradient, value_fn=objective)
+        fell = optax.tree.get(state, "value") < value
+        steep = jnp.abs(optax.tree.get(state, "grad")).max() > tolerance
+        return optax.apply_updates(p, updates), state, n + 1, fell & steep
 
-    def direction(gradient, moves, changes, curvatures, pairs):
-        def backward(q, n):
-            share = curvatures[n] * (moves[n] * q).sum()
-            return q - share * changes[n], share
-
-        def forward(r, at):
-            n, share = at
-            return r + moves[n] * (share - curvatures[n] * (changes[n] * r).sum()), None
-
-        order = (pairs - 1 - jnp.arange(MEMORY)) % MEMORY  # the newest first
-        q, shares = jax.lax.scan(backward, gradient, order)
-        norm = (changes[order[0]] ** 2).sum() * curvatures[order[0]]
-        scale = jnp.where(norm > 0, 1 / norm, 1 / jnp.maximum(1, jnp.abs(gradient).sum()))
-        return -jax.lax.scan(forward, scale * q, (order, shares), reverse=True)[0]
-
-    def iterate(s: State) -> State:
-        p = s.p + s.length * s.way
-        value, gradient = value_and_gradient(p)
-        accepted = value <= s.value + 1e-4 * s.length * (s.way * s.gradient).sum()
-        move, change = p - s.p, gradient - s.gradient
-        product = (move * change).sum()
-        kept, place = accepted & (product > 0), s.pairs % MEMORY
-        moves, changes, curvatures = (
-            old.at[place].set(jnp.where(kept, new, old[place]))
-            for new, old in ((move, s.moves), (change, s.changes), (1 / product, s.curvatures))
-        )
-        ring = (moves, changes, curvatures, s.pairs + kept)
-        choose = partial(jnp.where, accepted)
-        p, value, gradient = (choose(*both) for both in ((p, s.p), (value, s.value), (gradient, s.gradient)))
-        done = (jnp.abs(gradient).max() <= tolerance) | (s.count >= iterations) | ~(value < s.value)
-        ends = choose(done, s.length < 1e-6)
-        way = choose(direction(gradient, *ring), s.way)
-        return State(p, value, gradient, way, choose(1.0, s.length / 2), *ring, s.count + accepted, ends)
-
-    nothing, ring = jnp.zeros_like(start), jnp.zeros((MEMORY, *start.shape))
-    begin = State(
-        start, jnp.float32(jnp.inf), nothing, nothing, jnp.float32(1), ring, ring, jnp.zeros(MEMORY), jnp.int32(0),
-        jnp.int32(0), jnp.bool_(False),
-    )  # fmt: skip
-    return jax.lax.while_loop(lambda s: ~s.ends, iterate, begin).p
+    begin = (start, solver.init(start), jnp.int32(0), jnp.bool_(True))
+    return jax.lax.while_loop(lambda carry: carry[3] & (carry[2] < iterations), iterate, begin)[0]
 
 
 def ridge_path(
