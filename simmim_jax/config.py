@@ -33,6 +33,12 @@ FREE = (
 )  # fmt: skip
 
 
+BEFORE = {  # what runs did of which config.json does not tell, as they began before these fields
+    "data.augment": "", "data.colour_jitter": 0.0, "objective.mixup": 0.0, "objective.cutmix": 0.0,
+    "objective.erase": 0.0, "objective.pool": "patches", "optim.frozen_layers": 0,
+}  # fmt: skip
+
+
 def base_config() -> ConfigDict:
     """What every run has."""
     c = ConfigDict()
@@ -152,6 +158,7 @@ def linear_config() -> ConfigDict:
     """Linear evaluation: a frozen encoder, and a linear classifier on the mean patch feature of one block."""
     c = _classification()
     c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 8, "pool_norm": True})
+    c.objective.pool = "patches"  # what is classified: or "class_token", "both"
     c.objective.head_scale, c.objective.label_smoothing = 0.001, 0.0
     c.objective.train_encoder = False
     c.optim.frozen = "encoder/"
@@ -171,14 +178,15 @@ def finetune_config() -> ConfigDict:
     c.data.augment = "rand-m9-mstd0.5-inc1"
     c.encoder = encoder_config("", "")
     c.encoder.drop_path = 0.1
-    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0})
+    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0, "pool": "patches"})
     c.objective.pool_norm = placeholder(bool)  # None: where the encoder does not end in a norm
     c.objective.head_scale, c.objective.label_smoothing = 1.0, 0.1
     c.objective.train_encoder = True
     c.objective.mixup, c.objective.cutmix = 0.8, 1.0  # of Beta(a, a), whose draw is the share of the image; 0: none
     c.objective.mix_probability, c.objective.mix_switch = 1.0, 0.5  # that a batch is mixed; that CutMix does it
     c.objective.mix_mode = "batch"  # one draw for a batch; or "pair", "elem"
-    c.objective.erase = 0.25  # probability that a box of an image becomes noise
+    c.objective.erase = 0.25  # probability that boxes of an image become noise
+    c.objective.erase_mode, c.objective.erase_count = "pixel", 1  # or "rand", "const"; boxes at most
     c.epochs = 100.0
     c.base_learning_rate = 1.25e-3
     c.optim.schedule = "cosine_global"
@@ -234,9 +242,12 @@ def digest(config: ConfigDict) -> dict:
 def refuse_change(saved: dict, now: dict, where: str) -> None:
     """Raise ConfigError, naming what differs, if the config `now` would not continue the run of `saved`.
 
-    Both as config.json has them. What `saved` does not say is free: an imported model says little.
+    Both as config.json has them. What an imported model does not say is free; what a run does not, is as it was before
+    there was such a field.
     """
     now, before = dict(_flat(now)), dict(_flat(saved))
+    if "imported" not in saved:
+        before = {name: value for name, value in BEFORE.items() if name in now} | before
     changed = [name for name in sorted(before) if now.get(name) != before[name] and not name.startswith(FREE)]
     if changed:
         examples = ", ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed[:3])

@@ -39,7 +39,7 @@ from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.features import make_features
 from simmim_jax.processes import say
-from simmim_jax.stacking import stack, unstack
+from simmim_jax.stacking import path_of, stack, unstack
 from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
 
 MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
@@ -102,6 +102,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         abstract = place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
         into_stacks, into_blocks = (partial(function, stacks=encoder.stacks) for function in (stack, unstack))
         in_blocks = into_blocks(abstract)  # as checkpoints have it
+        check_frozen(config, encoder, in_blocks.params)
         manager = checkpoint.make_manager(workdir, keep=config.keep, keep_every=config.keep_every)
         fingerprint = data.fingerprint(source, **of_batches)
         if heldout_source:
@@ -379,7 +380,7 @@ def make_sources(config: ConfigDict) -> tuple:
     segments = config.objective.name == "segment"
     make = data.make_mapped_source if segments else data.make_source
     source = make(split=config.data.split, **options)
-    heldout = make(split=config.data.heldout_split, **options) if config.evals else None
+    heldout = make(split=config.data.heldout_split, **options) if config.evals or config.probes else None
     for each in (source, heldout) if segments else ():
         if each:
             data.check_maps(each, maps_of(config), len(config.mean), config.data.max_pixels)
@@ -415,7 +416,8 @@ def make_sources(config: ConfigDict) -> tuple:
 def evals_of(config: ConfigDict, source, heldout) -> dict[str, dict]:
     """The options of a run's evaluators by name: `config.evals`, and, where images have classes, `config.probes`."""
     evals = {name: dict(options) for name, options in config.evals.items()}
-    if config.probes and heldout and len(source.classes) > 1 and source.classes == heldout.classes:
+    fits = config.objective.name != "segment" and heldout and source.classes == heldout.classes
+    if config.probes and fits and len(source.classes) > 1:
         evals = {"knn": {}, "linear": {}} | evals
     return evals
 
@@ -588,6 +590,12 @@ def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict) 
     saved, saved_config = checkpoint.read_params(str(step_folder))
     same = saved_config.get("objective", {}).get("name") == config.objective.name
     asked = tuple(part for parts in config.init_parts for part in parts.split(","))
+    if same and config.objective.name == "classify":  # else its head would read what it was not trained on
+        reads = [[objective.get(name, other) for name, other in (("pool", "patches"), ("block", 0))]
+                 for objective in (saved_config["objective"], config.objective)]  # fmt: skip
+        same = reads[0] == reads[1]
+        if not same and not asked and "head" in saved:
+            say(f"the head is left out: there it reads pool {reads[0][0]}, block {reads[0][1]}")
     parts = asked or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
     for part in parts:
         for side in (saved, abstract):
@@ -661,6 +669,24 @@ def frozen_of(config: ConfigDict, encoder) -> Callable | None:
     return optim.make_frozen(config.optim.frozen, config.optim.frozen_layers, encoder.layer_of)
 
 
+def check_frozen(config: ConfigDict, encoder, params) -> None:
+    """Raise ConfigError for layers that are not there, or that would not be as still as they look."""
+    layers = config.optim.frozen_layers
+    if layers > encoder.depth + 1:
+        raise ConfigError(
+            f"frozen_layers is {layers}, of an encoder of {encoder.depth} blocks", "optim.frozen_layers",
+            f"give 1 for what embeds, up to {encoder.depth + 1} for all blocks",
+        )  # fmt: skip
+    is_frozen = frozen_of(config, encoder)
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    measured = [path for path in paths if path.endswith(("/mean", "/var")) and is_frozen and is_frozen(path)]
+    if measured and config.objective.get("train_encoder", True):
+        raise ConfigError(
+            f"{measured[0]} is frozen, but its batch norm would still use each batch's own statistics", "optim.frozen",
+            "freeze the whole encoder, with objective.train_encoder=false, or nothing of it",
+        )  # fmt: skip
+
+
 def check_memory(config: ConfigDict, encoder, needed: int, there: int, steps: int, steps_per_epoch: int | None) -> None:
     """Tell what a step needs of each device's memory; raise ConfigError if that is more than is there.
 
@@ -729,8 +755,9 @@ def compile_to_measure(config, built: dict, steps: int, steps_per_epoch: int | N
     """
     encoder = built["encoder"]
     if getattr(encoder, "remat", "none") != "none" and not getattr(encoder, "scan", True):
-        config = with_settings(config, {"encoder.scan": True})
-        built = build(config, steps, steps_per_epoch)
+        scanned = with_settings(config, {"encoder.scan": True})
+        with contextlib.suppress(ConfigError):  # where some blocks are frozen and others not
+            config, built = scanned, build(scanned, steps, steps_per_epoch)
     parts = (built[name] for name in ("objective", "tx", "abstract", "key", "mesh", "encoder"))
     return compile_training(config, *parts)
 

@@ -106,6 +106,15 @@ def test_one_pass_gives_the_features_of_every_block(pool, scan, batch):
     assert not np.allclose(together[0], together[2])  # the norm at the end stands between them
 
 
+def test_a_partner_is_found_by_its_place_however_rows_lie(batch):
+    order = np.array([0, 2, 1, 3, 5, 7, 4, 6])  # as of two processes with two shares each
+    moved = {name: x[order] for name, x in batch.items()}
+    prepared = classifier(mixup=1.0).prepare(moved)
+    np.testing.assert_array_equal(prepared["partner_position"], BATCH - 1 - order)
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(prepared[f"partner_{name}"], batch[name][BATCH - 1 - order])
+
+
 def test_a_classifier_may_read_the_class_token(batch):
     objective = classifier(pool="class_token")
     params = jax.jit(objective.init)(jax.random.key(0))

@@ -141,6 +141,20 @@ def test_an_override_moves_what_follows_from_it_and_nothing_else():
     assert config.data.image_size == (96, 64)
 
 
+def test_a_run_from_before_a_field_goes_on_only_as_it_was():
+    config = load("configs/digits_finetune.py")
+    saved = digest(config)
+    for name in ("mixup", "cutmix", "erase", "pool"):
+        del saved["objective"][name]
+    for name in ("augment", "colour_jitter"):
+        del saved["data"][name]
+    refuse_change(saved, digest(config), "here")
+    config.objective.mixup = 0.8
+    with pytest.raises(ConfigError, match=r"objective.mixup: 0.0 there, 0.8 now"):
+        refuse_change(saved, digest(config), "here")
+    refuse_change(saved | {"imported": {"from": "there"}}, digest(config), "here")
+
+
 def test_only_fields_that_change_no_parameter_may_change():
     saved, config = digest(pretrain_config()), pretrain_config()
     config.data.workers, config.log_every, config.mesh.fsdp = 7, 1, -1

@@ -220,6 +220,11 @@ def test_another_backbone_is_a_name_on_the_command_line_and_is_fine_tuned_at_ano
     assert len(names) > 30
     assert all(before[name].tobytes() == after[name].tobytes() for name in names)
 
+    done = run(*tune, "--config.init_from", tmp_path / "tuned", "--config.objective.block=1",
+               "--workdir", tmp_path / "third")  # fmt: skip
+    assert "the head is left out: there it reads pool patches, block 0" in done.stdout, done.stderr
+    assert "\nencoder: taken from" in done.stdout
+
     shutil.rmtree(tmp_path / "run")  # a run goes on without the one that it began from
     done = run(*tuned, "--config.steps=3")
     assert "steps: 2 there, 3 now" in done.stderr

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from simmim_jax import compilation, costs, train
 from simmim_jax.config import load
 from simmim_jax.errors import ConfigError
+from simmim_jax.models import make_encoder
 
 
 def digits(**changes):
@@ -52,8 +54,30 @@ def test_probes_join_the_evaluators_where_both_sides_have_the_same_classes():
     config.evals = {"reconstruction": {}}
     for sides in ((images(), images()), (images("a"), images("a")), (images("a", "b"), images("a"))):
         assert names(*sides) == {"reconstruction"}
-    config.probes = False
+    config.objective.name = "segment"
     assert names(images("a", "b"), images("a", "b")) == {"reconstruction"}
+    config.objective.name, config.probes = "simmim", False
+    assert names(images("a", "b"), images("a", "b")) == {"reconstruction"}
+
+
+def test_frozen_layers_that_are_not_there_or_would_not_be_still_are_refused():
+    config = load("configs/digits_finetune.py")
+    encoder = make_encoder("resnet", None, width=4, depths=(1, 1, 1, 1))
+    params = {"encoder": jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]}
+    train.check_frozen(config, encoder, params)
+    refusals = {6: "frozen_layers is 6, of an encoder of 4 blocks", 1: "would still use each batch's own"}
+    for layers, message in refusals.items():
+        config.optim.frozen_layers = layers
+        with pytest.raises(ConfigError, match=message):
+            train.check_frozen(config, encoder, params)
+    config.objective.train_encoder = False
+    train.check_frozen(config, encoder, params)
+
+
+def test_memory_with_frozen_layers_is_measured_without_a_scan():
+    config = digits(steps=1)
+    config.encoder.depth, config.encoder.remat, config.optim.frozen_layers = 2, "full", 2
+    assert costs.memory(train.compile_to_measure(config, train.build(config, 1, 1), 1, 1)) > 0
 
 
 @pytest.mark.parametrize("heldout", [0, 100, 5000])

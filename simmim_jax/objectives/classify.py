@@ -51,6 +51,8 @@ def make_classify(
     mix_switch: float = 0.5,
     mix_mode: str = "batch",
     erase: float = 0.0,
+    erase_mode: str = "pixel",
+    erase_count: int = 1,
 ):
     """(init, loss_fn, predict, prepare) of cross entropy over `num_classes`; `predict` gives "logits" [b, n].
 
@@ -60,7 +62,8 @@ def make_classify(
     head_scale: factor on the head's initial N(0, 0.02) (official: 0.001 for ViT).
     train_encoder: whether the encoder is in training mode, with stochastic depth; false where it is frozen.
     pool: what of the encoder is classified, one of `features.POOLS`.
-    erase: probability that a box of a training image becomes noise. mixup, cutmix, mix_probability, mix_switch,
+    erase, erase_mode, erase_count: probability that boxes of a training image become noise, of which kind, and how many
+        at most. mixup, cutmix, mix_probability, mix_switch,
         mix_mode: how training images, and their targets, are mixed, each with the one at its place in the reversed
         batch (see `simmim_jax.mixing`). All of it happens in the compiled step, first erasing, as in official
         data_finetune.py and main_finetune.py.
@@ -74,8 +77,9 @@ def make_classify(
     for size in image_size:  # else what lies beyond the last whole token would go unseen
         check_multiple(size, encoder.token_stride, "image size", "the side of the encoder's tokens")
     mixing.check_mixing(
-        mixup=mixup, cutmix=cutmix, probability=mix_probability, switch=mix_switch, mode=mix_mode, erase=erase
-    )
+        mixup=mixup, cutmix=cutmix, probability=mix_probability, switch=mix_switch, mode=mix_mode, erase=erase,
+        erase_mode=erase_mode, erase_count=erase_count,
+    )  # fmt: skip
     mixes = mixup > 0 or cutmix > 0
     features = make_features(encoder, mean=mean, std=std, block=block, pool=pool)
     head = Head(num_classes, encoder.pool_norm if pool_norm is None else pool_norm, head_scale)
@@ -97,7 +101,9 @@ def make_classify(
     def prepare(batch):
         if not mixes:
             return batch
-        return batch | {f"partner_{name}": batch[name][::-1] for name in ("image", "label", "position")}
+        place = jnp.argsort(batch["position"])  # of each position among the rows, however processes share them
+        partner = place[len(place) - 1 - batch["position"]]
+        return batch | {f"partner_{name}": batch[name][partner] for name in ("image", "label", "position")}
 
     def augmented(batch, key) -> tuple[Float[Array, "b y x c"], Float[Array, "b n"]]:
         """The batch's images as they are trained on, and what they are to be taken for."""
@@ -105,7 +111,9 @@ def make_classify(
 
         def erased(images, position):
             images = normalise(images, mean, std)
-            return mixing.erase(images, erase_key, position, probability=erase) if erase else images
+            if not erase:
+                return images
+            return mixing.erase(images, erase_key, position, probability=erase, mode=erase_mode, count=erase_count)
 
         images, targets = erased(batch["image"], batch["position"]), targets_of(batch["label"])
         if not mixes:
