@@ -227,7 +227,7 @@ def check_same_budget(options: argparse.Namespace) -> None:
         folder = options.runs / f"probe_{encoder}"
         if results := train.read_json(folder / "results.json"):
             probed[folder] = {k: v for k, v in results["options"].items() if k not in ("run", "out")}
-            step = pretraining_of(workdir_of("ours", options))["step"]
+            step = (pretraining_of(workdir_of("ours", options)) or {}).get("step", "an unfinished run")
             if encoder == "ours" and results["step"] != step:
                 raise ConfigError(f"probed at step {results['step']} of {step}", str(folder), "run the stage probe")
         folder = options.runs / f"finetune_{encoder}"
@@ -284,7 +284,7 @@ def table(report: dict) -> str:
         probed = []
         for method, images, which in PROBES.values():
             fitting = (r for r in row["probe"] if (r["method"], r["images"]) == (method, images) and r[which])
-            found = max(fitting, key=lambda r: r["validation_top1"], default=None)
+            found = max(fitting, key=lambda r: r["validation_top1"] or 0.0, default=None)
             probed.append(NOT_RUN if found is None else accuracy_of(found))
         told = [NOT_RUN if loss is None else f"{loss:.3f}", *probed, accuracy_of(tuned) if tuned else NOT_RUN]
         lines.append([ENCODERS[row["encoder"]], *told])
@@ -293,6 +293,8 @@ def table(report: dict) -> str:
 
 def accuracy_of(row: dict) -> str:
     """In percent, with the deviation over draws and the block where there are such."""
+    if row["top1"] is None:
+        return "diverged"
     spread = "" if row.get("top1_std") is None else f" ± {100 * row['top1_std']:.1f}"
     block = "" if "block" not in row else f" (block {row['block']})" if row["block"] else " (output)"
     return f"{100 * row['top1']:.1f}{spread}{block}"

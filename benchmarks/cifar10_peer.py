@@ -106,7 +106,8 @@ def settings_of(config) -> Settings:
         masks=lambda batch, step: masks_of(batch, jax.random.fold_in(step_key, step)),
         heldout=data.make_epoch(
             heldout_source, batch_size=config.eval_batch_size, image_size=config.image_size, channels=len(config.mean),
-            interpolation=config.data.interpolation, limit=config.eval_images, threads=config.data.threads,
+            crop_fraction=config.data.crop_fraction, interpolation=config.data.interpolation, limit=config.eval_images,
+            threads=config.data.threads, on_error=config.data.on_error, max_pixels=config.data.max_pixels,
         ),
         heldout_masks=lambda batch: masks_of(batch, eval_key),
         decays=lambda name: not name.endswith(spared) and "norm" not in name,
@@ -119,7 +120,8 @@ def check_peer_has(config, encoder) -> None:
         "encoder.name": (type(encoder).__name__, "ViT"), "encoder.drop_path": (encoder.drop_path, 0.0),
         "objective.name": (config.objective.name, "simmim"), "objective.norm_target": (config.objective.norm_target, 0),
         "optim.name": (config.optim.name, "adamw"), "optim.layer_decay": (config.optim.layer_decay, 1.0),
-        "optim.frozen": (config.optim.frozen, ""), "microbatches": (config.microbatches, 1),
+        "optim.frozen": (config.optim.frozen, ""), "optim.frozen_layers": (config.optim.frozen_layers, 0),
+        "microbatches": (config.microbatches, 1),
         "init_from": (config.init_from, ""), "ema_decay": (config.ema_decay, 0.0),
         "image_size": (tuple(config.image_size), (config.image_size[0],) * 2),
     }  # fmt: skip

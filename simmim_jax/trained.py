@@ -14,6 +14,9 @@ from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 
+CROP, SMALL = 0.875, 32  # of an import: the part of a side that a crop keeps, and pixels up to which that is all
+OF_SOURCE = ("source", "path", "name", "data_dir", "heldout_fraction")  # of config.data, which are `make_source`'s
+
 
 class Trained(NamedTuple):
     """A run's weights and what it says of them.
@@ -38,6 +41,19 @@ class Trained(NamedTuple):
         return len(self.config["mean"])
 
     @property
+    def crop_fraction(self) -> int | float:
+        """Of a resized image's side, that its centre crop keeps: the run's.
+
+        Of an import, 224 of 256 pixels; all of images up to 32 pixels, as official `build_transform` has both.
+        """
+        own = self.config.get("data", {})
+        return own.get("crop_fraction", 1.0 if own or max(self.image_size) <= SMALL else CROP)
+
+    @property
+    def interpolation(self) -> str:
+        return self.config.get("data", {}).get("interpolation", "bicubic")
+
+    @property
     def step(self) -> int:
         return int(self.folder.name) if self.folder.name.isdigit() else 0
 
@@ -46,9 +62,11 @@ def open_trained(run: str, image_size: tuple[int, int] | None = None) -> Trained
     """The newest checkpoint of the run `run`, its workdir, or the step whose folder it is.
 
     Of a run that keeps an average of its parameters, the average. image_size: at which it is to be used, by default
-    that of the run; tables of positions are resized to it. Raises CheckpointError if it does not say what it is.
+    that of the run; tables of positions are resized to it, and Swin V2 measures displacements as it did there. Raises
+    CheckpointError if it does not say what it is.
     """
-    params, config = checkpoint.read_params(run)
+    folder = checkpoint.find_step(run)  # once: a run that goes on saves newer ones, and removes this
+    params, config = checkpoint.read_params(str(folder))
     if "encoder" not in params or not {"encoder", "image_size", "mean", "std"} <= config.keys():
         raise CheckpointError(
             "no encoder, or no config.json that tells what it is", run, "give the workdir of a run, or a step in it"
@@ -60,12 +78,14 @@ def open_trained(run: str, image_size: tuple[int, int] | None = None) -> Trained
         stride = encoder.token_stride
         if any(side % stride for side in now):
             raise ConfigError(f"image size {now}", "image_size", f"give multiples of {stride} pixels")
+        if getattr(encoder, "pretrained_windows", None) == ():
+            encoder = encoder.clone(pretrained_windows=encoder.stage_windows(before))
         images = jax.ShapeDtypeStruct((1, *now, len(config["mean"])), np.float32)
         abstract = jax.eval_shape(encoder.init, jax.random.key(0), images)["params"]
         grids = tuple(tuple(side // stride for side in size) for size in (before, now))
         fitted, _ = pretrained.fit({"encoder": params["encoder"]}, {"encoder": abstract}, run, grids)
         params = params | fitted
-    return Trained(params, config, encoder, checkpoint.find_step(run), now)
+    return Trained(params, config, encoder, folder, now)
 
 
 def objective_of(trained: Trained) -> Objective:
@@ -81,16 +101,18 @@ def objective_of(trained: Trained) -> Objective:
 def open_source(trained: Trained, path: str, split: str, heldout_fraction: float = 0.1):
     """The records of `path`, as `data.make_source` takes it; or "digits"; or "tfds:NAME"; or, empty, the run's own.
 
-    split: "train" or a part to evaluate on.
+    split: "train" or a part to evaluate on. The run's own images, by their path too, are divided as they were there.
     """
     return data.make_source(split=split, **source_options(trained, path, heldout_fraction))
 
 
-def source_options(trained: Trained, path: str, heldout_fraction: float = 0.1) -> dict:
-    """What `open_source` gives `data.make_source`, save the split. Raises DataError if the run says of no images."""
+def source_options(trained: Trained, path: str, heldout_fraction: float = 0.1, *, as_divided: bool = True) -> dict:
+    """What `open_source` gives `data.make_source`, save the split. Raises DataError if the run says of no images.
+
+    as_divided: False to take `heldout_fraction` of the run's own images too, where their path is given.
+    """
     own = trained.config.get("data", {})
-    fields = ("source", "path", "name", "data_dir", "heldout_fraction")
-    if path:
+    if path and not (as_divided and is_own(trained, path)):
         tfds, digits = path.startswith("tfds:"), path == "digits" and not os.path.exists("digits")
         return {
             "source": "tfds" if tfds else "digits" if digits else "auto",
@@ -99,9 +121,17 @@ def source_options(trained: Trained, path: str, heldout_fraction: float = 0.1) -
             "data_dir": own.get("data_dir", "") if tfds else "",
             "heldout_fraction": heldout_fraction,
         }
-    if own.keys() >= set(fields):
-        return {name: own[name] for name in fields}
+    if own.keys() >= set(OF_SOURCE):
+        return {name: own[name] for name in OF_SOURCE}
     raise DataError("no images given, and the run says of none", str(trained.folder), "give a folder of images")
+
+
+def is_own(trained: Trained, path: str) -> bool:
+    """Whether `path` is that of the images that the run was trained on."""
+    own = trained.config.get("data", {})
+    if not path or not own.get("path") or not own.keys() >= set(OF_SOURCE):
+        return False
+    return len({os.path.realpath(os.path.expanduser(each)) for each in (path, own["path"])}) == 1
 
 
 def make_pass(
@@ -119,18 +149,17 @@ def make_pass(
     """Each image of `source` once, as the model wants it: this process's batches (see `data.make_epoch`).
 
     batch_size: at least; it becomes a multiple of what the devices of `mesh` need. crop_fraction, interpolation: where
-    they are None and empty, the run's.
+    they are None and empty, those of `trained`.
     """
     ways = sharding.batch_ways(mesh)
     share, shares = sharding.share_of_batch(mesh)
-    own = trained.config.get("data", {})
     return data.make_epoch(
         source,
         batch_size=-(-batch_size // ways) * ways,
         image_size=trained.image_size,
         channels=trained.channels,
-        crop_fraction=own.get("crop_fraction", 1.0) if crop_fraction is None else crop_fraction,
-        interpolation=interpolation or own.get("interpolation", "bicubic"),
+        crop_fraction=trained.crop_fraction if crop_fraction is None else crop_fraction,
+        interpolation=interpolation or trained.interpolation,
         limit=limit,
         process=share,
         processes=shares,

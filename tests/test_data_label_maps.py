@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from simmim_jax.data import Maps, Whole, check_maps, fingerprint, make_batches, make_mapped_source
 from simmim_jax.data.decode import BadImage
-from simmim_jax.data.label_maps import MappedTfds, distort_photometrically, fitting_factor, read_map
+from simmim_jax.data.label_maps import MappedTfds, distort_photometrically, fitting_factor, read_map, read_pair
 from simmim_jax.errors import ConfigError, DataError
 
 CLASSES = 6
@@ -111,6 +111,43 @@ def test_what_is_missing_is_named(tmp_path):
         source_of("")
     with pytest.raises(ConfigError, match="no label maps"):
         make_mapped_source("digits", path="", heldout_fraction=0.1)
+
+
+def test_a_split_without_maps_is_in_the_way_only_where_it_is_asked_for(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "images" / "test").mkdir()
+    assert [len(source_of(tmp_path, split)) for split in ("train", "val", "validation")] == [6, 2, 2]
+    with pytest.raises(DataError, match="test has no"):
+        source_of(tmp_path, "test")
+    (tmp_path / "masks" / "val").rename(tmp_path / "masks" / "other")
+    assert len(source_of(tmp_path, "train")) < 6  # a part is held out, for no other images are there
+    with pytest.raises(DataError, match="val has no"):
+        source_of(tmp_path, "validation")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_map_lies_as_its_image_does_whether_it_was_drawn_before_it_was_turned_or_after(orientation, kind):
+    truth = np.random.default_rng(0).integers(0, CLASSES, (2, 3)).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = stored((truth * 40)[..., None].repeat(3, axis=2), kind, exif=exif)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(stored(truth, exif=exif)))))
+    for drawn in (truth, shown):
+        record = {"image": image, "map": stored(np.ascontiguousarray(drawn))}
+        if orientation in (2, 3, 4):
+            with pytest.raises(BadImage, match=f"EXIF orientation {orientation}"):
+                read_pair(record, Maps(CLASSES), 3, 10_000)
+            continue
+        picture, label_map = read_pair(record, Maps(CLASSES), 3, 10_000)
+        np.testing.assert_array_equal(label_map, shown)
+        assert np.abs(picture.read()[..., 0] / 40 - label_map).max() < 0.2
+    square = {"image": stored(np.zeros((8, 8, 3), np.uint8), kind, exif=exif), "map": np.zeros((8, 8), np.uint8)}
+    if orientation == 1:
+        read_pair(square, Maps(CLASSES), 3, 10_000)
+    else:
+        with pytest.raises(BadImage, match="upright"):
+            read_pair(square, Maps(CLASSES), 3, 10_000)
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "I;16", "TIFF", "GIF", "grey of 4 bits", "pixels"])

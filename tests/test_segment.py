@@ -2,8 +2,12 @@
 
 import csv
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +17,25 @@ from runs import ROOT, assert_same_run, run, run_until
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
 from tiny import PIXELS, tiny_batch, tiny_encoder
 
-from simmim_jax import train
+from simmim_jax import processes, train
 from simmim_jax.config import load
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError
-from simmim_jax.evals import make_evaluator
-from simmim_jax.evals.segmentation import Canvas, corners_along, draw, make_windows_reader, painted, palette
+from simmim_jax.evals import make_evaluator, segmentation
+from simmim_jax.evals.segmentation import (
+    Canvas,
+    agreed,
+    corners_along,
+    draw,
+    make_windows_reader,
+    painted,
+    palette,
+    segment_all,
+)
 from simmim_jax.models import make_encoder
 from simmim_jax.models.pyramid import Rescale, pyramid_blocks, pyramid_factors
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.segment import masked_cross_entropy, pooling_weights
+from simmim_jax.objectives.segment import masked_cross_entropy, mean_labelled, pooling_weights
+from simmim_jax.train_step import mean_grads
 
 RNG = np.random.default_rng(0)
 STATE = SimpleNamespace(step=4, params=None)
@@ -39,7 +53,10 @@ def batch_with_maps(size=4, num_classes=5):
 
 
 def test_pixels_without_a_class_do_not_count():
-    measure = jax.jit(jax.value_and_grad(masked_cross_entropy, has_aux=True))
+    def loss_of(logits, maps):
+        return masked_cross_entropy(logits, maps, mean_labelled(maps, 3))
+
+    measure = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
     logits = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
     maps = RNG.integers(0, 3, (2, 8, 8)).astype(np.uint8)
     maps[:, 5:] = 255
@@ -52,6 +69,33 @@ def test_pixels_without_a_class_do_not_count():
     assert np.asarray(slope)[:, :5].any()
     (loss, accuracy), slope = measure(logits, np.full_like(maps, 255))  # a batch without any class teaches nothing
     assert (float(loss), float(accuracy), float(np.abs(slope).max())) == (0.0, 0.0, 0.0)
+
+
+def test_an_update_does_not_depend_on_microbatches_however_few_pixels_of_an_image_have_a_class():
+    maps = np.array(batch_with_maps()["label_map"])
+    maps[1], maps[2, 1:] = 255, 255
+    objective, key = segment(MeanColours()), jax.random.key(0)
+    batch, shapes = batch_with_maps() | {"label_map": jnp.asarray(maps)}, jax.eval_shape(objective.init, key)
+    params = jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), jnp.float32), shapes)
+    whole, parts = (
+        jax.jit(partial(mean_grads, key=key, loss_fn=objective.loss_fn, microbatches=count))(
+            params, objective.prepare(batch)
+        )
+        for count in (1, 4)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), whole, parts)
+
+
+class MeanColours(nn.Module):
+    """An encoder that compiles soon: a linear map of each square's mean colour."""
+
+    depth, feature_stride, dtype = 1, 8, "float32"
+
+    @nn.compact
+    def __call__(self, images, train=False, position=None):
+        out = nn.Dense(4)(nn.avg_pool(images, (8, 8), (8, 8)))
+        self.sow("intermediates", "blocks", out)
+        return out
 
 
 def test_adaptive_pooling_averages_the_parts_that_pytorch_names():
@@ -111,7 +155,7 @@ def test_a_head_gives_logits_for_all_of_an_image(head):
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_every_parameter_learns_and_what_is_dropped_follows_an_images_place(head):
     objective = segment(head=head, channels=16)
-    params, batch = jax.jit(objective.init)(jax.random.key(0)), batch_with_maps(4)
+    params, batch = jax.jit(objective.init)(jax.random.key(0)), objective.prepare(batch_with_maps(4))
     step = jax.jit(jax.value_and_grad(lambda *args: objective.loss_fn(*args, True)[0]))
     turned = jax.tree.map(lambda x: x[::-1], batch)
     steps = [
@@ -187,14 +231,14 @@ def test_the_measures_equal_those_of_scikit_learn(tmp_path):
     records = list(pictures([(16, 16), (30, 20), (12, 40)]))
     records[1]["label_map"] = np.where(RNG.random((30, 20)) < 0.3, 255, records[1]["label_map"]).astype(np.uint8)
     records[1]["label_map"][records[1]["label_map"] == 3] = 255
-    kept = Canvas.predict
 
-    def keep(canvas, shape):
-        predictions.append(kept(canvas, shape))
-        return predictions[-1]
+    def keep(*args):
+        for each in segment_all(*args):
+            predictions.append(each[1])
+            yield each
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Canvas, "predict", keep)
+        patch.setattr(segmentation, "segment_all", keep)
         given = supplies(records, read_windows=noisy, folder=str(tmp_path), classes=tuple("abcde"))
         result = make_evaluator("segmentation", given, pictures=2)(STATE)
     truth = np.concatenate([record["label_map"].ravel() for record in records])
@@ -242,6 +286,47 @@ def test_windows_come_back_in_order_however_many_processes_share_them():
     for shares in (1, 2, 4):
         logits = make_windows_reader(predict_of(shares), 8, 0, shares)(None, windows)
         np.testing.assert_array_equal(logits, windows[:, :2, :2])
+
+
+def test_the_next_windows_are_read_while_predictions_are_worked_out_and_order_stays(monkeypatch):
+    records, later, kept = list(pictures([WINDOW] * 5)), threading.Event(), Canvas.predict
+
+    def predict(canvas, shape):
+        assert later.wait(30)
+        return kept(canvas, shape)
+
+    def read(windows):
+        if (windows[0] == records[2]["image"]).all():
+            later.set()
+        return of_pixel(None, windows)
+
+    monkeypatch.setattr(Canvas, "predict", predict)
+    monkeypatch.setattr(segmentation, "THREADS", 2)
+    done = list(segment_all(read, records, WINDOW, 1, np.zeros(3, np.uint8)))
+    assert [record["index"] for record, _, _ in done] == [0, 1, 2, 3, 4]
+    for record, prediction, _ in done:
+        np.testing.assert_array_equal(prediction, record["label_map"])
+
+
+def test_what_one_process_cannot_read_is_left_out_by_all(monkeypatch):
+    there = ([0, 1, 2, 4, 7], [1, 2, 3, 4, 5, 7, 8], [0, 2, 3, 4, 7, 9])
+    barrier, place, given = threading.Barrier(3, timeout=30), threading.local(), [0, 0, 0]
+
+    def greatest(number):
+        given[place.process] = number
+        barrier.wait()
+        most = max(given)
+        barrier.wait()
+        return most
+
+    def take(process):
+        place.process = process
+        return [record["index"] for record in agreed({"index": index} for index in there[process])]
+
+    assert [record["index"] for record in agreed({"index": index} for index in there[0])] == there[0]
+    monkeypatch.setattr(processes, "greatest", greatest)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(take, range(3))) == [[2, 4, 7]] * 3
 
 
 def test_a_picture_shows_image_truth_and_prediction():

@@ -4,9 +4,14 @@ A map is an index PNG (or TIFF, BMP, GIF), as large as its image: a pixel's valu
 nowhere become the largest of the map's type, IGNORED; whatever is not below `num_classes` is ignored by those who read
 the batches. A pair that cannot be used is a bad image (`simmim_jax.data.decode`).
 
+Of an image with an EXIF orientation a map may show the stored pixels, or the upright ones. Where only one of the two
+has the map's size, that is what it shows, and the map is turned if it must be; where both have it, the pair cannot be
+used, for its labels might be upside down.
+
 Letters of shapes: h height, w width, c channels. Sizes are (height, width) in pixels. No JAX here.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -18,9 +23,10 @@ import grain
 import numpy as np
 from absl import logging
 from jaxtyping import UInt, UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
-from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture
+from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
+from simmim_jax.data.decode import LYING, MAX_PIXELS, BadImage, Picture
 from simmim_jax.data.sources.folder import Folder, make_folder
 from simmim_jax.data.sources.listing import folders, is_file, nearest_folder
 from simmim_jax.data.sources.names import Names
@@ -32,6 +38,7 @@ from simmim_jax.errors import ConfigError, DataError, check_minimum
 IMAGES = ("images", "image", "imgs", "img")
 MAPS = ("annotations", "annotation", "masks", "mask", "labels", "label_maps", "segmentations")
 TRAINING = ("train", "training")
+VALIDATION = tuple(name for name in EVALUATION if name != "test")
 EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of files that keep each value as it is
 FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 LAYOUT = "give images/train/a.jpg with masks/train/a.png (or annotations/, labels/), or train/images with train/masks"
@@ -117,7 +124,11 @@ def make_mapped_source(
     path = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(path):
         raise DataError(f"{path} is not a folder", "data.path", nearest_folder(path))
-    pairs, whole = _find_pairs(path)
+    pairs, whole, without_maps = _find_pairs(path)
+    asked = next((each for each in (TRAINING, VALIDATION) if split in each), (split,))
+    missing = [without_maps[side] for side in asked if side in without_maps]
+    if missing and not any(side in pairs for side in asked):
+        raise DataError(f"{missing[0][0]} has no {missing[0][1]} beside it", path, LAYOUT)
     names = TRAINING if split == "train" else (split, *EVALUATION) if split in EVALUATION else (split,)
     own = next((pairs[side] for side in names if side in pairs), None)
     evaluated = any(side in pairs for side in EVALUATION)
@@ -134,24 +145,27 @@ def make_mapped_source(
     )
 
 
-def _find_pairs(path: str) -> tuple[dict[str, tuple[str, str]], tuple[str, str] | None]:
-    """(the folders of images and of maps of each split, those of a folder without splits)."""
-    pairs = {}
+def _find_pairs(
+    path: str,
+) -> tuple[dict[str, tuple[str, str]], tuple[str, str] | None, dict[str, tuple[str, str]]]:
+    """(the folders of images and of maps of each split, those of a folder without splits, those of splits without maps,
+    where the second is not there).
+    """
+    pairs, without_maps = {}, {}
     for name in folders(path):
         pair = _pair_in(os.path.join(path, name))
         if pair and _is_split(name):
             pairs[name.casefold()] = pair
     both = _pair_in(path)
     if not both:
-        return pairs, None
+        return pairs, None, {}
     images, maps = both
     sides = {name.casefold(): name for name in folders(images) if _is_split(name)}
     for side, name in sides.items():
         of_maps = next((each for each in folders(maps) if each.casefold() == side), None)
-        if of_maps is None:
-            raise DataError(f"{os.path.join(images, name)} has no {os.path.join(maps, name)} beside it", path, LAYOUT)
-        pairs[side] = os.path.join(images, name), os.path.join(maps, of_maps)
-    return pairs, None if sides else both
+        found = without_maps if of_maps is None else pairs
+        found[side] = os.path.join(images, name), os.path.join(maps, of_maps or name)
+    return pairs, None if sides else both, without_maps
 
 
 def _is_split(name: str) -> bool:
@@ -314,12 +328,40 @@ def _decode_map(file: bytes, max_pixels: int, colours: bool) -> np.ndarray:
 
 
 def read_pair(record: dict, maps: Maps, channels: int, max_pixels: int) -> tuple[Picture, np.ndarray]:
-    """The image and the map of a record. Raises BadImage, also where they differ in size."""
+    """The image and the map of a record, upright.
+
+    Raises BadImage, also where they differ in size, or the map may lie otherwise than the image.
+    """
     picture, label_map = Picture(record["image"], channels, max_pixels), read_map(record["map"], maps, max_pixels)
-    if label_map.shape != (picture.height, picture.width):
-        there, here = (f"{h} x {w}" for h, w in (label_map.shape, (picture.height, picture.width)))
+    shape, orientation = (picture.height, picture.width), orientation_of(record["image"])
+    fits_stored = label_map.shape == (shape[::-1] if orientation in LYING else shape)
+    if orientation != 1 and fits_stored and label_map.shape == shape:
+        raise BadImage(
+            f"its map may be of the stored or the upright pixels: save it without EXIF orientation {orientation}"
+        )
+    if orientation != 1 and fits_stored:
+        label_map = upright(label_map, orientation)
+    if label_map.shape != shape:
+        there, here = (f"{h} x {w}" for h, w in (label_map.shape, shape))
         raise BadImage(f"its map has {there} pixels, and the image {here}")
     return picture, label_map
+
+
+def orientation_of(image: bytes | np.ndarray) -> int:
+    """The EXIF orientation of a file that decodes, 1 to 8; 1 where it has none, or none that can be read."""
+    found = 1
+    if isinstance(image, bytes):
+        with contextlib.suppress(Exception):  # of damaged EXIF parsers raise what they like, and `Picture` leaves it
+            found = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS).getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
+def upright(label_map: UInt[np.ndarray, "h w"], orientation: int) -> UInt[np.ndarray, "w h"]:
+    """A map that lies on its side, by one of the EXIF orientations `LYING`."""
+    label_map = label_map.T
+    if orientation in (7, 8):
+        label_map = label_map[::-1]
+    return label_map[:, ::-1] if orientation in (6, 7) else label_map
 
 
 def check_pair(record: dict, maps: Maps, channels: int, max_pixels: int) -> None:

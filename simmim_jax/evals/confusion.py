@@ -16,6 +16,7 @@ from simmim_jax.evals.accuracy import TOP, Answers
 from simmim_jax.evals.reconstruction import to_rgb
 
 COLUMNS = ("class", "images", "top1", "top5", "most_confused_with", "times")
+MOST = 2000  # classes, of which there is a matrix: of more it takes gigabytes, and nobody sees it
 FEW = 40  # classes, up to which each has its name and each cell its number in the picture
 WIDEST = 28  # characters of a class's name in a picture
 TILE = 128  # pixels, at least, of an image's shorter side on a sheet
@@ -28,12 +29,15 @@ def confusion_matrix(answers: Answers, classes: int) -> Int[np.ndarray, "c c"]:
     return matrix
 
 
-def confused_with(matrix: Int[np.ndarray, "c c"]) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
+def confused_with(answers: Answers, classes: int) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
     """(the other class that images of each class are most often taken for, -1 where none is; how often)."""
-    others = matrix.copy()
-    np.fill_diagonal(others, 0)
-    times = others.max(axis=1)
-    return np.where(times > 0, others.argmax(axis=1), -1), times
+    wrong = answers.label != answers.predicted
+    pairs, counts = np.unique(np.stack([answers.label[wrong], answers.predicted[wrong]]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    labels, first = np.unique(pairs[0, order], return_index=True)
+    others, times = np.full(classes, -1, np.int64), np.zeros(classes, np.int64)
+    others[labels], times[labels] = pairs[1, order][first], counts[order][first]
+    return others, times
 
 
 def matrix_csv(matrix: Int[np.ndarray, "c c"], names: Sequence[str]) -> str:
@@ -41,11 +45,11 @@ def matrix_csv(matrix: Int[np.ndarray, "c c"], names: Sequence[str]) -> str:
     return written([["class", *names], *([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))])
 
 
-def classes_csv(answers: Answers, matrix: Int[np.ndarray, "c c"], names: Sequence[str]) -> str:
+def classes_csv(answers: Answers, names: Sequence[str]) -> str:
     """A row for each class, `COLUMNS`: accuracies in per cent, empty where there are no images or no five classes."""
     images = np.bincount(answers.label, minlength=len(names))
     hits = {k: np.bincount(answers.label[answers.rank < k], minlength=len(names)) for k in (1, TOP)}
-    confused, times = confused_with(matrix)
+    confused, times = confused_with(answers, len(names))
     rows = []
     for n, name in enumerate(names):
         shares = [f"{100 * hits[k][n] / images[n]:.2f}" if images[n] and k < len(names) else "" for k in (1, TOP)]
@@ -88,9 +92,7 @@ def draw_confusion(
     picture.paste(Image.fromarray(colours(shares)).resize((side, side), Image.Resampling.NEAREST), (margin, margin))
     pen = ImageDraw.Draw(picture)
     pen.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline="black")
-    ticks = (
-        range(count) if few else range(0, count, next(s for s in (10, 20, 50, 100, 200, 500, 1000) if s * 12 > count))
-    )
+    ticks = range(0, count, 1 if few else next((s for s in (10, 20, 50, 100, 200, 500, 1000) if s * 12 > count), count))
     for n in ticks:
         middle = margin + n * cell + cell // 2
         label = labels[n] if few else str(n)
@@ -170,7 +172,7 @@ class Mistakes:
         """images: those of `answers`."""
         for n in np.flatnonzero(answers.rank > 0):
             what = (float(answers.confidence[n]), int(answers.position[n]), int(answers.label[n]))
-            self.kept.append(Mistake(*what, int(answers.predicted[n]), images[n]))
+            self.kept.append(Mistake(*what, int(answers.predicted[n]), images[n].copy()))  # a view holds its batch
         self.kept = sorted(self.kept, key=lambda mistake: (-mistake.confidence, mistake.position))[: self.most]
 
 

@@ -4,11 +4,13 @@ Layout: FOLDER/<key>/{train,test}_block_NN.npy [m, d], {train,test}_labels.npy i
 of what decides the numbers. A row is the image's place in the pass; label -1: without a label, or unreadable. Arrays
 are mapped, not read: ImageNet's 1.28 million images x 12 blocks x 768 numbers x 4 bytes are 47 GB there, half of it as
 float16, and a reader holds one block of them in memory. What is being extracted lies in <key>.partial and goes on after
-a kill; meta.json, written last, says which blocks are whole.
+a kill; meta.json, written last, says which blocks are whole. Of images that cannot be read there may be few: what a
+disk that was away for a while left out must not be taken for whole.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -19,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from simmim_jax.errors import NonFiniteError
+from simmim_jax.errors import DataError, NonFiniteError
 from simmim_jax.metrics import write_atomically
 
 FLUSH = 20.0  # seconds between the places from which an extraction that was killed goes on
@@ -60,61 +62,85 @@ def open_cache(
     blocks: list[int],
     dtype: str = "float32",
     say: Callable[[str], None] = print,
+    max_bad_fraction: int | float = 0.01,
 ) -> FeatureCache:
     """The cache in `folder` of what `identity`, JSON, names; blocks that it has not yet are extracted from `passes`.
 
     extract(batch) -> {"block_N" [b, d] for each of the blocks, "label", "position", "valid" [b]}. Other identities in
-    the folder stay. Raises NonFiniteError, and OSError where the disk is full.
+    the folder stay. Raises NonFiniteError, DataError where more than `max_bad_fraction` of a pass's images cannot be
+    read, and OSError where the disk is full.
     """
     final = Path(folder) / key_of(identity | {"dtype": dtype})
     counts = {split: each.count for split, each in passes.items()}
-    whole = _whole(final, counts)
+    allowed = {split: math.ceil(max_bad_fraction * count) for split, count in counts.items()}
+    whole, bad_before = _whole(final, counts, allowed)
     missing = [block for block in blocks if block not in whole]
     if not missing:
         say(f"features: {len(blocks)} blocks are there already, in {final}")
         return FeatureCache(final)
     partial = final.with_name(f"{final.name}.partial")
     plan = {"blocks": missing, "batch_size": {split: each.batch_size for split, each in passes.items()}}
-    done = _progress(partial, plan)
+    done, bad = _progress(partial, plan)
     for split, each in passes.items():
-        _extract(partial, plan, done, split, each, extract, np.dtype(dtype), say)
+        _extract(partial, plan, done, bad, split, each, extract, np.dtype(dtype), say, allowed[split])
+        if whole:  # a row is there only if all its blocks are
+            labels = np.load(partial / f"{split}_labels.npy", mmap_mode="r+")
+            labels[np.load(final / f"{split}_labels.npy") < 0] = -1
+            labels.flush()
+            bad[split] = max(bad[split], bad_before[split])
     final.mkdir(parents=True, exist_ok=True)
     for path in partial.glob("*.npy"):
         path.replace(final / path.name)
-    meta = {"blocks": sorted({*whole, *missing}), "counts": counts, "dtype": dtype, "identity": identity}
+    meta = {"blocks": sorted({*whole, *missing}), "counts": counts, "bad": bad, "dtype": dtype, "identity": identity}
     write_atomically(final / "meta.json", json.dumps(meta, indent=2) + "\n")
     shutil.rmtree(partial)
     return FeatureCache(final)
 
 
-def _whole(final: Path, counts: dict[str, int]) -> list[int]:
-    """The blocks that are whole: those that meta.json names, where their files are as long as they should be."""
+def _whole(final: Path, counts: dict[str, int], allowed: dict[str, int]) -> tuple[list[int], dict[str, int]]:
+    """(the blocks that are whole, the images of each split that could not be read).
+
+    They are those that meta.json names, where their files are as long as they should be, and no more images than
+    `allowed` could not be read.
+    """
     try:
-        blocks = json.loads((final / "meta.json").read_text())["blocks"]
+        said = json.loads((final / "meta.json").read_text())
+        blocks, bad = said["blocks"], said["bad"]
+        if any(bad[split] > most for split, most in allowed.items()):
+            return [], {}
         for split, count in counts.items():
             for name in (f"{split}_labels.npy", *(file_name(split, block) for block in blocks)):
                 if len(np.load(final / name, mmap_mode="r")) != count:
-                    return []
+                    return [], {}
     except (OSError, ValueError, KeyError):
-        return []
-    return blocks
+        return [], {}
+    return blocks, bad
 
 
-def _progress(partial: Path, plan: dict) -> dict[str, int]:
-    """How many batches of each split lie in `partial`; none where it is of another plan, and then it is emptied."""
+def _progress(partial: Path, plan: dict) -> tuple[dict[str, int], dict[str, int]]:
+    """How many batches of each split lie in `partial`, and how many of their images could not be read.
+
+    None where it is of another plan, and then it is emptied.
+    """
     try:
         said = json.loads((partial / "progress.json").read_text())
         if {name: said[name] for name in plan} == plan:
-            return said["done"]
+            return said["done"], said["bad"]
     except (OSError, ValueError, KeyError):
         pass
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    return {}
+    return {}, {}
 
 
-def _extract(partial: Path, plan: dict, done: dict, split: str, images: Pass, extract, dtype, say) -> None:
-    """Fill the files of one split, from the batch on that `done` says, and count there what is on the disk."""
+def _extract(
+    partial: Path, plan: dict, done: dict, bad: dict, split: str, images: Pass, extract, dtype, say, allowed: int
+) -> None:
+    """Fill the files of one split, from the batch on that `done` says, and count there what is on the disk.
+
+    bad: of each split, how many images could not be read. Above `allowed` they are refused, and the batches since the
+    last count will be read again.
+    """
     names = {f"block_{block}": file_name(split, block) for block in plan["blocks"]}
     total = -(-images.count // images.batch_size)
     start = done.get(split, 0)
@@ -126,6 +152,7 @@ def _extract(partial: Path, plan: dict, done: dict, split: str, images: Pass, ex
         files = {name: np.lib.format.open_memmap(partial / file, mode="r+") for name, file in names.items()}
         files["label"] = np.lib.format.open_memmap(partial / f"{split}_labels.npy", mode="r+")
     begin = said = time.monotonic()
+    faults = bad.get(split, 0)
     for n, batch in enumerate(images.batches(start), start):
         out = extract(batch)
         if not files:
@@ -136,6 +163,12 @@ def _extract(partial: Path, plan: dict, done: dict, split: str, images: Pass, ex
             files["label"] = _allocate(partial / f"{split}_labels.npy", (images.count,), np.dtype(np.int32))
             files["label"][:] = -1
         use = out["valid"] & (out["position"] < images.count)
+        faults += int((~out["valid"] & (out["position"] < images.count)).sum())
+        if faults > allowed:
+            raise DataError(
+                f"{faults} of the first {min((n + 1) * images.batch_size, images.count)} images cannot be read",
+                f"the {split} images", "mend the files or the disk and go on, or set --max-bad-fraction higher",
+            )  # fmt: skip
         for name, file in files.items():
             values = out[name][use]
             with np.errstate(over="ignore"):  # what is too large is told below
@@ -150,8 +183,8 @@ def _extract(partial: Path, plan: dict, done: dict, split: str, images: Pass, ex
         if n + 1 == total or now - said > FLUSH:
             for file in files.values():
                 file.flush()
-            done[split] = n + 1
-            write_atomically(partial / "progress.json", json.dumps(plan | {"done": done}))
+            done[split], bad[split] = n + 1, faults
+            write_atomically(partial / "progress.json", json.dumps(plan | {"done": done, "bad": bad}))
             read = min((n + 1) * images.batch_size, images.count)
             rate = (read - start * images.batch_size) / max(now - begin, 1e-9)
             say(f"features: {split} {read}/{images.count} images, {rate:.0f} images/s")

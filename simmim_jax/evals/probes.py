@@ -5,8 +5,8 @@ features (blocks) that are fitted at once. Labels are 0 to k - 1. A linear class
 features that are standardised by the mean and scale of the training images, as by a batch norm without affine
 parameters (MAE, arXiv 2111.06377, appendix A).
 
-All is on one device, one set of features at a time: ImageNet's 1.28 million of 768 numbers take 3.9 GB there, and the
-logits are computed in parts of `ROWS` images.
+All is on one device, one set of features at a time: ImageNet's 1.28 million of 768 numbers are 3.9 GB there, and twice
+that while they are standardised or filled up. Logits and one-hot targets are computed in parts of `ROWS` images.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def sweep(
     schedule = optax.cosine_decay_schedule(batch_size / 256, epochs * steps)
 
     def loss(classifier, x, y):
-        logits = x @ classifier.weights + classifier.bias
+        logits = jnp.matmul(x, classifier.weights, precision=EXACT) + classifier.bias
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def train(features, learning_rate, weight_decay):
@@ -202,12 +202,20 @@ def ridge_path(
 @partial(jax.jit, static_argnames="classes")
 def _moments(x: Float[Anywhere, "m d"], labels: Int[Anywhere, " m"], *, classes: int):
     """Mean of the features, their covariance, that with the one-hot targets, and the mean of these."""
-    centre = x.mean(axis=0)
-    x = x - centre
-    targets = jax.nn.one_hot(labels, classes)
-    shares = targets.mean(axis=0)
-    product = partial(jnp.matmul, x.T / len(x), precision=EXACT)
-    return centre, product(x), product(targets - shares), shares
+    count, width = x.shape
+    rows = min(ROWS, count)
+    centre, shares = x.mean(axis=0), jnp.bincount(labels, length=classes) / count
+
+    def add(n, sums):
+        start = jnp.minimum(n * rows, count - rows)  # the last part begins in the one before it
+        part = jax.lax.dynamic_slice_in_dim(x, start, rows) - centre
+        part = jnp.where((start + jnp.arange(rows) >= n * rows)[:, None], part, 0)
+        targets = jax.nn.one_hot(jax.lax.dynamic_slice_in_dim(labels, start, rows), classes) - shares
+        return tuple(s + jnp.matmul(part.T, y, precision=EXACT) for s, y in zip(sums, (part, targets), strict=True))
+
+    zeros = jnp.zeros((width, width)), jnp.zeros((width, classes))
+    gram, correlation = jax.lax.fori_loop(0, -(-count // rows), add, zeros)
+    return centre, gram / count, correlation / count, shares
 
 
 def nearest_classes(

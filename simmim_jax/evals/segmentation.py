@@ -5,7 +5,10 @@ Shape letters: y x pixels of an image or a window, c channels, m windows, k l th
 
 import csv
 import io
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +16,15 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 
+from simmim_jax import processes
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum
 from simmim_jax.evals.reconstruction import to_rgb
 
 COLUMNS = ("image", "truth", "prediction")
 TILE = 224  # pixels of a picture's longer side, at least and at most
-AT_ONCE = 2**24  # numbers of logits that are brought to full size at a time
+AT_ONCE = 2**20  # numbers of logits that are brought to full size at a time: they stay in a core's cache
+THREADS = min(4, os.cpu_count() or 1)  # that bring logits to full size while the device reads the next windows
+END = np.iinfo(np.int32).max  # the index of no image
 
 
 def make_windows_reader(predict: Callable, batch_size: int, share: int, shares: int) -> Callable:
@@ -54,9 +60,10 @@ def make_segmentation(
 ):
     """read_windows(params, windows) -> logits, of up to `window_batch` windows of the size `window`.
 
-    `whole`, with a length, gives {"image" uint8 [y, x, c], "label_map" [h, w]}; an image is cut into overlapping
-    windows, padded with `fill` where it is smaller; logits are averaged where windows overlap, brought to the size of
-    the map, and the highest counts. Labels from n on have no class.
+    `whole`, with a length, gives {"image" uint8 [y, x, c], "label_map" [h, w], "index"}, the index rising; of several
+    processes, only images that all of them have are taken. An image is cut into overlapping windows, padded with `fill`
+    where it is smaller; logits are averaged where windows overlap, brought to the size of the map, and the highest
+    counts. Labels from n on have no class.
 
     Metrics in 0..1: "miou", the mean intersection over union of the classes that are in a map or a prediction;
     "pixel_accuracy"; "mean_accuracy", over the classes that are in a map; and "images", how many. Those of each class
@@ -80,7 +87,7 @@ def make_segmentation(
         drawn = min(pictures, len(whole))
         wanted = {place * len(whole) // drawn for place in range(drawn)}
         read = partial(read_windows, state.params)
-        segmented = segment_all(read, whole, window, window_batch, fill, step)
+        segmented = segment_all(read, agreed(whole), window, window_batch, fill, step)
         for record, prediction, num_classes in segmented:
             if not images:
                 counts = np.zeros((num_classes, num_classes), np.int64)
@@ -134,14 +141,35 @@ def table_of(counts: Int[np.ndarray, "n n"], measures: dict[str, np.ndarray], cl
     return file.getvalue()
 
 
+def agreed(whole: Iterable[dict]) -> Iterator[dict]:
+    """The records that all processes have, in order: what one of them cannot read is left out by all.
+
+    Else their windows would differ, and so would what they compute together. All must take them at the same pace.
+    """
+    records = iter(whole)
+    record = next(records, None)
+    while True:
+        own = END if record is None else int(record["index"])
+        first, last = -processes.greatest(-own), processes.greatest(own)
+        if first == last:
+            if record is None:
+                return
+            yield record
+        if own < last or first == last:
+            record = next(records, None)
+
+
 def segment_all(
     read: Callable, whole: Iterable[dict], window: tuple[int, int], window_batch: int, fill: np.ndarray, step: int = 0
 ) -> Iterator[tuple[dict, Int[np.ndarray, "h w"], int]]:
-    """(record, its prediction, the number of classes) of each image, in order; windows of several share a batch."""
+    """(record, its prediction, the number of classes) of each image, in order; windows of several share a batch.
+
+    Predictions are worked out in threads while the next windows are read.
+    """
     blank = np.broadcast_to(np.asarray(fill, np.uint8), (1, *window, len(fill)))
     _, rows, columns, num_classes = read(blank).shape
     stride = window[0] // rows, window[1] // columns
-    waiting, begun = [], []  # windows that are not yet read; images, in order
+    waiting, begun, read_whole = [], deque(), deque()  # windows to be read; images that wait for theirs, and the others
 
     def work() -> None:
         logits = read(np.stack([cut for _, _, cut in waiting]))
@@ -151,22 +179,27 @@ def segment_all(
             canvas.add(corner, one)
         waiting.clear()
 
-    def finished() -> Iterator[tuple]:
+    def finished(pool: ThreadPoolExecutor, most_left: int) -> Iterator[tuple]:
+        """Hand what is read to the pool, and give the oldest until so many are left there."""
         while begun and not begun[0][1].left:
-            record, canvas = begun.pop(0)
-            yield record, canvas.predict(record["label_map"].shape), num_classes
+            record, canvas = begun.popleft()
+            read_whole.append((record, pool.submit(canvas.predict, record["label_map"].shape)))
+        while len(read_whole) > most_left:
+            record, prediction = read_whole.popleft()
+            yield record, prediction.result(), num_classes
 
-    for record in whole:
-        canvas = Canvas(record["image"].shape[:2], window, stride, step, num_classes)
-        begun.append((record, canvas))
-        for corner in canvas.corners:
-            waiting.append((canvas, corner, cut_window(record["image"], corner, window, fill)))
-            if len(waiting) == window_batch:
-                work()
-        yield from finished()
-    if waiting:
-        work()
-    yield from finished()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for record in whole:
+            canvas = Canvas(record["image"].shape[:2], window, stride, step, num_classes)
+            begun.append((record, canvas))
+            for corner in canvas.corners:
+                waiting.append((canvas, corner, cut_window(record["image"], corner, window, fill)))
+                if len(waiting) == window_batch:
+                    work()
+            yield from finished(pool, THREADS)
+        if waiting:
+            work()
+        yield from finished(pool, 0)
 
 
 def cut_window(

@@ -115,12 +115,20 @@ class UPerNet(nn.Module):
         return pooled
 
 
-def masked_cross_entropy(
-    logits: Float[Array, "b k l n"], label_map: UInt[Array, "b y x"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(cross entropy, share of right pixels), each the mean over the pixels of all images that have a class.
+def mean_labelled(label_map: UInt[Array, "b y x"], num_classes: int) -> Float[Array, " b"]:
+    """How many pixels of an image have a class, in the mean over the images: the same for each, and never 0."""
+    counts = (label_map < num_classes).sum(axis=(1, 2), dtype=jnp.float32)
+    return jnp.full(counts.shape, jnp.maximum(counts.mean(), 1 / len(counts)))
 
-    Labels from n on are no class. The logits are brought to the map's size.
+
+def masked_cross_entropy(
+    logits: Float[Array, "b k l n"], label_map: UInt[Array, "b y x"], labelled: Float[Array, " b"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(cross entropy, share of right pixels), each summed over the pixels that have a class and divided by how many of
+    them the whole batch has for so many images.
+
+    Labels from n on are no class. labelled: `mean_labelled` of the whole batch, so that the mean over the equal parts
+    of a batch is that over the pixels of all its images. The logits are brought to the map's size.
     """
     logits = resized(logits, label_map.shape[1:])
     labels = label_map.astype(jnp.int32)
@@ -128,7 +136,7 @@ def masked_cross_entropy(
     chosen = jnp.where(valid, labels, 0)
     right = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - right
-    count = jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
+    count = labelled.sum()
     hits = (logits.argmax(axis=-1) == chosen) & valid
     return jnp.where(valid, loss, 0.0).sum() / count, hits.sum(dtype=jnp.float32) / count
 
@@ -147,10 +155,10 @@ def make_segment(
     auxiliary_weight: int | float = 0.4,
     train_encoder: bool = True,
 ):
-    """(init, loss_fn, predict) of cross entropy over the pixels of "label_map" [b, y, x] that have a class.
+    """(init, loss_fn, predict, prepare) of cross entropy over the pixels of "label_map" [b, y, x] that have a class.
 
     `predict` gives "logits" [b, k, l, n], one for each `y // k` pixels: UPerNet's stride is that of its finest level,
-    4 pixels for a ViT, the linear head's that of its block. With microbatches each part's mean counts the same.
+    4 pixels for a ViT, the linear head's that of its block.
     params: "encoder" and "head". loss_fn's metric: "pixel_accuracy".
 
     block: whose output the linear head reads, 1 to depth; 0 for what the trunk puts out after its final norm.
@@ -196,19 +204,23 @@ def make_segment(
         head_params = decoder.init(head_key, [jnp.zeros(x.shape) for x in maps])["params"]
         return {"encoder": encoder_params, "head": head_params}
 
+    def prepare(batch):
+        return batch | {"mean_labelled": mean_labelled(batch["label_map"], num_classes)}
+
     def loss_fn(params, batch, key, train):
         drop_key, head_key = jax.random.split(key)
         maps, statistics = see(params["encoder"], batch["image"], train and train_encoder, drop_key, batch["position"])
         logits, auxiliary = decoder.apply(
             {"params": params["head"]}, maps, *((head_key, batch["position"]) if train else ())
         )
-        loss, accuracy = masked_cross_entropy(logits, batch["label_map"])
+        truth = batch["label_map"], batch["mean_labelled"]
+        loss, accuracy = masked_cross_entropy(logits, *truth)
         if auxiliary is not None and auxiliary_weight:
-            loss += auxiliary_weight * masked_cross_entropy(auxiliary, batch["label_map"])[0]
+            loss += auxiliary_weight * masked_cross_entropy(auxiliary, *truth)[0]
         return loss, {"pixel_accuracy": accuracy, "statistics": {"encoder": statistics}}
 
     def predict(params, batch, key):
         maps, _ = see(params["encoder"], batch["image"])
         return {"logits": decoder.apply({"params": params["head"]}, maps)[0]}
 
-    return init, loss_fn, predict
+    return init, loss_fn, predict, prepare

@@ -33,6 +33,7 @@ from simmim_jax.errors import (
     DataError,
     NonFiniteError,
     Parser,
+    UserError,
     check_minimum,
     choose,
     nearest_of,
@@ -50,7 +51,8 @@ examples:
   of the images that the run was trained on:
     python -m simmim_jax.tools.embed runs/mine '' mine.parquet
 
-Interrupted? The same command goes on, from what is in OUT.parts, and ends with the same bytes.
+Interrupted? The same command goes on, from what is in OUT.parts, and ends with the same bytes. With --overwrite too:
+OUT stays as it is until all is there.
 """
 POOLS = ("patches", "class_token", "both", "map")
 PART_ROWS, PART_BYTES = 1024, 2**25  # of a part: about so many rows, and not more bytes
@@ -74,12 +76,13 @@ def make_parser() -> Parser:
     add("--pool", default="patches", help=f"{', '.join(POOLS)} (default: patches, their mean)")
     add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
     add("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    add("--split", default="train", metavar="NAME", help="where DATA has parts: train, val, test, ... (default: train)")
+    add("--split", default="", metavar="NAME",
+        help="where DATA has parts: train, val, test, ... (default: train; of '', the run's)")  # fmt: skip
     add("--limit", type=int, default=0, metavar="N", help="so many images, evenly spread; 0: all")
     add("--normalise", action="store_true", help="to Euclidean length 1, as for cosine similarity")
     add("--dtype", default="float32", help="float32 or float16")
     add("--max-bad-fraction", type=float, default=0.01, metavar="R", help="of unreadable images (default: 0.01)")
-    add("--overwrite", action="store_true", help="begin anew; replaces nothing that embed has not written")
+    add("--overwrite", action="store_true", help="in place of an OUT that embed has written of something else")
     return parser
 
 
@@ -176,7 +179,9 @@ def embed(options: argparse.Namespace) -> None:
         options.block = model.config.get("probe_block", 0)
     pooling = "patches" if options.pool == "map" else options.pool
     check_readable(model.encoder, options.block, pooling, "--block and --pool")
-    where = trained.source_options(model, options.data, heldout_fraction=0.0) | {"split": options.split}
+    own = model.config.get("data", {})
+    split = options.split or ("train" if options.data else own.get("split", "train"))
+    where = trained.source_options(model, options.data, heldout_fraction=0.0, as_divided=False) | {"split": split}
     source = data.make_source(**where)
     count = min(options.limit or len(source), len(source))
     made_from = origin(model, options, source)
@@ -188,7 +193,7 @@ def embed(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.hold(str(folder)):
         if options.overwrite:
-            forget(folder, options.out)
+            forget(folder, made_from)
         elif finished:
             remove(folder)
             print(f"{options.out} is finished: {summary(finished)}")
@@ -212,7 +217,6 @@ def origin(model, options: argparse.Namespace, source) -> dict:
     from simmim_jax import checkpoint, pretrained
 
     weights = json.dumps(checkpoint.checksums(model.params["encoder"]), sort_keys=True)
-    own = model.config.get("data", {})
     return {
         "weights": hashlib.sha256(weights.encode()).hexdigest(),
         "step": model.step,
@@ -220,8 +224,8 @@ def origin(model, options: argparse.Namespace, source) -> dict:
         "mean": list(model.config["mean"]),
         "std": list(model.config["std"]),
         "image_size": list(model.image_size),
-        "crop_fraction": own.get("crop_fraction", 1.0),
-        "interpolation": own.get("interpolation", "bicubic"),
+        "crop_fraction": model.crop_fraction,
+        "interpolation": model.interpolation,
         "block": options.block,
         "pool": options.pool,
         "normalise": options.normalise,
@@ -316,10 +320,10 @@ def write_parts(
             while done * rows_of_part < count and start + of_view >= min((done + 1) * rows_of_part, count):
                 last = min((done + 1) * rows_of_part, count) - start  # of the view
                 rows, faults, rest = cut(waiting, last, view, options)
-                embeddings.write_part(folder, done, rows, source.classes, faults)
                 left_out += faults
+                refuse_many(left_out, allowed, source)  # what may pass, as a disk that is gone, is in no part
+                embeddings.write_part(folder, done, rows, source.classes, faults)
                 progress.add(last + start - progress.done, len(faults))
-                refuse_many(left_out, allowed, source)
                 done, waiting = done + 1, [rest]
     finally:
         progress.bar.close()
@@ -411,13 +415,19 @@ def summary(about: dict) -> str:
     return f"{about['count']:,} images, each {size} of {about['dtype']}: {about['what']}, step {about['step']}{left}"
 
 
-def forget(folder: Path, out: Path) -> None:
-    """Remove what an earlier command has written: OUT, which has been seen to be embed's, and parts."""
-    if (folder / "manifest.json").exists():
-        for path in folder.iterdir():
+def forget(folder: Path, made_from: dict) -> None:
+    """Remove the parts that an earlier command has written, unless it made them from the same."""
+    from simmim_jax.tools import embeddings
+
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return
+    try:
+        embeddings.refuse_difference(json.loads(manifest.read_text())["made_from"], made_from, str(folder))
+    except (UserError, ValueError, KeyError):
+        for path in sorted(folder.iterdir(), key=lambda path: path == manifest):  # by which they are known to be parts
             if path.name != "LOCK":
                 path.unlink()
-    out.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:

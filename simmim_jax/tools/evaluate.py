@@ -15,10 +15,12 @@ import fcntl
 import importlib.metadata
 import io
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +29,6 @@ from simmim_jax.errors import (
     ConfigError,
     DataError,
     Parser,
-    UserError,
     check_minimum,
     told_in_one_line,
 )
@@ -47,7 +48,6 @@ TIMMS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_cou
 OURS = ("images", "run", "step", "data", "date", "version")
 COLUMNS = TIMMS + OURS
 TFDS_PARTS = ("validation", "test")  # of a TFDS data set, to evaluate on
-CROP = 0.875  # of an imported model: 224 of 256 pixels
 PATIENCE = 30  # seconds between two lines of progress
 SEE = "see summary.json in its workdir, or give a run of classify or simmim"
 HEADLESS = "fine-tune or probe it first (configs/folder_finetune.py, configs/folder_linear.py)"
@@ -69,13 +69,14 @@ def make_parser() -> Parser:
         help="of the images (default: the part to evaluate on; of a folder without one, all)")  # fmt: skip
     add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
     add("--crop-fraction", type=float, metavar="R",
-        help=f"of the resized side that the centre crop keeps (default: the run's; imports: {CROP})")  # fmt: skip
+        help="of the resized side that the centre crop keeps (default: the run's; imports: 0.875)")  # fmt: skip
     add("--interpolation", default="", help="bilinear, bicubic, ... (default: the run's; imports: bicubic)")
     add("--batch-size", type=int, default=64, metavar="N", help="default: 64; of it no result depends")
-    add("--limit", type=int, default=0, metavar="N", help="so many images, evenly spread; 0: all")
+    add("--limit", type=int, metavar="N",
+        help="so many images, evenly spread; 0: all (default: all; own ones of simmim: as in the run)")  # fmt: skip
     add("--max-bad-fraction", type=float, default=0.01, metavar="R", help="of unreadable images (default: 0.01)")
     add("--results", default="results.csv", metavar="FILE", help="to add a row to (default: results.csv; '': none)")
-    add("--out", default="", metavar="FOLDER", help="for confusion.csv and .png, classes.csv and mistakes.png")
+    add("--out", default="", metavar="FOLDER", help="for confusion.csv and .png, classes.csv, mistakes.png")
     add("--mistakes", type=int, default=24, metavar="N", help="images on mistakes.png (default: 24; 0: no such file)")
     return parser
 
@@ -89,8 +90,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.image_size = sides(options.image_size)
     check_minimum("--batch-size", options.batch_size, 1)
-    for name in ("limit", "mistakes"):
-        check_minimum(f"--{name}", getattr(options, name), 0)
+    check_minimum("--limit", options.limit or 0, 0)
+    check_minimum("--mistakes", options.mistakes, 0)
     if options.crop_fraction is not None and not 0 < options.crop_fraction <= 1:
         raise ConfigError(f"--crop-fraction={options.crop_fraction:g}", "command line", "give one above 0, up to 1")
     if not 0 <= options.max_bad_fraction <= 1:
@@ -118,7 +119,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     compilation.keep_compiled()
     model = trained.open_trained(options.run, options.image_size)
-    settle_pixels(options, model.config)
+    settle(options, model)
     objective = trained.objective_of(model)
     name = model.config["objective"]["name"]
     if name not in ("classify", "simmim"):
@@ -142,12 +143,17 @@ def evaluate(options: argparse.Namespace) -> None:
         evaluate_pretraining(model, objective, source, heldout, mesh, options)
 
 
-def settle_pixels(options: argparse.Namespace, config: dict) -> None:
-    """Fill in how images are cropped and resized, where the options do not say it: as the run evaluates them."""
-    own = config.get("data", {})
+def settle(options: argparse.Namespace, model) -> None:
+    """Fill in how many images are taken, cropped and resized how, where the options leave it open: as the run does."""
+    from simmim_jax import trained
+
     if options.crop_fraction is None:
-        options.crop_fraction = own.get("crop_fraction", 1.0 if own else CROP)
-    options.interpolation = options.interpolation or own.get("interpolation", "bicubic")
+        options.crop_fraction = model.crop_fraction
+    options.interpolation = options.interpolation or model.interpolation
+    if options.limit is None:
+        pretrained = (model.config.get("objective") or {}).get("name") == "simmim"
+        own = not options.data or trained.is_own(model, options.data)
+        options.limit = model.config.get("eval_images", 0) if pretrained and own else 0
 
 
 def told_pixels(options: argparse.Namespace, model) -> str:
@@ -164,38 +170,60 @@ def open_heldout(model, options: argparse.Namespace) -> tuple:
     """(the images to evaluate on, what they are).
 
     Of the run's data the held-out part, of others the part that `options` says; where it says none, the part for
-    evaluation, and of a folder or file without one, all.
+    evaluation, and of a folder or file without parts, all. Raises DataError where there is one, and it cannot be read,
+    and where there are images to train on alone.
     """
     from simmim_jax import trained
+    from simmim_jax.data.sources.tfds import prepared_directory
 
-    own = model.config.get("data", {})
-    named = own.get("path") or ""
-    same = named and options.data and os.path.realpath(named) == os.path.realpath(options.data)
-    if not options.data or same:
-        parts = (options.split or own.get("heldout_split", "validation"),)
-    elif options.split:
-        parts = (options.split,)
-    else:
-        parts = TFDS_PARTS if options.data.startswith("tfds:") else ("validation", "train")
-    for part in parts:
-        try:
-            source = trained.open_source(model, "" if same else options.data, part, heldout_fraction=0.0)
-        except UserError as error:
-            failed = error
-            continue
-        told = source.describe()
-        return source, told if len(parts) == 1 else told.replace("split train", "all")
-    raise failed
+    path, own = options.data, model.config.get("data", {})
+    make = partial(trained.open_source, model, path, heldout_fraction=0.0)
+    if options.split or not path or trained.is_own(model, path):
+        source = make(options.split or own.get("heldout_split", "validation"))
+        return source, source.describe()
+    first, second = "validation", "train"
+    if path.startswith("tfds:") or prepared_directory(path):
+        first, second = TFDS_PARTS
+    try:
+        source = make(first)
+        return source, source.describe()
+    except DataError as error:
+        absent = error.what.endswith(f"has no split {first!r}")  # of TFDS
+        if not absent and not error.where.startswith("data.heldout_fraction"):  # of others: nothing is held out
+            raise
+        if not absent and has_parts(path):
+            fix = "give --split=train to evaluate on these, or other images as --data"
+            raise DataError("images to train on, and none to evaluate on", path, fix) from error
+    source = make(second)
+    return source, source.describe().replace("split train", "all")
+
+
+def has_parts(path: str) -> bool:
+    """Whether there is a part to train on, or an empty one to evaluate on, by the rules of `data.sources.splits`."""
+    from simmim_jax.data.sources import KINDS
+    from simmim_jax.data.sources.folder import split_folders
+    from simmim_jax.data.sources.splits import EVALUATION
+
+    if "{split}" in path or {"train", *EVALUATION} & split_folders(path).keys():
+        return True
+    names = [path] if not os.path.exists(path) else []  # wildcards
+    for folder in (path, os.path.join(path, "data")):
+        names += os.listdir(folder) if os.path.isdir(folder) else []
+    shards = tuple(extension for extensions in KINDS for extension in extensions)
+    return any("train" in re.split(r"[^a-z0-9]+", os.path.basename(name).lower()) for name in names
+               if name.lower().endswith(shards))  # fmt: skip
 
 
 def check_classes(model, source, *, compare_names: bool) -> None:
-    """Raise DataError unless the images have as many classes as the head.
+    """Raise DataError unless the images have labels, of as many classes as the head.
 
     compare_names: warn too where the classes of the run have other names, for which its own images are opened.
     """
     from simmim_jax import trained
 
     count, there = model.config["objective"]["num_classes"], tuple(source.classes)
+    if not there and not has_labels(source):
+        raise DataError("images without classes", source.describe(), "put each class into a folder of its own")
     if there and len(there) != count:
         raise DataError(
             f"the head knows {count} classes, the images have {len(there)}", source.describe(),
@@ -206,6 +234,16 @@ def check_classes(model, source, *, compare_names: bool) -> None:
         n = next(n for n in range(count) if known[n] != there[n])
         print(f"warning: class {n} is {known[n]!r} in the run and {there[n]!r} in {source.describe()}: "
               "the head tells classes by number", file=sys.stderr)  # fmt: skip
+
+
+def has_labels(source) -> bool:
+    """Whether the first image has one: all have, or none, also of shards that say no names of classes."""
+    from simmim_jax.data.decode import BadImage
+
+    try:
+        return source[0]["label"] >= 0
+    except (BadImage, OSError):
+        return True  # which the pass will tell
 
 
 def watched(batches: Iterable[dict], count: int) -> Iterator[dict]:
@@ -245,11 +283,7 @@ def evaluate_classifier(model, objective, source, told: str, heldout, mesh, opti
 
     answers = accuracy.join(parts())
     left_out = count - len(answers.label)
-    if left_out > options.max_bad_fraction * count:
-        raise DataError(
-            f"{left_out} of {count} images cannot be read or have no class", source.describe(),
-            "mend them, or set --max-bad-fraction higher",
-        )  # fmt: skip
+    refuse_many(left_out, count, "cannot be read or have no class", source, options)
     metrics = accuracy.top(answers, classes)
     shares = "".join(f"top-{k} {100 * metrics[f'top{k}']:.2f} %  " for k in (1, 5) if f"top{k}" in metrics)
     print(f"{shares}of {len(answers.label)} images" + (f", {left_out} left out" if left_out else ""), flush=True)
@@ -259,19 +293,26 @@ def evaluate_classifier(model, objective, source, told: str, heldout, mesh, opti
         print(f"a row more in {options.results}")
     if options.out:
         names = [str(name) for name in source.classes] or [str(n) for n in range(classes)]
-        matrix = confusion.confusion_matrix(answers, classes)
         folder = Path(options.out)
-        (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier evaluation
-        files = {
-            "classes.csv": confusion.classes_csv(answers, matrix, names).encode(),
-            "confusion.csv": confusion.matrix_csv(matrix, names).encode(),
-            "confusion.png": png(confusion.draw_confusion(matrix, names)),
-        }
+        for name in ("mistakes.png", "confusion.csv", "confusion.png"):  # of an earlier evaluation
+            (folder / name).unlink(missing_ok=True)
+        files = {"classes.csv": confusion.classes_csv(answers, names).encode()}
+        if classes <= confusion.MOST:
+            matrix = confusion.confusion_matrix(answers, classes)
+            files["confusion.csv"] = confusion.matrix_csv(matrix, names).encode()
+            files["confusion.png"] = png(confusion.draw_confusion(matrix, names))
         if mistakes.kept:
             files["mistakes.png"] = png(confusion.draw_mistakes(mistakes.kept, names))
         for name, content in files.items():
             write(folder / name, content)
         print(f"{options.out}: {', '.join(files)}")
+
+
+def refuse_many(left_out: int, count: int, why: str, source, options: argparse.Namespace) -> None:
+    """Raise DataError if more images than `options` allow are left out."""
+    if left_out > options.max_bad_fraction * count:
+        fix = "mend them, or set --max-bad-fraction higher"
+        raise DataError(f"{left_out} of {count} images {why}", source.describe(), fix)
 
 
 def evaluate_pretraining(model, objective, source, heldout, mesh, options: argparse.Namespace) -> None:
@@ -283,10 +324,20 @@ def evaluate_pretraining(model, objective, source, heldout, mesh, options: argpa
     from simmim_jax.evals.features import run_everywhere
 
     count = min(options.limit or len(source), len(source))
+    left_out = 0
+
+    def readable() -> Iterator[dict]:
+        nonlocal left_out
+        left_out = count
+        for batch in watched(heldout, count):
+            left_out -= int(batch["valid"].sum())
+            yield batch
+        refuse_many(left_out, count, "cannot be read", source, options)
+
     key = jax.random.split(jax.random.key(model.config.get("seed", 0)), 3)[2]  # `train.keys_of`
     supplies = {
         "predict": run_everywhere(lambda params, batch: objective.predict(params, batch, key), mesh),
-        "heldout": Repeated(lambda: watched(heldout, count)),
+        "heldout": Repeated(readable),
         "spread": lambda pictures: trained.make_pass(
             model, source, mesh, batch_size=options.batch_size, crop_fraction=options.crop_fraction,
             interpolation=options.interpolation, limit=pictures,
@@ -295,7 +346,8 @@ def evaluate_pretraining(model, objective, source, heldout, mesh, options: argpa
     }  # fmt: skip
     state = SimpleNamespace(step=model.step, params=jax.device_put(model.params, sharding.replicated(mesh)))
     metrics = make_evaluator("reconstruction", supplies, pictures=8 if options.out else 0)(state)
-    print(f"masked_loss {metrics['masked_loss']:.4f} of {count} images")
+    told = f", {left_out} left out" if left_out else ""
+    print(f"masked_loss {metrics['masked_loss']:.4f} of {count - left_out} images{told}")
     print(
         f"no accuracy, and no row in {options.results or 'results.csv'}: a pretraining run has no classes; {HEADLESS}"
     )
@@ -400,17 +452,17 @@ def check_results(path: Path) -> None:
     """Refuse a file of results that no row can be added to, before anything is computed. Raises ConfigError."""
     if path.is_dir():
         raise ConfigError("a folder", str(path), "give a file, like --results=results.csv")
-    if not path.parent.is_dir():
-        raise ConfigError("no such folder", str(path.parent), "make it, or give another --results")
-    there = path.exists()
-    if not os.access(path if there else path.parent, os.W_OK):
-        raise ConfigError("may not be written", str(path), "give another --results")
-    if there:
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if existing != path and not existing.is_dir():
+        raise ConfigError("no folder", str(existing), "give another --results")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError("may not be written", str(existing), "give another --results")
+    if existing == path:
         with open(path, "rb") as file:
-            check_header(path, file.readline(), ends=True)
+            check_header(path, file.readline())
 
 
-def check_header(path: Path, line: bytes, *, ends: bool = False) -> None:
+def check_header(path: Path, line: bytes) -> None:
     """Raise ConfigError unless the first line of a file, empty in a new one, is that of `COLUMNS`."""
     columns = next(csv.reader([line.decode("utf-8-sig", "replace").strip()]), [])
     if line and tuple(columns) != COLUMNS:
@@ -421,8 +473,12 @@ def check_header(path: Path, line: bytes, *, ends: bool = False) -> None:
 
 
 def append_row(path: Path, row: dict[str, str]) -> None:
-    """Add a line to the file, and before it the header where it is new: in one write, under a lock, or not at all."""
+    """Add a line to the file, and before it the header where it is new: in one write, under a lock, or not at all.
+
+    The folder is made where it is missing.
+    """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)

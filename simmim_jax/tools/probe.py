@@ -7,7 +7,8 @@ import argparse
 import os
 import sys
 
-from simmim_jax.errors import BusyError, ConfigError, Parser, check_minimum, choose, nearest_of, told_in_one_line
+from simmim_jax.errors import BusyError, ConfigError, DataError, Parser, check_minimum, choose, told_in_one_line
+from simmim_jax.tools.embed import parse_known
 
 EXAMPLES = """\
 examples:
@@ -22,10 +23,11 @@ examples:
       --blocks=7,8,9 --dtype=float16 --batch-size=512 --threads=16
 
 OUT/ then has results.csv and results.json (a row for each method, block and pooling), blocks.png, and features/, which
-the next call with the same weights and images reads again. Settings are chosen by images taken out of the training
-images; the test images are looked at once, with what was chosen. The linear, ridge and logistic probes are then fitted
-to all training images. A few-shot probe is fitted to the drawn images alone; the features' mean and scale are those of
-all training images, whose labels that takes not.
+the next call with the same weights and images reads again. Rows are written after each block: the same command goes on
+after an interruption, and one with other probes or blocks adds to them. Settings are chosen by images taken out of the
+training images; the test images are looked at once, with what was chosen. The linear, ridge and logistic probes are
+then fitted to all training images. A few-shot probe is fitted to the drawn images alone; the features' mean and scale
+are those of all training images, whose labels that takes not.
 """
 METHODS = ("linear", "logistic", "ridge", "knn", "fewshot")
 POOLS = ("patches", "class_token", "both", "all")
@@ -70,18 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", help="of features on the disk: float32 or float16")
     parser.add_argument("--batch-size", default="64", help="of the pass over the images (default: 64)")
     parser.add_argument("--threads", default="2", help="that decode images (default: 2)")
+    parser.add_argument("--max-bad-fraction", default="0.01", help="of images that cannot be read (default: 0.01)")
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, as numbers where they are numbers. Raises ConfigError."""
-    parser = make_parser()
-    options, surplus = parser.parse_known_args(argv)
-    if surplus:
-        flag = surplus[0].split("=")[0]
-        known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-        fix = nearest_of(flag, known) if flag.startswith("-") else "give RUN and OUT, and no third"
-        raise ConfigError(f"unknown argument {surplus[0]!r}", "command line", fix)
+    options = parse_known(make_parser(), argv)
     options.run, options.out = map(os.path.expanduser, (options.run, options.out))
     choose("pool", options.pool, POOLS)
     choose("dtype", options.dtype, DTYPES)
@@ -105,6 +102,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("validation_fraction", "temperature", "crop_fraction"):
         if (given := getattr(options, name)) is not None:
             setattr(options, name, _number(name, given, float, 0, strict=True))
+    options.max_bad_fraction = _number("max_bad_fraction", options.max_bad_fraction, float, 0)
     for name, value in (("validation-fraction", options.validation_fraction),
                         *(("fractions", fraction) for fraction in options.fractions)):  # fmt: skip
         if value >= 1:
@@ -138,7 +136,9 @@ def _numbers(name: str, text: str, kind: type, least: int, *, strict: bool = Fal
 def run(argv: list[str]) -> None:
     """Probe RUN as the command line says."""
     options = parse(argv)
-    from simmim_jax import checkpoint  # JAX comes in here: help and mistakes are told without it
+    import jax  # only here: help and mistakes are told without it
+
+    from simmim_jax import checkpoint
     from simmim_jax.tools import probing
 
     try:
@@ -149,6 +149,13 @@ def run(argv: list[str]) -> None:
         raise
     except BusyError as error:
         raise BusyError("OUT is in use", error.where, "wait for it, or give another OUT") from error
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DataError(
+            "not enough memory for these features or probes", options.run,
+            "lower --batch-size or --limit, give fewer of --only, or set JAX_PLATFORMS=cpu; what is whole is kept",
+        ) from error  # fmt: skip
     except OSError as error:
         raise ConfigError(
             f"cannot read or write: {error.strerror or error}", str(error.filename or options.out),

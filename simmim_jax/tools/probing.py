@@ -2,12 +2,15 @@
 picture.
 
 A row of the results is one method on one block and pooling: what was chosen by the validation images, their accuracy,
-and the accuracy on the test images. The classifiers run on one device, the features on all; one process.
+and the accuracy on the test images. The classifiers run on one device, the features on all; one process. Rows are
+written after each block, and those that an earlier call has written are not computed again.
 """
 
 import csv
 import io
+import itertools
 import json
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -22,10 +25,10 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from simmim_jax import checkpoint, compilation, sharding
-from simmim_jax.errors import ConfigError, DataError, NonFiniteError
+from simmim_jax.errors import ConfigError, DataError
 from simmim_jax.evals import draws, probes
 from simmim_jax.evals.curves import Curve, Panel, draw_curves
-from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
+from simmim_jax.evals.feature_cache import FeatureCache, Pass, key_of, open_cache
 from simmim_jax.evals.features import run_everywhere
 from simmim_jax.metrics import write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
@@ -35,6 +38,11 @@ REGULARISATIONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge regression, on
 INVERSE_REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C
 FEW_SHOT_C, FEW_SHOT_NEIGHBOURS = 1.0, 20  # where nothing is chosen
 LEAST_STEPS = 16  # of the linear probe in an epoch: of few images, batches are smaller
+DECIDES_ALL = ("seed", "validation_fraction")  # options that decide every row, beside the features
+DECIDES = {  # and those that decide the rows of one kind
+    "linear": ("learning_rates", "weight_decays", "epochs", "probe_batch_size"), "logistic": (), "ridge": (),
+    "knn": ("neighbours", "temperature"), "fewshot": ("shots", "fractions", "seeds", "temperature"),
+}  # fmt: skip
 STACKED = 2**30  # bytes of features that linear probes are trained on at once, block beside block
 COLUMNS = (
     "method", "images", "pool", "block", "paper", "chosen", "setting", "validation_top1", "top1", "top5", "draws",
@@ -56,26 +64,75 @@ def probe(options: Namespace) -> list[dict]:
     cache = extract(trained, sources, pools, blocks, options, out)
     sets = labelled(cache, sources, options)
     paper = round(depth * 2 / 3)
-    rows = []
-    for pool in pools:
-        for found in probe_blocks(cache, sets, pool, blocks, options):
-            for row in found:
-                row = {"pool": pool, "paper": row["block"] == paper and pool == "patches"} | row
-                rows.append({name: row.get(name) for name in COLUMNS})
-            tell(rows[-len(found) :])
-    mark_chosen(rows)
     said = {
         "run": str(trained.folder), "step": trained.step, "image_size": list(trained.image_size), "depth": depth,
         "train": sources["train"].describe(), "test": sources["test"].describe(), "classes": sets["classes"],
-        "validation_images": len(sets["validation"]), "options": vars(options), "rows": rows,
+        "validation_images": len(sets["validation"]), "features": features_of(cache), "options": vars(options),
     }  # fmt: skip
-    write_atomically(out / "results.json", json.dumps(said, indent=2) + "\n")
-    write_atomically(out / "results.csv", csv_of(rows))
-    write_picture(out / "blocks.png", rows, blocks, paper)
+    rows = earlier_rows(out, said)
+    for pool in pools:
+        there = {(row["block"], kind_of(row)) for row in rows if row["pool"] == pool}
+        left = {block: [kind for kind in options.only if (block, kind) not in there] for block in blocks}
+        for found in probe_blocks(cache, sets, pool, left, options):
+            for row in found:
+                row = {"pool": pool, "paper": row["block"] == paper and pool == "patches"} | row
+                rows.append({name: row.get(name) for name in COLUMNS})
+            if found:
+                tell(rows[-len(found) :])
+            write_rows(out, said, rows)
+    write_rows(out, said, rows)
+    write_picture(out / "blocks.png", rows, paper)
     for line in table(rows, paper, depth):
         print(line)
     print(f"\nwritten: {out}/results.csv, results.json, blocks.png")
     return rows
+
+
+def features_of(cache: FeatureCache) -> str:
+    """Names the numbers of a cache, whichever poolings it has."""
+    meta = json.loads((cache.folder / "meta.json").read_text())
+    return key_of(meta["identity"] | {"pool": "", "dtype": meta["dtype"]})
+
+
+def kind_of(row: dict) -> str:
+    """What `--only` calls it."""
+    return row["method"] if row["images"] == "all" else "fewshot"
+
+
+def earlier_rows(out: Path, said: dict) -> list[dict]:
+    """The rows of `out`/results.json that are of the same features and options.
+
+    Where there are others, the earlier results are moved to a folder of their own first, and that is said.
+    """
+    try:
+        earlier = json.loads((out / "results.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    now, before = json.loads(json.dumps(said["options"])), earlier["options"]
+    decided = {kind: (*DECIDES_ALL, *names) for kind, names in DECIDES.items()}
+    same = {kind for kind, names in decided.items() if all(before.get(name) == now[name] for name in names)}
+    same &= set(DECIDES) if earlier.get("features") == said["features"] else set()
+    rows = [row for row in earlier["rows"] if kind_of(row) in same]
+    if len(rows) < len(earlier["rows"]):
+        aside = next(path for n in itertools.count(1) if not (path := out / f"earlier_{n}").exists())
+        aside.mkdir()
+        for name in ("results.csv", "blocks.png", "results.json"):
+            if (out / name).exists():
+                (out / name).replace(aside / name)
+        others = len(earlier["rows"]) - len(rows)
+        print(f"{others} earlier results are of other weights, images or options: all are in {aside} now", flush=True)
+    if rows:
+        print(f"{len(rows)} results are there already, and are kept", flush=True)
+    return rows
+
+
+def write_rows(out: Path, said: dict, rows: list[dict]) -> None:
+    """Put the rows in order, mark them and write them."""
+    kinds, pools = tuple(DECIDES), ("patches", "class_token", "both")
+    rows.sort(key=lambda row: (pools.index(row["pool"]), row["block"] or math.inf, kinds.index(kind_of(row))))
+    mark_chosen(rows)
+    write_atomically(out / "results.json", json.dumps(said | {"rows": rows}, indent=2) + "\n")
+    write_atomically(out / "results.csv", csv_of(rows))
 
 
 def open_sources(trained: Trained, options: Namespace) -> dict:
@@ -91,6 +148,11 @@ def open_sources(trained: Trained, options: Namespace) -> dict:
         )
     sources = {name: open_source(trained, options.data, split) for name, split in splits.items()}
     train, test = sources.values()
+    if share_images(train, test):
+        raise ConfigError(
+            f"the images to fit to, {train.describe()}, and to report on are the same, or some are", test.describe(),
+            "give another --test-split",
+        )  # fmt: skip
     if len(train.classes) < 2:
         raise DataError(
             f"{len(train.classes) or 'no'} class{'' if len(train.classes) == 1 else 'es'}: a probe needs two",
@@ -102,6 +164,22 @@ def open_sources(trained: Trained, options: Namespace) -> dict:
             "or others", test.describe(), "give both the same folders of classes",
         )  # fmt: skip
     return sources
+
+
+def share_images(train, test) -> bool:
+    """Whether two sources are the same part by two names, or slices of TFDS that overlap."""
+    if {train.fingerprint()["source"], test.fingerprint()["source"]} == {"tfds"}:
+        spans = [
+            (a.filename, range(max(a.skip, b.skip), min(a.skip + a.take, b.skip + b.take)))
+            for a in train.records.dataset_info.splits[train.split].file_instructions
+            for b in test.records.dataset_info.splits[test.split].file_instructions
+            if a.filename == b.filename
+        ]
+        return any(len(span) for _, span in spans)
+    first, second = (
+        {**source.fingerprint(), "split": "", "root": getattr(source, "root", "")} for source in (train, test)
+    )
+    return first == second
 
 
 def pools_of(trained: Trained, pool: str) -> tuple[str, ...]:
@@ -149,8 +227,9 @@ def extract(
     run = run_everywhere(wanted, mesh)
     on_devices = jax.device_put(params, sharding.replicated(mesh))
     return open_cache(
-        out / "features", identity, passes, partial(run, on_devices), blocks, options.dtype, partial(print, flush=True)
-    )
+        out / "features", identity, passes, partial(run, on_devices), blocks, options.dtype, partial(print, flush=True),
+        options.max_bad_fraction,
+    )  # fmt: skip
 
 
 def labelled(cache: FeatureCache, sources: dict, options: Namespace) -> dict:
@@ -187,6 +266,8 @@ def labelled(cache: FeatureCache, sources: dict, options: Namespace) -> dict:
             "give more images, or a higher --limit",
         )  # fmt: skip
     sets["plans"] = plans_of(labels[sets["fit"]], options) if "fewshot" in options.only else []
+    if options.only == ("fewshot",) and not sets["plans"]:
+        raise DataError("no few-shot draw is left", sources["train"].describe(), "give lower --shots, or --fractions")
     return sets
 
 
@@ -208,22 +289,36 @@ class Block(NamedTuple):
     test: Float[np.ndarray, "n d"]
     standard: tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]
 
-    def standardised(self) -> tuple[Float[Array, "m d"], Float[Array, "n d"]]:
-        return probes.standardise(self.train, *self.standard), probes.standardise(self.test, *self.standard)
+    def train_at(self, indices: Int[np.ndarray, " p"]) -> Float[Array, "p d"]:
+        """Of some training images, standardised, on the device: chosen on the host, where there is more room."""
+        return probes.standardise(self.train[indices], *self.standard)
+
+    def all_train(self) -> Float[Array, "m d"]:
+        return probes.standardise(self.train, *self.standard)
+
+    def all_test(self) -> Float[Array, "n d"]:
+        return probes.standardise(self.test, *self.standard)
 
 
 def probe_blocks(
-    cache: FeatureCache, sets: dict, pool: str, blocks: list[int], options: Namespace
+    cache: FeatureCache, sets: dict, pool: str, left: dict[int, list[str]], options: Namespace
 ) -> Iterator[list[dict]]:
-    """The rows of one pooling, block by block; a group of blocks is in memory, or one, where they are large."""
+    """The rows of one pooling, block by block; a group of blocks is in memory, or one, where they are large.
+
+    left: of each block the kinds of probes that are wanted.
+    """
     methods = {"logistic": logistic_rows, "ridge": ridge_rows, "knn": knn_rows, "fewshot": few_shot_rows}
-    for group in groups_of(cache, blocks, len(sets["train"])):
+    for group in groups_of(cache, [block for block, kinds in left.items() if kinds], len(sets["train"])):
         read = {block: read_block(cache, sets, pool, block) for block in group}
-        linear = linear_rows(read, sets, options) if "linear" in options.only else {}
-        for block, features in read.items():
-            rows = [linear[block]] if linear else []
-            rows += [row for name in options.only if name in methods for row in methods[name](features, sets, options)]
+        wanted = {block: features for block, features in read.items() if "linear" in left[block]}
+        linear = linear_rows(wanted, sets, options) if wanted else {}
+        for block in group:
+            rows = [linear[block]] if block in linear else []
+            for name in left[block]:
+                if name in methods:
+                    rows += methods[name](read[block], sets, options)
             yield [{"block": block} | row for row in rows]
+        del read, wanted  # before the next are read
 
 
 def groups_of(cache: FeatureCache, blocks: list[int], count: int) -> Iterator[list[int]]:
@@ -238,7 +333,8 @@ def groups_of(cache: FeatureCache, blocks: list[int], count: int) -> Iterator[li
             yield group
             group = []
         group = [*group, block]
-    yield group
+    if group:
+        yield group
 
 
 def read_block(cache: FeatureCache, sets: dict, pool: str, block: int) -> Block:
@@ -271,29 +367,34 @@ def linear_rows(read: dict[int, Block], sets: dict, options: Namespace) -> dict[
     """A grid of linear probes for all these blocks at once; then, of each block, the best on all images."""
     begin = time.monotonic()
     fit, validation, labels = sets["fit"], sets["validation"], sets["train_labels"]
-    x, y = (jnp.stack(parts) for parts in zip(*(block.standardised() for block in read.values()), strict=True))
     settings = np.float32([(rate, decay) for rate in options.learning_rates for decay in options.weight_decays])
     train = partial(
         probes.sweep, key=jax.random.key(options.seed), classes=sets["classes"], epochs=options.epochs,
         batch_size=min(options.probe_batch_size, max(1, len(labels) // LEAST_STEPS)),
     )  # fmt: skip
     grid = np.broadcast_to(settings, (len(read), *settings.shape))
-    found = train(x[:, fit], labels[fit], grid[..., 0], grid[..., 1])
+    x = jnp.stack([block.train_at(fit) for block in read.values()])
+    found = train(x, labels[fit], grid[..., 0], grid[..., 1])
+    del x
     best, top1 = [], []
-    for n in range(len(read)):
-        each, at = probes.choose_setting(probes.ranks(x[n, validation], labels[validation], at_index(found, n)))
+    for n, block in enumerate(read.values()):
+        each, at = probes.choose_setting(
+            probes.ranks(block.train_at(validation), labels[validation], at_index(found, n))
+        )
         best.append(at)
         top1.append(each[at])
     chosen = settings[best][:, None]
-    refitted = train(x, labels, chosen[..., 0], chosen[..., 1])
-    if not np.isfinite(np.asarray(refitted.bias)).all():
-        raise NonFiniteError("a linear probe diverged at every rate", "--learning-rates", "give lower ones")
+    refitted = train(jnp.stack([block.all_train() for block in read.values()]), labels, chosen[..., 0], chosen[..., 1])
     rows = {}
-    for n, block in enumerate(read):
-        ranks = probes.ranks(y[n], sets["test_labels"], at_index(refitted, (n, 0)))
+    for n, (name, block) in enumerate(read.items()):
+        classifier = at_index(refitted, (n, 0))
+        ranks = probes.ranks(block.all_test(), sets["test_labels"], classifier)
         setting = f"learning rate {settings[best[n]][0]:g}, weight decay {settings[best[n]][1]:g}"
         row = whole_row("linear", sets, setting, top1[n], ranks, begin)
-        rows[block] = row | {"seconds": round(row["seconds"] / len(read), 2)}
+        if not np.isfinite(np.asarray(classifier.bias)).all():
+            print(f"{name_of(name)}: the linear probe diverged at {setting}: give lower --learning-rates", flush=True)
+            row |= {"validation_top1": None, "top1": None, "top5": None, "setting": f"diverged at {setting}"}
+        rows[name] = row | {"seconds": round(row["seconds"] / len(read), 2)}
     return rows
 
 
@@ -304,12 +405,11 @@ def at_index(classifiers: probes.Linear, at) -> probes.Linear:
 def path_row(method: str, name: str, fit_path: Callable, strengths: tuple[float, ...], block: Block, sets: dict):
     """A probe at several strengths; then the best of these on all images."""
     begin = time.monotonic()
-    x, y = block.standardised()
     fit, validation, labels = sets["fit"], sets["validation"], sets["train_labels"]
-    found = fit_path(x[fit], labels[fit], strengths)
-    top1, at = probes.choose_setting(probes.ranks(x[validation], labels[validation], found))
-    refitted = fit_path(x, labels, strengths[at : at + 1])
-    ranks = probes.ranks(y, sets["test_labels"], refitted)[:, 0]
+    found = fit_path(block.train_at(fit), labels[fit], strengths)
+    top1, at = probes.choose_setting(probes.ranks(block.train_at(validation), labels[validation], found))
+    refitted = fit_path(block.all_train(), labels, strengths[at : at + 1])
+    ranks = probes.ranks(block.all_test(), sets["test_labels"], refitted)[:, 0]
     return whole_row(method, sets, f"{name} {strengths[at]:g}", top1[at], ranks, begin)
 
 
@@ -347,20 +447,22 @@ def few_shot_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict
     """
     labels, classes = sets["train_labels"], sets["classes"]
     fit, validation = sets["fit"], sets["validation"]
-    x, y = block.standardised()
+    tried_on, tested_on = block.train_at(validation), block.all_test()
     judged = (labels[validation], sets["test_labels"])
     for images, draw in sets["plans"]:
         begin, found = time.monotonic(), {"logistic": [], "knn": []}
         neighbours = min(FEW_SHOT_NEIGHBOURS, int(np.unique(labels[fit[draw(0)]], return_counts=True)[1].min()))
         for seed in range(options.seeds):
             drawn = fit[draw(seed)]
-            classifier = probes.logistic_path(x[drawn], labels[drawn], np.float32([FEW_SHOT_C]), classes=classes)
+            classifier = probes.logistic_path(
+                block.train_at(drawn), labels[drawn], np.float32([FEW_SHOT_C]), classes=classes
+            )
             find = partial(
                 probes.nearest_classes, block.train[drawn], labels[drawn], classes=classes,
                 neighbours=(neighbours,), temperature=options.temperature,
             )  # fmt: skip
-            ranks = [probes.ranks(z, of, classifier)[:, 0] for z, of in zip((x[validation], y), judged, strict=True)]
-            found["logistic"].append(ranks)
+            given = zip((tried_on, tested_on), judged, strict=True)
+            found["logistic"].append([probes.ranks(z, of, classifier)[:, 0] for z, of in given])
             queries = (block.train[validation], block.test)
             found["knn"].append([probes.found_ranks(find(z)[0], of) for z, of in zip(queries, judged, strict=True)])
         settings = {"logistic": f"C {FEW_SHOT_C:g}", "knn": neighbours_of(neighbours)}
@@ -387,6 +489,8 @@ def mark_chosen(rows: list[dict]) -> None:
     best: dict[tuple, dict] = {}
     for row in rows:
         kind = (row["method"], row["images"])
+        if row["validation_top1"] is None:  # it diverged
+            continue
         if kind not in best or row["validation_top1"] > best[kind]["validation_top1"]:
             best[kind] = row
     for row in rows:
@@ -395,11 +499,11 @@ def mark_chosen(rows: list[dict]) -> None:
 
 def tell(rows: list[dict]) -> None:
     """One line of a block: top-1 in percent of each method on all training images, or where there are none, on few."""
-    best: dict[str, float] = {}
+    best: dict[str, list] = {}
     for row in [row for row in rows if row["images"] == "all"] or rows:
         name = row["method"] if row["images"] == "all" else f"{row['method']} {row['images']}"
-        best[name] = max(best.get(name, 0.0), row["top1"])
-    found = ", ".join(f"{name} {100 * top1:.1f}" for name, top1 in best.items())
+        best.setdefault(name, []).extend([] if row["top1"] is None else [row["top1"]])
+    found = ", ".join(f"{name} {100 * max(top1):.1f}" if top1 else f"{name} diverged" for name, top1 in best.items())
     seconds = sum({(row["method"], row["images"]): row["seconds"] for row in rows}.values())
     print(f"{name_of(rows[0]['block'])}, {rows[0]['pool']}: {found} ({seconds:.1f} s)", flush=True)
 
@@ -422,10 +526,11 @@ def table(rows: list[dict], paper: int, depth: int) -> Iterator[str]:
     yield f"{'method':10}{'images':13}{'paper top-1':>17}{'top-5':>8}   {'best top-1':>17}{'top-5':>8}   which"
     chosen = {(row["method"], row["images"]): row for row in rows if row["chosen"]}
     for kind in dict.fromkeys((row["method"], row["images"]) for row in rows):
-        best = chosen[kind]
+        best = chosen.get(kind)
         papers = [row for row in rows if row["paper"] and (row["method"], row["images"]) == kind]
+        papers = [row for row in papers if row["validation_top1"] is not None]
         paper_row = max(papers, key=lambda row: row["validation_top1"], default=None)
-        which = f"{name_of(best['block'])}, {best['pool']}, {best['setting']}"
+        which = f"{name_of(best['block'])}, {best['pool']}, {best['setting']}" if best else "diverged everywhere"
         yield f"{kind[0]:10}{kind[1]:13}{_numbers_of(paper_row)}   {_numbers_of(best)}   {which}"
 
 
@@ -438,8 +543,12 @@ def _numbers_of(row: dict | None) -> str:
     return f"{top1:>17}{top5:>8}"
 
 
-def write_picture(path: Path, rows: list[dict], blocks: list[int], paper: int) -> None:
+def write_picture(path: Path, rows: list[dict], paper: int) -> None:
     """Top-1 over the blocks: of each pooling a panel for the whole training set, and one for few-shot draws."""
+    rows = [row for row in rows if row["top1"] is not None]
+    if not rows:
+        return
+    blocks = sorted({row["block"] for row in rows}, key=lambda block: block or math.inf)
     ticks = [str(block) if block else "out" for block in blocks]
     panels = []
     for pool in dict.fromkeys(row["pool"] for row in rows):
