@@ -146,7 +146,7 @@ def test_a_map_lies_as_its_image_does_whether_it_was_drawn_before_it_was_turned_
     if orientation == 1:
         read_pair(square, Maps(CLASSES), 3, 10_000)
     else:
-        with pytest.raises(BadImage, match="upright"):
+        with pytest.raises(BadImage, match="or the turned"):
             read_pair(square, Maps(CLASSES), 3, 10_000)
 
 

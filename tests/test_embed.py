@@ -18,6 +18,7 @@ from tiny_trained import CLASSES, PIXELS, make_images, make_run, pixels_of
 
 from simmim_jax import checkpoint, trained
 from simmim_jax.data.decode import Picture
+from simmim_jax.data.sources.folder import Folder
 from simmim_jax.data.transforms import resize_and_centre_crop
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from simmim_jax.objectives.features import make_features
@@ -271,6 +272,43 @@ def test_unreadable_images_are_named_and_left_out_up_to_a_fraction(made, quick, 
         tool(made, tmp_path / "none.npz", "--max-bad-fraction=1", data=tmp_path / "none")
 
 
+def test_a_fault_that_passes_leaves_no_part_behind(made, quick, tmp_path, monkeypatch):
+    read = Folder.__getitem__
+
+    def gone_after_part_0(source, i):
+        if i >= 8:
+            raise OSError(5, "Input/output error")
+        return read(source, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "__getitem__", gone_after_part_0)
+        with pytest.raises(DataError, match="8 images cannot be read"):
+            tool(made, tmp_path / "x.parquet")
+    tool(made, tmp_path / "x.parquet")
+    assert embeddings.read_listing(tmp_path / "x.parquet").names == made[4]
+
+
+def test_overwriting_goes_on_and_what_was_there_stays_until_all_is_done(made, quick, tmp_path, monkeypatch):
+    out = tmp_path / "x.parquet"
+    tool(made, out)
+    before, write_part, written = out.read_bytes(), embeddings.write_part, []
+
+    def write_or_die(folder, number, *rest):
+        if number == 1 and 1 not in written:
+            written.append(1)
+            raise Killed
+        written.append(number)
+        write_part(folder, number, *rest)
+
+    monkeypatch.setattr(embeddings, "write_part", write_or_die)
+    with pytest.raises(Killed):
+        tool(made, out, "--block=1", "--overwrite")
+    assert out.read_bytes() == before
+    tool(made, out, "--block=1", "--overwrite")
+    assert written == [0, 1, 1, 2]
+    assert about_of(out)["block"] == 1
+
+
 def test_a_limit_takes_images_evenly(made, quick, tmp_path):
     tool(made, tmp_path / "x.npz", "--limit=5")
     arrays = np.load(tmp_path / "x.npz")
@@ -296,10 +334,10 @@ def enlarged(images):
 
 
 def test_digits_need_no_path_and_runs_know_their_own_images(quick, tmp_path):
-    own = {"source": "digits", "path": "", "name": "", "data_dir": "", "heldout_fraction": 0.1}
+    own = {"source": "digits", "path": "", "name": "", "data_dir": "", "heldout_fraction": 0.1, "split": "test"}
     workdir, *_ = make_run(tmp_path / "run", data=own, probe_block=1)
-    for name, data in (("given", "digits"), ("own", "")):
-        embed.run([workdir, data, str(tmp_path / f"{name}.npz"), "--limit=3", "--split=test"])
+    for name, *options in (("given", "digits", "--split=test"), ("own", "")):  # which it was trained on
+        embed.run([workdir, *options, str(tmp_path / f"{name}.npz"), "--limit=3"])
     given, own = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("given", "own"))
     np.testing.assert_array_equal(given["embedding"], own["embedding"])
     assert own["name"][0].startswith("digits/")

@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+import shutil
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from runs import DIGITS, run
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from tiny import tiny_encoder
 
-from simmim_jax import checkpoint
+from simmim_jax import checkpoint, trained
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.evals import accuracy, confusion
 from simmim_jax.objectives import make_objective
@@ -70,7 +72,9 @@ def place(tmp_path_factory):
     data = {"source": "auto", "path": str(folder / "images"), "name": "", "data_dir": "", "heldout_fraction": 0.3,
             "heldout_split": "validation", "split": "train"}  # fmt: skip
     write_workdir(folder / "classifier", {"name": "classify", "num_classes": 7, "pool_norm": True})
-    write_workdir(folder / "pretrained", {"name": "simmim", "block_size": 8, "ratio": 0.5}, data=data, seed=3)
+    write_workdir(
+        folder / "pretrained", {"name": "simmim", "block_size": 8, "ratio": 0.5}, data=data, seed=3, eval_images=3
+    )
     write_workdir(folder / "encoder", {"name": "none"})
     return folder
 
@@ -110,6 +114,10 @@ def test_top_k_and_confusion_are_those_of_scikit_learn_for_any_batch_size(batch)
         assert metrics[f"top{k}"] == pytest.approx(top_k_accuracy_score(labels, logits, k=k), abs=1e-12)
     expected = confusion_matrix(labels, logits.argmax(axis=1), labels=range(7))
     np.testing.assert_array_equal(confusion.confusion_matrix(answers, 7), expected)
+    others = expected - np.diag(np.diag(expected))
+    confused, times = confusion.confused_with(answers, 8)  # of the eighth class there is no image
+    np.testing.assert_array_equal(confused, [*others.argmax(axis=1), -1])
+    np.testing.assert_array_equal(times, [*others.max(axis=1), 0])
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(answers.confidence, probabilities.max(axis=1), rtol=1e-5)
     np.testing.assert_array_equal(answers.position, np.arange(203))
@@ -128,7 +136,7 @@ def test_the_table_of_classes_leaves_empty_what_cannot_be_said():
     out = {"logits": np.float32([[3, 1, 0], [0, 1, 2], [0, 1, 2]]), "label": np.array([0, 1, 1]),
            "valid": np.ones(3, bool)}  # fmt: skip
     answers, _ = accuracy.answers_of(out)
-    table = confusion.classes_csv(answers, confusion.confusion_matrix(answers, 3), ["a", "b, c", "d\ne"])
+    table = confusion.classes_csv(answers, ["a", "b, c", "d\ne"])
     assert table.splitlines() == [
         "class,images,top1,top5,most_confused_with,times", "a,1,100.00,,,0", '"b, c",2,0.00,,d e,2', "d e,0,,,,0"
     ]  # fmt: skip
@@ -183,11 +191,17 @@ def test_a_row_has_the_columns_of_timm_and_then_ours(place, evaluated):
     assert row["version"]
 
 
-def test_another_batch_size_and_a_second_evaluation_add_the_same_row(place, evaluated, capsys):
-    (first,), _ = evaluated
+def test_another_batch_size_and_a_second_evaluation_add_the_same_row_and_many_classes_have_no_matrix(
+    place, evaluated, tmp_path, monkeypatch, capsys
+):
+    (first,), figures = evaluated
+    monkeypatch.setattr(confusion, "MOST", 6)
+    (tmp_path / "confusion.png").write_text("of an earlier evaluation")
     tool(place / "classifier", f"--data={place / 'images'}", "--batch_size=64", f"--results={place / 'all.csv'}",
-         "--crop-fraction=1", "--interpolation=bilinear")  # fmt: skip
+         "--crop-fraction=1", "--interpolation=bilinear", f"--out={tmp_path}", "--mistakes=0")  # fmt: skip
     rows = rows_of(place / "all.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.csv"]
+    assert (tmp_path / "classes.csv").read_text() == (figures / "classes.csv").read_text()
     assert len(rows) == 2
     assert rows[1] | {"date": ""} == first | {"date": ""}
     top1, top5 = float(first["top1"]), float(first["top5"])
@@ -205,6 +219,7 @@ def test_the_sheet_of_mistakes_has_the_surest_of_them_first(evaluated):
                                    np.array([1, 0, 2, 3]), confidence)  # fmt: skip
         mistakes.see(rng.integers(0, 256, (4, 8, 8, 1), dtype=np.uint8), answers)
     assert [(m.position, m.predicted) for m in mistakes.kept] == [(7, 3), (3, 3), (6, 2)]
+    assert all(m.image.base is None for m in mistakes.kept)  # not a part of its whole batch
     assert confusion.draw_mistakes(mistakes.kept, ["a", "b", "c", "d"]).shape[2] == 3
 
 
@@ -257,7 +272,9 @@ def test_a_file_with_other_columns_is_left_as_it_is(place, tmp_path):
 
 
 def test_a_last_line_that_was_cut_off_does_not_take_the_next_row_with_it(tmp_path):
-    path = tmp_path / "results.csv"
+    path = tmp_path / "new" / "results.csv"
+    evaluate.check_results(path)
+    assert not path.parent.exists()
     evaluate.append_row(path, ROW)
     whole = path.read_text()
     path.write_text(whole + "vit,2")
@@ -295,23 +312,64 @@ def test_classes_that_differ_are_told_and_other_names_are_warned_of(place, tmp_p
     assert int(re.search(r"of (\d+) images", out.out)[1]) < 28  # the held-out part of its own
 
 
-def test_images_without_classes_and_broken_ones_are_told(place, tmp_path):
+def test_images_without_classes_and_broken_ones_are_told(place, tmp_path, capsys):
     for name in "ab":
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
     line = told(place / "classifier", f"--data={tmp_path}", "--results=", kind=DataError)
-    assert "none of the images can be read and has a class" in line
+    assert "images without classes" in line
+    assert evaluate.has_labels([{"label": 3}])  # as of shards that others have written, without names of classes
     write_images(tmp_path / "broken", each=2)
     (tmp_path / "broken" / "ant" / "0.png").write_bytes(b"no image")
     line = told(place / "classifier", f"--data={tmp_path / 'broken'}", "--results=", kind=DataError)
     assert "1 of 14 images cannot be read or have no class" in line
     tool(place / "classifier", f"--data={tmp_path / 'broken'}", "--results=", "--max-bad-fraction=0.1")
+    line = told(place / "pretrained", f"--data={tmp_path / 'broken'}", kind=DataError)
+    assert "1 of 14 images cannot be read" in line
+    capsys.readouterr()
+    tool(place / "pretrained", f"--data={tmp_path / 'broken'}", "--max-bad-fraction=0.1")
+    assert "of 13 images, 1 left out" in capsys.readouterr().out
 
 
-def test_a_pretraining_run_gets_its_own_loss_and_no_row(place, tmp_path, capsys, monkeypatch):
+def test_images_to_train_on_are_not_evaluated_on_unasked(tmp_path):
+    model = trained.Trained({}, {}, None, tmp_path, SIZE)
+    data = tmp_path / "data"
+
+    def heldout(split=""):
+        return evaluate.open_heldout(model, SimpleNamespace(data=str(data), split=split))
+
+    write_images(data, CLASSES[:2], each=2)
+    assert heldout()[1] == f"{data}, all (4 images)"
+    write_images(data / "train", CLASSES[:2], each=1)
+    for name in CLASSES[:2]:
+        shutil.rmtree(data / name)
+    with pytest.raises(DataError, match="images to train on, and none to evaluate on - .*give --split=train"):
+        heldout()
+    assert len(heldout("train")[0]) == 2
+    (data / "val").mkdir()
+    with pytest.raises(DataError, match="val has 0 images"):
+        heldout()
+    write_images(data / "val", CLASSES[:2], each=2)
+    assert heldout()[1] == f"{data / 'val'}, split validation (4 images)"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("images-0.tar", False), ("train-0.tar", True), ("data/train_0.parquet", True)]
+)
+def test_shards_to_train_on_are_told_by_their_names(tmp_path, name, parts):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert evaluate.has_parts(str(tmp_path)) == parts
+    assert evaluate.has_parts(str(tmp_path / name).replace("0", "*")) == parts
+    assert not evaluate.has_parts(str(tmp_path / name))  # this one is asked for by name
+
+
+def test_a_pretraining_run_gets_its_own_loss_of_as_many_images_as_it_took_and_no_row(
+    place, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     tool(place / "pretrained", "--batch-size=8", "--out=figures")
     out = capsys.readouterr().out
-    assert re.search(r"masked_loss \d\.\d{4} of \d+ images", out)
+    assert re.search(r"masked_loss \d\.\d{4} of 3 images", out)
     assert "a pretraining run has no classes; fine-tune or probe it first" in out
     assert [path.name for path in tmp_path.iterdir()] == ["figures"]
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["reconstruction_7.png"]
@@ -327,7 +385,7 @@ def test_a_pretraining_run_gets_its_own_loss_and_no_row(place, tmp_path, capsys,
         (("classifier", "--data=imges"), DataError, "did you mean"),
         (("classifier", "--data=images", "--image-size=15"), ConfigError, "give multiples of 8 pixels"),
         (("classifier", "--data=images", "--interpolation=cubic"), ConfigError, "interpolation"),
-        (("classifier", "--data=images", "--results=there/results.csv"), ConfigError, "no such folder"),
+        (("classifier", "--data=images", "--results=images/ant/0.png/new/results.csv"), ConfigError, "no folder"),
         (("classifier", "--data=images", "--results=images"), ConfigError, "a folder - "),
         (("classifier", "--data=images", "--results=", "--out=images/ant/0.png"), DataError, "File exists"),
         (("classifier", "--data=tfds:nothing_of_this_name", "--results="), UserError, "nothing_of_this_name"),
@@ -407,6 +465,6 @@ def test_the_loss_of_a_pretraining_run_is_what_the_run_itself_measured_whatever_
     done = run(*DIGITS, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "run" / "summary.json").read_text())["masked_loss"]
-    done = run(tmp_path / "run", "--limit=128", "--batch-size=50", "--results=", script=EVALUATE)
+    done = run(tmp_path / "run", "--batch-size=50", "--results=", script=EVALUATE)
     assert done.returncode == 0, done.stderr
     assert f"masked_loss {measured:.4f} of 128 images" in done.stdout

@@ -337,7 +337,7 @@ def read_pair(record: dict, maps: Maps, channels: int, max_pixels: int) -> tuple
     fits_stored = label_map.shape == (shape[::-1] if orientation in LYING else shape)
     if orientation != 1 and fits_stored and label_map.shape == shape:
         raise BadImage(
-            f"its map may be of the stored or the upright pixels: save it without EXIF orientation {orientation}"
+            f"its map may be of the stored or the turned pixels (EXIF orientation {orientation} of the image)"
         )
     if orientation != 1 and fits_stored:
         label_map = upright(label_map, orientation)
