@@ -33,7 +33,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from step import ROOT, describe, markdown
 
@@ -143,7 +142,7 @@ def draw(run_of: str, workdir: str) -> None:
     encoder = make_encoder(**pretrained.architecture(config["encoder"]))
     pixels = {name: tuple(config[name]) for name in ("image_size", "mean", "std")}
     objective = make_objective(encoder=encoder, **pixels, **config["objective"])
-    init_key, _, _ = train.keys_of(ConfigDict({"seed": config["seed"]}))
+    init_key, _, _ = train.keys_of(config["seed"])
     checkpoint.write_params(workdir, jax.jit(objective.init)(init_key), config)
 
 

@@ -79,7 +79,7 @@ def settings_of(config) -> Settings:
     of_batches, loading = train.batch_options(config)
     steps, steps_per_epoch = train.length_of(config, len(source))
     _, schedule = train.make_tx(config, encoder, steps, steps_per_epoch)
-    init_key, step_key, eval_key = train.keys_of(config)
+    init_key, step_key, eval_key = train.keys_of(config.seed)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, init_key))
 
     @jax.jit

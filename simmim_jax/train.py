@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         ways = sharding.batch_ways(mesh)
         sharding.check_batch_size("batch_size", config.batch_size, ways, config.microbatches)
         sharding.check_batch_size("eval_batch_size", config.eval_batch_size, ways)
-        init_key, step_key, eval_key = keys_of(config)
+        init_key, step_key, eval_key = keys_of(config.seed)
         evaluators = make_evaluators(
             config, evals, features, objective, source, heldout_source, mesh, eval_key, workdir
         )
@@ -347,9 +347,9 @@ def check_numbers(config: ConfigDict) -> None:
         raise ConfigError(f"profile_steps {config.profile_steps}", "profile_steps", "give first,last, like 20,25")
 
 
-def keys_of(config: ConfigDict) -> jax.Array:
+def keys_of(seed: int) -> jax.Array:
     """The keys of a run: for its parameters, its steps and its evaluations."""
-    return jax.random.split(jax.random.key(config.seed), 3)
+    return jax.random.split(jax.random.key(seed), 3)
 
 
 def length_of(config: ConfigDict, images: int) -> tuple[int, int]:
@@ -738,7 +738,7 @@ def build(config, steps: int, steps_per_epoch: int | None, devices: int | None =
     tx, _ = make_tx(config, encoder, steps, steps_per_epoch or 1)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, sharding.batch_ways(mesh), config.microbatches)
-    init_key, key, _ = keys_of(config)
+    init_key, key, _ = keys_of(config.seed)
     make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
     abstract = place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
     return {

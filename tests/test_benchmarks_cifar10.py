@@ -77,7 +77,7 @@ def test_the_peer_has_the_images_masks_and_rate_of_our_step(peer, config):
     source, _ = train.make_sources(config)
     of_batches, loading = train.batch_options(config)
     _, schedule = train.make_tx(config, encoder, *train.length_of(config, len(source)))
-    _, step_key, _ = train.keys_of(config)
+    _, step_key, _ = train.keys_of(config.seed)
     batch = next(data.make_batches(source, start_step=step, **of_batches, **loading))
     theirs = next(settings.batches(step))
     assert all(np.array_equal(batch[name], theirs[name]) for name in batch)
@@ -127,11 +127,20 @@ def test_norms_biases_class_token_and_positions_of_the_peer_do_not_decay_and_its
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("objective.norm_target", 47), ("optim.layer_decay", 0.8), ("microbatches", 2)]
-)
+    ("name", "value"), [
+        ("objective.norm_target", 47), ("optim.layer_decay", 0.8), ("optim.frozen_layers", 1), ("microbatches", 2),
+    ],
+)  # fmt: skip
 def test_what_the_peer_does_not_have_is_refused(peer, config, name, value):
     with pytest.raises(ConfigError, match=f"the peer has no {name}="):
         peer.settings_of(train.with_settings(config, {name: value}))
+
+
+def test_the_peer_is_evaluated_on_images_that_are_read_as_ours(peer, config, monkeypatch):
+    monkeypatch.setattr(data, "make_epoch", lambda source, **options: options)
+    config.data.crop_fraction, config.data.on_error, config.data.max_pixels = 0.5, "raise", 999
+    theirs = peer.settings_of(config).heldout
+    assert (theirs["crop_fraction"], theirs["on_error"], theirs["max_pixels"]) == (0.5, "raise", 999)
 
 
 def test_a_missing_pytorch_is_one_line_that_says_what_to_do(peer, config, monkeypatch, tmp_path):
@@ -230,6 +239,16 @@ def test_encoders_that_were_probed_or_fine_tuned_in_other_ways_are_not_compared(
     make_run(runs / "finetune_peer", other, [], step=61, top1=0.6, top5=1.0, images=100.0)
     with pytest.raises(ConfigError, match=r"another config \(epochs: 40.0 there, 3.0 now\)"):
         cifar10.check_same_budget(options)
+
+
+def test_a_report_of_a_run_that_is_not_finished_says_so_and_takes_no_probe_of_it(cifar10, runs):
+    (runs / "ours" / "summary.json").unlink()
+    options = argparse.Namespace(runs=runs, ours=None)
+    with pytest.raises(ConfigError, match="probed at step 40 of an unfinished run"):
+        cifar10.check_same_budget(options)
+    (runs / "probe_ours").rename(runs / "probe_random")
+    cifar10.check_same_budget(options)
+    assert cifar10.accuracy_of({"top1": None, "block": 3}) == "diverged"
 
 
 def test_in_the_picture_a_lower_loss_is_lower_and_a_higher_accuracy_higher(cifar10):

@@ -169,11 +169,11 @@ def test_options_that_cannot_work_are_refused(name, options):
         make_evaluator(name, supplies, **options)
 
 
-def test_a_probe_needs_two_classes():
+def test_a_linear_probe_of_one_class_is_left_out_with_one_warning(caplog):
     (train, _), (heldout, labels) = clusters(10, 1.0), clusters(10, 1.0)
     run = make_evaluator("linear", {"features": lambda _: Features(train, np.zeros(10, int), heldout, labels)})
-    with pytest.raises(ConfigError, match="eval_images"):
-        run(STATE)
+    assert [run(STATE), run(STATE)] == [{}, {}]
+    assert caplog.text.count("10 training images are of one class") == 1
 
 
 def test_an_unknown_evaluator_is_refused():

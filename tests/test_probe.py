@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -18,10 +19,12 @@ from runs import command, run
 from tiny import tiny_encoder
 
 from simmim_jax import checkpoint
+from simmim_jax.data import make_source
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import feature_cache
 from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
 from simmim_jax.tools import probe, probing
+from simmim_jax.trained import Trained
 
 PROBE = ("-m", "simmim_jax.tools.probe")
 QUICK = ("--data=digits", "--limit=160", "--epochs=2", "--seeds=2", "--shots=1,50", "--fractions=0.2",
@@ -182,6 +185,29 @@ def test_an_extraction_that_was_killed_goes_on_and_no_half_of_one_is_taken_for_a
     assert said[-1].startswith("features: train 43/43")
 
 
+def test_images_that_a_disk_lost_for_a_while_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "FLUSH", 0.0)
+    whole, extract = images_of(200)
+
+    def lost(batch):
+        return extract(batch | {"valid": batch["valid"] & (batch["position"] < 100)})
+
+    with pytest.raises(DataError, match="5 of the first 104 images cannot be read - the train images"):
+        open_cache(tmp_path, {}, {"train": whole}, lost, [1])
+    assert not list(tmp_path.glob("*/meta.json"))
+    said = []
+    few = open_cache(tmp_path, {}, {"train": whole}, extract, [1], say=said.append)
+    assert said[0] == "features: train goes on at image 96 of 200"
+    assert np.flatnonzero(few.labels("train") < 0).tolist() == [5, 7]
+    mended = lambda batch: extract(batch | {"valid": batch["position"] < 200})  # noqa: E731
+    more = open_cache(tmp_path, {}, {"train": whole}, mended, [1, 2], say=said.append)
+    assert np.flatnonzero(more.labels("train") < 0).tolist() == [5, 7]  # of 7, block 1 is not there
+    many = open_cache(tmp_path, {"b": 1}, {"train": whole}, lost, [1], max_bad_fraction=0.6, say=said.append)
+    assert (many.labels("train") < 0).sum() == 102
+    with pytest.raises(DataError, match="5 of the first 104"):  # what was let pass then is not now
+        open_cache(tmp_path, {"b": 1}, {"train": whole}, lost, [1], say=said.append)
+
+
 def test_features_that_are_not_finite_are_refused_and_say_whether_the_type_is_too_small(tmp_path):
     whole, _ = images_of(8)
     for value, fix in ((np.nan, "diverged"), (1e6, "--dtype=float32")):
@@ -225,7 +251,8 @@ def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(
     ("arguments", "line"),
     [
         (("a",), "the following arguments are required: OUT - command line"),
-        (("a", "b", "c"), "unknown argument 'c' - command line - give RUN and OUT"),
+        (("a", "b", "c"), "unknown argument 'c' - command line"),
+        (("a", "b", "--max-bad-fraction=2"), "--max-bad-fraction=2 - command line - give one of 0 to 1"),
         (("a", "b", "--blcks=1"), "unknown argument '--blcks=1' - command line - did you mean --blocks"),
         (("a", "b", "--pool=token"), "unknown pool 'token'"),
         (("a", "b", "--only=linear,kn"), "unknown probe 'kn' - did you mean knn"),
@@ -249,6 +276,12 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(arguments, line):
     assert "\n" not in message
 
 
+def test_flags_are_taken_with_hyphens_and_with_underscores():
+    ways = [probe.parse(["RUN", "OUT", flag]) for flag in ("--image-size=16,32", "--image_size=16,32")]
+    assert ways[0] == ways[1]
+    assert ways[0].image_size == (16, 32)
+
+
 def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
     out = tmp_path / "out"
     assert "no such folder" in told(tmp_path / "nowhere", out, kind=CheckpointError)
@@ -257,6 +290,8 @@ def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
     assert "block 3 of an encoder of 2 blocks - --blocks" in told(workdir, out, "--data=digits", "--blocks=3")
     same = ("--data=digits", "--train-split=test")
     assert "split 'test' to fit to and to report on" in told(workdir, out, *same)
+    renamed = ("--data=digits", "--train-split=val")
+    assert "to report on are the same, or some are" in told(workdir, out, *renamed)
     one = folder_of(tmp_path / "one", {"train/a": 4, "test/a": 2})
     assert "a probe needs two" in told(workdir, out, f"--data={one}", kind=DataError)
     other = folder_of(tmp_path / "other", {"train/a": 4, "train/b": 4, "test/c": 2, "test/d": 2})
@@ -278,6 +313,130 @@ def test_a_class_without_images_in_one_part_is_told_and_probed_without(tmp_path,
     assert said["classes"] == 3
     assert {row["test_images"] for row in said["rows"]} == {8}
     assert all(row["top1"] <= 6 / 8 and row["top5"] is None for row in said["rows"])
+
+
+@pytest.fixture
+def probe_made_up(tmp_path, workdir, monkeypatch):
+    """Probes digits by features without a model; gives the rows of OUT."""
+    monkeypatch.setattr(probing, "run_everywhere", lambda function, mesh: made_up)
+    monkeypatch.setattr(probing, "draw_curves", lambda panels, ticks: np.zeros((8, 8, 3), np.uint8))
+
+    def probed(*more):
+        tool(workdir, tmp_path, "--data=digits", "--limit=64", "--neighbours=5", *more)
+        return json.loads((tmp_path / "results.json").read_text())["rows"]
+
+    return probed
+
+
+def test_results_are_written_after_each_block_and_are_not_computed_again(tmp_path, probe_made_up, monkeypatch, capsys):
+    computed = []
+
+    def rows_of(block, sets, options, method):
+        computed.append(method)
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        yield probing.whole_row(method, sets, "best", 0.5, np.arange(len(sets["test"])), time.monotonic())
+
+    monkeypatch.setattr(probing, "knn_rows", partial(rows_of, method="knn"))
+    monkeypatch.setattr(probing, "ridge_rows", partial(rows_of, method="ridge"))
+    with pytest.raises(KeyboardInterrupt):
+        probe_made_up("--only=knn")
+    assert [row["block"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == [1]
+    assert [row["block"] for row in probe_made_up("--only=knn")] == [1, 2, 0]
+    assert computed == ["knn"] * 4  # of blocks 1 and 2, and then of blocks 2 and 0
+    both = probe_made_up("--only=ridge", "--blocks=1,2")
+    assert [(row["method"], row["block"]) for row in both] == [
+        ("ridge", 1), ("knn", 1), ("ridge", 2), ("knn", 2), ("knn", 0),
+    ]  # fmt: skip
+    assert sum(row["chosen"] for row in both) == 2
+    assert computed == ["knn"] * 4 + ["ridge"] * 2
+    capsys.readouterr()
+    assert len(probe_made_up("--only=knn", "--temperature=0.5")) == 5
+    assert "3 earlier results are of other weights, images or options" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "earlier_1" / "results.json").read_text())["rows"]) == 5
+    assert {row["method"] for row in probe_made_up("--only=knn", "--seed=1")} == {"knn"}
+    assert (tmp_path / "earlier_2" / "blocks.png").exists()
+
+
+@pytest.mark.slow
+def test_a_linear_probe_that_diverges_is_told_and_costs_no_other_result(tmp_path, probe_made_up, capsys):
+    options = ("--blocks=1", "--learning-rates=1e38", "--weight-decays=1e10", "--epochs=1")
+    linear, knn = probe_made_up("--only=linear,knn", *options)
+    assert (linear["top1"], linear["validation_top1"], linear["chosen"]) == (None, None, False)
+    assert knn["chosen"]
+    assert knn["top1"] > 0
+    out = capsys.readouterr().out
+    assert "give lower --learning-rates" in out
+    assert "block 1, patches: linear diverged, knn " in out
+    assert "diverged everywhere" in out
+
+
+def test_few_shot_without_a_draw_and_without_another_probe_is_refused(probe_made_up):
+    with pytest.raises(DataError, match="no few-shot draw is left"):
+        probe_made_up("--only=fewshot", "--shots=1000", "--fractions=", "--blocks=1")
+
+
+def test_a_device_without_enough_memory_is_told_in_one_line_and_other_errors_are_not(tmp_path, monkeypatch):
+    def fail(options, what="RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes"):
+        raise jax.errors.JaxRuntimeError(what)
+
+    monkeypatch.setattr(probing, "probe", fail)
+    assert "not enough memory" in told("RUN", tmp_path, kind=DataError)
+    monkeypatch.setattr(probing, "probe", lambda options: fail(options, "INTERNAL: of our own"))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        tool("RUN", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "shared"),
+    [("train", "train[75%:]", True), ("train[:50%]", "train[50%:]", False), ("train", "test", False)],
+)
+def test_slices_of_tfds_that_overlap_share_images(train, test, shared):
+    def sliced(split):
+        places = {"train": (0, 8), "train[75%:]": (6, 2), "train[:50%]": (0, 4), "train[50%:]": (4, 4)}
+        skip, take = places.get(split, (0, 4))
+        part = SimpleNamespace(filename=split.split("[")[0], skip=skip, take=take)
+        info = SimpleNamespace(splits={split: SimpleNamespace(file_instructions=[part])})
+        records = SimpleNamespace(dataset_info=info)
+        return SimpleNamespace(split=split, records=records, fingerprint=lambda: {"source": "tfds", "split": split})
+
+    assert probing.share_images(sliced(train), sliced(test)) == shared
+
+
+@pytest.mark.slow
+def test_slices_of_a_real_tfds_data_set_that_overlap_share_images(tmp_path):
+    from tiny_tfds import TinyShades
+
+    TinyShades(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = partial(make_source, "tfds", name="tiny_shades", data_dir=str(tmp_path))
+    assert probing.share_images(source(split="train"), source(split="train[75%:]"))
+    assert not probing.share_images(source(split="train[:75%]"), source(split="train[75%:]"))
+    assert not probing.share_images(source(split="train"), source(split="test"))
+
+
+def test_the_images_of_a_run_are_tested_on_those_that_it_was_not_trained_on(tmp_path):
+    images = folder_of(tmp_path / "images", {"a": 40, "b": 40})
+    own = {"source": "auto", "path": str(images), "name": "", "data_dir": "", "split": "train"}
+    own |= {"heldout_split": "validation", "heldout_fraction": 0.05}
+    trained = Trained({}, {"data": own}, None, tmp_path, (16, 16))
+    options = [probe.parse(["RUN", "OUT", f"--data={path}"]) for path in ("", f"{images}/")]
+    names = []
+    for each_way in options:
+        sources = probing.open_sources(trained, each_way)
+        names.append([{each.name(n) for n in range(len(each))} for each in sources.values()])
+    assert names[0] == names[1]
+    assert len(names[0][0]) + len(names[0][1]) == 80
+    other = probing.open_sources(trained._replace(config={}), options[1])
+    assert len(other["test"]) > len(names[0][1])
+
+
+def test_folders_of_like_names_and_sizes_are_not_the_same_images(tmp_path):
+    folder_of(tmp_path, {f"{part}/{name}": 1 for part in ("train", "test") for name in "ab"})
+    for path in tmp_path.glob("*/*/*.png"):
+        path.write_bytes(path.read_bytes().ljust(1000))
+    source = partial(make_source, "folder", path=str(tmp_path))
+    assert not probing.share_images(source(split="train"), source(split="test"))
+    assert probing.share_images(source(split="validation"), source(split="test"))
 
 
 @pytest.mark.slow

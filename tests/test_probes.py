@@ -29,7 +29,7 @@ def small_parts(monkeypatch):
     """Images in parts of 32, and compared with 24 at a time."""
     for name, size in (("ROWS", 32), ("KEYS", 24)):
         monkeypatch.setattr(probes, name, size)
-    compiled = (probes.logistic_path, probes._nearest_classes)
+    compiled = (probes.logistic_path, probes._nearest_classes, probes._moments)
     for function in compiled:
         function.clear_cache()
     yield
@@ -56,7 +56,7 @@ def test_logistic_regression_is_that_of_scikit_learn_at_every_strength(small_par
             np.testing.assert_allclose(ours[0], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max())
 
 
-def test_ridge_regression_equals_that_of_scikit_learn_at_every_strength():
+def test_ridge_regression_equals_that_of_scikit_learn_at_every_strength(small_parts):
     x, labels = clusters(150)
     queries, _ = clusters(40, seed=1)
     strengths = (1e-3, 0.1, 10.0)
@@ -65,6 +65,34 @@ def test_ridge_regression_equals_that_of_scikit_learn_at_every_strength():
         theirs = Ridge(alpha=strength * len(x)).fit(x.astype(np.float64), np.eye(CLASSES)[labels])
         ours = queries @ np.asarray(found.weights[n]) + np.asarray(found.bias[n])
         np.testing.assert_allclose(ours, theirs.predict(queries), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "more"),
+    [
+        (probes._moments, {}),
+        pytest.param(probes.logistic_path, {"iterations": 2}, marks=pytest.mark.slow),
+        pytest.param(probes.sweep, {"epochs": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_classifiers_of_imagenet_take_no_more_memory_than_its_features_once_more(function, more):
+    features, labels = jax.ShapeDtypeStruct((1_281_167, 768), np.float32), jax.ShapeDtypeStruct((1_281_167,), np.int32)
+    given = (features, labels)
+    if function is probes.logistic_path:
+        given += (jax.ShapeDtypeStruct((7,), np.float32),)
+    if function is probes.sweep:
+        features, grid = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((1, *features.shape), (1, 15)))
+        given = (features, labels, grid, grid, jax.random.key(0))
+    memory = function.lower(*given, classes=1000, **more).compile().memory_analysis()
+    allowed = 0.1 if function is probes._moments else 1.1
+    assert memory.temp_size_in_bytes < allowed * 4 * features.size
+
+
+def test_every_product_of_a_sweep_is_exact_in_float32():
+    given = (np.zeros((1, 8, 3), np.float32), np.zeros(8, int), *np.ones((2, 1, 1), np.float32), jax.random.key(0))
+    with jax.default_matmul_precision("default"):  # as outside of tests
+        program = str(jax.make_jaxpr(lambda *given: probes.sweep(*given, classes=2, epochs=1))(*given))
+    assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
 def test_nearest_neighbours_equal_those_of_scikit_learn_whatever_the_parts(small_parts):

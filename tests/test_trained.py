@@ -1,4 +1,4 @@
-"""A run opened for use: one checkpoint's weights and step, the windows it was trained with, and its own images apart."""
+"""A run opened for use: one checkpoint's weights and step, the windows it was trained with, its own images apart."""
 
 import json
 

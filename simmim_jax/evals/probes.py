@@ -5,8 +5,8 @@ features (blocks) that are fitted at once. Labels are 0 to k - 1. A linear class
 features that are standardised by the mean and scale of the training images, as by a batch norm without affine
 parameters (MAE, arXiv 2111.06377, appendix A).
 
-All is on one device, one set of features at a time: ImageNet's 1.28 million of 768 numbers are 3.9 GB there, and twice
-that while they are standardised or filled up. Logits and one-hot targets are computed in parts of `ROWS` images.
+All is on one device, one set of features at a time: ImageNet's 1.28 million of 768 numbers are 3.9 GB there, and about
+twice that while they are standardised or filled up. Logits and one-hot targets are computed in parts of `ROWS` images.
 """
 
 from collections.abc import Callable

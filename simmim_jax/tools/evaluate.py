@@ -12,6 +12,7 @@ import argparse
 import csv
 import datetime
 import fcntl
+import glob
 import importlib.metadata
 import io
 import os
@@ -69,7 +70,7 @@ def make_parser() -> Parser:
         help="of the images (default: the part to evaluate on; of a folder without one, all)")  # fmt: skip
     add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
     add("--crop-fraction", type=float, metavar="R",
-        help="of the resized side that the centre crop keeps (default: the run's; imports: 0.875)")  # fmt: skip
+        help="of the resized side that is kept (default: the run's; imports: 0.875, up to 32 pixels 1)")  # fmt: skip
     add("--interpolation", default="", help="bilinear, bicubic, ... (default: the run's; imports: bicubic)")
     add("--batch-size", type=int, default=64, metavar="N", help="default: 64; of it no result depends")
     add("--limit", type=int, metavar="N",
@@ -202,15 +203,18 @@ def has_parts(path: str) -> bool:
     """Whether there is a part to train on, or an empty one to evaluate on, by the rules of `data.sources.splits`."""
     from simmim_jax.data.sources import KINDS
     from simmim_jax.data.sources.folder import split_folders
-    from simmim_jax.data.sources.splits import EVALUATION
+    from simmim_jax.data.sources.splits import EVALUATION, existing_part
 
     if "{split}" in path or {"train", *EVALUATION} & split_folders(path).keys():
         return True
-    names = [path] if not os.path.exists(path) else []  # wildcards
+    names = []
+    if not os.path.exists(path):  # wildcards
+        root, pattern = existing_part(path)
+        names = [pattern, *glob.glob(pattern, root_dir=root, recursive=True)]
     for folder in (path, os.path.join(path, "data")):
         names += os.listdir(folder) if os.path.isdir(folder) else []
     shards = tuple(extension for extensions in KINDS for extension in extensions)
-    return any("train" in re.split(r"[^a-z0-9]+", os.path.basename(name).lower()) for name in names
+    return any("train" in re.split(r"[^a-z0-9]+", name.lower()) for name in names
                if name.lower().endswith(shards))  # fmt: skip
 
 
@@ -319,7 +323,7 @@ def evaluate_pretraining(model, objective, source, heldout, mesh, options: argpa
     """Print the held-out masked loss under the masks of the run's own evaluations; with --out draw pictures."""
     import jax
 
-    from simmim_jax import sharding, trained
+    from simmim_jax import sharding, train, trained
     from simmim_jax.evals import make_evaluator
     from simmim_jax.evals.features import run_everywhere
 
@@ -334,7 +338,7 @@ def evaluate_pretraining(model, objective, source, heldout, mesh, options: argpa
             yield batch
         refuse_many(left_out, count, "cannot be read", source, options)
 
-    key = jax.random.split(jax.random.key(model.config.get("seed", 0)), 3)[2]  # `train.keys_of`
+    _, _, key = train.keys_of(model.config.get("seed", 0))
     supplies = {
         "predict": run_everywhere(lambda params, batch: objective.predict(params, batch, key), mesh),
         "heldout": Repeated(readable),

@@ -79,7 +79,7 @@ def preview(
     source, _ = train.make_sources(config)
     of_batches, loading = train.batch_options(config)
     data.check_batches(source, **of_batches, **loading, start_step=start_step)
-    _, step_key, _ = train.keys_of(config)
+    _, step_key, _ = train.keys_of(config.seed)
     classes = tuple(source.classes)
     tell("source", f"{source.describe()}; {of_classes(classes)}")
 

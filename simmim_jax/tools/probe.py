@@ -103,6 +103,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if (given := getattr(options, name)) is not None:
             setattr(options, name, _number(name, given, float, 0, strict=True))
     options.max_bad_fraction = _number("max_bad_fraction", options.max_bad_fraction, float, 0)
+    if options.max_bad_fraction > 1:
+        raise ConfigError(f"--max-bad-fraction={options.max_bad_fraction:g}", "command line", "give one of 0 to 1")
     for name, value in (("validation-fraction", options.validation_fraction),
                         *(("fractions", fraction) for fraction in options.fractions)):  # fmt: skip
         if value >= 1:

@@ -32,7 +32,7 @@ from simmim_jax.evals.feature_cache import FeatureCache, Pass, key_of, open_cach
 from simmim_jax.evals.features import run_everywhere
 from simmim_jax.metrics import write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
-from simmim_jax.trained import Trained, make_pass, open_source, open_trained
+from simmim_jax.trained import Trained, is_own, make_pass, open_source, open_trained
 
 REGULARISATIONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge regression, on covariances of standardised features
 INVERSE_REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C
@@ -108,7 +108,7 @@ def earlier_rows(out: Path, said: dict) -> list[dict]:
         earlier = json.loads((out / "results.json").read_text())
     except (FileNotFoundError, ValueError):
         return []
-    now, before = json.loads(json.dumps(said["options"])), earlier["options"]
+    now, before = json.loads(json.dumps(said["options"])), earlier.get("options", {})
     decided = {kind: (*DECIDES_ALL, *names) for kind, names in DECIDES.items()}
     same = {kind for kind, names in decided.items() if all(before.get(name) == now[name] for name in names)}
     same &= set(DECIDES) if earlier.get("features") == said["features"] else set()
@@ -137,7 +137,7 @@ def write_rows(out: Path, said: dict, rows: list[dict]) -> None:
 
 def open_sources(trained: Trained, options: Namespace) -> dict:
     """ "train" and "test" images with the same classes. Raises DataError and ConfigError."""
-    own = {} if options.data else trained.config.get("data", {})
+    own = trained.config.get("data", {}) if not options.data or is_own(trained, options.data) else {}
     splits = {
         "train": options.train_split or own.get("split", "train"),
         "test": options.test_split or own.get("heldout_split", "test"),
@@ -209,13 +209,12 @@ def extract(
             batch_size,
             lambda start, images=images: iter(images.dataset[start:].to_iter_dataset(images.options)),
         )
-    own = trained.config.get("data", {})
     params = trained.params["encoder"]
     identity = {
         "checksums": checkpoint.checksums(params), "step": trained.step, "encoder": trained.config["encoder"],
         "image_size": list(trained.image_size), **{name: list(x) for name, x in trained.pixels.items()}, "pool": pool,
-        "crop_fraction": options.crop_fraction or own.get("crop_fraction", 1.0),
-        "interpolation": own.get("interpolation", "bicubic"), "limit": options.limit,
+        "crop_fraction": options.crop_fraction or trained.crop_fraction, "interpolation": trained.interpolation,
+        "limit": options.limit,
         **{split: source.fingerprint() for split, source in sources.items()},
     }  # fmt: skip
     features = make_all_features(trained.encoder, **trained.pixels, pool=pool)
