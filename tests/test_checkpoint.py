@@ -182,6 +182,7 @@ def test_damaged_parameters_are_refused(saved):
         checkpoint.read_params(str(saved))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path):
     flags = (*DIGITS, "--config.steps=10", "--config.evals={}", "--workdir", tmp_path)
     assert run_until("step:7", "SIGTERM", *flags).returncode == 143
@@ -203,6 +204,7 @@ def test_too_little_room_is_told_before_anything_is_written(saved, monkeypatch):
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_linear_evaluation_takes_the_encoder_and_leaves_it_as_it_is(tmp_path):
     """From a run split over eight devices, on one."""
     short = (*DIGITS, "--config.steps=6", "--config.evals={}")

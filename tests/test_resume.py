@@ -71,6 +71,7 @@ def test_every_step_is_written_once(unbroken):
     assert [row["step"] for row in rows(unbroken, "evaluations")] == [0, 8, 16, 24]
 
 
+@pytest.mark.slow
 def test_workers_may_change_between_two_runs_of_a_workdir(tmp_path, unbroken):
     flags = (*DIGITS, "--workdir", tmp_path)
     assert run_until("step:13", "SIGTERM", *flags, "--config.data.workers=1").returncode == 143
