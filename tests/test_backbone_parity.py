@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_trained import random_weights
 
 from simmim_jax import checkpoint
 from simmim_jax.interop import backbone
@@ -49,15 +50,7 @@ def exported(folder, options, objective=None):
     objective = objective or {"name": "none"}
     pixels = {"mean": MEAN, "std": STD}
     encoder, abstract = abstract_model(options, objective, (SIZE, SIZE), pixels)
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        name = jax.tree_util.keystr(path)
-        base = 1.0 if "'scale'" in name or "'var'" in name else np.log(10) if "logit_scale" in name else 0.0
-        spread = rng.random(x.shape) if "'var'" in name else rng.standard_normal(x.shape)
-        return np.float32(base + 0.05 * spread)
-
-    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    params = random_weights(abstract)
     config = {"encoder": options, "objective": objective, "image_size": (SIZE, SIZE), **pixels}
     checkpoint.write_params(str(folder / "workdir"), params, json.loads(json.dumps(config)))
     convert.run([str(folder / "workdir"), str(folder / "backbone"), "--format=backbone"])

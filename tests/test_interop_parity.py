@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tiny_trained import random_weights
 
 from simmim_jax import checkpoint
 from simmim_jax.errors import CheckpointError
@@ -111,15 +112,7 @@ def imported(folder, source, *flags):
 def write_workdir(folder, options, objective, size):
     """A workdir of a model of ours with random weights: (encoder, parameters)."""
     encoder, abstract = abstract_model(options, objective, (size, size), PIXELS)
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        name = jax.tree_util.keystr(path)
-        base = 1.0 if "'scale'" in name or "'var'" in name else np.log(10) if "logit_scale" in name else 0.0
-        spread = rng.random(x.shape) if "'var'" in name else rng.standard_normal(x.shape)
-        return np.float32(base + 0.05 * spread)
-
-    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    params = random_weights(abstract)
     config = {"encoder": {**options, "depths": list(options["depths"])} if "depths" in options else options}
     config |= {"objective": objective, "image_size": [size, size], "mean": list(MEAN), "std": list(STD)}
     checkpoint.write_params(str(folder / "workdir"), params, config)

@@ -34,6 +34,19 @@ def make_run(folder, objective=SIMMIM, *, seed=0, **config) -> tuple[str, object
     return str(folder), encoder, jax.tree.map(jnp.asarray, params)
 
 
+def random_weights(abstract) -> dict:
+    """Arrays for an abstract tree of parameters, none hidden at zero or one: scales about 1, variances above it."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        name = jax.tree_util.keystr(path)
+        base = 1.0 if "'scale'" in name or "'var'" in name else np.log(10) if "logit_scale" in name else 0.0
+        spread = rng.random(x.shape) if "'var'" in name else rng.standard_normal(x.shape)
+        return np.float32(base + 0.05 * spread)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
 def make_images(folder, count=20, classes=CLASSES, size=SIZE, bad=()) -> list[str]:
     """PNG images of random pixels in `folder`/<class>/, those with numbers in `bad` cut off; their names, sorted."""
     rng, names = np.random.default_rng(0), []

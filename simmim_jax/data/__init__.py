@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from simmim_jax.data.augment import make_augment
-from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode
+from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode, leave_out
 from simmim_jax.data.label_maps import Maps, Whole, check_maps, check_pair, make_mapped_source, read_random_crop
 from simmim_jax.data.sources import SOURCES, make_source
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
@@ -345,12 +345,7 @@ def _load_or_blank(index: int, *, source, crop, channels, max_pixels, blank, rep
             record = source[index]
             image, label = crop(Picture(record["image"], channels, max_pixels)), record["label"]
         except (BadImage, OSError) as error:
-            if not allowed:
-                fix = "mend or remove the file, or set data.on_error=skip"
-                raise DataError(f"a bad image: {source.name(index)}: {error}", source.describe(), fix) from error
-            if index not in reported:
-                logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
-            reported.add(index)
+            leave_out(source, index, error, reported=reported, allowed=allowed)
     valid = np.bool_(image is not None)
     return {"image": image if valid else blank, "label": np.int32(label), "index": np.int64(index), "valid": valid}
 

@@ -1,7 +1,8 @@
 """Encoded bytes, or pixels as a data set stores them, to 8-bit pixels; and what a bad image is.
 
 A bad image is one that does not decode whole: truncated, empty, of a format or pixel type that is not taken, or larger
-than `max_pixels` by its own header. What becomes of it is decided where batches are made (`simmim_jax.data`).
+than `max_pixels` by its own header. In training another takes its place, which is decided where batches are made
+(`simmim_jax.data`); an evaluation goes without it (`leave_out`).
 
 Letters of shapes: h height, w width, c channels.
 """
@@ -13,8 +14,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
+from absl import logging
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
+
+from simmim_jax.errors import DataError
 
 # The parsers that bytes may reach. Pillow has forty more, and each is fed with strangers' files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -28,6 +32,16 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the pixel
 
 class BadImage(ValueError):
     """An image that cannot be used; the message is the reason, in a few words."""
+
+
+def leave_out(source, index: int, error: Exception, *, reported: set, allowed: bool) -> None:
+    """Name a bad record of an evaluation on the log, once: `reported` has those that were. DataError if not allowed."""
+    if not allowed:
+        fix = "mend or remove the file, or set data.on_error=skip"
+        raise DataError(f"a bad image: {source.name(index)}: {error}", source.describe(), fix) from error
+    if index not in reported:
+        logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
+    reported.add(index)
 
 
 class Picture:

@@ -21,12 +21,11 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from absl import logging
 from jaxtyping import UInt, UInt8
 from PIL import ExifTags, Image
 
 from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
-from simmim_jax.data.decode import LYING, MAX_PIXELS, BadImage, Picture
+from simmim_jax.data.decode import LYING, MAX_PIXELS, BadImage, Picture, leave_out
 from simmim_jax.data.sources.folder import Folder, make_folder
 from simmim_jax.data.sources.listing import folders, is_file, nearest_folder
 from simmim_jax.data.sources.names import Names
@@ -514,12 +513,7 @@ def _load_whole(
         picture, label_map = read_pair(source[index], maps, channels, max_pixels)
         pixels = picture.read()
     except (BadImage, OSError) as error:
-        if not skips:
-            fix = "mend or remove the file, or set data.on_error=skip"
-            raise DataError(f"a bad image: {source.name(index)}: {error}", source.describe(), fix) from error
-        if index not in reported:
-            logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
-        reported.add(index)
+        leave_out(source, index, error, reported=reported, allowed=skips)
         return None
     factor = fitting_factor(label_map.shape, size, maps.short_side)
     scaled = tuple(max(1, round(side * factor)) for side in label_map.shape)

@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,9 +35,9 @@ from simmim_jax.errors import (
     UserError,
     check_minimum,
     choose,
-    nearest_of,
     told_in_one_line,
 )
+from simmim_jax.tools.options import parse_known, sides
 
 EXAMPLES = """\
 examples:
@@ -106,28 +105,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0 <= options.max_bad_fraction <= 1:
         raise ConfigError(f"max-bad-fraction is {options.max_bad_fraction}", "--max-bad-fraction", "give one of 0 to 1")
     return options
-
-
-def parse_known(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """What `parser` makes of `argv`, with - and _ alike in flags. Raises ConfigError with the nearest flag."""
-    hyphened = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), argument) for argument in argv]
-    options, surplus = parser.parse_known_args(hyphened)
-    if surplus:
-        known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-        flag = surplus[0].split("=")[0]
-        fix = nearest_of(flag, known) if flag.startswith("-") else "see --help"
-        raise ConfigError(f"unknown argument {surplus[0]!r}", "command line", fix)
-    return options
-
-
-def sides(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of "H,W", or of "H" for both. Raises ConfigError if it is neither."""
-    if text is None:
-        return None
-    numbers = text.strip("()").split(",")
-    if len(numbers) > 2 or not all(number.strip().isdecimal() and 0 < int(number) <= 16384 for number in numbers):
-        raise ConfigError(f"--image-size={text}", "command line", "give height,width in pixels, like 224,224")
-    return int(numbers[0]), int(numbers[-1])
 
 
 def run(argv: list[str]) -> None:

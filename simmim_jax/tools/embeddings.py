@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from simmim_jax.errors import ConfigError, DataError
+from simmim_jax.tools.files import write_whole
 
 KEY = b"simmim_jax"  # of our JSON in a Parquet file's metadata
 ENDINGS = (".parquet", ".npz")
@@ -130,18 +131,6 @@ def table_of(rows: Rows, classes: tuple[str, ...]):
 def printable(name: str) -> str:
     """A file's name as UTF-8 can hold it: bytes that are none become \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def write_whole(path: Path, write) -> None:
-    """`path` holds all that `write` (partial path) writes, on the disk, or what it held before."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- the whole

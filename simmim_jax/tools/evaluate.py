@@ -33,7 +33,8 @@ from simmim_jax.errors import (
     check_minimum,
     told_in_one_line,
 )
-from simmim_jax.tools.embed import parse_known, sides
+from simmim_jax.tools.files import write_whole
+from simmim_jax.tools.options import parse_known, sides
 
 EXAMPLES = """\
 examples:
@@ -379,12 +380,9 @@ def png(pixels) -> bytes:
 
 def write(path: Path, content: bytes) -> None:
     """`path` holds all of `content`, or what it held before."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise DataError(
             f"cannot write: {error.strerror or error}", str(path), "make room, or give another --out"
         ) from error

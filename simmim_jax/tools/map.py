@@ -30,8 +30,9 @@ from simmim_jax.errors import (
     told_in_one_line,
 )
 from simmim_jax.tools import embeddings
-from simmim_jax.tools.embed import parse_known
+from simmim_jax.tools.files import write_whole
 from simmim_jax.tools.map_page import make_page
+from simmim_jax.tools.options import parse_known
 
 EXAMPLES = """\
 examples:
@@ -232,7 +233,7 @@ def write_map(
     page = make_page(data, make_sprite(rows, columns, picture), options.title or path.name)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    embeddings.write_whole(out, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_whole(out, lambda partial: partial.write_text(page, encoding="utf-8"))
     print(f"{out}: {len(rows):,} of {len(listing.names):,} images, {out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -322,7 +323,7 @@ def write_neighbours(listing: embeddings.Listing, path: Path, options: argparse.
     sheet = draw_neighbours(listing, queries, rows, similarities, picture)
     out = Path(options.neighbours)
     out.parent.mkdir(parents=True, exist_ok=True)
-    embeddings.write_whole(out, lambda partial: sheet.save(partial, format="PNG"))
+    write_whole(out, lambda partial: sheet.save(partial, format="PNG"))
     line = f"{out}: {len(queries)} images with {rows.shape[1]} nearest of {len(listing.names):,}"
     known = listing.labels[queries] >= 0
     if known.any():

@@ -17,8 +17,8 @@ from simmim_jax.errors import (
     check_minimum,
     told_in_one_line,
 )
-from simmim_jax.tools.embed import parse_known, sides
-from simmim_jax.tools.embeddings import write_whole
+from simmim_jax.tools.files import write_whole
+from simmim_jax.tools.options import parse_known, sides
 
 EXAMPLES = """\
 examples:

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from simmim_jax.config import define_config_flag, parse_flags
 from simmim_jax.errors import ConfigError, check_minimum, told_in_one_line
+from simmim_jax.tools import files
 
 BAND = (10.0, 20.0)  # pixels of AvgDist that serve best, on images of 192 (paper section 4.1.2, figure 3)
 MEASURED = 128  # crops, at least, that means, deviations and masks are measured on
@@ -434,10 +435,8 @@ def check_writable(path: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """`path` holds all of `content`, or what it held before."""
-    partial_path = path.with_name(f".{path.name}.partial")
     try:
-        partial_path.write_bytes(content)
-        partial_path.replace(path)
+        files.write_whole(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
         raise ConfigError(
             f"cannot write: {error.strerror}", str(path), "mend the disk, or give another path"

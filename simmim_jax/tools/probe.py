@@ -8,7 +8,7 @@ import os
 import sys
 
 from simmim_jax.errors import BusyError, ConfigError, DataError, Parser, check_minimum, choose, told_in_one_line
-from simmim_jax.tools.embed import parse_known
+from simmim_jax.tools.options import parse_known
 
 EXAMPLES = """\
 examples:

@@ -32,6 +32,7 @@ from simmim_jax.evals.feature_cache import FeatureCache, Pass, key_of, open_cach
 from simmim_jax.evals.features import run_everywhere
 from simmim_jax.metrics import write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
+from simmim_jax.tools.files import write_whole
 from simmim_jax.trained import Trained, is_own, make_pass, open_source, open_trained
 
 REGULARISATIONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge regression, on covariances of standardised features
@@ -571,6 +572,4 @@ def write_picture(path: Path, rows: list[dict], paper: int) -> None:
                 marked = blocks.index(paper) if paper in blocks and pool == "patches" else None
                 panels.append(Panel(f"top-1, {title}", drawn, marked))
     sheet = draw_curves(panels, ticks)
-    partial_path = path.with_name(f".{path.name}")
-    Image.fromarray(sheet).save(partial_path, "PNG")
-    partial_path.replace(path)
+    write_whole(path, lambda partial: Image.fromarray(sheet).save(partial, "PNG"))
