@@ -1,4 +1,4 @@
-"""python .ci/readme.py SCRATCH: run every command of README.md's bash blocks, in order, at small settings.
+"""python .ci/readme.py SCRATCH: run every command of README.md's bash blocks, in order and small, and then its Python.
 
 A command that is not known here is an error, so that none is shown that nobody has run.
 """
@@ -78,9 +78,13 @@ class Cifar10(tfds.core.GeneratorBasedBuilder):
             yield n, {"image": file.getvalue(), "label": n % 10}
 
 
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    lines = [line for block in readme_blocks("bash") for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&")]
 
 
 def main(scratch: Path) -> None:
@@ -124,6 +128,10 @@ def main(scratch: Path) -> None:
             command = f"{first} & {second} && wait $!"
         print(f"$ {command}", flush=True)
         subprocess.run(command, shell=True, check=True, cwd=ROOT)
+    for program in readme_blocks("python"):
+        program = program.replace("runs/", f"{scratch}/runs/").replace('"IMAGE"', f'"{folder}/class_0/0.jpg"')
+        print(program, flush=True)
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from step import ROOT, describe, markdown
 
 sys.path.insert(0, str(ROOT))
 from simmim_jax import checkpoint, pretrained, train
-from simmim_jax.config import refuse_change
+from simmim_jax.config import read_json, refuse_change
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, told_in_one_line
 from simmim_jax.metrics import read_rows, write_atomically
 from simmim_jax.models import make_encoder
@@ -136,7 +136,7 @@ def draw_random(options: argparse.Namespace) -> None:
 
 def draw(run_of: str, workdir: str) -> None:
     """Write the parameters that the run `run_of` began with as a run of their own."""
-    config = train.read_json(Path(run_of) / "config.json")
+    config = read_json(Path(run_of) / "config.json")
     if not config:
         raise CheckpointError("no run", run_of, "run the stage ours first, or give --ours=RUN")
     encoder = make_encoder(**pretrained.architecture(config["encoder"]))
@@ -175,12 +175,12 @@ def finetune(options: argparse.Namespace) -> None:
 
 def pretraining_of(folder: Path) -> dict | None:
     """What a pretraining run says of itself; None where it is not finished."""
-    summary = train.read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     if not summary:
         return None
     names = ("step", "masked_loss", "images_per_second", "seconds", "parameters", "threads", "device", "describe")
     told = {name: summary[name] for name in names if name in summary}
-    if versions := train.read_json(folder / "versions.json"):
+    if versions := read_json(folder / "versions.json"):
         told["versions"] = versions
     return told | {"masked_loss_at_start": summary["start"].get("masked_loss")}
 
@@ -195,7 +195,7 @@ def compare(ours: Path, peer: Path) -> dict[str, list]:
 
     Raises ConfigError where their configs differ, and DataError where their batches did.
     """
-    first, second = (train.read_json(folder / "config.json") for folder in (ours, peer))
+    first, second = (read_json(folder / "config.json") for folder in (ours, peer))
     if first and second:
         given = {name: value for name, value in second["encoder"].items() if value is not None}
         same = {name: value for name, value in first["encoder"].items() if name in given}
@@ -211,7 +211,7 @@ def compare(ours: Path, peer: Path) -> dict[str, list]:
 
 def finetuning_of(folder: Path) -> dict | None:
     """Accuracy of a finished fine-tuning, and how it rose; None where there is none."""
-    summary = train.read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     if not summary:
         return None
     rows = read_rows(folder / "evaluations.jsonl")
@@ -224,14 +224,14 @@ def check_same_budget(options: argparse.Namespace) -> None:
     probed, tuned = {}, {}
     for encoder in ENCODERS:
         folder = options.runs / f"probe_{encoder}"
-        if results := train.read_json(folder / "results.json"):
+        if results := read_json(folder / "results.json"):
             probed[folder] = {k: v for k, v in results["options"].items() if k not in ("run", "out")}
             step = (pretraining_of(workdir_of("ours", options)) or {}).get("step", "an unfinished run")
             if encoder == "ours" and results["step"] != step:
                 raise ConfigError(f"probed at step {results['step']} of {step}", str(folder), "run the stage probe")
         folder = options.runs / f"finetune_{encoder}"
         if finetuning_of(folder):
-            config = train.read_json(folder / "config.json")
+            config = read_json(folder / "config.json")
             tuned[folder] = {k: v for k, v in config.items() if k not in ("encoder", "init_from")}
     for of_each in (probed, tuned):
         folders = list(of_each)
@@ -253,7 +253,7 @@ def gather(options: argparse.Namespace) -> dict:
             "finetuned": finetuning_of(options.runs / f"finetune_{encoder}"),
         })  # fmt: skip
     check_same_budget(options)
-    config = train.read_json(ours / "config.json")
+    config = read_json(ours / "config.json")
     config.get("data", {}).update(path="", data_dir="")
     records = {}
     for path in sorted((options.runs / "records").glob("*.json")):
@@ -271,7 +271,7 @@ def gather(options: argparse.Namespace) -> dict:
 
 def probes_of(folder: Path) -> list[dict]:
     """The rows of a probe's results that its validation images chose, and those of the paper's block."""
-    rows = train.read_json(folder / "results.json").get("rows", [])
+    rows = read_json(folder / "results.json").get("rows", [])
     return [row for row in rows if row["chosen"] or row["paper"]]
 
 

@@ -36,7 +36,7 @@ from step import CORES, ROOT, describe
 
 sys.path.insert(0, str(ROOT))
 from simmim_jax import checkpoint, data, metrics, train
-from simmim_jax.config import define_config_flag, digest, parse_flags, refuse_change
+from simmim_jax.config import define_config_flag, digest, parse_flags, read_json, refuse_change
 from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, told_in_one_line
 from simmim_jax.interop.huggingface import preprocessor_config_of
 from simmim_jax.models import make_encoder
@@ -160,11 +160,11 @@ def pretrain(config, workdir: str) -> dict:
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.hold(workdir), checkpoint.StopSignal() as stop:
-        saved = train.read_json(folder / "config.json")
+        saved = read_json(folder / "config.json")
         if saved and (folder / "checkpoint.pt").exists():
             refuse_change(saved, digest(config), workdir)
         metrics.write_atomically(folder / "config.json", json.dumps(digest(config), indent=2) + "\n")
-        summary = train.read_json(folder / "summary.json")
+        summary = read_json(folder / "summary.json")
         if summary.get("step") == settings.steps:
             print(f"nothing to do: {workdir} is finished, {settings.steps} of {settings.steps} steps")
             return summary

@@ -5,8 +5,8 @@
     python -m simmim_jax.main --config configs/cifar10_finetune.py --config.init_from="" --workdir runs/cifar10_scratch
 
 `configs/cifar10_finetune.py:folder` with --config.data.path=DIR reads a folder instead of TFDS.
-The recipe is the official one for Swin, but for what 32 pixels and five epochs of a small model ask for: larger crops, a
-shorter warm-up, layer decay 0.75, less mixing, no RandAugment and no stochastic depth.
+The recipe is the official one for Swin, but for what 32 pixels and five epochs of a small model ask for: larger crops,
+a shorter warm-up, layer decay 0.75, less mixing, no RandAugment and no stochastic depth.
 Hardware: two CPU cores. Time and result: not yet run.
 """
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from simmim_jax import processes
+from simmim_jax.config import read_json
 from simmim_jax.errors import BusyError, CheckpointError, PeerError
 from simmim_jax.stacking import path_of
 from simmim_jax.train_step import TrainState
@@ -246,8 +247,8 @@ def read_params(init_from: str) -> tuple[dict, dict]:
             raise CheckpointError(f"damaged checkpoint: {reason}", str(folder), hint) from error
     if damaged:
         raise CheckpointError(f"damaged array {damaged[0]}", str(folder), hint)
-    config = folder.parent.parent / "config.json"
-    return params, json.loads(config.read_text()) if config.is_file() else {}
+    config = read_json(folder.parent.parent / "config.json", CheckpointError, "bring back the one that was written")
+    return params, config
 
 
 def has_steps(workdir: str) -> bool:

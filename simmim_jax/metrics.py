@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, evaluations.jsonl, TensorBoard, the console line, and where the time went.
+"""What a run writes down: metrics.jsonl, evaluations.jsonl, TensorBoard, the console line, traces, where time went.
 
 The two .jsonl files hold what seed and config determine, each step once, so that an interrupted run's equal an unbroken
 run's to the letter. What depends on the machine (images/s, waiting) goes to TensorBoard and the console.
@@ -12,8 +12,11 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import tensorboardX
+
+from simmim_jax.processes import say
 
 STARVED = 0.2  # the share of a run's time that may go into waiting for data before the run says what to change
 QUIET = ("skipped", "bad_images")  # on the console only where they are not 0
@@ -158,6 +161,29 @@ class Progress:
             f"{machine['images_per_second']:.0f} images/s  MFU {machine['mfu']:.0%}  "
             f"data wait {machine['data_wait']:.0%}  ETA {duration(left)}"
         )
+
+
+class Profile:
+    """A trace of the steps from `steps[0]` to `steps[1]`, for TensorBoard's profiler; none where `steps` is empty."""
+
+    def __init__(self, workdir: str, steps: tuple[int, ...]):
+        self._folder, self._steps, self._traces = str(Path(workdir) / "tensorboard"), steps, False
+
+    def before(self, step: int) -> None:
+        if self._steps and self._steps[0] <= step <= self._steps[1] and not self._traces:
+            jax.profiler.start_trace(self._folder)
+            self._traces = True
+
+    def after(self, step: int, device_metrics: dict) -> None:
+        if self._traces and step >= self._steps[1]:
+            jax.block_until_ready(device_metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._traces:
+            jax.profiler.stop_trace()
+            self._traces, self._steps = False, ()
+            say(f"the trace is in {self._folder}/plugins/profile")
 
 
 def duration(seconds: float) -> str:

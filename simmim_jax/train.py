@@ -7,11 +7,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import platform
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -20,8 +17,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simmim_jax import checkpoint, costs, data, metrics, optim, pretrained, processes, sharding
-from simmim_jax.config import digest, refuse_change
+from simmim_jax import checkpoint, costs, data, metrics, optim, pretrained, processes, sharding, workdirs
+from simmim_jax.config import digest, read_json
 from simmim_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -43,7 +40,6 @@ from simmim_jax.stacking import path_of, stack, unstack
 from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
 
 MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
-SHARED_SOON = 60  # seconds within which other hosts see a file that the first has written
 EVALUATION_SHARE, MOST_EVALUATIONS = 0.03, 20  # where config.eval_every leaves it open: of a run's work, and in number
 MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
 
@@ -80,12 +76,12 @@ def train(config: ConfigDict, workdir: str) -> dict:
     evals = evals_of(config, source, heldout_source)
     evaluation_every = evaluation_period(config, evals, steps, len(source), len(heldout_source or ()))
 
-    with hold_workdir(record_of_config, workdir), checkpoint.StopSignal() as stop:
+    with workdirs.hold(record_of_config, workdir), checkpoint.StopSignal() as stop:
         summary = processes.on_first(lambda: read_json(Path(workdir) / "summary.json"))
         if summary.get("step") == steps:
             say(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
             return summary
-        processes.on_first(lambda: write_versions(workdir))
+        processes.on_first(lambda: workdirs.write_versions(workdir))
 
         # What is wrong with the devices for this run is told before anything is compiled.
         mesh = sharding.make_mesh(**config.mesh)
@@ -209,7 +205,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
         # The loop. What is due at a step follows from the step and the records alone, so a resumed run does the same.
         pending = None  # the newest step's metrics, read one step late: the device never waits for the host
-        saved, profile = start, Profile(workdir, config.profile_steps)
+        saved, profile = start, metrics.Profile(workdir, config.profile_steps)
         gone = False  # whether another process is
         try:
             while True:
@@ -277,29 +273,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
             workdir, records, clock, dict(costs_of_evaluators.seconds), step=steps, trained=steps - start,
             batch_size=config.batch_size,
         )  # fmt: skip
-
-
-class Profile:
-    """A trace of the steps from `steps[0]` to `steps[1]`, for TensorBoard's profiler; none where `steps` is empty."""
-
-    def __init__(self, workdir: str, steps: tuple[int, ...]):
-        self._folder, self._steps, self._traces = str(Path(workdir) / "tensorboard"), steps, False
-
-    def before(self, step: int) -> None:
-        if self._steps and self._steps[0] <= step <= self._steps[1] and not self._traces:
-            jax.profiler.start_trace(self._folder)
-            self._traces = True
-
-    def after(self, step: int, device_metrics: dict) -> None:
-        if self._traces and step >= self._steps[1]:
-            jax.block_until_ready(device_metrics)
-            self.close()
-
-    def close(self) -> None:
-        if self._traces:
-            jax.profiler.stop_trace()
-            self._traces, self._steps = False, ()
-            say(f"the trace is in {self._folder}/plugins/profile")
 
 
 def open_records(workdir: str, step: int) -> metrics.Records:
@@ -457,78 +430,6 @@ def batch_options(config: ConfigDict) -> tuple[dict, dict]:
     if how["workers"] == -1:  # on a CPU they would take cores from the step
         how["workers"] = 0 if jax.default_backend() == "cpu" else min(data.cores() - 1, MOST_WORKERS)
     return what | {name: config.data[name] for name in pixels}, how
-
-
-@contextlib.contextmanager
-def hold_workdir(config: dict, workdir: str) -> Iterator[None]:
-    """Hold `workdir`, made where it is missing, for this config, and write the config down in it."""
-    if not workdir:
-        raise ConfigError("no workdir", "--workdir", "give a folder for the run, like runs/mine")
-    folder = Path(workdir)
-
-    def take(held: contextlib.ExitStack) -> str:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(checkpoint.hold(workdir))
-            saved = read_json(folder / "config.json")
-            if saved.get("objective", {}).get("name") == "none":  # imported without a head
-                fix = f"give it as --config.init_from={workdir}, and another --workdir"
-                raise ConfigError("this workdir holds an encoder alone, no run to go on with", workdir, fix)
-            if saved and checkpoint.has_steps(workdir):  # else there is nothing yet to go on from
-                refuse_change(saved, config, workdir)
-            origin = {"imported": saved["imported"]} if "imported" in saved else {}  # stays known when a run goes on
-            metrics.write_atomically(folder / "config.json", json.dumps({**config, **origin}, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
-            ) from error
-
-        return read_text(folder / "LOCK")
-
-    with contextlib.ExitStack() as held:
-        owner = processes.on_first(lambda: take(held))
-        deadline = time.monotonic() + SHARED_SOON
-        while (found := read_text(folder / "LOCK")) != owner and time.monotonic() < deadline:
-            time.sleep(0.5)
-        processes.check_same(found, "not the same folder on all hosts", workdir, "give one that all hosts share")
-        of_hosts = {"data": dict.fromkeys(("path", "data_dir", "workers", "threads", "prefetch"), "")}
-        same = {**config, **{name: {**config.get(name, {}), **fields} for name, fields in of_hosts.items()}}
-        processes.check_same(
-            json.dumps([same, versions()], sort_keys=True), "the config, or a package's version", "all hosts",
-            "start all with the same command and environment",
-        )  # fmt: skip
-        yield
-
-
-def read_text(path: Path) -> str:
-    """What a file holds; empty where it cannot be read."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def write_versions(workdir: str) -> None:
-    """What runs in `workdir`, in versions.json."""
-    metrics.write_atomically(Path(workdir) / "versions.json", json.dumps(versions(), indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """The versions of what decides a run's numbers."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
-    packages += ("cykooz-resizer",)
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def read_json(path: Path) -> dict:
-    """What a JSON file of a workdir holds; empty if there is none. Raises ConfigError if it is no JSON object."""
-    try:
-        content = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ConfigError("not a JSON file", str(path), "remove it, or give another --workdir")
-    return content
 
 
 def whole_encoder(config: ConfigDict, workdir: str) -> dict:

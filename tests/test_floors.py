@@ -16,7 +16,7 @@ FLOORS = {
     "models.layers": 1, "models.windows": 1, "models.pyramid": 1, "data.": 1, "objectives.pixels": 0,
     "objectives.features": 1, "evals.features": 1, "checkpoint": 1, "metrics": 1, "pretrained": 1,
     "models.": 2, "objectives.": 2, "evals.": 2,
-    "models": 3, "objectives": 3, "evals": 3, "data": 3, "interop.": 3, "interop": 3,
+    "workdirs": 2, "models": 3, "objectives": 3, "evals": 3, "data": 3, "interop.": 3, "interop": 3,
     "train": 4, "trained": 4,
     "main": 5, "tools.": 5,
 }  # fmt: skip

@@ -33,7 +33,7 @@ def test_a_run_killed_twice_in_an_epoch_and_across_its_end_ends_with_the_same_bi
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path, unbroken, name, code):
     flags = (*DIGITS, "--workdir", tmp_path)
     stopped = run_until("step:13", name, *flags)

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
+from simmim_jax import config
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop import pickles
 
@@ -51,16 +52,16 @@ def read_weights(path: str) -> Weights:
     arrays = _read_shards(files, weight_map) if len(files) > 1 else _read(files[0])
     folder = root if root.is_dir() else root.parent
     is_hugging_face = root.is_dir() or root.name in ("model.safetensors", "pytorch_model.bin")
-    config = read_json(folder / "config.json") if is_hugging_face else {}
-    if root.is_dir() and not config:
+    config_json = read_json(folder / "config.json") if is_hugging_face else {}
+    if root.is_dir() and not config_json:
         raise CheckpointError("no config.json", path, "give the folder that save_pretrained wrote, or one weight file")
     arrays, notes = _tidy(arrays, str(path))
     derived = {name: x for name, x in arrays.items() if DERIVED.search(name) and not _is_key_bias(name, x)}
     return Weights(
         arrays={name: x for name, x in arrays.items() if name not in derived},
         derived=derived,
-        config=config,
-        pixels=read_json(folder / "preprocessor_config.json") if config else {},
+        config=config_json,
+        pixels=read_json(folder / "preprocessor_config.json") if config_json else {},
         where=str(path),
         sha256=_sha256(files),
         notes=notes,
@@ -181,13 +182,7 @@ def _tidy(arrays: dict[str, np.ndarray], where: str) -> tuple[dict[str, np.ndarr
 
 def read_json(path: Path) -> dict:
     """A JSON object; empty where there is no such file. Raises CheckpointError if it is anything else."""
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except (ValueError, OSError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError("not a JSON object", str(path), "download or write it again")
-    return content
+    return config.read_json(path, CheckpointError, "download or write it again")
 
 
 def _sha256(files: list[Path]) -> str:
