@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
     c.encoder.dtype = "bfloat16"
 
     c.eval_every = 6250  # ten epochs
+    c.eval_images = 50_000  # all that validate, and for the probes 50 of each class
     c.save_every = 3125
     c.log_every = 100
     return c

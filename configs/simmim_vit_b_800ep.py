@@ -24,5 +24,6 @@ def get_config() -> ConfigDict:
     c.encoder = encoder_config("vit", "b")
     c.encoder.drop_path = 0.1
     c.encoder.dtype = "bfloat16"
+    c.probe_block = 8  # of its output, a linear probe tells little (microsoft/SimMIM#14)
     c.optim.decay_mask_token = c.optim.decay_bias_tables = True
     return c

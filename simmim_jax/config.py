@@ -36,7 +36,7 @@ FREE = (
 
 BEFORE = {  # what runs did of which config.json does not tell, as they began before these fields
     "data.augment": "", "data.colour_jitter": 0.0, "objective.mixup": 0.0, "objective.cutmix": 0.0,
-    "objective.erase": 0.0, "objective.pool": "patches", "optim.frozen_layers": 0,
+    "objective.mix_group": 0, "objective.erase": 0.0, "objective.pool": "patches", "optim.frozen_layers": 0,
 }  # fmt: skip
 
 
@@ -186,6 +186,7 @@ def finetune_config() -> ConfigDict:
     c.objective.mixup, c.objective.cutmix = 0.8, 1.0  # of Beta(a, a), whose draw is the share of the image; 0: none
     c.objective.mix_probability, c.objective.mix_switch = 1.0, 0.5  # that a batch is mixed; that CutMix does it
     c.objective.mix_mode = "batch"  # one draw for a batch; or "pair", "elem"
+    c.objective.mix_group = 0  # so many neighbours are mixed with one another, by a draw of theirs; 0: the batch
     c.objective.erase = 0.25  # probability that boxes of an image become noise
     c.objective.erase_mode, c.objective.erase_count = "pixel", 1  # or "rand", "const"; boxes at most
     c.epochs = 100.0

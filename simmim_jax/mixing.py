@@ -41,6 +41,7 @@ def check_mixing(
     probability: int | float = 1.0,
     switch: int | float = 0.5,
     mode: str = "batch",
+    group: int = 0,
     erase: int | float = 0.0,
     erase_mode: str = "pixel",
     erase_count: int = 1,
@@ -53,6 +54,7 @@ def check_mixing(
         if not 0 <= value <= 1:
             raise ConfigError(f"{name} is {value}", f"objective.{name}", "give a probability, 0 to 1")
     choose("mix_mode", mode, MODES)
+    check_minimum("objective.mix_group", group, 0)
     choose("erase_mode", erase_mode, FILLS)
     check_minimum("objective.erase_count", erase_count, 1)
 
@@ -106,8 +108,9 @@ def draw_mix(
     probability: int | float = 1.0,
     switch: int | float = 0.5,
     mode: str = "batch",
+    group: int = 0,
 ) -> Mix:
-    """How each image is mixed with its partner, which timm takes from the same place of the reversed batch.
+    """How each image is mixed with its partner, see `partner_of`.
 
     Mixup (Zhang et al. 2017, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899), timm's `Mixup`.
 
@@ -118,6 +121,7 @@ def draw_mix(
       probability: that images are mixed at all.
       switch: the probability of CutMix where there are both.
       mode: one draw for the whole "batch", for each "pair", or for each element ("elem").
+      group: of mode "batch": each `group` neighbours have a draw of their own; 0: all have one.
 
     CutMix's box has the other share of the image's area, and a centre anywhere, so that it may lie partly outside; the
     weight is then that of the pixels that are left of the image.
@@ -138,11 +142,23 @@ def draw_mix(
         left = 1.0 - _area(box) / math.prod(image_size)
         return jnp.where(use_cutmix, left, share), box, use_cutmix
 
-    if mode == "batch":
+    if mode == "batch" and not group:
         drawn = one(key)
         return Mix(*(jnp.broadcast_to(value, (*position.shape, *value.shape)) for value in drawn))
-    place = jnp.minimum(position, partner_position) if mode == "pair" else position
+    places = {"batch": position // max(group, 1), "pair": jnp.minimum(position, partner_position), "elem": position}
+    place = places[mode]
     return Mix(*jax.vmap(lambda place: one(jax.random.fold_in(key, place)))(place))
+
+
+def partner_of(position: Int[Array, " b"], size: int, group: int = 0) -> Int[Array, " b"]:
+    """The places in a global batch of `size` of the images that those at `position` are mixed with.
+
+    timm reverses the batch, of which each process of a run has one of its own: so it is in each `group` neighbours
+    here, the last of which may be fewer, however many processes there are. 0: in the whole batch.
+    """
+    start = position // group * group if group else jnp.zeros_like(position)
+    end = jnp.minimum(start + group, size) if group else size
+    return start + end - 1 - position
 
 
 def mix(images: Float[Array, "b y x c"], partners: Float[Array, "b y x c"], drawn: Mix) -> Float[Array, "b y x c"]:

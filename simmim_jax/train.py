@@ -41,6 +41,7 @@ from simmim_jax.train_step import TrainState, digest_samples, init_state, train_
 
 MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
 EVALUATION_SHARE, MOST_EVALUATIONS = 0.03, 20  # where config.eval_every leaves it open: of a run's work, and in number
+OF_THE_START = 0.05  # the part in an average of parameters, above which the run warns of it
 MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
 
 
@@ -62,8 +63,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     of_batches, loading = batch_options(config)
     data.check_batches(source, **of_batches, **loading)
     steps, steps_per_epoch = length_of(config, len(source))
-    if config.optim.warmup_epochs * steps_per_epoch >= steps:
-        logging.warning("the warm-up, %g epochs, is as long as the run: its rate stays low", config.optim.warmup_epochs)
+    warn_of_length(config, steps, steps_per_epoch)
     tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
     record_of_config = digest(config) | {"encoder": record_of_encoder(encoder, encoder_fields)}
     if config.objective.name in ("classify", "segment"):
@@ -123,11 +123,12 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     if state.ema is not None:
                         state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
         start = step = int(state.step)
-        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        parameters, trained = parameters_of(config, encoder, in_blocks.params)
         say(
             f"{'resuming at' if start else 'starting'} step {start} of {steps} in {workdir}: {len(source)} images, "
-            f"batch {config.batch_size}, {parameters / 1e6:.1f} M parameters, "
-            f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
+            f"batch {config.batch_size}, {parameters / 1e6:.1f} M parameters"
+            + (f", of which {trained / 1e6:.3g} M are trained, " if trained < parameters else ", ")
+            + f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
             + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
 
@@ -334,6 +335,16 @@ def length_of(config: ConfigDict, images: int) -> tuple[int, int]:
     return steps, steps_per_epoch
 
 
+def warn_of_length(config: ConfigDict, steps: int, steps_per_epoch: int) -> None:
+    """Say what of `config` is for longer runs than one of so many steps."""
+    if config.optim.warmup_epochs * steps_per_epoch >= steps:
+        logging.warning("the warm-up, %g epochs, is as long as the run: its rate stays low", config.optim.warmup_epochs)
+    left = config.ema_decay**steps
+    if config.ema_decay and left > OF_THE_START:
+        what = "the average of parameters, which is evaluated and handed on, will be %.0f %% those at the start: %s"
+        logging.warning(what, 100 * left, f"ema_decay {config.ema_decay:g} is for longer runs than {steps} steps")
+
+
 def make_tx(config: ConfigDict, encoder, steps: int, steps_per_epoch: int) -> tuple:
     """(optimizer, schedule) of a run."""
     return optim.make_optimizer(
@@ -371,6 +382,11 @@ def make_sources(config: ConfigDict) -> tuple:
                 f"num_classes is {config.objective.num_classes}, the data have {len(source.classes)} classes",
                 source.describe(), f"give --config.objective.num_classes={len(source.classes)}",
             )  # fmt: skip
+    if heldout and set(config.evals) - {"reconstruction"} and data.share_images(source, heldout):
+        raise ConfigError(
+            "held-out images are among those trained on", f"data.heldout_split={config.data.heldout_split}",
+            f"give one apart from {config.data.split}, like data.heldout_fraction of a folder, or train[90%:] of TFDS",
+        )  # fmt: skip
     labelled = {"knn", "linear", "accuracy"} & set(config.evals)
     if labelled and heldout.classes != source.classes:
         raise DataError(
@@ -580,12 +596,27 @@ def check_frozen(config: ConfigDict, encoder, params) -> None:
         )  # fmt: skip
     is_frozen = frozen_of(config, encoder)
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    named = optim.make_frozen(config.optim.frozen)
+    if named and not any(map(named, paths)):
+        raise ConfigError(
+            f"no parameter's path begins with {config.optim.frozen!r}", "optim.frozen",
+            f"they are like {paths[0]} and {paths[-1]}",
+        )  # fmt: skip
+    if is_frozen and all(map(is_frozen, paths)):
+        raise ConfigError("all parameters are frozen: nothing would be trained", "optim.frozen", "leave some out")
     measured = [path for path in paths if path.endswith(("/mean", "/var")) and is_frozen and is_frozen(path)]
     if measured and config.objective.get("train_encoder", True):
         raise ConfigError(
             f"{measured[0]} is frozen, but its batch norm would still use each batch's own statistics", "optim.frozen",
             "freeze the whole encoder, with objective.train_encoder=false, or nothing of it",
         )  # fmt: skip
+
+
+def parameters_of(config: ConfigDict, encoder, params) -> tuple[int, int]:
+    """(how many numbers there are, how many of them are trained)."""
+    is_frozen = frozen_of(config, encoder) or (lambda path: False)
+    sizes = [(path_of(path), math.prod(x.shape)) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    return sum(size for _, size in sizes), sum(size for path, size in sizes if not is_frozen(path))
 
 
 def check_memory(config: ConfigDict, encoder, needed: int, there: int, steps: int, steps_per_epoch: int | None) -> None:

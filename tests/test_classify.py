@@ -113,6 +113,8 @@ def test_a_partner_is_found_by_its_place_however_rows_lie(batch):
     np.testing.assert_array_equal(prepared["partner_position"], BATCH - 1 - order)
     for name in ("image", "label"):
         np.testing.assert_array_equal(prepared[f"partner_{name}"], batch[name][BATCH - 1 - order])
+    prepared = classifier(mixup=1.0, mix_group=4).prepare(moved)
+    np.testing.assert_array_equal(prepared["partner_position"], order // 4 * 4 + 3 - order % 4)
 
 
 def test_a_classifier_may_read_the_class_token(batch):

@@ -116,6 +116,7 @@ def test_an_official_fine_tuning(name, image, window, layer_decay, drop_path, af
     assert (data.augment, data.colour_jitter, data.crop_fraction) == ("rand-m9-mstd0.5-inc1", 0.0, 0.875)
     mixing = [objective[name] for name in ("mixup", "cutmix", "mix_probability", "mix_switch", "mix_mode", "erase")]
     assert mixing == [0.8, 1.0, 1.0, 0.5, "batch", 0.25]
+    assert objective.mix_group == 128  # images of one of their processes
     assert (objective.label_smoothing, objective.num_classes, config.ema_decay) == (0.1, 1000, 0.0)
     is_vit = name.startswith("vit")
     assert objective.head_scale == (0.001 if is_vit else 1.0)

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.mixing import Mix, check_mixing, draw_mix, erase, mix, mix_targets
+from simmim_jax.mixing import Mix, check_mixing, draw_mix, erase, mix, mix_targets, partner_of
 from simmim_jax.sharding import batch_sharding, make_mesh
 
 KEY = jax.random.key(0)
@@ -313,6 +313,23 @@ def test_images_and_targets_are_the_same_on_eight_devices_and_in_parts_as_in_the
     split = chain(*jax.device_put(batch, placed))
     # the draws are equal to the bit; the blend may be one multiplication and addition, rounded once, or two operations
     chex.assert_trees_all_close(jax.tree.map(np.asarray, split), whole, rtol=0, atol=1e-6)
+
+
+def test_a_group_is_mixed_within_itself_by_one_draw_and_apart_from_others():
+    """As the batch of each of the official run's processes is."""
+    size, group = 23, 5  # the last group has three
+    places = np.arange(size)
+    partners = np.asarray(partner_of(jnp.asarray(places), size, group))
+    np.testing.assert_array_equal(partners[partners], places)
+    np.testing.assert_array_equal(partners // group, places // group)
+    np.testing.assert_array_equal(partners[:5], [4, 3, 2, 1, 0])
+    np.testing.assert_array_equal(partners[20:], [22, 21, 20])
+    np.testing.assert_array_equal(partner_of(jnp.asarray(places), size), places[::-1])
+    weights = draw(places, mode="batch", group=group).weight
+    of_groups = [set(weights[places // group == n].tolist()) for n in range(5)]
+    assert all(len(found) == 1 for found in of_groups)
+    assert len(set().union(*of_groups)) == 5
+    assert len(set(draw(places, mode="batch").weight.tolist())) == 1
 
 
 def test_draws_do_not_change_with_a_new_jax_unnoticed(many, scratched):

@@ -74,6 +74,42 @@ def test_frozen_layers_that_are_not_there_or_would_not_be_still_are_refused():
     train.check_frozen(config, encoder, params)
 
 
+@pytest.mark.parametrize(
+    ("frozen", "message"), [("encodr/", "begins with 'encodr/'"), (".*", "all parameters are frozen")]
+)
+def test_a_pattern_that_freezes_nothing_or_everything_is_refused(frozen, message):
+    config = load("configs/digits_finetune.py")
+    encoder = make_encoder(**{"size": None, **load("configs/digits_vit_tiny.py").encoder})
+    images = jnp.zeros((1, 16, 16, 1))
+    params = {"encoder": jax.eval_shape(encoder.init, jax.random.key(0), images)["params"], "head": {"bias": images}}
+    config.optim.frozen = "encoder/"
+    train.check_frozen(config, encoder, params)
+    everything, trained = train.parameters_of(config, encoder, params)
+    assert trained == images.size < everything
+    config.optim.frozen = frozen
+    with pytest.raises(ConfigError, match=message):
+        train.check_frozen(config, encoder, params)
+
+
+def test_an_average_that_would_be_of_the_start_is_told_of(monkeypatch):
+    told = []
+    monkeypatch.setattr(train.logging, "warning", lambda what, *values: told.append(what % values))
+    train.warn_of_length(digits(ema_decay=0.9999), 100_000, 100)
+    train.warn_of_length(digits(ema_decay=0.0), 660, 100)
+    assert told == []
+    train.warn_of_length(digits(ema_decay=0.9999), 660, 100)
+    assert len(told) == 1
+    assert "94 % those at the start" in told[0]
+
+
+def test_images_that_are_trained_on_do_not_judge():
+    config = load("configs/digits_finetune.py")
+    train.make_sources(config)
+    config.data.heldout_split = "train"
+    with pytest.raises(ConfigError, match="held-out images are among those trained on"):
+        train.make_sources(config)
+
+
 def test_memory_with_frozen_layers_is_measured_without_a_scan():
     config = digits(steps=1)
     config.encoder.depth, config.encoder.remat, config.optim.frozen_layers = 2, "full", 2

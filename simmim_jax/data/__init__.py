@@ -21,14 +21,14 @@ from absl import logging
 from simmim_jax.data.augment import make_augment
 from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode, leave_out
 from simmim_jax.data.label_maps import Maps, Whole, check_maps, check_pair, make_mapped_source, read_random_crop
-from simmim_jax.data.sources import SOURCES, make_source
+from simmim_jax.data.sources import SOURCES, make_source, share_images
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
 from simmim_jax.data.workers import check_main, close, init_worker, let_grain_run_without_flags, watched
 from simmim_jax.errors import ConfigError, DataError
 
 __all__ = [
     "MEND", "SOURCES", "Epoch", "Maps", "Whole", "advice", "check_batches", "check_maps", "cores", "fingerprint",
-    "make_batches", "make_epoch", "make_mapped_source", "make_source", "most_bad",
+    "make_batches", "make_epoch", "make_mapped_source", "make_source", "most_bad", "share_images",
 ]  # fmt: skip
 
 ON_ERROR = ("skip", "raise")  # what becomes of a bad image

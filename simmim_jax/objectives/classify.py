@@ -50,6 +50,7 @@ def make_classify(
     mix_probability: float = 1.0,
     mix_switch: float = 0.5,
     mix_mode: str = "batch",
+    mix_group: int = 0,
     erase: float = 0.0,
     erase_mode: str = "pixel",
     erase_count: int = 1,
@@ -63,10 +64,11 @@ def make_classify(
     train_encoder: whether the encoder is in training mode, with stochastic depth; false where it is frozen.
     pool: what of the encoder is classified, one of `features.POOLS`.
     erase, erase_mode, erase_count: probability that boxes of a training image become noise, of which kind, and how many
-        at most. mixup, cutmix, mix_probability, mix_switch,
-        mix_mode: how training images, and their targets, are mixed, each with the one at its place in the reversed
-        batch (see `simmim_jax.mixing`). All of it happens in the compiled step, first erasing, as in official
-        data_finetune.py and main_finetune.py.
+        at most.
+    mixup, cutmix, mix_probability, mix_switch, mix_mode, mix_group: how training images, and their targets, are mixed,
+        each with the one at its place in the reversed batch, or in each `mix_group` neighbours of it (see
+        `simmim_jax.mixing`). All of it happens in the compiled step, first erasing, as in official data_finetune.py
+        and main_finetune.py.
     """
     if num_classes < 2:
         raise ConfigError(
@@ -77,8 +79,8 @@ def make_classify(
     for size in image_size:  # else what lies beyond the last whole token would go unseen
         check_multiple(size, encoder.token_stride, "image size", "the side of the encoder's tokens")
     mixing.check_mixing(
-        mixup=mixup, cutmix=cutmix, probability=mix_probability, switch=mix_switch, mode=mix_mode, erase=erase,
-        erase_mode=erase_mode, erase_count=erase_count,
+        mixup=mixup, cutmix=cutmix, probability=mix_probability, switch=mix_switch, mode=mix_mode,
+        group=mix_group, erase=erase, erase_mode=erase_mode, erase_count=erase_count,
     )  # fmt: skip
     mixes = mixup > 0 or cutmix > 0
     features = make_features(encoder, mean=mean, std=std, block=block, pool=pool)
@@ -102,7 +104,7 @@ def make_classify(
         if not mixes:
             return batch
         place = jnp.argsort(batch["position"])  # of each position among the rows, however processes share them
-        partner = place[len(place) - 1 - batch["position"]]
+        partner = place[mixing.partner_of(batch["position"], len(place), mix_group)]
         return batch | {f"partner_{name}": batch[name][partner] for name in ("image", "label", "position")}
 
     def augmented(batch, key) -> tuple[Float[Array, "b y x c"], Float[Array, "b n"]]:
@@ -120,7 +122,7 @@ def make_classify(
             return images, targets
         drawn = mixing.draw_mix(
             mix_key, batch["position"], batch["partner_position"], image_size=image_size, mixup=mixup, cutmix=cutmix,
-            probability=mix_probability, switch=mix_switch, mode=mix_mode,
+            probability=mix_probability, switch=mix_switch, mode=mix_mode, group=mix_group,
         )  # fmt: skip
         partners = erased(batch["partner_image"], batch["partner_position"])
         images = mixing.mix(images, partners, drawn)

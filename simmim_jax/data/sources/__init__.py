@@ -26,7 +26,7 @@ from simmim_jax.data.sources.tar import COMPRESSED, TARS, make_tar
 from simmim_jax.data.sources.tfds import make_tfds, prepared_directory
 from simmim_jax.errors import ConfigError, DataError, nearest_of
 
-__all__ = ["SOURCES", "make_source"]
+__all__ = ["SOURCES", "make_source", "share_images"]
 
 KINDS = {LISTS: "list", (*TARS, *COMPRESSED): "tar", PARQUETS: "parquet", ARRAY_RECORDS: "array_record"}
 TAKEN = "a folder of images, of shards or of a prepared data set, or a .txt list, .tar, .parquet or .array_record file"
@@ -63,6 +63,20 @@ def make_source(
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction={heldout_fraction}", "data.heldout_fraction", "must be in [0, 1)")
     return SOURCES[source](path=path, name=name, data_dir=data_dir, split=split, heldout_fraction=heldout_fraction)
+
+
+def share_images(first, second) -> bool:
+    """Whether two sources are one part by two names, or slices of TFDS that overlap."""
+    said = [source.fingerprint() for source in (first, second)]
+    if all(each["source"] == "tfds" for each in said):
+        return any(
+            max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take)
+            for a in first.records.dataset_info.splits[first.split].file_instructions
+            for b in second.records.dataset_info.splits[second.split].file_instructions
+            if a.filename == b.filename
+        )
+    roots = [getattr(getattr(source, "images", source), "root", "") for source in (first, second)]
+    return roots[0] == roots[1] and said[0] | {"split": ""} == said[1] | {"split": ""}
 
 
 def make_auto(*, path: str, name: str, split: str, **options):
