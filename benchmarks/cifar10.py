@@ -15,11 +15,14 @@ are named; every one goes on from where it was interrupted, when the same comman
     finetune   fine-tune all three alike by configs/cifar10_finetune.py, in RUNS/finetune_*
     report     gather what is there: a JSON file, a picture of the curves beside it, tables on the console
 
---pretrain, --probe and --finetune hand flags on to the programs of these stages.
+--pretrain, --probe and --finetune hand flags on to the programs of these stages. Of several seeds, each in a folder of
+its own (--runs=RUNS_1 --pretrain=--config.seed=1, and so on), `report --runs=RUNS_1,RUNS_2` has mean ± deviation.
 """
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import os
 import shlex
@@ -40,9 +43,11 @@ sys.path.insert(0, str(ROOT))
 from simmim_jax import checkpoint, pretrained, train
 from simmim_jax.config import read_json, refuse_change
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, told_in_one_line
+from simmim_jax.evals.draws import spread
 from simmim_jax.metrics import read_rows, write_atomically
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
+from simmim_jax.tools import probing
 
 ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # names of runs, and in tables
 COLOURS = {"random": "#7d8590", "ours": "#1f6feb", "peer": "#d9730d"}
@@ -219,20 +224,33 @@ def finetuning_of(folder: Path) -> dict | None:
     return {name: summary[name] for name in ("step", "top1", "top5", "images")} | {"curve": curve}
 
 
-def check_same_budget(options: argparse.Namespace) -> None:
-    """Raise ConfigError where two encoders were probed or fine-tuned in other ways, or `ours` before its last step."""
+def way_of(results: dict) -> dict:
+    """What decided a probe's results: options that name its images, those of each kind of probe, how many images."""
+    options = results["options"]
+    kinds = results.get("options_of") or probing.options_of(options, options.get("only", ()))
+    idle = {"run", "out", "only", "threads", "batch_size", *itertools.chain(*probing.DECIDES.values())}
+    of_images = {name: value for name, value in options.items() if name not in {*idle, *probing.DECIDES_ALL}}
+    return of_images | kinds | {"train_images": {row["images"]: row.get("train_images") for row in results["rows"]}}
+
+
+def check_same_budget(*several: argparse.Namespace) -> None:
+    """Raise ConfigError where two encoders were probed or fine-tuned in other ways, or `ours` before its last step.
+
+    several: the options of one --runs, or of some; of these the seeds of fine-tuning may differ.
+    """
     probed, tuned = {}, {}
-    for encoder in ENCODERS:
+    free = {"encoder", "init_from"} | ({"seed"} if several[1:] else set())
+    for options, encoder in itertools.product(several, ENCODERS):
         folder = options.runs / f"probe_{encoder}"
         if results := read_json(folder / "results.json"):
-            probed[folder] = {k: v for k, v in results["options"].items() if k not in ("run", "out")}
+            probed[folder] = way_of(results)
             step = (pretraining_of(workdir_of("ours", options)) or {}).get("step", "an unfinished run")
             if encoder == "ours" and results["step"] != step:
                 raise ConfigError(f"probed at step {results['step']} of {step}", str(folder), "run the stage probe")
         folder = options.runs / f"finetune_{encoder}"
         if finetuning_of(folder):
             config = read_json(folder / "config.json")
-            tuned[folder] = {k: v for k, v in config.items() if k not in ("encoder", "init_from")}
+            tuned[folder] = {k: v for k, v in config.items() if k not in free}
     for of_each in (probed, tuned):
         folders = list(of_each)
         for folder in folders[1:]:
@@ -269,6 +287,22 @@ def gather(options: argparse.Namespace) -> dict:
     }
 
 
+def gather_all(options: argparse.Namespace) -> dict:
+    """What `gather` finds in one folder; of several, {"seeds": that of each}. Raises ConfigError for unlike ones."""
+    each = [argparse.Namespace(**vars(options) | {"runs": runs}) for runs in options.folders]
+    seeds = [gather(one) for one in each]
+    if len(seeds) == 1:
+        return seeds[0]
+    check_same_budget(*each)
+    configs = [found["pretraining_config"] for found in seeds]
+    if len({config.get("seed") for config in configs}) < len(configs):
+        raise ConfigError("two pretraining runs of one seed", str(options.runs), "give each --config.seed of its own")
+    for folder, config in zip(options.folders, configs, strict=True):
+        refuse_change(configs[0] | {"seed": config.get("seed")}, config, str(folder))
+    commands = [found.pop("command") for found in seeds]
+    return {"command": functools.reduce(without_paths, each, commands[0]), **describe(), "seeds": seeds}
+
+
 def probes_of(folder: Path) -> list[dict]:
     """The rows of a probe's results that its validation images chose, and those of the paper's block."""
     rows = read_json(folder / "results.json").get("rows", [])
@@ -278,25 +312,37 @@ def probes_of(folder: Path) -> list[dict]:
 def table(report: dict) -> str:
     """The rows of a report as a Markdown table; benchmarks/README.md says what its columns mean."""
     lines = [["encoder", "masked loss", *PROBES, "fine-tuned"]]
-    for row in report["rows"]:
-        loss, tuned = row["masked_loss"], row["finetuned"]
-        probed = []
+    for rows in zip(*(each["rows"] for each in report.get("seeds", [report])), strict=True):
+        told = []
         for method, images, which in PROBES.values():
-            fitting = (r for r in row["probe"] if (r["method"], r["images"]) == (method, images) and r[which])
-            found = max(fitting, key=lambda r: r["validation_top1"] or 0.0, default=None)
-            probed.append(NOT_RUN if found is None else accuracy_of(found))
-        told = [NOT_RUN if loss is None else f"{loss:.3f}", *probed, accuracy_of(tuned) if tuned else NOT_RUN]
-        lines.append([ENCODERS[row["encoder"]], *told])
+            found = []
+            for row in rows:
+                fitting = (r for r in row["probe"] if (r["method"], r["images"]) == (method, images) and r[which])
+                found.append(max(fitting, key=lambda r: r["validation_top1"] or 0.0, default=None))
+            told.append(accuracy_of(*found))
+        losses = [row["masked_loss"] for row in rows]
+        loss = NOT_RUN if None in losses else mean_of(losses, ".3f")
+        lines.append([ENCODERS[rows[0]["encoder"]], loss, *told, accuracy_of(*(row["finetuned"] for row in rows))])
     return markdown(lines)
 
 
-def accuracy_of(row: dict) -> str:
-    """In percent, with the deviation over draws and the block where there are such."""
-    if row["top1"] is None:
+def mean_of(values: list[float], form: str, deviation: float | None = None) -> str:
+    """The mean, and the values' deviation; of a single one `deviation`, where there is one."""
+    found = spread(values)
+    deviation = deviation if found["std"] is None else found["std"]
+    return f"{found['mean']:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
+
+
+def accuracy_of(*rows: dict | None) -> str:
+    """In percent, with the deviation over rows, or draws of a single one, and the blocks where there are such."""
+    if None in rows:
+        return NOT_RUN
+    if any(row["top1"] is None for row in rows):
         return "diverged"
-    spread = "" if row.get("top1_std") is None else f" ± {100 * row['top1_std']:.1f}"
-    block = "" if "block" not in row else f" (block {row['block']})" if row["block"] else " (output)"
-    return f"{100 * row['top1']:.1f}{spread}{block}"
+    over_draws = rows[0].get("top1_std")
+    text = mean_of([100 * row["top1"] for row in rows], ".1f", None if over_draws is None else 100 * over_draws)
+    blocks = {f"block {row['block']}" if row["block"] else "output" for row in rows if "block" in row}
+    return text + (f" ({', '.join(sorted(blocks))})" if blocks else "")
 
 
 WIDTH, HEIGHT = 720, 440  # pixels of a panel
@@ -416,11 +462,11 @@ def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tupl
 
 def report(options: argparse.Namespace) -> None:
     """Write the JSON file of what is there, its picture beside it, and print the table."""
-    found = gather(options)
+    found = gather_all(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, json.dumps(found, indent=1) + "\n")
     print(table(found))
-    if panels := panels_of(found):
+    if panels := panels_of(found.get("seeds", [found])[0]):
         picture = options.out.with_suffix(".png")
         draw_panels(panels).save(picture, optimize=True)
         print(f"\ncurves: {picture}")
@@ -436,7 +482,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options. Raises ConfigError."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"some of {', '.join(STAGES)} (default: all)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10_comparison"), help="folder of all runs")
+    runs = "folder of all runs; for report alone several, one of each seed, with commas between"
+    parser.add_argument("--runs", default="runs/cifar10_comparison", help=runs)
     parser.add_argument("--images", default="", help="folder with train/ and test/ (default: TFDS's cifar10)")
     parser.add_argument("--ours", type=Path, help="a finished run of configs/cifar10_vit_tiny.py")
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="for probe and finetune: some of these")
@@ -452,7 +499,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.stages = [stage for stage in STAGES if stage in options.stages or not options.stages]
     options.encoders = [choose("encoder", name, set(ENCODERS)) for name in options.encoders.split(",")]
     options.images = str(Path(options.images).expanduser().resolve()) if options.images else ""
-    options.runs = options.runs.expanduser().resolve()
+    options.folders = [Path(folder).expanduser().resolve() for folder in options.runs.split(",")]
+    options.runs = options.folders[0]
+    if options.folders[1:] and (options.stages != ["report"] or options.ours):
+        raise ConfigError("several --runs", "command line", "give them to the stage report alone, without --ours")
     options.ours = options.ours and options.ours.expanduser().resolve()
     options.out = (options.out or options.runs / "cifar10.json").expanduser().resolve()
     if options.images and not (Path(options.images) / "train").is_dir():

@@ -55,7 +55,8 @@ class Settings(NamedTuple):
 
     model: arguments of ViTConfig. rates: the learning rate of each step. batches: a function of the first step. masks:
     a function (batch, step) -> bool [b, i, j]. heldout: batches to evaluate on. heldout_masks: a function of such a
-    batch. decays: whether a parameter of this name there decays.
+    batch. evaluation_every: steps from one evaluation to the next, 0: none but at start and end. decays: whether a
+    parameter of this name there decays.
     """
 
     model: dict
@@ -65,6 +66,7 @@ class Settings(NamedTuple):
     masks: Callable[[dict, int], np.ndarray]
     heldout: data.Epoch
     heldout_masks: Callable[[dict], np.ndarray]
+    evaluation_every: int
     decays: Callable[[str], bool]
 
 
@@ -110,6 +112,9 @@ def settings_of(config) -> Settings:
             threads=config.data.threads, on_error=config.data.on_error, max_pixels=config.data.max_pixels,
         ),
         heldout_masks=lambda batch: masks_of(batch, eval_key),
+        evaluation_every=train.evaluation_period(
+            config, {"reconstruction": {}}, steps, len(source), len(heldout_source)
+        ),
         decays=lambda name: not name.endswith(spared) and "norm" not in name,
     )  # fmt: skip
 
@@ -205,9 +210,10 @@ def pretrain(config, workdir: str) -> dict:
             f"{config.batch_size}, {parameters / 1e6:.2f} M parameters, {device}, {torch.get_num_threads()} threads"
         )
         batches, clock, saved_step = settings.batches(start), metrics.Clock(), start
+        every = settings.evaluation_every
         model.train()
         while True:
-            due = step in (0, settings.steps) or bool(config.eval_every and step % config.eval_every == 0)
+            due = step in (0, settings.steps) or bool(every and step % every == 0)
             if step > saved_step and (step == settings.steps or step % config.save_every == 0 or stop.number):
                 with clock.measure("save"):
                     save(step)

@@ -13,12 +13,21 @@ train/masks, or images/ and masks/ alone, of which a tenth is then held out; a m
 N - 1, or 255 where there is no class. --config.data.maps.reduce_zero_label=true is for maps in which 0 means none and
 classes begin at 1, as in ADE20K. Images with an EXIF orientation are turned upright, and their maps where the sizes say
 that these must be; where the sizes leave it open, a pair counts as a bad image. classes.txt, a name on each line, names
-the rows of figures/segmentation.csv. Images are scaled so that their shorter side is the crop's
-(--config.data.maps.short_side, -1: not at all); windows of --config.image_size slide over them in evaluation.
-Rates are for large encoders and long runs. Hardware: one GPU; on real photographs not yet run. Tried on two CPU cores,
-beside other work, measured 2026-11-22: 11 classes, the ink of scikit-learn's digits at random places of 34 to 40
-pixels, windows of 32, after 400 steps of configs/digits_vit_tiny.py: mIoU 0.015 -> 0.159 for the linear head (block 3,
-400 steps of 64, rate 2e-2), 0.005 -> 0.394 for UPerNet (64 channels, 400 steps of 32, rate 4e-3), of 120 images.
+the rows of figures/segmentation.csv. Masks of 0 and 255 are refused: there 255 would be no class; write 1 for it.
+Images are scaled so that their shorter side is the crop's (--config.data.maps.short_side, -1: not at all); windows of
+--config.image_size slide over them in evaluation.
+
+    python -m simmim_jax.tools.evaluate runs/segmented
+    python -m simmim_jax.tools.predict runs/segmented IMAGE --out=FILE.png
+
+The first gives the numbers of the last evaluation again, or with --data=DIR those of other images with maps. The second
+draws the classes over an image, and writes them as a mask to FILE_mask.png.
+
+Rates follow :linear and :upernet, and not --config.objective.head. They are for large encoders and long runs. Hardware:
+one GPU; on real photographs not yet run. Tried on two CPU cores, beside other work, measured 2026-11-22: 11 classes,
+the ink of scikit-learn's digits at random places of 34 to 40 pixels, windows of 32, after 400 steps of
+configs/digits_vit_tiny.py: mIoU 0.015 -> 0.159 for the linear head (block 3, 400 steps of 64, rate 2e-2), 0.005 ->
+0.394 for UPerNet (64 channels, 400 steps of 32, rate 4e-3), of 120 images.
 """
 
 from ml_collections import ConfigDict

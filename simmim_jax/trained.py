@@ -10,10 +10,16 @@ import jax
 import numpy as np
 
 from simmim_jax import checkpoint, data, pretrained, sharding
+from simmim_jax.config import read_json
+from simmim_jax.data.decode import MAX_PIXELS, BadImage
+from simmim_jax.data.label_maps import IMAGES, MAPS
+from simmim_jax.data.sources.splits import WILDCARDS
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 
+MOST_THREADS = 16  # that decode images, where nobody says how many
+COMPARED = 100  # images of equal names, of which the bytes are compared
 CROP, SMALL = 0.875, 32  # of an import: the part of a side that a crop keeps, and pixels up to which that is all
 OF_SOURCE = ("source", "path", "name", "data_dir", "heldout_fraction")  # of config.data, which are `make_source`'s
 
@@ -102,13 +108,35 @@ def open_source(trained: Trained, path: str, split: str, heldout_fraction: float
     """The records of `path`, as `data.make_source` takes it; or "digits"; or "tfds:NAME"; or, empty, the run's own.
 
     split: "train" or a part to evaluate on. The run's own images, by their path too, are divided as they were there.
+    Raises DataError also for label maps that would be taken for images.
     """
-    return data.make_source(split=split, **source_options(trained, path, heldout_fraction))
+    source = data.make_source(split=split, **source_options(trained, path, heldout_fraction))
+    refuse_label_maps(source)
+    return source
+
+
+def refuse_label_maps(source) -> None:
+    """Raise DataError if the classes of `source` are the folders of images and of their label maps."""
+    there = {name.casefold(): name for name in source.classes}
+    images, maps = (next((there[name] for name in names if name in there), "") for names in (IMAGES, MAPS))
+    if images and maps:
+        root = getattr(source, "root", "")
+        what = f"images in {images} and their label maps in {maps}, which are no images to look at"
+        raise DataError(what, source.describe(), f"give {os.path.join(root, images)} alone")
+
+
+def has_labels(source) -> bool:
+    """Whether its images have: all, or none. Of some that can be read the first tells; True where none can."""
+    for i in range(min(len(source), COMPARED)):
+        with contextlib.suppress(BadImage, OSError):
+            return source[i]["label"] >= 0
+    return True
 
 
 def source_options(trained: Trained, path: str, heldout_fraction: float = 0.1, *, as_divided: bool = True) -> dict:
-    """What `open_source` gives `data.make_source`, save the split. Raises DataError if the run says of no images.
+    """What `open_source` gives `data.make_source`, save the split.
 
+    Raises DataError if the run says of no images, or where they are from a folder that is not this one.
     as_divided: False to take `heldout_fraction` of the run's own images too, where their path is given.
     """
     own = trained.config.get("data", {})
@@ -122,8 +150,18 @@ def source_options(trained: Trained, path: str, heldout_fraction: float = 0.1, *
             "heldout_fraction": heldout_fraction,
         }
     if own.keys() >= set(OF_SOURCE):
+        _refuse_relative(own["path"])
         return {name: own[name] for name in OF_SOURCE}
     raise DataError("no images given, and the run says of none", str(trained.folder), "give a folder of images")
+
+
+def _refuse_relative(path: str) -> None:
+    """Raise DataError for a relative path of which nothing is there, seen from here."""
+    fixed = WILDCARDS.split(path)[0]  # what stands before {split} and the like
+    there = os.path.exists(path) or (fixed != path and os.path.isdir(os.path.dirname(fixed) or "."))
+    if path and not there and not os.path.isabs(os.path.expanduser(path)):
+        what = f"the run's images were in {path!r}, as seen from where it was started, and are not there from here"
+        raise DataError(what, os.getcwd(), "give them (--data=DIR), or run this where the run was started")
 
 
 def is_own(trained: Trained, path: str) -> bool:
@@ -132,6 +170,59 @@ def is_own(trained: Trained, path: str) -> bool:
     if not path or not own.get("path") or not own.keys() >= set(OF_SOURCE):
         return False
     return len({os.path.realpath(os.path.expanduser(each)) for each in (path, own["path"])}) == 1
+
+
+def fingerprints(trained: Trained) -> dict:
+    """Of the images "source" that the run was trained on, and "heldout": what its checkpoint keeps; {} of an import."""
+    kept = read_json(trained.folder / "meta" / "metadata", CheckpointError, "give another step's folder")
+    return kept.get("data", {})
+
+
+def training_images(trained: Trained):
+    """The records that the run was trained on, where its config says that they are."""
+    segments = (trained.config.get("objective") or {}).get("name") == "segment"
+    make = data.make_mapped_source if segments else data.make_source
+    return make(split=trained.config.get("data", {}).get("split", "train"), **source_options(trained, ""))
+
+
+def follow_images(trained: Trained, path: str) -> Trained:
+    """The same run, of whose images `path` is the place, if what it was trained on is there now, else as it was.
+
+    By the fingerprint in its checkpoint, which says nothing of the place, where the run divided its images itself.
+    """
+    own, kept = trained.config.get("data", {}), fingerprints(trained).get("source")
+    if not path or not own.get("path") or not own.get("heldout_fraction") or not kept or is_own(trained, path):
+        return trained
+    moved = trained._replace(config=trained.config | {"data": own | {"path": path}})
+    with contextlib.suppress(UserError):
+        if training_images(moved).fingerprint() == kept:
+            return moved
+    return trained
+
+
+def seen_in_training(trained: Trained, source) -> str | None:
+    """The name of an image in `source`, a folder's, that the run was trained on; "" where none is found.
+
+    Of images with equal names some are compared. None where the run's own folder is gone, and its classes are no
+    others: then it cannot be known.
+    """
+    own, kept = trained.config.get("data", {}), fingerprints(trained).get("source", {})
+    if not own.get("path") or source.fingerprint()["source"] != "folder":
+        return ""
+    try:
+        seen = training_images(trained)
+    except UserError:
+        known = tuple(trained.config.get("classes") or source.classes)
+        return None if kept.get("source") == "folder" and known == source.classes else ""
+    if seen.fingerprint()["source"] != "folder":
+        return ""
+    places = {source.name(i): i for i in range(len(source))}
+    both = [(places[name], i) for i in range(len(seen)) if (name := seen.name(i)) in places]
+    for here, there in both[:: -(-len(both) // COMPARED) or 1]:
+        with contextlib.suppress(OSError):
+            if source[here]["image"] == seen[there]["image"]:
+                return source.name(here)
+    return ""
 
 
 def make_pass(
@@ -143,13 +234,13 @@ def make_pass(
     crop_fraction: int | float | None = None,
     interpolation: str = "",
     limit: int = 0,
-    threads: int = 2,
+    threads: int | None = None,
     on_error: str = "skip",
 ) -> data.Epoch:
     """Each image of `source` once, as the model wants it: this process's batches (see `data.make_epoch`).
 
     batch_size: at least; it becomes a multiple of what the devices of `mesh` need. crop_fraction, interpolation: where
-    they are None and empty, those of `trained`.
+    they are None and empty, those of `trained`. threads: that decode a batch each; None: as many as cores, up to 16.
     """
     ways = sharding.batch_ways(mesh)
     share, shares = sharding.share_of_batch(mesh)
@@ -163,8 +254,9 @@ def make_pass(
         limit=limit,
         process=share,
         processes=shares,
-        threads=threads,
+        threads=min(data.cores(), MOST_THREADS) if threads is None else threads,
         on_error=on_error,
+        max_pixels=trained.config.get("data", {}).get("max_pixels", MAX_PIXELS),
     )
 
 
@@ -173,5 +265,5 @@ def class_names(trained: Trained) -> tuple[str, ...]:
     names = trained.config.get("classes") or ()
     if not names:
         with contextlib.suppress(UserError):
-            names = open_source(trained, "", trained.config.get("data", {}).get("split", "train")).classes
+            names = training_images(trained).classes
     return tuple(names) if len(names) == trained.config["objective"]["num_classes"] else ()

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from simmim_jax import checkpoint, data, optim, train
 from simmim_jax.config import digest, load
 from simmim_jax.errors import CheckpointError, ConfigError, DataError
+from simmim_jax.metrics import read_rows
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.features import make_all_features
@@ -126,6 +128,12 @@ def test_norms_biases_class_token_and_positions_of_the_peer_do_not_decay_and_its
     assert not peer.settings_of(config).decays("vit.embeddings.mask_token")
 
 
+@pytest.mark.parametrize(("asked", "every"), [(-1, 0), (0, 0), (4, 4)])
+def test_the_peer_evaluates_as_often_as_the_config_says(peer, config, asked, every):
+    config.eval_every = asked  # -1: so often as a run can afford, and this one is short
+    assert peer.settings_of(config).evaluation_every == every
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [
         ("objective.norm_target", 47), ("optim.layer_decay", 0.8), ("optim.frozen_layers", 1), ("microbatches", 2),
@@ -206,6 +214,41 @@ def test_the_report_holds_what_was_run_and_says_of_the_rest_that_it_was_not(cifa
     assert (runs / "made" / "cifar10.png").exists()
 
 
+def test_a_report_of_several_seeds_has_their_mean_and_deviation(cifar10, runs, capsys):
+    seeds = [runs, *(shutil.copytree(runs, runs.with_name(f"{runs.name}_{n}")) for n in (1, 2))]
+    for n, folder in enumerate(seeds):
+        for name in ("ours", "peer", "finetune_ours"):
+            config = json.loads((folder / name / "config.json").read_text())
+            (folder / name / "config.json").write_text(json.dumps(config | {"seed": n}))
+        for name, field in (("ours", "masked_loss"), ("finetune_ours", "top1")):
+            summary = json.loads((folder / name / "summary.json").read_text())
+            (folder / name / "summary.json").write_text(json.dumps(summary | {field: summary[field] + n / 100}))
+        results = json.loads((folder / "probe_ours" / "results.json").read_text())
+        for row in results["rows"]:
+            row["top1"] += (0, 0.01, -0.01)[n]
+        results["rows"][1]["block"] = (2, 1, 2)[n]
+        (folder / "probe_ours" / "results.json").write_text(json.dumps(results))
+    arguments = ["report", f"--runs={','.join(map(str, seeds))}", f"--out={runs}/cifar10.json"]
+    cifar10.main(arguments)
+    text = (runs / "cifar10.json").read_text()
+    assert str(runs.parent) not in text
+    (line,) = [line for line in cifar10.table(json.loads(text)).splitlines() if " ours |" in line]
+    no = "not yet run"
+    assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [
+        "0.510 ± 0.010", "45.2 ± 1.0 (block 1, block 2)", "41.0 ± 1.0 (block 3)", no, "30.0 ± 1.0 (output)", no,
+        "62.0 ± 1.0",
+    ]  # fmt: skip
+    assert line in capsys.readouterr().out
+    other = json.loads((seeds[2] / "ours" / "config.json").read_text())
+    for change, says in (({"seed": 0}, "two pretraining runs of one seed"), ({"epochs": 7.0}, "epochs")):
+        for name in ("ours", "peer"):
+            (seeds[2] / name / "config.json").write_text(json.dumps(other | change))
+        with pytest.raises(ConfigError, match=says):
+            cifar10.main(arguments)
+    with pytest.raises(ConfigError, match="several --runs"):
+        cifar10.main(["probe", *arguments[1:]])
+
+
 def test_runs_that_saw_other_images_are_not_compared(cifar10, runs):
     rows = loss_rows(range(1, 41), 3.0)
     rows[9]["samples"] = "ffffffff"
@@ -230,7 +273,23 @@ def test_encoders_that_were_probed_or_fine_tuned_in_other_ways_are_not_compared(
     (runs / "probe_random" / "results.json").write_text(json.dumps(results | {"options": {"limit": 100}}))
     with pytest.raises(ConfigError, match="limit"):
         cifar10.check_same_budget(options)
-    (runs / "probe_random" / "results.json").write_text(json.dumps(results))
+    of_both = [
+        results | {"options": {"limit": 0, "only": ["knn"], "epochs": 30, "threads": threads},
+                   "options_of": {"linear": {"epochs": 100, "probe_batch_size": size}, "knn": {"temperature": 0.07}}}
+        for threads, size in ((2, 1024), (16, 1024), (2, 512))
+    ]  # fmt: skip
+    (runs / "probe_random" / "results.json").write_text(json.dumps(of_both[0]))
+    (runs / "probe_ours" / "results.json").write_text(json.dumps(of_both[1]))
+    cifar10.check_same_budget(options)
+    (runs / "probe_ours" / "results.json").write_text(json.dumps(of_both[2]))  # of a call before the last one
+    with pytest.raises(ConfigError, match=r"linear\.probe_batch_size: 1024 there, 512 now"):
+        cifar10.check_same_budget(options)
+    fewer = [row | {"train_images": 450} for row in of_both[0]["rows"]]
+    (runs / "probe_ours" / "results.json").write_text(json.dumps(of_both[0] | {"rows": fewer}))
+    with pytest.raises(ConfigError, match="train_images"):
+        cifar10.check_same_budget(options)
+    for encoder in ("random", "ours"):
+        (runs / f"probe_{encoder}" / "results.json").write_text(json.dumps(results))
     (runs / "probe_ours" / "results.json").write_text(json.dumps(results | {"step": 20}))
     with pytest.raises(ConfigError, match="probed at step 20 of 40"):
         cifar10.check_same_budget(options)
@@ -369,6 +428,7 @@ def test_a_killed_run_of_the_peer_goes_on_to_the_same_bits_and_its_import_has_it
     assert start("killed").wait(timeout=120) == 0
     for name in ("metrics.jsonl", "evaluations.jsonl", "huggingface/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert [row["step"] for row in read_rows(tmp_path / "whole" / "evaluations.jsonl")] == [0, 6]  # eval_every is -1
 
     ours = [sys.executable, "-m", "simmim_jax.main", *flags, f"--workdir={tmp_path}/ours"]
     subprocess.run(ours, cwd=ROOT, env=os.environ | quickly_compiled, check=True, timeout=120)

@@ -16,7 +16,7 @@ import pytest
 from runs import ROOT, command, run
 from tiny_trained import CLASSES, PIXELS, make_images, make_run, pixels_of
 
-from simmim_jax import checkpoint, trained
+from simmim_jax import checkpoint, data, trained
 from simmim_jax.data.decode import Picture
 from simmim_jax.data.sources.folder import Folder
 from simmim_jax.data.transforms import resize_and_centre_crop
@@ -45,7 +45,7 @@ def quick(monkeypatch):
     """A run is opened once, and an embedding is the first pixels of an image: what is tested is how it is written."""
 
     def compute(model, options, view, mesh):
-        for batch in trained.make_pass(model, view, mesh, batch_size=options.batch_size):
+        for batch in trained.make_pass(model, view, mesh, batch_size=options.batch_size, threads=options.threads):
             numbers = batch["image"].reshape(len(batch["image"]), -1)[:, :16].astype(np.float32)
             rows = np.arange(len(numbers)) < len(view) - batch["position"][0]
             yield tuple(array[rows] for array in (batch["position"], batch["valid"], batch["label"], numbers))
@@ -139,6 +139,32 @@ def test_images_without_classes_have_no_labels(made, quick, tmp_path):
     assert sorted(np.load(tmp_path / "x.npz")) == ["about", "embedding", "index", "name"]
     assert embeddings.read_listing(tmp_path / "x.npz").labels.tolist() == [-1] * 9
     assert embeddings.read_listing(tmp_path / "x.parquet").names == names
+
+
+@pytest.mark.parametrize("ending", embeddings.ENDINGS)
+def test_labels_of_classes_without_names_are_kept_as_numbers(made, quick, tmp_path, monkeypatch, ending):
+    read, make_source = Folder.__getitem__, data.make_source
+
+    def make_without_names(**options):
+        source = make_source(**options)
+        source.classes = ()
+        return source
+
+    monkeypatch.setattr(data, "make_source", make_without_names)
+    monkeypatch.setattr(Folder, "__getitem__", lambda source, i: read(source, i) | {"label": i % 4})
+    tool(made, tmp_path / f"x{ending}")
+    listing = embeddings.read_listing(tmp_path / f"x{ending}")
+    assert listing.labels.tolist() == [0, 1, 2, 3] * 5
+    assert listing.about["classes"] == ["0", "1", "2", "3"]
+    assert embeddings.read_about(tmp_path / f"x{ending}")["classes"] == []
+
+
+def test_the_label_maps_beside_images_are_not_embedded(made, quick, tmp_path):
+    for name in ("images", "masks"):
+        make_images(tmp_path / name, 3, classes=())
+    with pytest.raises(DataError, match=f"give {tmp_path}/images alone"):
+        tool(made, tmp_path / "x.npz", data=tmp_path)
+    tool(made, tmp_path / "x.npz", data=tmp_path / "images")
 
 
 @pytest.mark.parametrize(
@@ -364,11 +390,17 @@ def test_names_that_are_no_utf8_are_written_as_escapes():
     [
         (["run", "images"], ConfigError, "arguments are required: OUT"),
         (["run", "images", "x.csv"], ConfigError, "ends in .parquet or .npz"),
+        (
+            ["run", "images", "caf\udce9.npz"],
+            ConfigError,
+            r"OUT is caf\\xe9.npz - command line - give a path that is UTF-8",
+        ),
         (["run", "images", "x.npz", "--pol=map"], ConfigError, "did you mean --pool"),
         (["run", "images", "x.npz", "--pool=mean"], ConfigError, "unknown pool 'mean'"),
         (["run", "images", "x.npz", "--dtype=int8"], ConfigError, "unknown dtype 'int8'"),
         (["run", "images", "x.npz", "--image_size=0"], ConfigError, "--image-size=0"),
         (["run", "images", "x.npz", "--batch-size=0"], ConfigError, "at least 1"),
+        (["run", "images", "x.npz", "--threads=-1"], ConfigError, "at least 0"),
         (["run", "images", "x.npz", "--max-bad-fraction=2"], ConfigError, "one of 0 to 1"),
         (["nothing", "images", "x.npz"], CheckpointError, "no such folder"),
         (["run", "nothing", "x.npz"], DataError, "nothing does not exist"),

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tiny import tiny_batch, tiny_objective
 
-from simmim_jax.errors import ConfigError, NonFiniteError
+from simmim_jax.errors import ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import Features, make_feature_reader
 from simmim_jax.evals.reconstruction import draw
@@ -112,6 +112,16 @@ def test_features_are_read_once_a_step_from_valid_labelled_images():
         make_feature_reader(
             extract=lambda _, b: b | {"features": np.full_like(b["features"], np.nan)}, train=sets[0], heldout=sets[1]
         )(STATE)
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_images_without_any_label_are_refused_in_words(name):
+    x, labels = clusters(6, 1.0)
+    sets = [list(batches(6, 4, features=x, label=of)) for of in (labels, np.full(6, -1))]
+    for order, images in ((sets, "held-out"), (sets[::-1], "training")):
+        read = make_feature_reader(extract=lambda _, batch: batch, train=order[0], heldout=order[1])
+        with pytest.raises(DataError, match=f"no {images} image with a label could be read"):
+            make_evaluator(name, {"features": read})(STATE)
 
 
 def test_the_held_out_loss_does_not_depend_on_the_batch_size_and_draws_the_same_pictures(tmp_path):

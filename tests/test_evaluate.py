@@ -15,6 +15,7 @@ from PIL import Image
 from runs import DIGITS, run
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from tiny import tiny_encoder
+from tiny_trained import keep_fingerprints
 
 from simmim_jax import checkpoint, trained
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
@@ -317,7 +318,6 @@ def test_images_without_classes_and_broken_ones_are_told(place, tmp_path, capsys
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
     line = told(place / "classifier", f"--data={tmp_path}", "--results=", kind=DataError)
     assert "images without classes" in line
-    assert evaluate.has_labels([{"label": 3}])  # as of shards that others have written, without names of classes
     write_images(tmp_path / "broken", each=2)
     (tmp_path / "broken" / "ant" / "0.png").write_bytes(b"no image")
     line = told(place / "classifier", f"--data={tmp_path / 'broken'}", "--results=", kind=DataError)
@@ -328,6 +328,67 @@ def test_images_without_classes_and_broken_ones_are_told(place, tmp_path, capsys
     capsys.readouterr()
     tool(place / "pretrained", f"--data={tmp_path / 'broken'}", "--max-bad-fraction=0.1")
     assert "of 13 images, 1 left out" in capsys.readouterr().out
+
+
+def test_images_with_names_of_classes_and_without_labels_are_told_at_once():
+    class Unlabelled(list):
+        classes, describe = CLASSES, staticmethod(lambda: "a test set")
+
+    model = trained.Trained({}, {"objective": {"num_classes": 7}}, None, None, SIZE)
+    with pytest.raises(DataError, match=r"images without labels, .* - a test set - give images that have one"):
+        evaluate.check_classes(model, Unlabelled([{"label": -1}]), compare_names=False)
+
+
+def test_a_run_whose_images_were_moved_is_evaluated_on_what_it_held_out(place, tmp_path, capsys):
+    images = shutil.copytree(place / "images", tmp_path / "images")
+    own = {"source": "auto", "path": str(images), "name": "", "data_dir": "", "heldout_fraction": 0.3,
+           "split": "train", "heldout_split": "validation"}  # fmt: skip
+    write_workdir(
+        tmp_path / "run", {"name": "classify", "num_classes": 7, "pool_norm": True}, data=own, classes=CLASSES
+    )
+    model = trained.open_trained(str(tmp_path / "run"))
+    parts = {name: trained.open_source(model, "", split) for name, split in
+             (("source", "train"), ("heldout", "validation"))}  # fmt: skip
+    keep_fingerprints(tmp_path / "run", **parts)
+
+    def heldout(path):
+        options = Namespace(data=path and str(path), split="")
+        source, told = evaluate.open_heldout(evaluate.with_images(model, options.data), options)
+        return [source.name(i) for i in range(len(source))], told, capsys.readouterr()
+
+    mine, told_mine, said = heldout("")
+    assert (len(mine), said) == (len(parts["heldout"]), ("", ""))
+    moved = images.rename(tmp_path / "moved")
+    again, told_again, said = heldout(moved)
+    assert again == mine
+    assert told_again == told_mine.replace(str(images), str(moved))
+    assert said == (f"{moved}: the images of the run, in another place; of them the part that it held out\n", "")
+
+    part = shutil.copytree(moved, tmp_path / "part")
+    shutil.rmtree(part / "ant")
+    write_images(part, ("ant",), each=1)
+    names, _, said = heldout(part)
+    assert len(names) == 25
+    assert re.search(
+        r"warning: whether the run was trained on some .* cannot be known: its own, '.*/images', ", said.err
+    )
+    shutil.copytree(moved, images)
+    assert "warning: the run was trained on some of these images, like " in heldout(part)[2].err
+    (images / mine[0]).unlink()
+    assert "warning: " in heldout("")[2].err
+    for name in mine:
+        (moved / name).unlink()
+    with pytest.raises(DataError, match=r"all of these images the run was trained on - .* - give --split=train"):
+        heldout(moved)
+
+
+def test_names_of_bytes_that_are_no_utf8_are_written_as_escapes(place, tmp_path):
+    images = tmp_path / "caf\udce9"
+    write_images(images, (*CLASSES[:6], "g\udcffu"), each=2)
+    tool(place / "classifier", f"--data={images}", f"--results={tmp_path / 'all.csv'}", f"--out={tmp_path / 'out'}")
+    (row,) = rows_of(tmp_path / "all.csv")
+    assert row["data"] == f"{tmp_path}/caf\\xe9, all (14 images)"
+    assert [row["class"] for row in rows_of(tmp_path / "out" / "classes.csv")] == [*CLASSES[:6], "g\\xffu"]
 
 
 def test_images_to_train_on_are_not_evaluated_on_unasked(tmp_path):
@@ -405,6 +466,7 @@ def test_what_cannot_be_evaluated_is_one_line(place, monkeypatch, arguments, kin
         (("",), "an empty RUN"),
         (("run", "--result=x"), "unknown argument '--result=x' - command line - did you mean --results"),
         (("run", "--batch-size=0"), "batch-size is 0"),
+        (("run", "--threads=-1"), "threads is -1"),
         (("run", "--mistakes=-1"), "mistakes is -1"),
         (("run", "--image-size=big"), "--image-size=big"),
         (("run", "--crop-fraction=1.5"), "--crop-fraction=1.5 - command line - give one above 0, up to 1"),

@@ -209,6 +209,26 @@ def test_embeddings_of_one_dimension_have_a_map_too():
     assert places[:, 1].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_embeddings_of_a_collapsed_encoder_are_told_and_not_drawn(tmp_path, method):
+    write_embeddings(tmp_path / "x.npz", [f"{n}.png" for n in range(6)], np.full((6, 4), 0.5, np.float32))
+    with pytest.raises(DataError, match=r"all embeddings are the same - .*x\.npz - .* did it collapse\?"):
+        tool.run([str(tmp_path / "x.npz"), str(tmp_path / "x.html"), f"--method={method}", "--no-images"])
+
+
+def test_classes_without_names_have_their_numbers_and_a_name_of_other_bytes_is_escaped(tmp_path):
+    path = tmp_path / "caf\udce9.npz"
+    labels = np.array([0, 2, 2, 0, -1, 11], np.int32)
+    write_embeddings(tmp_path / "x.npz", [f"{n}.png" for n in range(6)], np.eye(6, dtype=np.float32), labels)
+    (tmp_path / "x.npz").rename(path)
+    tool.run([str(path), str(tmp_path / "x.html"), "--method=pca", "--no-images", "--nearest=2",
+              f"--neighbours={tmp_path / 'x.png'}"])  # fmt: skip
+    page = Page(tmp_path / "x.html")
+    assert (page.data["label"], page.data["classes"]) == (labels.tolist(), [str(n) for n in range(12)])
+    assert page.texts["title", None].rstrip() == "caf\\xe9.npz"
+    assert (tmp_path / "x.png").exists()
+
+
 def test_neighbours_are_those_of_an_independent_search(made):
     path, _, _, _, vectors = made
     queries = np.array([17, 2, 29])
@@ -272,6 +292,7 @@ def test_pictures_of_other_images_are_not_shown(made, tmp_path, capsys):
     [
         (["x.parquet"], ConfigError, "give OUT.html, or --neighbours=OUT.png"),
         (["x.csv", "x.html"], ConfigError, "give a .parquet or .npz file"),
+        (["caf\udce9.parquet", "x.html"], ConfigError, r"EMBEDDINGS is caf\\xe9.parquet .* a path that is UTF-8"),
         (["x.parquet", "x.png"], ConfigError, "ends in .html"),
         (["x.parquet", "--neighbours=x.html"], ConfigError, "ends in .png"),
         (["x.parquet", "x.html", "--method=tsen"], ConfigError, "did you mean tsne"),
@@ -288,6 +309,7 @@ def test_pictures_of_other_images_are_not_shown(made, tmp_path, capsys):
         (["x.parquet", "x.html", "--images=gone"], DataError, "gone does not exist"),
         (["x.parquet", "text.npz/x.html", "--method=pca"], DataError, "cannot read or write: "),
         (["x.parquet", "x.html", "--limit=4"], ConfigError, "tsne of 4 images"),
+        (["x.parquet", "x.html", "--limit=1", "--method=pca"], ConfigError, "a map of 1 image - --limit"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(made, tmp_path, monkeypatch, arguments, kind, message):

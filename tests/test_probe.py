@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -19,7 +20,7 @@ from runs import command, run
 from tiny import tiny_encoder
 
 from simmim_jax import checkpoint
-from simmim_jax.data import make_source
+from simmim_jax.data import make_source, share_images
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import feature_cache
 from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
@@ -177,12 +178,105 @@ def test_an_extraction_that_was_killed_goes_on_and_no_half_of_one_is_taken_for_a
     assert small.features("train", 2).dtype == np.float16
     open_cache(tmp_path, {"a": 1}, {"train": whole, "test": whole}, extract, [2], say=said.append)
     assert said[-1].startswith("features: 1 blocks are there already")
-    other, _ = images_of(43, batch_size=4, stop_at=2)
-    with pytest.raises(KeyboardInterrupt):
-        open_cache(tmp_path, {"a": 2}, {"train": other}, extract, [1])
-    again = open_cache(tmp_path, {"a": 2}, {"train": whole}, extract, [1], say=said.append)  # batches of another size
-    np.testing.assert_array_equal(again.features("train", 1)[8:, 0], np.arange(8, 43))
-    assert said[-1].startswith("features: train 43/43")
+
+
+@pytest.mark.parametrize("batch_size", [5, 8, 64])
+def test_an_extraction_goes_on_with_batches_of_another_size_and_with_other_blocks_is_said_to_be_discarded(
+    tmp_path, monkeypatch, batch_size
+):
+    monkeypatch.setattr(feature_cache, "FLUSH", 0.0)
+    cut, extract = images_of(43, batch_size=4, stop_at=3)
+    whole, _ = images_of(43, batch_size=batch_size)
+    say = print
+    for identity in ({"a": 1}, {"a": 2}):
+        with pytest.raises(KeyboardInterrupt):
+            open_cache(tmp_path, identity, {"train": cut}, extract, [1], say=say)
+    later = lambda batch: batch | {"block_1": extract(batch)["block_1"] + 100}  # noqa: E731
+    said = []
+    cache = open_cache(tmp_path, {"a": 1}, {"train": whole}, later, [1], say=said.append)
+    assert said[0] == "features: train goes on at image 12 of 43"
+    expected = np.arange(43) + np.where(np.arange(43) < 12, 0, 100)
+    expected[7] = 0
+    np.testing.assert_array_equal(cache.features("train", 1)[:, 0], expected)
+    assert np.flatnonzero(cache.labels("train") < 0).tolist() == [5, 7]
+    assert json.loads((cache.folder / "meta.json").read_text())["bad"] == {"train": 1}  # the seventh, once
+    open_cache(tmp_path, {"a": 2}, {"train": whole}, extract, [1, 2], say=said.append)
+    assert "is of blocks 1: it is discarded, and all is read anew" in "".join(said)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_kill_between_the_renames_that_add_blocks_costs_nothing(tmp_path, monkeypatch, damaged):
+    whole, extract = images_of(43)
+    passes, said = {"train": whole, "test": whole}, []
+    replace, state = Path.replace, {"left": 99}
+
+    def replace_until_killed(path, target):
+        if path.suffix == ".npy" or "meta.json" in path.name:
+            state["left"] -= 1
+            if state["left"] < 0:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_until_killed)
+    for n in range(5):  # two files of labels, two of features, meta.json
+        before = open_cache(tmp_path, {"n": n}, passes, extract, [1], say=said.append)
+        if damaged:
+            (before.folder / "test_block_01.npy").write_bytes(b"")
+        state["left"] = n
+        with pytest.raises(KeyboardInterrupt):
+            open_cache(tmp_path, {"n": n}, passes, extract, [1, 2][damaged:], say=said.append)
+        state["left"] = 99
+        cache = open_cache(tmp_path, {"n": n}, passes, extract, [1, 2][damaged:], say=said.append)
+        assert "goes on" not in "".join(said)  # all had been read
+        for split in passes:
+            assert np.flatnonzero(cache.labels(split) < 0).tolist() == [5, 7]
+            for block, sign in ((1, 1), (2, -1))[damaged:]:
+                np.testing.assert_array_equal(cache.features(split, block)[8:, 0], sign * np.arange(8, 43))
+        assert not list(tmp_path.glob("*.partial"))
+    assert ("are damaged" in "".join(said)) == damaged
+
+
+@pytest.mark.parametrize("labels_first", [False, True])
+def test_features_that_replace_some_with_many_bad_images_are_never_mixed_with_these(
+    tmp_path, monkeypatch, labels_first
+):
+    whole, extract = images_of(43)
+    lost = lambda batch: extract(batch | {"valid": (batch["position"] >= 30) | (batch["position"] == 7)})  # noqa: E731
+    lax = partial(open_cache, tmp_path, {}, {"train": whole}, blocks=[1], max_bad_fraction=0.9, say=[].append)
+    lax(lost)
+    glob, replace, moved = Path.glob, Path.replace, []
+
+    def replace_once(path, target):
+        if path.suffix == ".npy":
+            if moved:
+                raise KeyboardInterrupt
+            moved.append(path)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", lambda path, pattern: sorted(glob(path, pattern), reverse=labels_first))
+        patch.setattr(Path, "replace", replace_once)
+        with pytest.raises(KeyboardInterrupt):
+            open_cache(tmp_path, {}, {"train": whole}, extract, [1], say=[].append)
+    cache = lax(extract)
+    labelled = np.flatnonzero(cache.labels("train") >= 0)
+    np.testing.assert_array_equal(cache.features("train", 1)[labelled, 0], labelled)
+
+
+def test_a_few_shot_fraction_is_drawn_of_all_training_images_from_those_that_do_not_validate():
+    labels = np.repeat(np.arange(2), 100)
+    options = probe.parse(["RUN", "OUT", "--fractions=0.5", "--shots="])
+    fit = np.setdiff1d(np.arange(200), np.arange(0, 200, 10))
+    ((name, draw),) = probing.plans_of(labels, fit, options)
+    assert name == "50 %"
+    assert np.bincount(labels[fit[draw(0)]]).tolist() == [50, 50]
+
+
+def test_features_are_extracted_where_a_system_cannot_take_room_on_the_disk_beforehand(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    whole, extract = images_of(8)
+    cache = open_cache(tmp_path, {}, {"train": whole}, extract, [1])
+    np.testing.assert_array_equal(cache.features("train", 1)[:7, 0], np.arange(7))
 
 
 def test_images_that_a_disk_lost_for_a_while_are_read_again(tmp_path, monkeypatch):
@@ -265,6 +359,8 @@ def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(
         (("a", "b", "--temperature=nan"), "temperature is nan"),
         (("a", "b", "--fractions=1.5"), "--fractions=1.5 - command line - give numbers below 1"),
         (("a", "b", "--validation-fraction=1"), "--validation-fraction=1"),
+        (("a", "b", "--fractions=0.95"), "--fractions=0.95 and --validation-fraction=0.1 are more than all images"),
+        (("a", "b", "--seed=18446744073709551616"), "--seed=18446744073709551616 - command line - give a number below"),
         (("a", "b", "--learning-rates=inf"), "--learning-rates=inf - command line - give finite numbers"),
         (("a", "b", "--neighbours="), "--neighbours is empty"),
         (("a", "b", "--image-size=1,2,3"), "--image-size of three numbers"),
@@ -280,6 +376,8 @@ def test_flags_are_taken_with_hyphens_and_with_underscores():
     ways = [probe.parse(["RUN", "OUT", flag]) for flag in ("--image-size=16,32", "--image_size=16,32")]
     assert ways[0] == ways[1]
     assert ways[0].image_size == (16, 32)
+    assert probe.parse(["RUN", "OUT", "--fractions=0.1", "--validation-fraction=0.9"]).fractions == (0.1,)
+    assert probe.parse(["RUN", "OUT", "--validation-fraction=0.95", "--only=knn"]).only == ("knn",)
 
 
 def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
@@ -354,8 +452,57 @@ def test_results_are_written_after_each_block_and_are_not_computed_again(tmp_pat
     assert len(probe_made_up("--only=knn", "--temperature=0.5")) == 5
     assert "3 earlier results are of other weights, images or options" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "earlier_1" / "results.json").read_text())["rows"]) == 5
-    assert {row["method"] for row in probe_made_up("--only=knn", "--seed=1")} == {"knn"}
-    assert (tmp_path / "earlier_2" / "blocks.png").exists()
+    assert (tmp_path / "earlier_1" / "blocks.png").exists()
+
+
+def test_only_results_of_a_probe_that_is_asked_for_with_other_options_are_moved_aside(
+    tmp_path, probe_made_up, monkeypatch, capsys
+):
+    computed = []
+
+    def rows_of(block, sets, options, method):
+        computed.append(method)
+        yield probing.whole_row(method, sets, "best", 0.5, np.arange(len(sets["test"])), time.monotonic())
+
+    for method in ("knn", "ridge", "logistic"):
+        monkeypatch.setattr(probing, f"{method}_rows", partial(rows_of, method=method))
+
+    def computed_by(*options):
+        computed.clear()
+        rows = probe_made_up("--blocks=1", *options)
+        assert len({row["method"] for row in rows}) == len(rows)
+        return [row["method"] for row in rows], list(computed)
+
+    knn = ("--only=knn", "--temperature=0.5", "--seed=1")
+    assert computed_by(*knn) == (["knn"], ["knn"])
+    assert computed_by("--only=ridge") == (["ridge", "knn"], ["ridge"])  # of the default temperature and seed
+    assert computed_by(*knn) == (["ridge", "knn"], [])  # what decided it, the call between has kept
+    assert computed_by("--only=logistic", "--seed=2") == (["logistic", "ridge", "knn"], ["logistic"])
+    assert "earlier" not in capsys.readouterr().out
+    assert not (tmp_path / "earlier_1").exists()
+    said = json.loads((tmp_path / "results.json").read_text())
+    assert said["options_of"] == {
+        "knn": {"seed": 1, "validation_fraction": 0.1, "neighbours": [5], "temperature": 0.5},
+        "logistic": {"seed": 2, "validation_fraction": 0.1}, "ridge": {"seed": 0, "validation_fraction": 0.1},
+    }  # fmt: skip
+    assert computed_by("--only=knn", "--seed=1") == (["logistic", "ridge", "knn"], ["knn"])
+    assert "1 earlier results are of other weights, images or options" in capsys.readouterr().out
+    said = json.loads((tmp_path / "results.json").read_text())
+    few = said["rows"][0] | {"images": "1 %"}
+    del said["options_of"]  # as earlier versions wrote it, whose few-shot draws were of fewer images
+    (tmp_path / "results.json").write_text(json.dumps(said | {"rows": [*said["rows"], few]}))
+    assert computed_by("--only=ridge", "--seed=1") == (["logistic", "ridge", "knn"], [])
+    assert "1 earlier results are of other" in capsys.readouterr().out
+
+
+def test_the_line_of_a_block_tells_the_neighbours_that_the_validation_images_choose(capsys):
+    rows = [
+        {"block": 1, "pool": "patches", "method": "knn", "images": "all", "seconds": 1.0,
+         "validation_top1": validation, "top1": test}
+        for validation, test in ((0.3, 0.6), (0.4, 0.5), (0.2, 0.7))
+    ]  # fmt: skip
+    probing.tell(rows)
+    assert "knn 50.0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -400,7 +547,7 @@ def test_slices_of_tfds_that_overlap_share_images(train, test, shared):
         records = SimpleNamespace(dataset_info=info)
         return SimpleNamespace(split=split, records=records, fingerprint=lambda: {"source": "tfds", "split": split})
 
-    assert probing.share_images(sliced(train), sliced(test)) == shared
+    assert share_images(sliced(train), sliced(test)) == shared
 
 
 @pytest.mark.slow
@@ -409,9 +556,9 @@ def test_slices_of_a_real_tfds_data_set_that_overlap_share_images(tmp_path):
 
     TinyShades(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     source = partial(make_source, "tfds", name="tiny_shades", data_dir=str(tmp_path))
-    assert probing.share_images(source(split="train"), source(split="train[75%:]"))
-    assert not probing.share_images(source(split="train[:75%]"), source(split="train[75%:]"))
-    assert not probing.share_images(source(split="train"), source(split="test"))
+    assert share_images(source(split="train"), source(split="train[75%:]"))
+    assert not share_images(source(split="train[:75%]"), source(split="train[75%:]"))
+    assert not share_images(source(split="train"), source(split="test"))
 
 
 def test_the_images_of_a_run_are_tested_on_those_that_it_was_not_trained_on(tmp_path):
@@ -435,8 +582,8 @@ def test_folders_of_like_names_and_sizes_are_not_the_same_images(tmp_path):
     for path in tmp_path.glob("*/*/*.png"):
         path.write_bytes(path.read_bytes().ljust(1000))
     source = partial(make_source, "folder", path=str(tmp_path))
-    assert not probing.share_images(source(split="train"), source(split="test"))
-    assert probing.share_images(source(split="validation"), source(split="test"))
+    assert not share_images(source(split="train"), source(split="test"))
+    assert share_images(source(split="validation"), source(split="test"))
 
 
 @pytest.mark.slow

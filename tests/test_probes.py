@@ -187,13 +187,22 @@ def test_validation_images_are_of_every_class_and_apart_from_the_others():
 def test_few_shot_draws_are_of_every_class_and_differ_by_seed():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [40, 200, 6]))
     assert np.bincount(labels[draws.draw_per_class(labels, 5, 0)]).tolist() == [5, 5, 5]
-    assert np.bincount(labels[draws.draw_fraction(labels, 0.1, 0)]).tolist() == [4, 20, 1]
+    assert np.bincount(labels[draws.draw_fraction(labels, 0.1, 0, of=labels)]).tolist() == [4, 20, 1]
     sets = {tuple(draws.draw_per_class(labels, 5, seed)) for seed in range(4)}
     assert len(sets) == 4
     assert draws.spread([0.1, 0.3]) == pytest.approx(
         {"mean": 0.2, "std": np.std([0.1, 0.3], ddof=1), "least": 0.1, "greatest": 0.3}
     )
-    assert draws.spread([0.5])["std"] == 0
+    assert draws.spread([0.5]) == {"mean": 0.5, "std": None, "least": 0.5, "greatest": 0.5}
+
+
+@pytest.mark.parametrize("validation_fraction", [0.1, 0.5, 0.9])
+def test_a_fraction_is_one_of_all_images_of_a_class_however_many_of_them_validate(validation_fraction):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [500, 1000, 20]))
+    fit, _ = draws.split_by_class(labels, validation_fraction, seed=0)
+    drawn = draws.draw_fraction(labels[fit], 0.1, 0, of=labels)
+    assert np.bincount(labels[fit[drawn]]).tolist() == [50, 100, 2]
+    assert len(draws.draw_fraction(labels[fit], 0.95, 0, of=labels)) == len(fit)  # no more than there are
 
 
 @pytest.mark.parametrize("values", [[0.0], [100.0], [12.34, 12.35], [3.0, 97.2], [50.0, 50.0, 61.0]])

@@ -1,13 +1,16 @@
 """A run opened for use: one checkpoint's weights and step, the windows it was trained with, its own images apart."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from tiny_trained import make_images, make_run
 
-from simmim_jax import checkpoint, trained
+from simmim_jax import checkpoint, data, trained
+from simmim_jax.data.decode import MAX_PIXELS
+from simmim_jax.errors import DataError
 from simmim_jax.models import make_encoder
 
 
@@ -60,6 +63,92 @@ def test_the_images_that_a_run_held_out_are_held_out_again_also_where_its_folder
     assert len(train | test) == 60
     options = trained.source_options(model, str(tmp_path / "images"), 0.0, as_divided=False)
     assert options["heldout_fraction"] == 0.0
+
+
+def own_data(path):
+    return {"source": "auto", "path": str(path), "name": "", "data_dir": "", "split": "train", "heldout_fraction": 0.3}
+
+
+def names_of(source):
+    return {source.name(i) for i in range(len(source))}
+
+
+@pytest.fixture
+def divided(tmp_path):
+    """A run that was trained on a part of 60 images in tmp_path/"images", as its checkpoint tells."""
+    make_images(tmp_path / "images", 60)
+    model = described(tmp_path / "7", data=own_data(tmp_path / "images"))
+    (tmp_path / "7" / "meta").mkdir(parents=True)
+    kept = {"data": {"source": trained.training_images(model).fingerprint()}}
+    (tmp_path / "7" / "meta" / "metadata").write_text(json.dumps(kept))
+    return model
+
+
+def test_the_images_that_a_run_held_out_are_held_out_again_where_its_folder_was_moved(divided, tmp_path):
+    sides = [names_of(trained.open_source(divided, "", split)) for split in ("train", "test")]
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    there = trained.follow_images(divided, str(moved))
+    assert [names_of(trained.open_source(there, str(moved), split, 0.0)) for split in ("train", "test")] == sides
+    (moved / "owl" / "another.png").write_bytes((moved / "owl" / "059.png").read_bytes())
+    assert trained.follow_images(divided, str(moved)) is divided  # other images, or more
+    assert trained.follow_images(divided, str(tmp_path / "nowhere")) is divided
+
+
+def test_images_that_a_run_was_trained_on_are_known_in_another_folder_and_told_where_that_cannot_be(divided, tmp_path):
+    part = tmp_path / "part"
+    for name in sorted(names_of(trained.training_images(divided)))[::4]:
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "images" / name, part / name)
+    make_images(tmp_path / "others", 60, size=(8, 8))  # of the same names
+    sources = {name: data.make_source("folder", path=str(tmp_path / name), heldout_fraction=0.0)
+               for name in ("part", "others")}  # fmt: skip
+    assert trained.seen_in_training(divided, sources["part"]) in names_of(sources["part"])
+    assert trained.seen_in_training(divided, sources["others"]) == ""
+    shutil.rmtree(tmp_path / "images")
+    assert trained.seen_in_training(divided, sources["part"]) is None
+    other_classes = divided._replace(config=divided.config | {"classes": ["hen", "fox"]})
+    assert trained.seen_in_training(other_classes, sources["part"]) == ""
+
+
+def test_images_of_a_run_by_a_relative_path_are_asked_for_where_they_are_not(tmp_path, monkeypatch):
+    make_images(tmp_path / "images", 6)
+    paths = ("images", "images/{split}", "images/*.tar")
+    models = [described(tmp_path, data=own_data(path)) for path in paths]
+    monkeypatch.chdir(tmp_path)
+    assert [trained.source_options(model, "")["path"] for model in models] == list(paths)
+    monkeypatch.chdir("/")
+    for model in models:
+        with pytest.raises(DataError, match=r"as seen from where it was started, .* - / - give them \(--data=DIR\)"):
+            trained.source_options(model, "")
+
+
+@pytest.mark.parametrize("layout", ["{}", "train/{}"])
+def test_label_maps_are_not_taken_for_images(tmp_path, layout):
+    for name in ("imgs", "Masks"):
+        make_images(tmp_path / layout.format(name), 3, classes=())
+    with pytest.raises(DataError, match=rf"give {tmp_path}/{layout.format('imgs')} alone"):
+        trained.open_source(described(tmp_path), str(tmp_path), "train", 0.0)
+
+
+def test_a_pass_has_the_largest_image_of_its_run_and_all_cores_up_to_16(tmp_path, monkeypatch):
+    make_epoch, seen = data.make_epoch, []
+    monkeypatch.setattr(data, "make_epoch", lambda source, **options: seen.append(options) or make_epoch([], **options))
+    monkeypatch.setattr(data, "cores", lambda: 96)
+    for config, threads in (({"data": {"max_pixels": 99}}, None), ({}, 0)):
+        model = described(tmp_path, mean=(0,), **config)
+        trained.make_pass(model, [], trained.sharding.make_mesh(), threads=threads)
+    assert [(options["max_pixels"], options["threads"]) for options in seen] == [(99, 16), (MAX_PIXELS, 0)]
+
+
+def test_labels_are_those_of_the_first_image_that_can_be_read():
+    class Broken(list):
+        def __getitem__(self, i):
+            if i == 0:
+                raise OSError
+            return super().__getitem__(i)
+
+    assert trained.has_labels(Broken([{"label": -1}, {"label": 3}]))
+    assert not trained.has_labels(Broken([{"label": 3}, {"label": -1}]))
 
 
 def test_images_are_cropped_as_in_the_run_and_those_for_an_import_as_official_code_has_it(tmp_path):

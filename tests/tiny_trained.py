@@ -1,6 +1,7 @@
 """A workdir with random weights, and folders of images, small enough for a test of the tools that read them."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,13 @@ def make_run(folder, objective=SIMMIM, *, seed=0, **config) -> tuple[str, object
     config = {"encoder": ENCODER, "objective": objective, "image_size": SIZE, **PIXELS, **config}
     checkpoint.write_params(str(folder), params, json.loads(json.dumps(config)), step=7)
     return str(folder), encoder, jax.tree.map(jnp.asarray, params)
+
+
+def keep_fingerprints(workdir, **sources) -> None:
+    """Write into a workdir's one checkpoint of which images ("source", "heldout") it is, as a run does."""
+    (path,) = Path(workdir).glob("checkpoints/*/meta/metadata")
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"data": {name: each.fingerprint() for name, each in sources.items()}}))
 
 
 def random_weights(abstract) -> dict:

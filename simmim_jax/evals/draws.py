@@ -14,30 +14,34 @@ def split_by_class(
 
     A class of one image is in the rest.
     """
-    held = _drawn(labels, lambda count: min(max(1, round(fraction * count)), count - 1), seed)
+    held = _drawn(labels, lambda _, count: min(max(1, round(fraction * count)), count - 1), seed)
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
 def draw_per_class(labels: Int[np.ndarray, " m"], count: int, seed: int) -> Int[np.ndarray, " p"]:
     """`count` images of each class; of a class with fewer, all."""
-    return _drawn(labels, lambda there: min(count, there), seed)
+    return _drawn(labels, lambda _, there: min(count, there), seed)
 
 
-def draw_fraction(labels: Int[np.ndarray, " m"], fraction: int | float, seed: int) -> Int[np.ndarray, " p"]:
-    """About `fraction` of the images of each class, and at least one."""
-    return _drawn(labels, lambda there: max(1, round(fraction * there)), seed)
+def draw_fraction(
+    labels: Int[np.ndarray, " m"], fraction: int | float, seed: int, *, of: Int[np.ndarray, " q"]
+) -> Int[np.ndarray, " p"]:
+    """Of each class `fraction` of the images that it has in `of`, labels too, and at least one; at most those here."""
+    counts = np.bincount(of)
+    return _drawn(labels, lambda label, there: min(there, max(1, round(fraction * counts[label]))), seed)
 
 
 def _drawn(labels, size, seed: int) -> Int[np.ndarray, " p"]:
+    """size(label, how many images have it) -> how many of these are drawn."""
     rng = np.random.default_rng(seed)
     drawn = []
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        drawn.append(rng.permutation(own)[: size(len(own))])
+        drawn.append(rng.permutation(own)[: size(label, len(own))])
     return np.sort(np.concatenate(drawn))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean, sample deviation (0 of a single value), least and greatest."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean, sample deviation (None of a single value), least and greatest."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": deviation, "least": min(values), "greatest": max(values)}

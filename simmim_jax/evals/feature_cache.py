@@ -4,8 +4,8 @@ Layout: FOLDER/<key>/{train,test}_block_NN.npy [m, d], {train,test}_labels.npy i
 of what decides the numbers. A row is the image's place in the pass; label -1: without a label, or unreadable. Arrays
 are mapped, not read: ImageNet's 1.28 million images x 12 blocks x 768 numbers x 4 bytes are 47 GB there, half of it as
 float16, and a reader holds one block of them in memory. What is being extracted lies in <key>.partial and goes on after
-a kill; meta.json, written last, says which blocks are whole. Of images that cannot be read there may be few: what a
-disk that was away for a while left out must not be taken for whole.
+a kill, with batches of any size; meta.json, written last, says which blocks are whole. Of images that cannot be read
+there may be few: what a disk that was away for a while left out must not be taken for whole.
 """
 
 import hashlib
@@ -67,8 +67,8 @@ def open_cache(
     """The cache in `folder` of what `identity`, JSON, names; blocks that it has not yet are extracted from `passes`.
 
     extract(batch) -> {"block_N" [b, d] for each of the blocks, "label", "position", "valid" [b]}. Other identities in
-    the folder stay. Raises NonFiniteError, DataError where more than `max_bad_fraction` of a pass's images cannot be
-    read, and OSError where the disk is full.
+    the folder stay; what does not is told by `say`. Raises NonFiniteError, DataError where more than
+    `max_bad_fraction` of a pass's images cannot be read, and OSError where the disk is full.
     """
     final = Path(folder) / key_of(identity | {"dtype": dtype})
     counts = {split: each.count for split, each in passes.items()}
@@ -78,17 +78,23 @@ def open_cache(
     if not missing:
         say(f"features: {len(blocks)} blocks are there already, in {final}")
         return FeatureCache(final)
+    if not whole and (final / "meta.json").exists():
+        say(f"features: those in {final} are damaged, or lack more images than are allowed to: all are read again")
     partial = final.with_name(f"{final.name}.partial")
-    plan = {"blocks": missing, "batch_size": {split: each.batch_size for split, each in passes.items()}}
-    done, bad = _progress(partial, plan)
+    plan = {"blocks": missing}
+    done, bad = _progress(partial, plan, say)
     for split, each in passes.items():
         _extract(partial, plan, done, bad, split, each, extract, np.dtype(dtype), say, allowed[split])
         if whole:  # a row is there only if all its blocks are
-            labels = np.load(partial / f"{split}_labels.npy", mmap_mode="r+")
-            labels[np.load(final / f"{split}_labels.npy") < 0] = -1
-            labels.flush()
+            path = partial / f"{split}_labels.npy"
+            if path.exists():  # else it is merged, and in its place, since before a kill
+                labels = np.load(path, mmap_mode="r+")
+                labels[np.load(final / path.name) < 0] = -1
+                labels.flush()
             bad[split] = max(bad[split], bad_before[split])
     final.mkdir(parents=True, exist_ok=True)
+    if not whole:  # else an earlier meta.json would vouch for a part of these, and of those before
+        (final / "meta.json").unlink(missing_ok=True)
     for path in partial.glob("*.npy"):
         path.replace(final / path.name)
     meta = {"blocks": sorted({*whole, *missing}), "counts": counts, "bad": bad, "dtype": dtype, "identity": identity}
@@ -112,22 +118,26 @@ def _whole(final: Path, counts: dict[str, int], allowed: dict[str, int]) -> tupl
             for name in (f"{split}_labels.npy", *(file_name(split, block) for block in blocks)):
                 if len(np.load(final / name, mmap_mode="r")) != count:
                     return [], {}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError):  # the last of a file that is empty
         return [], {}
     return blocks, bad
 
 
-def _progress(partial: Path, plan: dict) -> tuple[dict[str, int], dict[str, int]]:
-    """How many batches of each split lie in `partial`, and how many of their images could not be read.
+def _progress(partial: Path, plan: dict, say: Callable[[str], None]) -> tuple[dict[str, int], dict[str, int]]:
+    """How many images of each split lie in `partial`, and how many of these could not be read.
 
     None where it is of another plan, and then it is emptied.
     """
+    why = "does not say how far it came"
     try:
         said = json.loads((partial / "progress.json").read_text())
         if {name: said[name] for name in plan} == plan:
-            return said["done"], said["bad"]
+            return said["images"], said["bad"]
+        why = f"is of blocks {', '.join(map(str, said['blocks']))}"
     except (OSError, ValueError, KeyError):
         pass
+    if any(partial.glob("*.npy")):
+        say(f"features: an unfinished extraction, {partial}, {why}: it is discarded, and all is read anew")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return {}, {}
@@ -136,24 +146,25 @@ def _progress(partial: Path, plan: dict) -> tuple[dict[str, int], dict[str, int]
 def _extract(
     partial: Path, plan: dict, done: dict, bad: dict, split: str, images: Pass, extract, dtype, say, allowed: int
 ) -> None:
-    """Fill the files of one split, from the batch on that `done` says, and count there what is on the disk.
+    """Fill the files of one split, from the image on that `done` says, and count there what is on the disk.
 
-    bad: of each split, how many images could not be read. Above `allowed` they are refused, and the batches since the
+    bad: of each split, how many images could not be read. Above `allowed` they are refused, and the images since the
     last count will be read again.
     """
     names = {f"block_{block}": file_name(split, block) for block in plan["blocks"]}
-    total = -(-images.count // images.batch_size)
     start = done.get(split, 0)
-    if start == total:
+    if start == images.count:
         return
     files: dict[str, np.memmap] = {}
     if start:
-        say(f"features: {split} goes on at image {start * images.batch_size} of {images.count}")
+        say(f"features: {split} goes on at image {start} of {images.count}")
         files = {name: np.lib.format.open_memmap(partial / file, mode="r+") for name, file in names.items()}
         files["label"] = np.lib.format.open_memmap(partial / f"{split}_labels.npy", mode="r+")
     begin = said = time.monotonic()
     faults = bad.get(split, 0)
-    for n, batch in enumerate(images.batches(start), start):
+    first = start // images.batch_size
+    for n, batch in enumerate(images.batches(first), first):
+        read = min((n + 1) * images.batch_size, images.count)
         out = extract(batch)
         if not files:
             files = {
@@ -162,11 +173,12 @@ def _extract(
             }
             files["label"] = _allocate(partial / f"{split}_labels.npy", (images.count,), np.dtype(np.int32))
             files["label"][:] = -1
-        use = out["valid"] & (out["position"] < images.count)
-        faults += int((~out["valid"] & (out["position"] < images.count)).sum())
+        new = (out["position"] >= start) & (out["position"] < images.count)  # the first batch may begin before `start`
+        use = new & out["valid"]
+        faults += int((new & ~out["valid"]).sum())
         if faults > allowed:
             raise DataError(
-                f"{faults} of the first {min((n + 1) * images.batch_size, images.count)} images cannot be read",
+                f"{faults} of the first {read} images cannot be read",
                 f"the {split} images", "mend the files or the disk and go on, or set --max-bad-fraction higher",
             )  # fmt: skip
         for name, file in files.items():
@@ -180,20 +192,24 @@ def _extract(
                 raise NonFiniteError(f"features are not finite as {file.dtype}", f"{name} of the {split} images", fix)
             file[out["position"][use]] = rows
         now = time.monotonic()
-        if n + 1 == total or now - said > FLUSH:
+        if read == images.count or now - said > FLUSH:
             for file in files.values():
                 file.flush()
-            done[split], bad[split] = n + 1, faults
-            write_atomically(partial / "progress.json", json.dumps(plan | {"done": done, "bad": bad}))
-            read = min((n + 1) * images.batch_size, images.count)
-            rate = (read - start * images.batch_size) / max(now - begin, 1e-9)
+            done[split], bad[split] = read, faults
+            write_atomically(partial / "progress.json", json.dumps(plan | {"images": done, "bad": bad}))
+            rate = (read - start) / max(now - begin, 1e-9)
             say(f"features: {split} {read}/{images.count} images, {rate:.0f} images/s")
             said = now
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    """A new .npy file, mapped, whose place on the disk is taken: writing to one that is full would be a SIGBUS."""
+    """A new .npy file, mapped, whose place on the disk is taken: writing to one that is full would be a SIGBUS.
+
+    macOS takes none beforehand.
+    """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if not hasattr(os, "posix_fallocate"):
+        return array
     with open(path, "r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)

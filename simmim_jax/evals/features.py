@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from simmim_jax import sharding
-from simmim_jax.errors import NonFiniteError
+from simmim_jax.errors import DataError, NonFiniteError
 
 OF_IMAGES = ("label", "position", "valid")
 
@@ -43,7 +43,8 @@ class Features(NamedTuple):
 def make_feature_reader(*, extract: Callable, train: Iterable[dict], heldout: Iterable[dict]) -> Callable:
     """A function state -> Features that works once for each step.
 
-    extract(params, batch) -> {"features" [b, d], "label" [b], "valid" [b]}.
+    extract(params, batch) -> {"features" [b, d], "label" [b], "valid" [b]}. The function raises NonFiniteError, and
+    DataError where no image of a set has a label.
     """
     newest: dict[int, Features] = {}
 
@@ -51,13 +52,16 @@ def make_feature_reader(*, extract: Callable, train: Iterable[dict], heldout: It
         step = int(state.step)
         if step not in newest:
             newest.clear()
-            newest[step] = Features(*_collect(extract, state.params, train), *_collect(extract, state.params, heldout))
+            newest[step] = Features(
+                *_collect("training", extract, state.params, train),
+                *_collect("held-out", extract, state.params, heldout),
+            )
         return newest[step]
 
     return read
 
 
-def _collect(extract: Callable, params, batches: Iterable[dict]):
+def _collect(images: str, extract: Callable, params, batches: Iterable[dict]):
     """Features and labels of the valid, labelled images of `batches`."""
     features, labels = [], []
     for batch in batches:
@@ -65,6 +69,11 @@ def _collect(extract: Callable, params, batches: Iterable[dict]):
         use = out["valid"] & (out["label"] >= 0)
         features.append(out["features"][use])
         labels.append(out["label"][use])
+    if not any(map(len, labels)):
+        raise DataError(
+            f"no {images} image with a label could be read", "evaluation by knn or linear",
+            "give a split with labels, or set config.probes to False and leave both out of config.evals",
+        )  # fmt: skip
     features = np.concatenate(features)
     if not np.isfinite(features).all():
         raise NonFiniteError(

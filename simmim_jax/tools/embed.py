@@ -3,11 +3,11 @@
 What a trained encoder makes of each image of DATA, in one Parquet or NPZ file.
 
 A row for each image, in the order of the source (file names are sorted): `index` of the record in the source, `name`
-(of a file: relative to its folder), `label` and, in Parquet, `class_name` where there are classes, and `embedding`. In
-Parquet that is a list of fixed size, in NPZ an array [n, d], beside `classes`. Images that cannot be read are left out
-and named: on stderr, and in the metadata. The metadata are JSON: in Parquet the file's key "simmim_jax", in NPZ the
-array "about". They say of what run, step, block, pooling, image size and normalisation the numbers are, and in what
-shape they are.
+(of a file: relative to its folder), `label` where images have one, and, in Parquet, `class_name` where classes have
+names, and `embedding`. In Parquet that is a list of fixed size, in NPZ an array [n, d], beside `classes`. Images that
+cannot be read are left out and named: on stderr, and in the metadata. The metadata are JSON: in Parquet the file's key
+"simmim_jax", in NPZ the array "about". They say of what run, step, block, pooling, image size and normalisation the
+numbers are, and in what shape they are.
 
 With --pool=map an embedding is the map of tokens [k, l, d], row by row from the top left, flat in Parquet and
 [n, k, l, d] in NPZ: what a multimodal model takes as its image features, k * l tokens of width d. Images are resized to
@@ -37,6 +37,7 @@ from simmim_jax.errors import (
     choose,
     told_in_one_line,
 )
+from simmim_jax.tools.files import printable
 from simmim_jax.tools.options import parse_known, sides
 
 EXAMPLES = """\
@@ -75,6 +76,7 @@ def make_parser() -> Parser:
     add("--pool", default="patches", help=f"{', '.join(POOLS)} (default: patches, their mean)")
     add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
     add("--batch-size", type=int, default=64, metavar="N", help="default: 64")
+    add("--threads", type=int, metavar="N", help="that decode a batch each (default: as many as cores, up to 16)")
     add("--split", default="", metavar="NAME",
         help="where DATA has parts: train, val, test, ... (default: train; of '', the run's)")  # fmt: skip
     add("--limit", type=int, default=0, metavar="N", help="so many images, evenly spread; 0: all")
@@ -95,10 +97,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.out = Path(out)
     if options.out.suffix not in (".parquet", ".npz"):
         raise ConfigError(f"OUT is {out}", "command line", "give a file that ends in .parquet or .npz")
+    if printable(out) != out:  # Arrow's limit
+        raise ConfigError(f"OUT is {printable(out)}", "command line", "give a path that is UTF-8")
     choose("pool", options.pool, set(POOLS))
     choose("dtype", options.dtype, {"float32", "float16"})
     options.image_size = sides(options.image_size)
     check_minimum("--batch-size", options.batch_size, 1)
+    check_minimum("--threads", options.threads or 0, 0)
     check_minimum("--limit", options.limit, 0)
     if options.block is not None:
         check_minimum("--block", options.block, 0)
@@ -160,6 +165,7 @@ def embed(options: argparse.Namespace) -> None:
     split = options.split or ("train" if options.data else own.get("split", "train"))
     where = trained.source_options(model, options.data, heldout_fraction=0.0, as_divided=False) | {"split": split}
     source = data.make_source(**where)
+    trained.refuse_label_maps(source)
     count = min(options.limit or len(source), len(source))
     made_from = origin(model, options, source)
 
@@ -227,7 +233,7 @@ def compute(model, options: argparse.Namespace, view: View, mesh) -> Iterator[tu
 
     run_batch = run_everywhere(make_embedding(model, options), mesh)
     params = jax.device_put(model.params["encoder"], sharding.replicated(mesh))
-    for batch in trained.make_pass(model, view, mesh, batch_size=options.batch_size):
+    for batch in trained.make_pass(model, view, mesh, batch_size=options.batch_size, threads=options.threads):
         out = run_batch(params, batch)
         here = slice(0, max(0, len(view) - int(out["position"][0])))  # without what fills up the last batch
         yield tuple(out[name][here] for name in ("position", "valid", "label", "embedding"))
@@ -275,6 +281,7 @@ def write_parts(
 
     batches(view): as `compute` yields them.
     """
+    from simmim_jax import trained
     from simmim_jax.tools import embeddings
     from simmim_jax.tools.prepare import Progress
 
@@ -287,7 +294,7 @@ def write_parts(
         return left_out
     if start:
         print(f"going on from image {start:,} of {count:,}", file=sys.stderr)
-    view = View(source, count, start)
+    view, labelled = View(source, count, start), bool(source.classes) or trained.has_labels(source)
     progress = Progress("embed", count, start, len(left_out))
     waiting = []  # batches that a part is not yet full of
     try:
@@ -296,7 +303,7 @@ def write_parts(
             of_view = int(batch[0][-1]) + 1
             while done * rows_of_part < count and start + of_view >= min((done + 1) * rows_of_part, count):
                 last = min((done + 1) * rows_of_part, count) - start  # of the view
-                rows, faults, rest = cut(waiting, last, view, options)
+                rows, faults, rest = cut(waiting, last, view, labelled, options)
                 left_out += faults
                 refuse_many(left_out, allowed, source)  # what may pass, as a disk that is gone, is in no part
                 embeddings.write_part(folder, done, rows, source.classes, faults)
@@ -307,7 +314,7 @@ def write_parts(
     return left_out
 
 
-def cut(batches: list[tuple], last: int, view: View, options: argparse.Namespace) -> tuple:
+def cut(batches: list[tuple], last: int, view: View, labelled: bool, options: argparse.Namespace) -> tuple:
     """(rows of the records before position `last`, those of them that are left out, the rest as a batch)."""
     import numpy as np
 
@@ -321,7 +328,7 @@ def cut(batches: list[tuple], last: int, view: View, options: argparse.Namespace
     faults = [LeftOut(int(n), name) for n, name, good in zip(index, names, valid, strict=True) if not good]
     names = [name for name, good in zip(names, valid, strict=True) if good]
     numbers = in_dtype(embedding[valid], options.dtype, names)
-    rows = Rows(index[valid], names, labels[valid] if view.classes else None, numbers)
+    rows = Rows(index[valid], names, labels[valid] if labelled else None, numbers)
     return rows, faults, tuple(array[~keep] for array in arrays)
 
 
@@ -378,10 +385,10 @@ def description(
         "std": list(model.config["std"]),
         "data": source.describe(),
         "source": where,
-        "classes": [embeddings.printable(name) for name in source.classes],
+        "classes": [printable(name) for name in source.classes],
         "count": count - len(left_out),
         "left_out": len(left_out),
-        "left_out_names": [embeddings.printable(each.name) for each in left_out[: embeddings.MOST_NAMED]],
+        "left_out_names": [printable(each.name) for each in left_out[: embeddings.MOST_NAMED]],
     }
 
 

@@ -7,7 +7,6 @@ Shape letters: n images, d the width of an embedding, k l the grid of a map.
 
 import itertools
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from simmim_jax.errors import ConfigError, DataError
-from simmim_jax.tools.files import write_whole
+from simmim_jax.tools.files import printable, write_whole
 
 KEY = b"simmim_jax"  # of our JSON in a Parquet file's metadata
 ENDINGS = (".parquet", ".npz")
@@ -27,7 +26,7 @@ ANEW = "give the same, or another OUT, or --overwrite to begin anew"
 
 
 class Rows(NamedTuple):
-    """Some images and their embeddings. index: of the record in its source; labels: None where there are no classes."""
+    """Some images and their embeddings. index: of the record in its source; labels: None where images have none."""
 
     index: Int[np.ndarray, " n"]
     names: list[str]
@@ -113,24 +112,20 @@ def left_out_of(path: Path) -> list[LeftOut]:
 
 
 def table_of(rows: Rows, classes: tuple[str, ...]):
-    """An Arrow table: index, name, label and class_name where there are classes, embedding, flat."""
+    """An Arrow table: index, name, label where images have one, class_name where classes do, embedding, flat."""
     import pyarrow
 
     columns = {"index": pyarrow.array(rows.index, pyarrow.int64())}
     columns["name"] = pyarrow.array([printable(name) for name in rows.names], pyarrow.string())
     if rows.labels is not None:
         columns["label"] = pyarrow.array(rows.labels, pyarrow.int32())
+    if rows.labels is not None and classes:
         names = [classes[label] if 0 <= label < len(classes) else None for label in rows.labels.tolist()]
         columns["class_name"] = pyarrow.array([name and printable(name) for name in names], pyarrow.string())
     flat = pyarrow.array(np.ascontiguousarray(rows.embeddings).reshape(-1))
     width = int(np.prod(rows.embeddings.shape[1:]))
     columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(flat, width)
     return pyarrow.table(columns)
-
-
-def printable(name: str) -> str:
-    """A file's name as UTF-8 can hold it: bytes that are none become \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 # --- the whole
@@ -160,7 +155,7 @@ def _join_parquet(paths: list[Path], out: Path, about: dict) -> None:
 def _join_npz(paths: list[Path], out: Path, about: dict) -> None:
     import pyarrow.parquet
 
-    count, width, labelled = 0, 1, about["classes"] != []
+    count, width, labelled = 0, 1, "label" in pyarrow.parquet.read_schema(paths[0]).names
     for path in paths:
         names = pyarrow.parquet.ParquetFile(path).read(["name"]).column("name").to_pylist()
         count, width = count + len(names), max(width, *map(len, names), 1)
@@ -179,6 +174,7 @@ def _join_npz(paths: list[Path], out: Path, about: dict) -> None:
         _write_array(archive, "name", f"<U{width}", (count,), column("name", f"<U{width}"))
         if labelled:
             _write_array(archive, "label", np.int32, (count,), column("label", np.int32))
+        if about["classes"]:
             classes = np.array(about["classes"])
             _write_array(archive, "classes", classes.dtype, classes.shape, [classes])
         text = np.array(json.dumps(about))
@@ -201,7 +197,7 @@ JOINERS = {".parquet": _join_parquet, ".npz": _join_npz}
 
 
 class Listing(NamedTuple):
-    """All of a file but its embeddings. labels: -1 where there is none."""
+    """All of a file but its embeddings. labels: -1 where there is none; classes without names have numbers."""
 
     about: dict
     index: Int[np.ndarray, " n"]
@@ -229,20 +225,23 @@ def read_about(path: Path) -> dict:
 
 
 def read_listing(path: Path) -> Listing:
-    """Names and labels of a file of embeddings."""
+    """What a file of embeddings says of its images."""
     import pyarrow.parquet
 
     about = read_about(path)
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            index, names = arrays["index"], arrays["name"].tolist()
-            labels = arrays["label"] if "label" in arrays else np.full(len(index), -1, np.int32)
-        return Listing(about, index, names, labels)
-    wanted = ["index", "name", *(["label"] if about["classes"] else [])]
-    table = pyarrow.parquet.ParquetFile(path).read(wanted)
-    index = table.column("index").to_numpy()
-    labels = table.column("label").to_numpy() if about["classes"] else np.full(len(index), -1, np.int32)
-    return Listing(about, index, table.column("name").to_pylist(), labels)
+            index, names, labels = arrays["index"], arrays["name"].tolist(), arrays.get("label")
+    else:
+        opened = pyarrow.parquet.ParquetFile(path)
+        wanted = [name for name in ("index", "name", "label") if name in opened.schema_arrow.names]
+        columns = {name: opened.read([name]).column(name) for name in wanted}
+        index, names = columns["index"].to_numpy(), columns["name"].to_pylist()
+        labels = columns["label"].to_numpy() if "label" in columns else None
+    if labels is None:
+        labels = np.full(len(index), -1, np.int32)
+    classes = about["classes"] or [str(n) for n in range(labels.max(initial=-1) + 1)]
+    return Listing(about | {"classes": classes}, index, names, labels)
 
 
 def read_embeddings(path: Path, rows: int = 4096) -> Iterator[Shaped[np.ndarray, "n ..."]]:

@@ -33,7 +33,7 @@ from simmim_jax.errors import (
     check_minimum,
     told_in_one_line,
 )
-from simmim_jax.tools.files import write_whole
+from simmim_jax.tools.files import printable, write_whole
 from simmim_jax.tools.options import parse_known, sides
 
 EXAMPLES = """\
@@ -45,6 +45,9 @@ examples:
   a classifier of timm's or transformers', once imported:
     python -m simmim_jax.tools.convert FOLDER runs/theirs
     python -m simmim_jax.tools.evaluate runs/theirs --data=DIR/imagenet --crop-fraction=0.9
+  a segmentation run, on images and maps: mIoU and accuracies, with --out a table of classes and overlays; no row in
+  results.csv, whose columns have no place for them:
+    python -m simmim_jax.tools.evaluate runs/segments --data=DIR --out=figures
 """
 TIMMS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 OURS = ("images", "run", "step", "data", "date", "version")
@@ -52,6 +55,7 @@ COLUMNS = TIMMS + OURS
 TFDS_PARTS = ("validation", "test")  # of a TFDS data set, to evaluate on
 PATIENCE = 30  # seconds between two lines of progress
 SEE = "see summary.json in its workdir, or give a run of classify or simmim"
+ALL_THE_SAME = "give --split=train to evaluate on these, or other images as --data"
 HEADLESS = "fine-tune or probe it first (configs/folder_finetune.py, configs/folder_linear.py)"
 
 
@@ -74,6 +78,7 @@ def make_parser() -> Parser:
         help="of the resized side that is kept (default: the run's; imports: 0.875, up to 32 pixels 1)")  # fmt: skip
     add("--interpolation", default="", help="bilinear, bicubic, ... (default: the run's; imports: bicubic)")
     add("--batch-size", type=int, default=64, metavar="N", help="default: 64; of it no result depends")
+    add("--threads", type=int, metavar="N", help="that decode a batch each (default: as many as cores, up to 16)")
     add("--limit", type=int, metavar="N",
         help="so many images, evenly spread; 0: all (default: all; own ones of simmim: as in the run)")  # fmt: skip
     add("--max-bad-fraction", type=float, default=0.01, metavar="R", help="of unreadable images (default: 0.01)")
@@ -92,6 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.image_size = sides(options.image_size)
     check_minimum("--batch-size", options.batch_size, 1)
+    check_minimum("--threads", options.threads or 0, 0)
     check_minimum("--limit", options.limit or 0, 0)
     check_minimum("--mistakes", options.mistakes, 0)
     if options.crop_fraction is not None and not 0 < options.crop_fraction <= 1:
@@ -118,9 +124,14 @@ def run(argv: list[str]) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a run, by options that have been read."""
     from simmim_jax import compilation, sharding, trained  # JAX comes in here: help and mistakes are told without it
+    from simmim_jax.tools import segments
 
     compilation.keep_compiled()
     model = trained.open_trained(options.run, options.image_size)
+    model = with_images(model, options.data)
+    if (model.config.get("objective") or {}).get("name") == "segment":
+        segments.evaluate(model, options)
+        return
     settle(options, model)
     objective = trained.objective_of(model)
     name = model.config["objective"]["name"]
@@ -136,13 +147,23 @@ def evaluate(options: argparse.Namespace) -> None:
     mesh = sharding.make_mesh()
     heldout = trained.make_pass(
         model, source, mesh, batch_size=options.batch_size, crop_fraction=options.crop_fraction,
-        interpolation=options.interpolation, limit=options.limit,
+        interpolation=options.interpolation, limit=options.limit, threads=options.threads,
     )  # fmt: skip
     print(f"{model_name(model)} at step {model.step}, {told}: {told_pixels(options, model)}", flush=True)
     if name == "classify":
         evaluate_classifier(model, objective, source, told, heldout, mesh, options)
     else:
         evaluate_pretraining(model, objective, source, heldout, mesh, options)
+
+
+def with_images(model, path: str):
+    """The model, as `trained.follow_images` has it, which says so where the run's images have moved to `path`."""
+    from simmim_jax import trained
+
+    moved = trained.follow_images(model, path)
+    if moved is not model:
+        print(f"{path}: the images of the run, in another place; of them the part that it held out", flush=True)
+    return moved
 
 
 def settle(options: argparse.Namespace, model) -> None:
@@ -172,16 +193,21 @@ def open_heldout(model, options: argparse.Namespace) -> tuple:
     """(the images to evaluate on, what they are).
 
     Of the run's data the held-out part, of others the part that `options` says; where it says none, the part for
-    evaluation, and of a folder or file without parts, all. Raises DataError where there is one, and it cannot be read,
-    and where there are images to train on alone.
+    evaluation, and of a folder or file without parts, all. Warns of images that the run may have been trained on.
+    Raises DataError where there is a part, and it cannot be read, and where there are images to train on alone.
     """
     from simmim_jax import trained
     from simmim_jax.data.sources.tfds import prepared_directory
 
     path, own = options.data, model.config.get("data", {})
     make = partial(trained.open_source, model, path, heldout_fraction=0.0)
-    if options.split or not path or trained.is_own(model, path):
+    of_run = not path or trained.is_own(model, path)
+    if options.split or of_run:
         source = make(options.split or own.get("heldout_split", "validation"))
+        kept, found = trained.fingerprints(model).get("heldout"), source.fingerprint()
+        if of_run and kept and kept != found and kept.get("split") == found.get("split"):
+            print(f"warning: {source.describe()}: not what the run held out: the data have changed since, or are "
+                  "others, and it may have been trained on some of these", file=sys.stderr)  # fmt: skip
         return source, source.describe()
     first, second = "validation", "train"
     if path.startswith("tfds:") or prepared_directory(path):
@@ -194,9 +220,16 @@ def open_heldout(model, options: argparse.Namespace) -> tuple:
         if not absent and not error.where.startswith("data.heldout_fraction"):  # of others: nothing is held out
             raise
         if not absent and has_parts(path):
-            fix = "give --split=train to evaluate on these, or other images as --data"
-            raise DataError("images to train on, and none to evaluate on", path, fix) from error
+            raise DataError("images to train on, and none to evaluate on", path, ALL_THE_SAME) from error
     source = make(second)
+    if source.fingerprint() == trained.fingerprints(model).get("source"):
+        raise DataError("all of these images the run was trained on", path, ALL_THE_SAME)
+    seen = trained.seen_in_training(model, source)
+    if seen:
+        print(f"warning: the run was trained on some of these images, like {seen}", file=sys.stderr)
+    elif seen is None:
+        print("warning: whether the run was trained on some of these images cannot be known: its own, "
+              f"{own['path']!r}, are not there any more", file=sys.stderr)  # fmt: skip
     return source, source.describe().replace("split train", "all")
 
 
@@ -227,7 +260,10 @@ def check_classes(model, source, *, compare_names: bool) -> None:
     from simmim_jax import trained
 
     count, there = model.config["objective"]["num_classes"], tuple(source.classes)
-    if not there and not has_labels(source):
+    if not trained.has_labels(source):
+        if there:
+            fix = "give images that have one, as another --split or --data"
+            raise DataError("images without labels, as of a test set whose classes are kept", source.describe(), fix)
         raise DataError("images without classes", source.describe(), "put each class into a folder of its own")
     if there and len(there) != count:
         raise DataError(
@@ -239,16 +275,6 @@ def check_classes(model, source, *, compare_names: bool) -> None:
         n = next(n for n in range(count) if known[n] != there[n])
         print(f"warning: class {n} is {known[n]!r} in the run and {there[n]!r} in {source.describe()}: "
               "the head tells classes by number", file=sys.stderr)  # fmt: skip
-
-
-def has_labels(source) -> bool:
-    """Whether the first image has one: all have, or none, also of shards that say no names of classes."""
-    from simmim_jax.data.decode import BadImage
-
-    try:
-        return source[0]["label"] >= 0
-    except (BadImage, OSError):
-        return True  # which the pass will tell
 
 
 def watched(batches: Iterable[dict], count: int) -> Iterator[dict]:
@@ -297,7 +323,7 @@ def evaluate_classifier(model, objective, source, told: str, heldout, mesh, opti
         append_row(Path(options.results), row_of(model, told, metrics, options))
         print(f"a row more in {options.results}")
     if options.out:
-        names = [str(name) for name in source.classes] or [str(n) for n in range(classes)]
+        names = [printable(str(name)) for name in source.classes] or [str(n) for n in range(classes)]
         folder = Path(options.out)
         for name in ("mistakes.png", "confusion.csv", "confusion.png"):  # of an earlier evaluation
             (folder / name).unlink(missing_ok=True)
@@ -345,7 +371,7 @@ def evaluate_pretraining(model, objective, source, heldout, mesh, options: argpa
         "heldout": Repeated(readable),
         "spread": lambda pictures: trained.make_pass(
             model, source, mesh, batch_size=options.batch_size, crop_fraction=options.crop_fraction,
-            interpolation=options.interpolation, limit=pictures,
+            interpolation=options.interpolation, limit=pictures, threads=options.threads,
         ),
         "folder": options.out,
     }  # fmt: skip
@@ -446,7 +472,7 @@ def version() -> str:
 def line_of(values: Sequence[str]) -> str:
     """A line of CSV: what would break it becomes a space."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([" ".join(value.split()) for value in values])
+    csv.writer(text, lineterminator="\n").writerow([" ".join(printable(value).split()) for value in values])
     return text.getvalue()
 
 
@@ -503,5 +529,6 @@ def append_row(path: Path, row: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
     with told_in_one_line():
         run(sys.argv[1:])

@@ -1,8 +1,13 @@
-"""Files that tools write: whole, or not at all."""
+"""Files that tools write: whole, or not at all; and the names of files in them."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+
+def printable(name: str) -> str:
+    """A file's name as UTF-8 can hold it: bytes that are none become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -30,7 +30,7 @@ from simmim_jax.errors import (
     told_in_one_line,
 )
 from simmim_jax.tools import embeddings
-from simmim_jax.tools.files import write_whole
+from simmim_jax.tools.files import printable, write_whole
 from simmim_jax.tools.map_page import make_page
 from simmim_jax.tools.options import parse_known
 
@@ -81,6 +81,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         setattr(options, name, os.path.expanduser(getattr(options, name)))
     if Path(options.embeddings).suffix not in embeddings.ENDINGS:
         raise ConfigError(f"EMBEDDINGS is {options.embeddings}", "command line", "give a .parquet or .npz file")
+    told = printable(options.embeddings)
+    if told != options.embeddings and not told.endswith(".npz"):  # Arrow's limit
+        raise ConfigError(f"EMBEDDINGS is {told}", "command line", "move it to a path that is UTF-8")
     if not options.out and not options.neighbours:
         raise ConfigError("nothing to write", "command line", "give OUT.html, or --neighbours=OUT.png, or both")
     for name, path, ending in (("OUT", options.out, ".html"), ("--neighbours", options.neighbours, ".png")):
@@ -180,7 +183,7 @@ def open_pictures(listing: embeddings.Listing, images: str) -> Callable:
 
     def picture(row: int, side: int):
         index = int(listing.index[row])
-        if index >= len(source) or embeddings.printable(source.name(index)) != listing.names[row]:
+        if index >= len(source) or printable(source.name(index)) != listing.names[row]:
             if not told:
                 told.append(row)
                 print(
@@ -216,7 +219,7 @@ def write_map(
     listing: embeddings.Listing, rows: Int[np.ndarray, " n"], path: Path, options: argparse.Namespace, picture: Callable
 ) -> None:
     """Write the page of these rows."""
-    positions = project(options.method, unit_vectors(path, rows), options.seed)
+    positions = project(options.method, unit_vectors(path, rows), options.seed, where=str(path))
     columns = math.ceil(math.sqrt(len(rows)))
     about = listing.about
     data = {
@@ -230,17 +233,24 @@ def write_map(
         "method": {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[options.method],
         "what": f"{about['what']}, step {about['step']} of {about['run']}",
     }
-    page = make_page(data, make_sprite(rows, columns, picture), options.title or path.name)
+    page = make_page(data, make_sprite(rows, columns, picture), printable(options.title or path.name))
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda partial: partial.write_text(page, encoding="utf-8"))
     print(f"{out}: {len(rows):,} of {len(listing.names):,} images, {out.stat().st_size / 2**20:.1f} MiB")
 
 
-def project(method: str, vectors: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
-    """Places on a plane, centred, within -1..1. Raises ConfigError for fewer vectors than the method needs."""
+def project(method: str, vectors: Float[np.ndarray, "n d"], seed: int, where: str = "") -> Float[np.ndarray, "n 2"]:
+    """Places on a plane, centred, within -1..1.
+
+    Raises ConfigError for fewer vectors than the method needs, and DataError where all are the same.
+    """
+    if len(vectors) < 2:
+        raise ConfigError(f"a map of {len(vectors)} image", "--limit", "give 2 or more")
     if len(vectors) < 5 and method != "pca":
         raise ConfigError(f"{method} of {len(vectors)} images", "--method", "give --method=pca")
+    if not np.ptp(vectors, axis=0).any():  # of which t-SNE ends in a segmentation fault
+        raise DataError("all embeddings are the same", where, "look at the run: did it collapse?")
     from sklearn.decomposition import PCA
 
     def components(count: int) -> np.ndarray:

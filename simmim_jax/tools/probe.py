@@ -26,8 +26,13 @@ OUT/ then has results.csv and results.json (a row for each method, block and poo
 the next call with the same weights and images reads again. Rows are written after each block: the same command goes on
 after an interruption, and one with other probes or blocks adds to them. Settings are chosen by images taken out of the
 training images; the test images are looked at once, with what was chosen. The linear, ridge and logistic probes are
-then fitted to all training images. A few-shot probe is fitted to the drawn images alone; the features' mean and scale
-are those of all training images, whose labels that takes not.
+then fitted to all training images. A few-shot probe is fitted to the drawn images alone, a fraction being one of all
+training images of each class; the features' mean and scale are those of all training images, whose labels that takes
+not. But the validation images choose its block too, so that their labels count besides those drawn: the table's
+"paper" row, of a block that nothing chooses, stands beside it.
+
+A probe that is asked for again with other options is computed anew: the earlier results are then in OUT/earlier_N/,
+and the rows of other probes stay.
 """
 METHODS = ("linear", "logistic", "ridge", "knn", "fewshot")
 POOLS = ("patches", "class_token", "both", "all")
@@ -59,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", default="0", help="so many images of each part, evenly spread (default: 0, all)")
     parser.add_argument("--only", default=",".join(METHODS), help=f"some of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--shots", default="1,5,10", help="images per class of few-shot draws (default: 1,5,10)")
-    parser.add_argument("--fractions", default="0.01,0.1", help="of the training images, likewise (default: 0.01,0.1)")
+    parser.add_argument("--fractions", default="0.01,0.1", help="of all training images, likewise (default: 0.01,0.1)")
     parser.add_argument("--seeds", default="5", help="draws of each few-shot setting (default: 5)")
     parser.add_argument("--seed", default="0", help="of the validation images and of the order (default: 0)")
     parser.add_argument("--validation-fraction", default="0.1", help="of the training images (default: 0.1)")
@@ -71,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", default="0.07", help="of k-NN (default: DINO's 0.07)")
     parser.add_argument("--dtype", default="float32", help="of features on the disk: float32 or float16")
     parser.add_argument("--batch-size", default="64", help="of the pass over the images (default: 64)")
-    parser.add_argument("--threads", default="2", help="that decode images (default: 2)")
+    parser.add_argument("--threads", help="that decode images (default: as many as cores, 16 at most)")
     parser.add_argument("--max-bad-fraction", default="0.01", help="of images that cannot be read (default: 0.01)")
     return parser
 
@@ -98,7 +103,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.neighbours = _numbers("neighbours", options.neighbours, int, 1, needed=True)
     for name, least in (("limit", 0), ("seeds", 1), ("seed", 0), ("epochs", 1), ("probe_batch_size", 1),
                         ("batch_size", 1), ("threads", 0)):  # fmt: skip
-        setattr(options, name, _number(name, getattr(options, name), int, least))
+        if (given := getattr(options, name)) is not None:
+            setattr(options, name, _number(name, given, int, least))
+    if options.seed >= 2**32:
+        raise ConfigError(f"--seed={options.seed}", "command line", "give a number below 2**32")
     for name in ("validation_fraction", "temperature", "crop_fraction"):
         if (given := getattr(options, name)) is not None:
             setattr(options, name, _number(name, given, float, 0, strict=True))
@@ -109,6 +117,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         *(("fractions", fraction) for fraction in options.fractions)):  # fmt: skip
         if value >= 1:
             raise ConfigError(f"--{name}={value:g}", "command line", "give numbers below 1")
+    most = max(options.fractions, default=0) if "fewshot" in options.only else 0
+    if most + options.validation_fraction > 1 + 1e-9:
+        raise ConfigError(
+            f"--fractions={most:g} and --validation-fraction={options.validation_fraction:g} are more than all images",
+            "command line", "give numbers that add up to 1 at most: images that validate are not drawn",
+        )  # fmt: skip
     return options
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from simmim_jax import checkpoint, compilation, sharding
+from simmim_jax.data import share_images
 from simmim_jax.errors import ConfigError, DataError
 from simmim_jax.evals import draws, probes
 from simmim_jax.evals.curves import Curve, Panel, draw_curves
@@ -33,7 +34,7 @@ from simmim_jax.evals.features import run_everywhere
 from simmim_jax.metrics import write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
 from simmim_jax.tools.files import write_whole
-from simmim_jax.trained import Trained, is_own, make_pass, open_source, open_trained
+from simmim_jax.trained import Trained, follow_images, is_own, make_pass, open_source, open_trained
 
 REGULARISATIONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge regression, on covariances of standardised features
 INVERSE_REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C
@@ -70,7 +71,7 @@ def probe(options: Namespace) -> list[dict]:
         "train": sources["train"].describe(), "test": sources["test"].describe(), "classes": sets["classes"],
         "validation_images": len(sets["validation"]), "features": features_of(cache), "options": vars(options),
     }  # fmt: skip
-    rows = earlier_rows(out, said)
+    rows, said["options_of"] = earlier_rows(out, said, options.only)
     for pool in pools:
         there = {(row["block"], kind_of(row)) for row in rows if row["pool"] == pool}
         left = {block: [kind for kind in options.only if (block, kind) not in there] for block in blocks}
@@ -100,19 +101,29 @@ def kind_of(row: dict) -> str:
     return row["method"] if row["images"] == "all" else "fewshot"
 
 
-def earlier_rows(out: Path, said: dict) -> list[dict]:
-    """The rows of `out`/results.json that are of the same features and options.
+def options_of(options: dict, kinds: Iterable[str]) -> dict[str, dict]:
+    """Of each of these kinds of probes the options that decide its rows, as JSON."""
+    as_json = json.loads(json.dumps(options))
+    return {kind: {name: as_json.get(name) for name in (*DECIDES_ALL, *DECIDES[kind])} for kind in kinds}
 
-    Where there are others, the earlier results are moved to a folder of their own first, and that is said.
+
+def earlier_rows(out: Path, said: dict, kinds: tuple[str, ...]) -> tuple[list[dict], dict[str, dict]]:
+    """(the rows of `out`/results.json that stay, `options_of` these and of `kinds`, those that are asked for now).
+
+    They are of the same features, and of the same options where their kind is asked for. Where there are others, the
+    earlier results are moved to a folder of their own first, and that is said.
     """
+    now = options_of(said["options"], kinds)
     try:
         earlier = json.loads((out / "results.json").read_text())
     except (FileNotFoundError, ValueError):
-        return []
-    now, before = json.loads(json.dumps(said["options"])), earlier.get("options", {})
-    decided = {kind: (*DECIDES_ALL, *names) for kind, names in DECIDES.items()}
-    same = {kind for kind, names in decided.items() if all(before.get(name) == now[name] for name in names)}
-    same &= set(DECIDES) if earlier.get("features") == said["features"] else set()
+        return [], now
+    before = earlier.get("options_of")
+    if before is None:  # by an earlier version, whose few-shot fractions were of fewer images
+        before = options_of(earlier.get("options", {}), set(DECIDES) - {"fewshot"})
+    same = {kind for kind in before if now.get(kind, before[kind]) == before[kind]}
+    if earlier.get("features") != said["features"]:
+        same = set()
     rows = [row for row in earlier["rows"] if kind_of(row) in same]
     if len(rows) < len(earlier["rows"]):
         aside = next(path for n in itertools.count(1) if not (path := out / f"earlier_{n}").exists())
@@ -124,7 +135,7 @@ def earlier_rows(out: Path, said: dict) -> list[dict]:
         print(f"{others} earlier results are of other weights, images or options: all are in {aside} now", flush=True)
     if rows:
         print(f"{len(rows)} results are there already, and are kept", flush=True)
-    return rows
+    return rows, {kind: before[kind] for kind in DECIDES if kind in map(kind_of, rows)} | now
 
 
 def write_rows(out: Path, said: dict, rows: list[dict]) -> None:
@@ -138,6 +149,7 @@ def write_rows(out: Path, said: dict, rows: list[dict]) -> None:
 
 def open_sources(trained: Trained, options: Namespace) -> dict:
     """ "train" and "test" images with the same classes. Raises DataError and ConfigError."""
+    trained = follow_images(trained, options.data)
     own = trained.config.get("data", {}) if not options.data or is_own(trained, options.data) else {}
     splits = {
         "train": options.train_split or own.get("split", "train"),
@@ -165,22 +177,6 @@ def open_sources(trained: Trained, options: Namespace) -> dict:
             "or others", test.describe(), "give both the same folders of classes",
         )  # fmt: skip
     return sources
-
-
-def share_images(train, test) -> bool:
-    """Whether two sources are the same part by two names, or slices of TFDS that overlap."""
-    if {train.fingerprint()["source"], test.fingerprint()["source"]} == {"tfds"}:
-        spans = [
-            (a.filename, range(max(a.skip, b.skip), min(a.skip + a.take, b.skip + b.take)))
-            for a in train.records.dataset_info.splits[train.split].file_instructions
-            for b in test.records.dataset_info.splits[test.split].file_instructions
-            if a.filename == b.filename
-        ]
-        return any(len(span) for _, span in spans)
-    first, second = (
-        {**source.fingerprint(), "split": "", "root": getattr(source, "root", "")} for source in (train, test)
-    )
-    return first == second
 
 
 def pools_of(trained: Trained, pool: str) -> tuple[str, ...]:
@@ -265,21 +261,27 @@ def labelled(cache: FeatureCache, sources: dict, options: Namespace) -> dict:
             f"{len(labels)} images, one of each class: none to choose settings by", sources["train"].describe(),
             "give more images, or a higher --limit",
         )  # fmt: skip
-    sets["plans"] = plans_of(labels[sets["fit"]], options) if "fewshot" in options.only else []
+    sets["plans"] = plans_of(labels, sets["fit"], options) if "fewshot" in options.only else []
     if options.only == ("fewshot",) and not sets["plans"]:
         raise DataError("no few-shot draw is left", sources["train"].describe(), "give lower --shots, or --fractions")
     return sets
 
 
-def plans_of(labels: Int[np.ndarray, " m"], options: Namespace) -> list[tuple[str, Callable]]:
-    """(name, draw(seed) -> indices) of each few-shot setting; says which take more images of a class than it has."""
-    least = int(np.unique(labels, return_counts=True)[1].min())
+def plans_of(
+    labels: Int[np.ndarray, " m"], fit: Int[np.ndarray, " p"], options: Namespace
+) -> list[tuple[str, Callable]]:
+    """(name, draw(seed) -> indices into `fit`) of each few-shot setting; says which take more images than a class has.
+
+    labels: of all training images, whose fractions are meant. fit: those to draw from.
+    """
+    own = labels[fit]
+    least = int(np.unique(own, return_counts=True)[1].min())
     if lacking := [n for n in options.shots if n > least]:
         print(
             f"a class has {least} images to draw from: no draws of {', '.join(map(str, lacking))} per class", flush=True
         )
-    plans = [(f"{n} per class", partial(draws.draw_per_class, labels, n)) for n in options.shots if n <= least]
-    return plans + [(f"{100 * f:g} %", partial(draws.draw_fraction, labels, f)) for f in options.fractions]
+    plans = [(f"{n} per class", partial(draws.draw_per_class, own, n)) for n in options.shots if n <= least]
+    return plans + [(f"{100 * f:g} %", partial(draws.draw_fraction, own, f, of=labels)) for f in options.fractions]
 
 
 class Block(NamedTuple):
@@ -498,12 +500,18 @@ def mark_chosen(rows: list[dict]) -> None:
 
 
 def tell(rows: list[dict]) -> None:
-    """One line of a block: top-1 in percent of each method on all training images, or where there are none, on few."""
-    best: dict[str, list] = {}
+    """One line of a block: top-1 in percent of each method on all training images, or where there are none, on few.
+
+    Of several rows of a method that is the one which the validation images prefer.
+    """
+    best: dict[str, dict] = {}
     for row in [row for row in rows if row["images"] == "all"] or rows:
         name = row["method"] if row["images"] == "all" else f"{row['method']} {row['images']}"
-        best.setdefault(name, []).extend([] if row["top1"] is None else [row["top1"]])
-    found = ", ".join(f"{name} {100 * max(top1):.1f}" if top1 else f"{name} diverged" for name, top1 in best.items())
+        if name not in best or row["validation_top1"] > best[name]["validation_top1"]:
+            best[name] = row
+    found = ", ".join(
+        f"{name} diverged" if row["top1"] is None else f"{name} {100 * row['top1']:.1f}" for name, row in best.items()
+    )
     seconds = sum({(row["method"], row["images"]): row["seconds"] for row in rows}.values())
     print(f"{name_of(rows[0]['block'])}, {rows[0]['pool']}: {found} ({seconds:.1f} s)", flush=True)
 
