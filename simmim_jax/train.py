@@ -783,9 +783,10 @@ def make_evaluators(
         on_error=config.data.on_error,
         max_pixels=config.data.max_pixels,
     )
+    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.greatest}
     supplies = {"folder": str(Path(workdir) / "figures") if processes.is_first() else ""}
     if evals:
-        heldout = epoch(heldout_source, limit=config.eval_images)
+        heldout = epoch(heldout_source, limit=config.eval_images, **bound)
         supplies["heldout"] = heldout
         supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
         supplies["predict"] = run_everywhere(lambda params, batch: objective.predict(params, batch, key), mesh)
@@ -793,7 +794,7 @@ def make_evaluators(
             extract=run_everywhere(
                 lambda params, batch: {"features": features(params["encoder"], batch["image"])[0]}, mesh
             ),
-            train=epoch(source, limit=config.eval_images),
+            train=epoch(source, limit=config.eval_images, **bound),
             heldout=heldout,
         )
     if evals and config.objective.name == "segment":
@@ -801,16 +802,17 @@ def make_evaluators(
     return {name: make_evaluator(name, supplies, **options) for name, options in evals.items()}
 
 
-def segmentation_supplies(config: ConfigDict, predict: Callable, source, share: int, shares: int) -> dict:
-    """What the evaluator of segmentation asks for beside what all do."""
+def segmentation_supplies(config: ConfigDict | dict, predict: Callable, source, share: int, shares: int) -> dict:
+    """What the evaluator of segmentation asks for beside what all do. config: also as config.json has it."""
+    config = ConfigDict(config)
     maps, batch_size = maps_of(config), config.eval_batch_size
     whole = data.Whole(
         source, size=config.image_size, maps=maps, channels=len(config.mean), interpolation=config.data.interpolation,
         limit=config.eval_images, threads=config.data.threads, on_error=config.data.on_error,
-        max_pixels=config.data.max_pixels,
+        max_bad_fraction=config.data.max_bad_fraction, max_pixels=config.data.max_pixels,
     )  # fmt: skip
     return {
-        "whole": whole, "window": config.image_size, "window_batch": batch_size,
+        "whole": whole, "most_bad": whole.most_bad, "window": config.image_size, "window_batch": batch_size,
         "read_windows": make_windows_reader(predict, batch_size, share, shares),
         "fill": np.asarray(maps.fill, np.uint8), "classes": source.classes,
     }  # fmt: skip

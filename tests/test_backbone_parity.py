@@ -138,9 +138,12 @@ def test_a_dinov2_gives_our_output_where_it_applies_its_norm(tmp_path):
     assert_close(encoder.apply({"params": params}, jnp.asarray(images)), last)
 
 
-def test_the_heads_of_a_pretrained_run_stay_behind(tmp_path, auto_backbone, capsys):
-    exported(tmp_path, ENCODERS["swinv2"], {"name": "simmim"})
-    assert "left out, as backbone has no place for it: head, mask_token" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("objective", "heads"), [({"name": "simmim"}, "head, mask_token"), ({"name": "segment", "num_classes": 5}, "head")]
+)
+def test_the_heads_of_a_run_stay_behind(tmp_path, auto_backbone, capsys, objective, heads):
+    exported(tmp_path, ENCODERS["swinv2"], objective)
+    assert f"left out, as backbone has no place for it: {heads}\n" in capsys.readouterr().out
     _, info = auto_backbone(tmp_path / "backbone")
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 

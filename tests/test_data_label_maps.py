@@ -316,6 +316,38 @@ def test_mistakes_are_told_before_a_run_begins(tmp_path):
         check_maps(source_of(tmp_path), Maps(**PLAIN), 3)
 
 
+def write_masks(root, masks):
+    for n, mask in enumerate(masks):
+        write_pair(root / "images", root / "masks", f"{n:02}", seed=n)
+        Image.fromarray(mask).save(root / "masks" / f"{n:02}.png")
+    return source_of(root, heldout_fraction=0.0)
+
+
+def test_masks_that_show_one_class_alone_are_refused_before_a_run_of_which_all_would_be_right(tmp_path):
+    mask = np.zeros((20, 24), np.uint8)
+    mask[:10, :12] = 255
+    source = write_masks(tmp_path / "binary", [mask] * 10)
+    with pytest.raises(DataError, match=r"in 10 maps: their values are 0, 255, and 1200 of 4800 pixels .* write 1"):
+        check_maps(source, Maps(2), 3)
+    check_maps(source, Maps(256, ignore=65535), 3)
+    with pytest.raises(DataError, match="values are 0, 1"):
+        check_maps(write_masks(tmp_path / "reduced", [mask // 255] * 2), Maps(2, reduce_zero_label=True), 3)
+
+
+def test_a_class_that_few_images_have_is_found(tmp_path):
+    masks = [np.zeros((20, 24), np.uint8) for _ in range(40)]
+    masks[7][0, 0] = 1  # which is none of those looked at first
+    check_maps(write_masks(tmp_path, masks), Maps(2), 3)
+
+
+def test_an_image_that_cannot_be_read_stops_no_run_before_it_begins(tmp_path):
+    source = source_of(write_folder(tmp_path))
+    (tmp_path / "images" / "train" / "0.png").write_bytes(b"a page that says: not found")
+    with pytest.raises(BadImage, match="is none of JPEG"):
+        read_pair(source[0], Maps(**PLAIN), 3, 10_000)
+    check_maps(source, Maps(**PLAIN), 3)
+
+
 def test_whole_images_come_each_once_scaled_with_maps_as_they_are(tmp_path, caplog):
     source = source_of(write_folder(tmp_path))
     records = list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3))
@@ -324,6 +356,7 @@ def test_whole_images_come_each_once_scaled_with_maps_as_they_are(tmp_path, capl
     assert len(list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3, limit=2))) == 2
     (tmp_path / "images" / "train" / "1.png").write_bytes(b"")
     assert len(list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3))) == 5
+    assert Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3, limit=5, max_bad_fraction=0.3).most_bad == 2
     assert "left out of the evaluation: 1.png" in caplog.text
     with pytest.raises(DataError, match=r"1\.png"):
         list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3, on_error="raise"))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from runs import ROOT, assert_same_run, run, run_until
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
 from tiny import PIXELS, tiny_batch, tiny_encoder
+from tiny_trained import ENCODER, SIZE, random_weights
 
-from simmim_jax import processes, train
+from simmim_jax import checkpoint, data, processes, sharding, train
 from simmim_jax.config import load
-from simmim_jax.errors import ConfigError, DataError, NonFiniteError
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import make_evaluator, segmentation
 from simmim_jax.evals.segmentation import (
     Canvas,
@@ -34,8 +36,11 @@ from simmim_jax.evals.segmentation import (
 from simmim_jax.models import make_encoder
 from simmim_jax.models.pyramid import Rescale, pyramid_blocks, pyramid_factors
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.segment import masked_cross_entropy, mean_labelled, pooling_weights
+from simmim_jax.objectives.segment import masked_cross_entropy, mean_labelled, pooling_weights, tell_other_rates
+from simmim_jax.tools import convert, evaluate, predict, segments
+from simmim_jax.tools.weights import abstract_model
 from simmim_jax.train_step import mean_grads
+from simmim_jax.trained import open_trained
 
 RNG = np.random.default_rng(0)
 STATE = SimpleNamespace(step=4, params=None)
@@ -89,7 +94,7 @@ def test_an_update_does_not_depend_on_microbatches_however_few_pixels_of_an_imag
 class MeanColours(nn.Module):
     """An encoder that compiles soon: a linear map of each square's mean colour."""
 
-    depth, feature_stride, dtype = 1, 8, "float32"
+    depth, feature_stride, dtype, stages = 1, 8, "float32", ()
 
     @nn.compact
     def __call__(self, images, train=False, position=None):
@@ -133,7 +138,7 @@ def test_a_pyramid_has_strides_4_to_32(name, options, blocks):
 
 
 def test_what_makes_no_pyramid_is_refused():
-    with pytest.raises(ConfigError, match="head=linear"):
+    with pytest.raises(ConfigError, match=r"configs/folder_segment\.py:linear"):
         segment(tiny_encoder(patch_size=14), image_size=(28, 28), head="upernet")
     with pytest.raises(ConfigError, match="give four"):
         segment(head="upernet", blocks=(1, 2, 3, 4))
@@ -271,6 +276,27 @@ def test_an_evaluation_that_cannot_be_is_told():
         make_evaluator("segmentation", supplies(records))(STATE)
 
 
+def test_classes_that_no_map_has_are_named_once(caplog):
+    records = list(pictures([(16, 16), (16, 16)], num_classes=4))
+    run = make_evaluator("segmentation", supplies(records, classes=("a", "b", "c", "d", "car")))
+    assert run(STATE) == run(STATE)
+    said = [record.message for record in caplog.records if "no pixel" in record.message]
+    assert [line.split(": ")[-1] for line in said] == ["4 (car), 5"]
+
+
+@pytest.mark.parametrize("allowed", [1, 2, None])
+def test_an_evaluation_of_what_is_left_is_none_where_much_is_left_out(allowed):
+    class Lacking:
+        __len__, __iter__ = lambda self: 5, lambda self: pictures([(16, 16)] * 3)
+
+    run = make_evaluator("segmentation", supplies(Lacking(), most_bad=allowed))
+    if allowed == 1:
+        with pytest.raises(DataError, match="2 of 5 images to evaluate on cannot be used"):
+            run(STATE)
+    else:
+        assert run(STATE)["images"] == 3
+
+
 def test_windows_come_back_in_order_however_many_processes_share_them():
     def predict_of(shares):
         def predict(params, batch):  # of all processes, one after another
@@ -308,9 +334,9 @@ def test_the_next_windows_are_read_while_predictions_are_worked_out_and_order_st
         np.testing.assert_array_equal(prediction, record["label_map"])
 
 
-def test_what_one_process_cannot_read_is_left_out_by_all(monkeypatch):
-    there = ([0, 1, 2, 4, 7], [1, 2, 3, 4, 5, 7, 8], [0, 2, 3, 4, 7, 9])
-    barrier, place, given = threading.Barrier(3, timeout=30), threading.local(), [0, 0, 0]
+def greatest_of(count):
+    """(`processes.greatest` of so many threads, a place where each says which it is)."""
+    barrier, place, given = threading.Barrier(count, timeout=30), threading.local(), [0] * count
 
     def greatest(number):
         given[place.process] = number
@@ -318,6 +344,47 @@ def test_what_one_process_cannot_read_is_left_out_by_all(monkeypatch):
         most = max(given)
         barrier.wait()
         return most
+
+    return greatest, place
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_pass_that_leaves_out_too_much_ends_in_all_processes_with_the_same_words(count, tmp_path):
+    for n in range(30):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{n:02}.png")
+    for n in (3, 6, 7):  # of three processes, the last has none of them
+        (tmp_path / f"{n:02}.png").write_bytes(b"")
+    source = data.make_source("folder", path=str(tmp_path), split="train", heldout_fraction=0.0)
+    greatest, place = greatest_of(count)
+
+    def told(process, fraction):
+        place.process = process
+        split = {"process": process, "processes": count, "agree": greatest}
+        epoch = data.make_epoch(source, batch_size=6, image_size=(8, 8), max_bad_fraction=fraction, **split)
+        try:
+            return sum(int(batch["valid"].sum()) for batch in epoch)
+        except DataError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(count) as pool:
+        assert sum(pool.map(partial(told, fraction=0.1), range(count))) == 27
+        said = set(pool.map(partial(told, fraction=0.05), range(count)))
+    assert len(said) == 1
+    assert "3 of 30 images to evaluate on cannot be read" in said.pop()
+
+
+def test_what_evaluators_see_is_bounded_as_training_images_are(monkeypatch):
+    config, asked = load(str(ROOT / "configs/digits_vit_tiny.py")), []
+    monkeypatch.setattr(data, "make_epoch", lambda _, **options: asked.append(options) or [])
+    given = (of_pixel, segment(MeanColours()), [], [], sharding.make_mesh(), jax.random.key(0), "")
+    train.make_evaluators(config, {"knn": {}}, *given)
+    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.greatest}
+    assert [{name: options[name] for name in bound} for options in asked] == [bound, bound]
+
+
+def test_what_one_process_cannot_read_is_left_out_by_all(monkeypatch):
+    there = ([0, 1, 2, 4, 7], [1, 2, 3, 4, 5, 7, 8], [0, 2, 3, 4, 7, 9])
+    greatest, place = greatest_of(3)
 
     def take(process):
         place.process = process
@@ -374,6 +441,8 @@ def test_a_config_opens_its_images_with_maps(config):
     assert (len(source), len(heldout)) == (6, 6)
     what, _ = train.batch_options(config)
     assert what["maps"].fill == (124, 116, 104)
+    supplied = train.segmentation_supplies(config, of_pixel, heldout, 0, 1)
+    assert (supplied["most_bad"], len(supplied["whole"])) == (1, 6)  # a hundredth, rounded up
     batch = train.abstract_batch(config)
     assert (batch["label_map"].shape, batch["label_map"].dtype) == ((16, 512, 512), np.uint8)
 
@@ -388,6 +457,89 @@ def test_evaluators_that_do_not_fit_the_objective_are_refused(config):
         other.evals.segmentation = {}
     with pytest.raises(ConfigError, match=r"nothing for: segmentation"):
         train.make_sources(other)
+
+
+@pytest.mark.parametrize(("head", "trained"), [("linear", False), ("linear", True), ("upernet", False)])
+def test_a_head_over_an_encoder_that_the_other_configs_rates_are_for_is_told(head, trained, caplog):
+    tell_other_rates.cache_clear()
+    objective = segment(MeanColours(), head=head, channels=16, train_encoder=trained)
+    jax.eval_shape(objective.init, jax.random.key(0))
+    assert (f"configs/folder_segment.py:{head} sets them all" in caplog.text) == (trained != (head == "upernet"))
+
+
+TRAINED = {"name": "segment", "num_classes": 5, "head": "linear", "train_encoder": False}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a run that segments, with random weights."""
+    folder = tmp_path_factory.mktemp("segments")
+    maps = {"reduce_zero_label": False, "ignore": 255, "channel": -1, "short_side": 0, "scale": (0.5, 2.0)}
+    own = {"source": "auto", "path": str(folder / "data"), "name": "", "data_dir": "", "heldout_fraction": 0.1}
+    how = {"interpolation": "bilinear", "threads": 2, "on_error": "skip", "max_bad_fraction": 0.01, "max_pixels": 10**6}
+    told = {"eval_batch_size": 6, "eval_images": 0, "evals": {"segmentation": {"pictures": 2, "step": 0}}}
+    told |= {"encoder": ENCODER, "objective": TRAINED, "data": own | how | {"maps": maps}, "classes": list("abcde")}
+    _, abstract = abstract_model(ENCODER, TRAINED, SIZE, {"mean": PIXELS["mean"], "std": PIXELS["std"]})
+    told |= {"image_size": SIZE, "mean": PIXELS["mean"], "std": PIXELS["std"]}
+    checkpoint.write_params(str(folder / "run"), random_weights(abstract), json.loads(json.dumps(told)), step=7)
+    return str(folder / "run")
+
+
+def photographs(folder, shapes):
+    """PNGs of a few large colours, one of them stored on its side; their paths."""
+    folder.mkdir(parents=True)
+    for n, (height, width) in enumerate(shapes):
+        colours = Image.fromarray(RNG.integers(0, 256, (4, 5, 3)).astype(np.uint8))
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6 if n == 1 else 1
+        colours.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{n}.png", exif=exif)
+    return sorted(map(str, folder.iterdir()))
+
+
+def test_what_a_run_says_of_single_images_is_what_an_evaluation_of_it_finds(workdir, tmp_path, capsys, monkeypatch):
+    paths = photographs(tmp_path / "photos" / "images", [(40, 60), (33, 50), (16, 60)])
+    predict.run([workdir, *paths, f"--out={tmp_path}/out/x.png", "--json", "--top=5"])
+    answers = json.loads(capsys.readouterr().out)
+    assert [answer["image"] for answer in answers] == paths
+    (tmp_path / "photos" / "masks").mkdir()
+    there = set()
+    for n, (path, answer) in enumerate(zip(paths, answers, strict=True)):
+        photograph = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+        mask = Image.open(tmp_path / "out" / f"x_{n + 1}_mask.png")
+        labels, shown = np.asarray(mask), np.asarray(Image.open(tmp_path / "out" / f"x_{n + 1}.png"))
+        assert (mask.mode, labels.shape) == ("L", photograph.shape[:2])
+        shares = {each["label"]: each["share"] for each in answer["classes"]}
+        assert shares == {label: (labels == label).mean() for label in np.unique(labels)}
+        assert {each["class"] for each in answer["classes"]} == {"abcde"[label] for label in shares}
+        np.testing.assert_array_equal(shown[:, : labels.shape[1]], photograph)
+        np.testing.assert_array_equal(shown[:, labels.shape[1] + 8 :], painted(photograph, labels, 5))
+        mask.save(tmp_path / "photos" / "masks" / f"{n}.png")
+        there |= shares.keys()
+    assert len(there) > 1
+    monkeypatch.chdir(tmp_path)
+    evaluate.run([workdir, f"--data={tmp_path}/photos", "--out=figures"])
+    said = capsys.readouterr().out
+    assert "miou 1.000000  pixel_accuracy 1.000000  mean_accuracy 1.000000  of 3 images" in said
+    assert "no row in results.csv" in said
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["segmentation.csv", "segmentation_7.png"]
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_what_a_segmentation_run_cannot_be_evaluated_on_is_told(workdir, tmp_path):
+    write_squares(tmp_path / "data", 2)
+    for kind in ("images", "masks"):
+        shutil.rmtree(tmp_path / "data" / kind / "val")
+    with pytest.raises(DataError, match="images to train on, and none to evaluate on"):
+        evaluate.run([workdir, f"--data={tmp_path}/data"])
+    with pytest.raises(ConfigError, match="images are taken whole"):
+        evaluate.run([workdir, f"--data={tmp_path}/data", "--crop-fraction=0.5"])
+
+
+def test_the_heads_of_a_segmentation_run_have_no_place_in_a_backbone(workdir, tmp_path, capsys):
+    convert.run([workdir, str(tmp_path / "backbone"), "--format=backbone"])
+    assert "left out, as backbone has no place for it: head" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="no place for the heads of objective 'segment': head"):
+        convert.run([workdir, str(tmp_path / "other"), "--format=huggingface"])
 
 
 ARGUMENTS = (
@@ -411,6 +563,11 @@ def test_a_run_learns_where_things_are(tmp_path, head, rate, steps):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["miou"] > 0.8 > summary["start"]["miou"] + 0.2
     assert (whole / "figures" / f"segmentation_{steps}.png").exists()
+    options = evaluate.parse([str(whole), f"--out={tmp_path}/again"])  # here on eight devices, there on one
+    found = segments.evaluate(open_trained(str(whole)), options)
+    assert found == {name: summary[name] for name in ("miou", "pixel_accuracy", "mean_accuracy", "images")}
+    for name in ("segmentation.csv", f"segmentation_{steps}.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (whole / "figures" / name).read_bytes()
     if head == "upernet":
         return
     stopped = run_until("step:13", "SIGTERM", *arguments, f"--workdir={cut}")
@@ -418,3 +575,14 @@ def test_a_run_learns_where_things_are(tmp_path, head, rate, steps):
     done = run(*arguments, f"--workdir={cut}")
     assert done.returncode == 0, done.stderr
     assert_same_run(cut, whole, steps)
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_most_of_what_it_is_evaluated_on_cannot_be_read(tmp_path):
+    write_squares(tmp_path / "data")
+    for n in range(1, 6):
+        (tmp_path / "data" / "masks" / "val" / f"{n}.png").write_bytes(b"")
+    arguments = ("--config=configs/folder_segment.py", f"--config.data.path={tmp_path}/data", *ARGUMENTS)
+    done = run(*arguments, "--config.steps=1", f"--workdir={tmp_path}/run")
+    assert done.returncode == 3
+    assert "ERROR[data] 5 of 6 images to evaluate on cannot be used" in done.stderr

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -202,6 +202,8 @@ def make_epoch(
     processes: int = 1,
     threads: int = 2,
     on_error: str = "skip",
+    max_bad_fraction: int | float = 1.0,
+    agree: Callable[[int], int] = int,
     max_pixels: int = MAX_PIXELS,
 ) -> "Epoch":
     """Each image once, in order, centre-cropped: this process's batches, all full, and as many for every process.
@@ -214,6 +216,8 @@ def make_epoch(
       crop_fraction: the part of the resized image's side that the crop keeps (`transforms.resize_and_centre_crop`).
       on_error: "skip", as above, or "raise".
       limit: so many records, evenly spread over the source; 0 for all.
+      max_bad_fraction: of these records, rounded up: if more cannot be read, a pass ends with DataError.
+      agree: gives the greatest of the numbers that all processes give, so that this ends them all.
     """
     _check_shapes(batch_size, processes, process, image_size, interpolation)
     _check(0 < crop_fraction <= 1, "crop_fraction", crop_fraction, "must be in (0, 1]")
@@ -233,21 +237,34 @@ def make_epoch(
         index = position * len(source) // count if position < count else -1
         return load(index) | {"position": np.int32(position)}
 
+    def refuse_many(missing: int) -> None:
+        if max_bad_fraction == 1 or not agree(missing):
+            return
+        bad = sum(agree(missing if n == process else 0) for n in range(processes))
+        if bad > math.ceil(max_bad_fraction * count):
+            what = f"{bad} of {count} images to evaluate on cannot be read: they are named above"
+            raise DataError(what, source.describe(), MEND)
+
     dataset = grain.MapDataset.range(batches * batch_size).map(place)[process::processes].batch(batch_size // processes)
-    return Epoch(dataset, threads)
+    return Epoch(dataset, threads, refuse_many)
 
 
 class Epoch:
-    """One pass over a source, as often as it is iterated over."""
+    """One pass over a source, any number of times. At its end `refuse_many` is told how many are missing."""
 
-    def __init__(self, dataset: grain.MapDataset, threads: int):
+    def __init__(self, dataset: grain.MapDataset, threads: int, refuse_many: Callable[[int], None]):
         self.dataset, self.options = dataset, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        self.refuse_many = refuse_many
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return iter(self.dataset.to_iter_dataset(self.options))
+        missing = 0
+        for batch in self.dataset.to_iter_dataset(self.options):
+            missing += int(((batch["index"] >= 0) & ~batch["valid"]).sum())
+            yield batch
+        self.refuse_many(missing)
 
 
 def fingerprint(

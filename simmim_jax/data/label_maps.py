@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -44,8 +45,12 @@ LAYOUT = "give images/train/a.jpg with masks/train/a.png (or annotations/, label
 KINDS = ("auto", "folder", "tfds")
 TRIES = 10  # crops that are drawn until one is not nearly all of one class
 LONGEST = 4  # times its shorter side that an image's longer side may be before both are scaled by the longer
-GLANCE = 8  # maps that are looked at before a run begins
+GLANCE, LONG_LOOK = 8, 256  # maps that are looked at before a run begins, and where these show one class alone
 STEPS_OF_GREY = {2: 85, 4: 17}  # Pillow spreads the values of a grey PNG of so few bits over 0..255
+
+
+class WrongLabel(BadImage):
+    """A map with a value that is no class, which is most often a mistake in the config."""
 
 
 class Maps(NamedTuple):
@@ -280,16 +285,22 @@ def read_map(stored: bytes | np.ndarray, maps: Maps, max_pixels: int = MAX_PIXEL
     stored: a file's bytes, of one value for each pixel (grey, palette or 16 bits), or pixels [h, w] or [h, w, 1].
     Raises BadImage, also for a label that is no class.
     """
+    raw = _read_values(stored, maps, max_pixels)
+    classes = _table(maps.num_classes, maps.ignore, maps.reduce_zero_label, maps.dtype.name, raw.dtype.name)[raw]
+    if (classes == np.iinfo(maps.dtype).max - 1).any():
+        label = int(raw[classes == np.iinfo(maps.dtype).max - 1].max())
+        raise WrongLabel(f"its map has the value {label}, which is none of {maps.num_classes} classes")
+    return classes
+
+
+def _read_values(stored: bytes | np.ndarray, maps: Maps, max_pixels: int) -> UInt[np.ndarray, "h w"]:
+    """What a map's pixels are in its file."""
     raw = stored if isinstance(stored, np.ndarray) else _decode_map(stored, max_pixels, maps.channel >= 0)
     if raw.ndim == 3 and (raw.shape[2] == 1 or 0 <= maps.channel < raw.shape[2]):
         raw = raw[..., max(maps.channel, 0)]
     if raw.ndim != 2 or raw.dtype not in (np.uint8, np.uint16) or not raw.size:
         raise BadImage(f"its map is {raw.dtype}{list(raw.shape)}, not uint8 or uint16 [h, w]")
-    classes = _table(maps.num_classes, maps.ignore, maps.reduce_zero_label, maps.dtype.name, raw.dtype.name)[raw]
-    if (classes == np.iinfo(maps.dtype).max - 1).any():
-        label = int(raw[classes == np.iinfo(maps.dtype).max - 1].max())
-        raise BadImage(f"its map has the value {label}, which is none of {maps.num_classes} classes")
-    return classes
+    return raw
 
 
 @functools.cache
@@ -371,8 +382,8 @@ def check_pair(record: dict, maps: Maps, channels: int, max_pixels: int) -> None
 def check_maps(source, maps: Maps, channels: int, max_pixels: int = MAX_PIXELS) -> None:
     """Look at a few records, spread evenly, and at the class names, before a run begins.
 
-    Raises ConfigError where the names are not `num_classes`, and DataError where none of these records can be used, or
-    a map has another value than a class.
+    Raises ConfigError where the names are not `num_classes`, and DataError where none of these records can be used, a
+    map has another value than a class, or all maps have the same class everywhere, for which many are looked at.
     """
     maps.check()
     if source.classes and len(source.classes) != maps.num_classes:
@@ -380,19 +391,34 @@ def check_maps(source, maps: Maps, channels: int, max_pixels: int = MAX_PIXELS) 
             f"num_classes is {maps.num_classes}, classes.txt has {len(source.classes)} names",
             source.describe(), f"give --config.objective.num_classes={len(source.classes)}",
         )  # fmt: skip
-    faults = []
-    looked_at = sorted({place * len(source) // GLANCE for place in range(GLANCE)})
-    for i in looked_at:
+    places = dict.fromkeys(n * len(source) // count for count in (GLANCE, LONG_LOOK) for n in range(count))
+    faults, used, pixels = [], [], np.zeros(np.iinfo(maps.dtype).max + 1, np.int64)  # by class
+    for looked_at, i in enumerate(places):
+        if looked_at >= GLANCE and (not used or np.count_nonzero(pixels[:-1]) > 1):
+            break
         try:
-            read_pair(source[i], maps, channels, max_pixels)
+            label_map = read_pair(source[i], maps, channels, max_pixels)[1]
         except (BadImage, OSError) as error:
             faults.append(f"{source.name(i)}: {error}")
-            if "none of" in str(error):
+            if isinstance(error, WrongLabel):
                 fix = "give --config.objective.num_classes, data.maps.ignore or data.maps.reduce_zero_label that fit"
                 raise DataError(faults[-1], source.describe(), fix) from error
-    if len(faults) == len(looked_at):
+        else:
+            used.append(i)
+            pixels += np.bincount(label_map.ravel(), minlength=len(pixels))
+    if not used:
         fix = "give index maps, each as large as its image"
-        raise DataError(f"none of {len(looked_at)} images can be used, like {faults[0]}", source.describe(), fix)
+        raise DataError(f"none of {len(faults)} images can be used, like {faults[0]}", source.describe(), fix)
+    if np.count_nonzero(pixels[:-1]) < 2:
+        stored = (_read_values(source[i]["map"], maps, max_pixels) for i in used)
+        values = sorted({value for raw in stored for value in np.unique(raw).tolist()})
+        raise DataError(
+            f"at most one class in {len(used)} maps: their values are {', '.join(map(str, values[:8]))}, and "
+            f"{pixels[-1]} of {pixels.sum()} pixels are ignored",
+            source.describe(),
+            "in masks of 0 and 255 write 1 for 255; else give data.maps.ignore or data.maps.reduce_zero_label that fit,"
+            " or more images",
+        )  # fmt: skip
 
 
 def read_random_crop(
@@ -483,14 +509,18 @@ class Whole:
 
     Each is {"image": uint8 [h, w, c], scaled as for training but not at random; "label_map": [y, x], as large as its
     file; "index": int}. One that cannot be used is named on the log and left out, or, where `on_error` is "raise", a
-    DataError. limit: so many, evenly spread; 0 for all.
+    DataError. limit: so many, evenly spread; 0 for all. A record without a map has one without classes, as large as
+    its image. max_bad_fraction: of these images, rounded up to `most_bad`, how many may be left out: for whoever knows
+    what all processes leave out.
     """
 
     def __init__(
         self, source, *, size: tuple[int, int], maps: Maps, channels: int, interpolation: str = "bilinear",
-        limit: int = 0, threads: int = 2, on_error: str = "skip", max_pixels: int = MAX_PIXELS,
+        limit: int = 0, threads: int = 2, on_error: str = "skip", max_bad_fraction: int | float = 1.0,
+        max_pixels: int = MAX_PIXELS,
     ):  # fmt: skip
         self.classes, self.count = source.classes, min(limit or len(source), len(source))
+        self.maps, self.most_bad = maps, math.ceil(max_bad_fraction * self.count)
         self.threads = max(threads, 1)
         self.load = functools.partial(
             _load_whole, source=source, size=size, maps=maps, channels=channels, interpolation=interpolation,
@@ -510,7 +540,12 @@ def _load_whole(
     index: int, *, source, size, maps: Maps, channels, interpolation, max_pixels, skips: bool, reported: set
 ) -> dict | None:
     try:
-        picture, label_map = read_pair(source[index], maps, channels, max_pixels)
+        record = source[index]
+        if "map" in record:
+            picture, label_map = read_pair(record, maps, channels, max_pixels)
+        else:
+            picture = Picture(record["image"], channels, max_pixels)
+            label_map = np.full((picture.height, picture.width), np.iinfo(maps.dtype).max, maps.dtype)
         pixels = picture.read()
     except (BadImage, OSError) as error:
         leave_out(source, index, error, reported=reported, allowed=skips)

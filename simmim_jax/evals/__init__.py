@@ -13,7 +13,7 @@ same for any batch size and device count. Supplies, of which each evaluator's si
 
 Of segmentation besides: whole, the held-out images, as large as they are, with their maps; window, (height, width) of
 what the model takes; window_batch, how many of these at a time; read_windows, (params, windows) -> their logits; fill,
-a pixel, with which windows are padded; and classes, their names.
+a pixel, with which windows are padded; classes, their names; and most_bad, how many of `whole` may be left out.
 
 A new evaluator is one file, and one line in `EVALUATORS`.
 """

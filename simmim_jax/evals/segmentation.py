@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 from simmim_jax import processes
+from simmim_jax.data.sources.listing import warn_once
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum
 from simmim_jax.evals.reconstruction import to_rgb
 
@@ -55,6 +56,7 @@ def make_segmentation(
     fill: UInt8[np.ndarray, " c"],
     folder: str,
     classes: tuple[str, ...] = (),
+    most_bad: int | None = None,
     step: int = 0,
     pictures: int = 8,
 ):
@@ -68,7 +70,7 @@ def make_segmentation(
     Metrics in 0..1: "miou", the mean intersection over union of the classes that are in a map or a prediction;
     "pixel_accuracy"; "mean_accuracy", over the classes that are in a map; and "images", how many. Those of each class
     go to `folder`/segmentation.csv, and some images, evenly spread, to `folder`/segmentation_<step>.png. No folder, no
-    files. Raises NonFiniteError.
+    files. Raises NonFiniteError, and DataError where more than `most_bad` images are left out (None: any number).
 
     step: pixels from a window to the next; 0 for two thirds of a window. It is rounded to whole logits.
     pictures: how many images are drawn.
@@ -95,8 +97,13 @@ def make_segmentation(
             if images in wanted and folder:
                 shown.append((record["image"], record["label_map"], prediction))
             images += 1
+        missing = len(whole) - images  # the same number in all processes
+        if most_bad is not None and missing > most_bad:
+            what = f"{missing} of {len(whole)} images to evaluate on cannot be used: they are named above"
+            raise DataError(what, f"at most {most_bad} may be left out", "mend them, or set max_bad_fraction higher")
         if not counts.sum():
             raise DataError("no held-out pixel has a class", "config.data", "look at what is said of each image")
+        tell_absent(counts, classes)
         measures = measures_of(counts)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -113,6 +120,17 @@ def make_segmentation(
         }
 
     return run
+
+
+def tell_absent(counts: Int[np.ndarray, "n n"], classes: tuple[str, ...]) -> None:
+    """Warn, once, of the classes that no pixel has."""
+    absent = [str(n) if n >= len(classes) else f"{n} ({classes[n]})" for n in np.flatnonzero(counts.sum(axis=1) == 0)]
+    if absent and processes.is_first():
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        warn_once(
+            f"{len(absent)} of {len(counts)} classes have no pixel in the evaluation's maps, and count in mIoU, as 0,"
+            f" only where they are predicted: {', '.join(absent[:8])}{more}"
+        )
 
 
 def confusion(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> Int[np.ndarray, "n n"]:

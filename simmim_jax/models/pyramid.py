@@ -51,7 +51,7 @@ def pyramid_factors(encoder: nn.Module) -> tuple[int | float, ...]:
     if not all(math.log2(factor).is_integer() for factor in factors):
         raise ConfigError(
             f"patches of {encoder.feature_stride} pixels make no pyramid of strides 4, 8, 16 and 32",
-            "objective.head=upernet", "give --config.objective.head=linear, or patches of 4, 8, 16 or 32",
+            "objective.head=upernet", "give --config=configs/folder_segment.py:linear, or patches of 4, 8, 16 or 32",
         )  # fmt: skip
     return factors
 

@@ -4,10 +4,13 @@ Shape letters: b images, y x pixels, c channels, k l the grid of a head's logits
 Source: Xiao et al. 2018, arXiv 1807.10221 (UPerNet); uper_head.py, psp_head.py and fcn_head.py of mmsegmentation.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from simmim_jax.errors import ConfigError, check_minimum, choose
@@ -141,6 +144,15 @@ def masked_cross_entropy(
     return jnp.where(valid, loss, 0.0).sum() / count, hits.sum(dtype=jnp.float32) / count
 
 
+@functools.cache  # a run that begins is initialised twice
+def tell_other_rates(head: str, train_encoder: bool) -> None:
+    """Warn of a head that was chosen without its config."""
+    logging.warning(
+        "head %s over an encoder that is %s: rates and schedule are those for the other head; "
+        "--config=configs/folder_segment.py:%s sets them all", head, "trained" if train_encoder else "frozen", head,
+    )  # fmt: skip
+
+
 def make_segment(
     encoder: nn.Module,
     *,
@@ -197,6 +209,8 @@ def make_segment(
         return [blocks_seen[n - 1] if n else out for n in taken], seen.get("statistics", {})
 
     def init(key):
+        if train_encoder != (head == "upernet"):
+            tell_other_rates(head, train_encoder)
         encoder_key, head_key = jax.random.split(key)
         images = jnp.zeros((1, *image_size, len(mean)), jnp.uint8)
         encoder_params = encoder.init(encoder_key, normalise(images, mean, std))["params"]

@@ -20,6 +20,7 @@ from simmim_jax.tools.weights import print_names
 from simmim_jax.trained import Trained, open_trained
 
 FOLDERS = ("backbone", "huggingface")  # of transformers
+ENCODERS_ALONE = ("backbone", "stablehlo")
 READ_IT_WITH = {
     "backbone": "transformers.CLASS.from_pretrained(FILE)(pixel_values).feature_maps",
     "huggingface": "transformers.AutoModel.from_pretrained(FILE)",
@@ -36,10 +37,9 @@ def export_run(options: argparse.Namespace) -> None:
     check_target(options, kinds.get(format, "safetensors"))
     run = open_trained(options.source)
     where = str(options.source)
-    objective, allowed = exported_objective(run, options.allow, where)
-    if format == "stablehlo":
-        objective, notes = {"name": "none"}, ()
-    else:
+    objective, allowed = exported_objective(run, options.allow, where, format)
+    notes = ()
+    if format != "stablehlo":
         chosen = interop.EXPORTS[format]
         if reason := chosen.refusal(run.encoder, objective, run.image_size):
             raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
@@ -133,10 +133,11 @@ def inferred_format(target: str) -> str:
     return {".stablehlo": "stablehlo", ".jax_exported": "stablehlo"}.get(suffix, "huggingface")
 
 
-def exported_objective(run: Trained, allow: list[str], where: str) -> tuple[dict, list[str]]:
+def exported_objective(run: Trained, allow: list[str], where: str, format: str) -> tuple[dict, list[str]]:
     """(the objective whose heads the checkpoint has, the heads that `allow` leaves out).
 
-    It is "none" if there are no heads, or `allow` leaves one out. Raises CheckpointError for a pattern that fits none.
+    It is "none" if there are no heads, the format has none, or `allow` leaves one out. Raises CheckpointError for a
+    pattern that fits none, and heads that no other format has.
     """
     objective = run.config.get("objective") or {}
     heads = sorted(run.params.keys() - {"encoder"})
@@ -145,7 +146,7 @@ def exported_objective(run: Trained, allow: list[str], where: str) -> tuple[dict
             f"--allow {','.join(allow)!r} fits nothing: the run has an encoder and no heads", where, "leave it out"
         )
     allowed = interop.skip(heads, allow)
-    if not heads or allowed:
+    if not heads or allowed or format in ENCODERS_ALONE:
         return {"name": "none"}, allowed
     if objective.get("name") == "simmim":
         return {"name": "simmim"}, []
@@ -155,6 +156,6 @@ def exported_objective(run: Trained, allow: list[str], where: str) -> tuple[dict
         pool = {"pool": objective["pool"]} if objective.get("pool", "patches") != "patches" else {}
         return {"name": "classify", "block": objective.get("block", 0), **found, **pool}, []
     raise CheckpointError(
-        f"heads of an unknown objective {objective.get('name')!r}: {', '.join(heads)}", where,
+        f"{format} has no place for the heads of objective {objective.get('name')!r}: {', '.join(heads)}", where,
         f"leave them out with --allow {','.join(heads)}",
     )  # fmt: skip

@@ -1,12 +1,15 @@
 """python -m simmim_jax.tools.predict RUN IMAGE [IMAGE ...] [options]
 
-What a run says of single images: a classifier its likeliest classes, a pretraining run, with --out, its reconstruction.
+What a run says of single images: a classifier its likeliest classes, a segmentation run the classes of their pixels, a
+pretraining run, with --out, its reconstruction.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from simmim_jax.errors import (
@@ -26,6 +29,9 @@ examples:
     python -m simmim_jax.tools.predict runs/finetuned cat.jpg dog.jpg
   as JSON, a list with an object for each image:
     python -m simmim_jax.tools.predict runs/finetuned cat.jpg --top=1 --json
+  which part of an image each class has, by a segmentation run; in colours beside the image in street_classes.png, and
+  as numbers from 0 on, as the run has them, in street_classes_mask.png:
+    python -m simmim_jax.tools.predict runs/segments street.jpg --out=street_classes.png
   what a pretraining run makes of the hidden parts of an image:
     python -m simmim_jax.tools.predict runs/pretrained cat.jpg --out=cat_reconstructed.png
 """
@@ -37,7 +43,7 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="python -m simmim_jax.tools.predict",
-        description="Classes and probabilities of images by a classifier; reconstructions by a pretraining run.",
+        description="Classes of images or, by a segmentation run, of pixels; reconstructions by a pretraining run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -48,7 +54,12 @@ def make_parser() -> Parser:
     add("--top", type=int, default=5, metavar="N", help="how many classes of each image (default: 5)")
     add("--json", action="store_true", help="print JSON")
     add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
-    add("--out", default="", metavar="FILE.png", help="of a pretraining run: the picture to write")
+    add(
+        "--out",
+        default="",
+        metavar="FILE.png",
+        help="of pretraining and segmentation: the picture to write; of several images of the latter FILE_1.png, ...",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the masks of a reconstruction (default: 0)")
     return parser
 
@@ -104,6 +115,8 @@ def run(argv: list[str]) -> None:
         if options.out:
             raise ConfigError("--out for a classifier", str(model.folder), "leave it out, or add --json and > FILE")
         classify(model, options)
+    elif name == "segment":
+        segment(model, options)
     elif name == "simmim":
         if not options.out:
             raise CheckpointError("a pretraining run, which knows no classes", str(model.folder), NEXT)
@@ -141,21 +154,15 @@ def classify(model, options: argparse.Namespace) -> None:
 
 def reconstruct(model, options: argparse.Namespace) -> None:
     """Draw each image, its visible part, what the run predicts, and that pasted into the visible part."""
-    from PIL import Image
-
     from simmim_jax.evals.reconstruction import draw
 
-    rows, lines, path = [], [], Path(options.out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for position, out in outputs(model, options):
-            rows.append((out["image"], out["mask"], out["prediction"]))
-            lines.append({"image": options.images[position], "masked_loss": float(out["loss"])})
-        if rows:
-            write_whole(path, lambda partial: Image.fromarray(draw(rows)).save(partial, format="PNG"))
-    except OSError as error:
-        fix = "mend the disk, or give another --out"
-        raise ConfigError(f"cannot write: {error.strerror or error}", options.out, fix) from error
+    rows, lines = [], []
+    make_folder_of(options.out)
+    for position, out in outputs(model, options):
+        rows.append((out["image"], out["mask"], out["prediction"]))
+        lines.append({"image": options.images[position], "masked_loss": float(out["loss"])})
+    if rows:
+        write_picture(Path(options.out), draw(rows))
     if options.json:
         print(json.dumps(lines, indent=2))
     else:
@@ -163,6 +170,65 @@ def reconstruct(model, options: argparse.Namespace) -> None:
             print(f"{line['image']}: loss of what is hidden {line['masked_loss']:.4f}")
         print(f"{options.out}: {len(rows)} rows")
     refuse_unread(options, len(rows))
+
+
+def segment(model, options: argparse.Namespace) -> None:
+    """Print which part of each image its largest classes have; with --out draw all of them, and write their numbers."""
+    import numpy as np
+
+    from simmim_jax.data.decode import decode
+    from simmim_jax.evals.segmentation import palette
+    from simmim_jax.tools import segments
+
+    names = model.config.get("classes") or ()
+    answers = []
+    make_folder_of(options.out)
+    for position, prediction, num_classes in segments.segment_images(model, Files(options.images)):
+        image, shares = options.images[position], np.bincount(prediction.ravel()) / prediction.size
+        colours = ["#" + bytes(colour).hex() for colour in palette(num_classes)]
+        ranked = [
+            {"class": names[n] if names else n, "label": n, "share": float(shares[n]), "colour": colours[n]}
+            for n in np.argsort(-shares, kind="stable")[: options.top].tolist() if shares[n]
+        ]  # fmt: skip
+        answers.append({"image": image, "classes": ranked})
+        written = []
+        if options.out:
+            path = Path(options.out)
+            path = path.with_stem(f"{path.stem}_{position + 1}") if len(options.images) > 1 else path
+            written = [path, path.with_stem(f"{path.stem}_mask")]
+            pixels = decode(Path(image).read_bytes(), model.channels)
+            write_picture(written[0], segments.overlay(pixels, prediction, num_classes))
+            write_picture(written[1], prediction.astype(np.uint8 if num_classes <= 256 else np.uint16))
+        if not options.json:
+            print(image)
+            for each in ranked:
+                print(f"  {each['share']:7.2%}  {each['class']}  {each['colour']}")
+            print("".join(f"  {file}\n" for file in written), end="", flush=True)
+    if options.json:
+        print(json.dumps(answers, indent=2))
+    refuse_unread(options, len(answers))
+
+
+def make_folder_of(out: str) -> None:
+    with told_unwritten(out):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_picture(path: Path, pixels) -> None:
+    """A PNG of uint8 [h, w, 3], or of uint8 or uint16 [h, w]."""
+    from PIL import Image
+
+    with told_unwritten(str(path)):
+        write_whole(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG"))
+
+
+@contextlib.contextmanager
+def told_unwritten(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "mend the disk, or give another --out"
+        raise ConfigError(f"cannot write: {error.strerror or error}", where, fix) from error
 
 
 def outputs(model, options: argparse.Namespace):
