@@ -7,7 +7,8 @@
 `configs/cifar10_finetune.py:folder` with --config.data.path=DIR reads a folder instead of TFDS.
 The recipe is the official one for Swin, but for what 32 pixels and five epochs of a small model ask for: larger crops,
 a shorter warm-up, layer decay 0.75, less mixing, no RandAugment and no stochastic depth.
-Hardware: two CPU cores. Time and result: not yet run.
+Hardware: two CPU cores; measured on a Zen 5, 2026-11-23 (benchmarks/results/2026-11-23-cpu-zen5-2cores/cifar10.json):
+top-1 57.5 % of the 10,000 test images, from random weights 48.6 %; 19 minutes on one core.
 """
 
 from ml_collections import ConfigDict

@@ -7,8 +7,8 @@ baseline: the same encoder with random weights.
         --workdir runs/digits_linear
     python -m simmim_jax.main --config configs/digits_linear.py --config.init_from="" --workdir runs/digits_untrained
 
-Hardware: two CPU cores; measured on a Zen 5, 2026-11-22 (benchmarks/results/2026-11-22-cpu-zen5-2cores/recipes.json):
-58 s beside other work; top-1 78.6 %, top-5 99.7 % of the 360 held-out digits; with random weights 12.5 % and 58.6 %.
+Hardware: two CPU cores; measured on a Zen 5, 2026-11-23 (benchmarks/results/2026-11-23-cpu-zen5-2cores/recipes.json):
+38 s; top-1 78.6 %, top-5 99.7 % of the 360 held-out digits; with random weights 12.5 % and 58.6 %.
 """
 
 from ml_collections import ConfigDict
