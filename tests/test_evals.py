@@ -124,6 +124,7 @@ def test_images_without_any_label_are_refused_in_words(name):
             make_evaluator(name, {"features": read})(STATE)
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_does_not_depend_on_the_batch_size_and_draws_the_same_pictures(tmp_path):
     objective, data = tiny_objective(), jax.tree.map(np.asarray, tiny_batch(20))
     params, key = jax.jit(objective.init)(jax.random.key(0)), jax.random.key(9)

@@ -35,6 +35,7 @@ def test_numbers_that_cannot_be_are_refused(changes, message):
         train.check_numbers(digits(**changes))
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_refused_with_settings_that_do():
     config = digits(steps=3)
     built = train.build(config, 3, 1)
