@@ -175,7 +175,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
     line = told(*flags, "--config.objective.ratio=0.5", "--config.encoder.depth=3", code=2)
     assert "encoder.depth: 2 there, 3 now" in line
     assert "objective.ratio: 0.6 there, 0.5 now" in line
-    assert run(*flags, "--config.log_every=7", "--config.data.workers=1").returncode == 0
+    assert run(*flags, "--config.log_every=7", "--config.data.threads=1").returncode == 0
 
 
 def test_an_encoder_of_another_model_is_refused_with_the_difference(tmp_path):
