@@ -73,27 +73,35 @@ def draw_batch(step: int) -> dict:
 
 
 def peers_batch(batch: dict, key, config) -> tuple:
-    """(images, targets) of a step as timm's Mixup makes them, of the draws of ours."""
+    """(images, targets, of each process whether it cuts) of a step, as timm's Mixup makes them of the draws of ours.
+
+    It works on the batch of each of the official run's processes by itself.
+    """
     objective = config.objective
     erase_key, mix_key = random.split(random.fold_in(key, 1))
     images = normalise(jnp.asarray(batch["image"]), config.mean, config.std)
     position = jnp.asarray(batch["position"])
     erased = np.asarray(mixing.erase(images, erase_key, position, probability=objective.erase))
     drawn = mixing.draw_mix(
-        mix_key, position, position[::-1], image_size=(SIDE, SIDE), mixup=objective.mixup,
-        cutmix=objective.cutmix, probability=objective.mix_probability, switch=objective.mix_switch,
-        mode=objective.mix_mode,
+        mix_key, position, position, image_size=(SIDE, SIDE), mixup=objective.mixup, cutmix=objective.cutmix,
+        probability=objective.mix_probability, switch=objective.mix_switch, mode=objective.mix_mode,
+        group=objective.mix_group,
     )  # fmt: skip
-    weight, (top, left, bottom, right) = float(drawn.weight[0]), np.asarray(drawn.box[0])
-    x = torch.from_numpy(erased.transpose(0, 3, 1, 2).copy())
-    if drawn.use_cutmix[0]:
-        x[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
-    else:
-        x = weight * x + (1 - weight) * x.flip(0)
     smoothing = objective.label_smoothing
     hot = torch.nn.functional.one_hot(torch.from_numpy(batch["label"]).long(), CLASSES).float()
     hot = hot * (1 - smoothing) + smoothing / CLASSES
-    return x, weight * hot + (1 - weight) * hot.flip(0), bool(drawn.use_cutmix[0])
+    mixed = []
+    for first in range(0, BATCH, objective.mix_group):
+        own = slice(first, first + objective.mix_group)
+        weight, (top, left, bottom, right) = float(drawn.weight[first]), np.asarray(drawn.box[first])
+        x, targets = torch.from_numpy(erased[own].transpose(0, 3, 1, 2).copy()), hot[own]
+        if drawn.use_cutmix[first]:
+            x[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
+        else:
+            x = weight * x + (1 - weight) * x.flip(0)
+        mixed.append((x, weight * targets + (1 - weight) * targets.flip(0), bool(drawn.use_cutmix[first])))
+    images, targets, is_cut = zip(*mixed, strict=True)
+    return torch.cat(images), torch.cat(targets), is_cut
 
 
 def imported(model, folder):
@@ -114,6 +122,7 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
     config.batch_size, config.image_size, config.base_learning_rate = BATCH, (SIDE, SIDE), 5e-3 * 512 / BATCH
     config.mean, config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config.optim.warmup_epochs, config.objective.num_classes = 1.0, CLASSES
+    config.objective.mix_group = BATCH // 2  # as of two processes
     encoder = make_encoder(**architecture(record["encoder"]))
     assert (encoder.relative_position, encoder.final_norm) == ("per_block", False)  # as the config has it
     pixels = {"image_size": config.image_size, "mean": config.mean, "std": config.std}
@@ -134,7 +143,7 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
         batch = draw_batch(n)
         state, metrics = step(state, batch)
         images, targets, is_cut = peers_batch(batch, random.fold_in(key, n), config)
-        cut.append(is_cut)
+        cut += is_cut
         for group in optimizer.param_groups:
             group["lr"] = official_rate(config, group["peak"], n)
         loss = torch.sum(-targets * torch.log_softmax(model(images).logits, dim=-1), dim=-1).mean()
@@ -143,7 +152,7 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         optimizer.step()
         np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
-    assert set(cut) == {True, False}  # of the three batches some are cut and some are blended
+    assert set(cut) == {True, False}  # of the six batches some are cut and some are blended
 
     theirs, _ = imported(model, tmp_path / "after")
     theirs = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(theirs)}
