@@ -274,8 +274,17 @@ def find_step(init_from: str) -> Path:
     )  # fmt: skip
 
 
+def _meta_of(folder: Path) -> Path:
+    return folder / "meta" / "metadata"
+
+
 def _read_meta(folder: Path) -> dict:
-    return json.loads((folder / "meta" / "metadata").read_text())
+    return json.loads(_meta_of(folder).read_text())
+
+
+def read_fingerprints(folder: Path) -> dict:
+    """What `save` was told of the data of the run whose step's folder this is; empty of an import."""
+    return read_json(_meta_of(folder), CheckpointError, "give another step's folder").get("data", {})
 
 
 def _damaged(items: PyTree, expected: dict[str, int]) -> list[str]:

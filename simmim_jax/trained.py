@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from simmim_jax import checkpoint, data, pretrained, sharding
-from simmim_jax.config import read_json
 from simmim_jax.data.decode import MAX_PIXELS, BadImage
 from simmim_jax.data.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources.splits import WILDCARDS
@@ -172,12 +171,6 @@ def is_own(trained: Trained, path: str) -> bool:
     return len({os.path.realpath(os.path.expanduser(each)) for each in (path, own["path"])}) == 1
 
 
-def fingerprints(trained: Trained) -> dict:
-    """Of the images "source" that the run was trained on, and "heldout": what its checkpoint keeps; {} of an import."""
-    kept = read_json(trained.folder / "meta" / "metadata", CheckpointError, "give another step's folder")
-    return kept.get("data", {})
-
-
 def training_images(trained: Trained):
     """The records that the run was trained on, where its config says that they are."""
     segments = (trained.config.get("objective") or {}).get("name") == "segment"
@@ -190,7 +183,7 @@ def follow_images(trained: Trained, path: str) -> Trained:
 
     By the fingerprint in its checkpoint, which says nothing of the place, where the run divided its images itself.
     """
-    own, kept = trained.config.get("data", {}), fingerprints(trained).get("source")
+    own, kept = trained.config.get("data", {}), checkpoint.read_fingerprints(trained.folder).get("source")
     if not path or not own.get("path") or not own.get("heldout_fraction") or not kept or is_own(trained, path):
         return trained
     moved = trained._replace(config=trained.config | {"data": own | {"path": path}})
@@ -206,7 +199,7 @@ def seen_in_training(trained: Trained, source) -> str | None:
     Of images with equal names some are compared. None where the run's own folder is gone, and its classes are no
     others: then it cannot be known.
     """
-    own, kept = trained.config.get("data", {}), fingerprints(trained).get("source", {})
+    own, kept = trained.config.get("data", {}), checkpoint.read_fingerprints(trained.folder).get("source", {})
     if not own.get("path") or source.fingerprint()["source"] != "folder":
         return ""
     try:
@@ -267,3 +260,15 @@ def class_names(trained: Trained) -> tuple[str, ...]:
         with contextlib.suppress(UserError):
             names = training_images(trained).classes
     return tuple(names) if len(names) == trained.config["objective"]["num_classes"] else ()
+
+
+def other_class(known: tuple[str, ...], source) -> str:
+    """Tells of the first class whose name in `source` is not that which the run knows; "" where all are, or have none.
+
+    known: the names of a run's classes, as many as those of `source`, or none.
+    """
+    if not known or not source.classes or known == tuple(source.classes):
+        return ""
+    n = next(n for n, names in enumerate(zip(known, source.classes, strict=True)) if len(set(names)) > 1)
+    told = f"class {n} is {known[n]!r} in the run and {source.classes[n]!r} in {source.describe()}"
+    return f"{told}: the head tells classes by number"

@@ -196,7 +196,7 @@ def open_heldout(model, options: argparse.Namespace) -> tuple:
     evaluation, and of a folder or file without parts, all. Warns of images that the run may have been trained on.
     Raises DataError where there is a part, and it cannot be read, and where there are images to train on alone.
     """
-    from simmim_jax import trained
+    from simmim_jax import checkpoint, trained
     from simmim_jax.data.sources.tfds import prepared_directory
 
     path, own = options.data, model.config.get("data", {})
@@ -204,7 +204,7 @@ def open_heldout(model, options: argparse.Namespace) -> tuple:
     of_run = not path or trained.is_own(model, path)
     if options.split or of_run:
         source = make(options.split or own.get("heldout_split", "validation"))
-        kept, found = trained.fingerprints(model).get("heldout"), source.fingerprint()
+        kept, found = checkpoint.read_fingerprints(model.folder).get("heldout"), source.fingerprint()
         if of_run and kept and kept != found and kept.get("split") == found.get("split"):
             print(f"warning: {source.describe()}: not what the run held out: the data have changed since, or are "
                   "others, and it may have been trained on some of these", file=sys.stderr)  # fmt: skip
@@ -222,7 +222,7 @@ def open_heldout(model, options: argparse.Namespace) -> tuple:
         if not absent and has_parts(path):
             raise DataError("images to train on, and none to evaluate on", path, ALL_THE_SAME) from error
     source = make(second)
-    if source.fingerprint() == trained.fingerprints(model).get("source"):
+    if source.fingerprint() == checkpoint.read_fingerprints(model.folder).get("source"):
         raise DataError("all of these images the run was trained on", path, ALL_THE_SAME)
     seen = trained.seen_in_training(model, source)
     if seen:
@@ -270,11 +270,8 @@ def check_classes(model, source, *, compare_names: bool) -> None:
             f"the head knows {count} classes, the images have {len(there)}", source.describe(),
             "give the images that it was trained for, or fine-tune it on these",
         )  # fmt: skip
-    known = trained.class_names(model) if compare_names else ()
-    if there and known and known != there:
-        n = next(n for n in range(count) if known[n] != there[n])
-        print(f"warning: class {n} is {known[n]!r} in the run and {there[n]!r} in {source.describe()}: "
-              "the head tells classes by number", file=sys.stderr)  # fmt: skip
+    if compare_names and (told := trained.other_class(trained.class_names(model), source)):
+        print(f"warning: {told}", file=sys.stderr)
 
 
 def watched(batches: Iterable[dict], count: int) -> Iterator[dict]:

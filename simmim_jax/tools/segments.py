@@ -69,10 +69,8 @@ def evaluate(model: Trained, options: argparse.Namespace) -> dict[str, float]:
     )  # fmt: skip
     whole, known = supplies["whole"], tuple(model.config.get("classes") or ())
     data.check_maps(source, whole.maps, model.channels, model.config["data"]["max_pixels"])
-    if known and source.classes and known != tuple(source.classes):
-        n = next(n for n, names in enumerate(zip(known, source.classes, strict=True)) if len(set(names)) > 1)
-        print(f"warning: class {n} is {known[n]!r} in the run and {source.classes[n]!r} in {source.describe()}: "
-              "the head tells classes by number", file=sys.stderr)  # fmt: skip
+    if told := trained.other_class(known, source):
+        print(f"warning: {told}", file=sys.stderr)
     height, width = model.image_size
     print(f"{options.run} at step {model.step}, {source.describe()}: windows of {height} x {width} pixels", flush=True)
     supplies |= {"folder": options.out, "classes": tuple(source.classes) or known}

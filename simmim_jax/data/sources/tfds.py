@@ -111,8 +111,12 @@ class Tfds:
     def describe(self) -> str:
         return f"{self.full_name}, split {self.split} ({len(self)} images)"
 
+    def file_instructions(self) -> list:
+        """Which records of which shards there are: of each shard `filename`, `skip` and `take`."""
+        return self._make_builder().info.splits[self.split].file_instructions
+
     def fingerprint(self) -> dict:
-        files = sorted({each.filename for each in self._make_builder().info.splits[self.split].file_instructions})
+        files = sorted({each.filename for each in self.file_instructions()})
         shards = json.dumps([[os.path.basename(file), *_end_of(file)] for file in files]).encode()
         part = {"count": len(self), "shards_sha256": hashlib.sha256(shards).hexdigest()}
         return {"source": "tfds", "name": self.full_name, "split": self.split} | part
