@@ -25,9 +25,9 @@ PROGRAM = """
 import json, pickle, subprocess, sys, time
 from simmim_jax.data import make_source
 
-def private():  # MiB that are this process's alone
+def private():  # MiB of this process's own; mapped files are the page cache's, of which one fault may map 2 MiB
     with open("/proc/self/smaps_rollup") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith("Private_")) / 1024
+        return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
 
 def read(source):
     places = [0, 1, 63, 64, len(source) // 2, len(source) - 65, len(source) - 1]
