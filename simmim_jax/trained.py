@@ -12,6 +12,7 @@ import numpy as np
 from simmim_jax import checkpoint, data, pretrained, sharding
 from simmim_jax.data.decode import MAX_PIXELS, BadImage
 from simmim_jax.data.label_maps import IMAGES, MAPS
+from simmim_jax.data.sources.folder import Folder
 from simmim_jax.data.sources.splits import WILDCARDS
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.models import make_encoder
@@ -20,6 +21,7 @@ from simmim_jax.objectives import Objective, make_objective
 MOST_THREADS = 16  # that decode images, where nobody says how many
 COMPARED = 100  # images of equal names, of which the bytes are compared
 CROP, SMALL = 0.875, 32  # of an import: the part of a side that a crop keeps, and pixels up to which that is all
+ALL_THE_SAME = "give --split=train to evaluate on these, or other images as --data"
 OF_SOURCE = ("source", "path", "name", "data_dir", "heldout_fraction")  # of config.data, which are `make_source`'s
 
 
@@ -193,29 +195,39 @@ def follow_images(trained: Trained, path: str) -> Trained:
     return trained
 
 
-def seen_in_training(trained: Trained, source) -> str | None:
-    """The name of an image in `source`, a folder's, that the run was trained on; "" where none is found.
+def seen_in_training(trained: Trained, source) -> str:
+    """Tells of an image in `source` that the run was trained on, or that this cannot be known; "" where none is found.
 
-    Of images with equal names some are compared. None where the run's own folder is gone, and its classes are no
-    others: then it cannot be known.
+    Of folders, with maps or without: of images with equal names some are compared. It cannot be known where the run's
+    own folder is gone, and its classes are no others. Raises DataError if they are the run's, every one of them.
     """
     own, kept = trained.config.get("data", {}), checkpoint.read_fingerprints(trained.folder).get("source", {})
-    if not own.get("path") or source.fingerprint()["source"] != "folder":
+    found = source.fingerprint()
+    if found == kept:
+        raise DataError("all of these images the run was trained on", source.describe(), ALL_THE_SAME)
+    if not own.get("path") or not _is_folder(source):
         return ""
     try:
         seen = training_images(trained)
     except UserError:
         known = tuple(trained.config.get("classes") or source.classes)
-        return None if kept.get("source") == "folder" and known == source.classes else ""
-    if seen.fingerprint()["source"] != "folder":
+        if kept.get("source") != found["source"] or known != tuple(source.classes):
+            return ""
+        told = "whether the run was trained on some of these images cannot be known: its own"
+        return f"{told}, {own['path']!r}, are not there any more"
+    if not _is_folder(seen):
         return ""
     places = {source.name(i): i for i in range(len(source))}
     both = [(places[name], i) for i in range(len(seen)) if (name := seen.name(i)) in places]
     for here, there in both[:: -(-len(both) // COMPARED) or 1]:
         with contextlib.suppress(OSError):
             if source[here]["image"] == seen[there]["image"]:
-                return source.name(here)
+                return f"the run was trained on some of these images, like {source.name(here)}"
     return ""
+
+
+def _is_folder(source) -> bool:
+    return isinstance(getattr(source, "images", source), Folder)
 
 
 def make_pass(

@@ -299,6 +299,7 @@ def test_pictures_of_other_images_are_not_shown(made, tmp_path, capsys):
         (["x.parquet", "x.html", "--limt=9"], ConfigError, "did you mean --limit"),
         (["x.parquet", "x.html", "--limit=20001"], ConfigError, "at most 20000"),
         (["x.parquet", "x.html", "--queries=0"], ConfigError, "at least 1"),
+        (["x.parquet", "x.html", "--seed=4294967296"], ConfigError, "0 to 2"),
         (["x.parquet", "x.html", "--images=a", "--no-images"], ConfigError, "give one of them"),
         (["gone.parquet", "x.html"], DataError, "No such file"),
         (["gone.npz", "x.html"], DataError, "No such file"),

@@ -118,6 +118,7 @@ def test_a_pretraining_run_draws_what_it_makes_of_each_image(images, tmp_path, c
         (["run"], ConfigError, "arguments are required: IMAGE"),
         (["run", "x.png", "--tpo=3"], ConfigError, "did you mean --top"),
         (["run", "x.png", "--top=0"], ConfigError, "at least 1"),
+        (["run", "x.png", f"--seed={2**64}"], ConfigError, "0 to 2"),
         (["run", "x.png", "--out=x.jpg"], ConfigError, "ends in .png"),
         (["run", "gone.png"], DataError, "no such image"),
         (["run", "."], DataError, "a folder, no image"),

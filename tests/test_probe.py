@@ -360,10 +360,10 @@ def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(
         (("a", "b", "--fractions=1.5"), "--fractions=1.5 - command line - give numbers below 1"),
         (("a", "b", "--validation-fraction=1"), "--validation-fraction=1"),
         (("a", "b", "--fractions=0.95"), "--fractions=0.95 and --validation-fraction=0.1 are more than all images"),
-        (("a", "b", "--seed=18446744073709551616"), "--seed=18446744073709551616 - command line - give a number below"),
+        (("a", "b", "--seed=18446744073709551616"), "18446744073709551616 - command line - give a number of 0 to"),
         (("a", "b", "--learning-rates=inf"), "--learning-rates=inf - command line - give finite numbers"),
         (("a", "b", "--neighbours="), "--neighbours is empty"),
-        (("a", "b", "--image-size=1,2,3"), "--image-size of three numbers"),
+        (("a", "b", "--image-size=1,2,3"), "--image-size=1,2,3 - command line - give height,width"),
     ],
 )
 def test_mistakes_on_the_command_line_are_told_in_one_line(arguments, line):

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import threading
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -533,6 +534,19 @@ def test_what_a_segmentation_run_cannot_be_evaluated_on_is_told(workdir, tmp_pat
         evaluate.run([workdir, f"--data={tmp_path}/data"])
     with pytest.raises(ConfigError, match="images are taken whole"):
         evaluate.run([workdir, f"--data={tmp_path}/data", "--crop-fraction=0.5"])
+
+
+def test_images_with_maps_that_a_run_was_trained_on_are_told(workdir, tmp_path, capsys):
+    write_squares(tmp_path / "data", 4)
+    run = open_trained(workdir)
+    run = run._replace(config=run.config | {"data": run.config["data"] | {"path": str(tmp_path / "data")}})
+    for split, told in (("train", "trained on some of these images, like 0.png"), ("val", "")):
+        for kind in ("images", "masks"):
+            shutil.copytree(tmp_path / "data" / kind / split, tmp_path / split / kind)
+        options = Namespace(data=str(tmp_path / split), split="")
+        assert len(segments.open_pairs(run, options, own=False)) == {"train": 4, "val": 6}[split]
+        said = capsys.readouterr().err
+        assert (told in said) if told else not said
 
 
 def test_the_heads_of_a_segmentation_run_have_no_place_in_a_backbone(workdir, tmp_path, capsys):

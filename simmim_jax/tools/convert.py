@@ -7,10 +7,10 @@ import argparse
 import ast
 import math
 import os
-import sys
 from pathlib import Path
 
-from simmim_jax.errors import CheckpointError, ConfigError, Parser, choose, nearest_of, told_in_one_line
+from simmim_jax.errors import CheckpointError, ConfigError, Parser, choose, nearest_of
+from simmim_jax.tools.options import start
 
 EXAMPLES = """\
 examples:
@@ -162,5 +162,4 @@ def convert(options: argparse.Namespace, fields: dict) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        run(sys.argv[1:])
+    start(run)

@@ -35,10 +35,9 @@ from simmim_jax.errors import (
     UserError,
     check_minimum,
     choose,
-    told_in_one_line,
 )
 from simmim_jax.tools.files import printable
-from simmim_jax.tools.options import parse_known, sides
+from simmim_jax.tools.options import parse_known, sides, start
 
 EXAMPLES = """\
 examples:
@@ -423,6 +422,4 @@ def remove(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
-    with told_in_one_line():
-        run(sys.argv[1:])
+    start(run)

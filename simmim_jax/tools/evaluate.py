@@ -31,10 +31,9 @@ from simmim_jax.errors import (
     DataError,
     Parser,
     check_minimum,
-    told_in_one_line,
 )
 from simmim_jax.tools.files import printable, write_whole
-from simmim_jax.tools.options import parse_known, sides
+from simmim_jax.tools.options import parse_known, sides, start
 
 EXAMPLES = """\
 examples:
@@ -55,7 +54,6 @@ COLUMNS = TIMMS + OURS
 TFDS_PARTS = ("validation", "test")  # of a TFDS data set, to evaluate on
 PATIENCE = 30  # seconds between two lines of progress
 SEE = "see summary.json in its workdir, or give a run of classify or simmim"
-ALL_THE_SAME = "give --split=train to evaluate on these, or other images as --data"
 HEADLESS = "fine-tune or probe it first (configs/folder_finetune.py, configs/folder_linear.py)"
 
 
@@ -220,16 +218,10 @@ def open_heldout(model, options: argparse.Namespace) -> tuple:
         if not absent and not error.where.startswith("data.heldout_fraction"):  # of others: nothing is held out
             raise
         if not absent and has_parts(path):
-            raise DataError("images to train on, and none to evaluate on", path, ALL_THE_SAME) from error
+            raise DataError("images to train on, and none to evaluate on", path, trained.ALL_THE_SAME) from error
     source = make(second)
-    if source.fingerprint() == checkpoint.read_fingerprints(model.folder).get("source"):
-        raise DataError("all of these images the run was trained on", path, ALL_THE_SAME)
-    seen = trained.seen_in_training(model, source)
-    if seen:
-        print(f"warning: the run was trained on some of these images, like {seen}", file=sys.stderr)
-    elif seen is None:
-        print("warning: whether the run was trained on some of these images cannot be known: its own, "
-              f"{own['path']!r}, are not there any more", file=sys.stderr)  # fmt: skip
+    if seen := trained.seen_in_training(model, source):
+        print(f"warning: {seen}", file=sys.stderr)
     return source, source.describe().replace("split train", "all")
 
 
@@ -526,6 +518,4 @@ def append_row(path: Path, row: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
-    with told_in_one_line():
-        run(sys.argv[1:])
+    start(run)

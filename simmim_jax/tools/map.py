@@ -27,12 +27,11 @@ from simmim_jax.errors import (
     UserError,
     check_minimum,
     choose,
-    told_in_one_line,
 )
 from simmim_jax.tools import embeddings
 from simmim_jax.tools.files import printable, write_whole
 from simmim_jax.tools.map_page import make_page
-from simmim_jax.tools.options import parse_known
+from simmim_jax.tools.options import check_seed, parse_known, start
 
 EXAMPLES = """\
 examples:
@@ -98,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     for name in ("queries", "nearest", "limit"):
         check_minimum(f"--{name}", getattr(options, name), 1)
-    check_minimum("--seed", options.seed, 0)
+    check_seed(options.seed)
     if options.limit > MOST_POINTS:
         raise ConfigError(f"--limit={options.limit}", "command line", f"give at most {MOST_POINTS}, for a quick page")
     return options
@@ -386,6 +385,4 @@ def draw_neighbours(
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
-    with told_in_one_line():
-        run(sys.argv[1:])
+    start(run)

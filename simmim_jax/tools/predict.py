@@ -18,10 +18,9 @@ from simmim_jax.errors import (
     DataError,
     Parser,
     check_minimum,
-    told_in_one_line,
 )
 from simmim_jax.tools.files import write_whole
-from simmim_jax.tools.options import parse_known, sides
+from simmim_jax.tools.options import check_seed, parse_known, sides, start
 
 EXAMPLES = """\
 examples:
@@ -72,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.run, options.out = map(os.path.expanduser, (options.run, options.out))
     options.image_size = sides(options.image_size)
     check_minimum("--top", options.top, 1)
-    check_minimum("--seed", options.seed, 0)
+    check_seed(options.seed)
     if options.out and Path(options.out).suffix != ".png":
         raise ConfigError(f"--out={options.out}", "command line", "give a file that ends in .png")
     for image in options.images:
@@ -258,6 +257,4 @@ def refuse_unread(options: argparse.Namespace, read: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
-    with told_in_one_line():
-        run(sys.argv[1:])
+    start(run)

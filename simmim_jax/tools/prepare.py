@@ -26,8 +26,8 @@ from simmim_jax.errors import (
     check_minimum,
     choose,
     nearest_of,
-    told_in_one_line,
 )
+from simmim_jax.tools.options import start
 
 EXAMPLES = """\
 examples:
@@ -390,6 +390,4 @@ def verify(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
-    with told_in_one_line():
-        run(sys.argv[1:])
+    start(run)

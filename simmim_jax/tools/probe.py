@@ -5,10 +5,9 @@ How well classes can be read off the frozen features of each block: linear and r
 
 import argparse
 import os
-import sys
 
-from simmim_jax.errors import BusyError, ConfigError, DataError, Parser, check_minimum, choose, told_in_one_line
-from simmim_jax.tools.options import parse_known
+from simmim_jax.errors import BusyError, ConfigError, DataError, Parser, check_minimum, choose
+from simmim_jax.tools.options import check_seed, parse_known, sides, start
 
 EXAMPLES = """\
 examples:
@@ -91,11 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not options.only:
         raise ConfigError("--only= leaves no probe", "command line", f"give some of {', '.join(METHODS)}")
     options.blocks = None if options.blocks == "all" else _numbers("blocks", options.blocks, int, 0)
-    options.image_size = options.image_size and _numbers("image-size", options.image_size, int, 1)
-    if options.image_size:
-        if len(options.image_size) > 2:
-            raise ConfigError("--image-size of three numbers", "command line", "give H or H,W in pixels")
-        options.image_size = (options.image_size * 2)[:2]
+    options.image_size = sides(options.image_size)
     options.shots = _numbers("shots", options.shots, int, 1)
     options.fractions = _numbers("fractions", options.fractions, float, 0, strict=True)
     options.learning_rates = _numbers("learning-rates", options.learning_rates, float, 0, strict=True, needed=True)
@@ -105,8 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         ("batch_size", 1), ("threads", 0)):  # fmt: skip
         if (given := getattr(options, name)) is not None:
             setattr(options, name, _number(name, given, int, least))
-    if options.seed >= 2**32:
-        raise ConfigError(f"--seed={options.seed}", "command line", "give a number below 2**32")
+    check_seed(options.seed)
     for name in ("validation_fraction", "temperature", "crop_fraction"):
         if (given := getattr(options, name)) is not None:
             setattr(options, name, _number(name, given, float, 0, strict=True))
@@ -180,5 +174,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        run(sys.argv[1:])
+    start(run)

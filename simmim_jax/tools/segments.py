@@ -114,8 +114,8 @@ def supplies_of(
 def open_pairs(model: Trained, options: argparse.Namespace, *, own: bool):
     """The images with maps to evaluate on.
 
-    Of the run's own the held-out part; of others the part for evaluation, or all of a folder that has no parts. Raises
-    DataError where there are images to train on alone.
+    Of the run's own the held-out part; of others the part for evaluation, or all of a folder that has no parts. Warns
+    of images that the run may have been trained on. Raises DataError where there are images to train on alone.
     """
     path = options.data
     make = partial(data.make_mapped_source, **trained.source_options(model, path, 0.0))
@@ -131,6 +131,7 @@ def open_pairs(model: Trained, options: argparse.Namespace, *, own: bool):
     source = make(split="test" if prepared else "train")
     below = "" if prepared else os.path.relpath(source.map_root, os.path.abspath(os.path.expanduser(path)))
     if {name.casefold() for name in below.split(os.sep)} & set(TRAINING):
-        fix = "give --split=train to evaluate on these, or other images as --data"
-        raise DataError("images to train on, and none to evaluate on", path, fix)
+        raise DataError("images to train on, and none to evaluate on", path, trained.ALL_THE_SAME)
+    if seen := trained.seen_in_training(model, source):
+        print(f"warning: {seen}", file=sys.stderr)
     return source
