@@ -12,8 +12,9 @@ that has seen no labels: AdamW, rate 7e-4 for a batch of 16, layer decay 0.65, w
 no clipping, 1,500 steps of warm-up and then a line down to 0, blocks 4, 6, 8 and 12, 768 channels, windows every 341
 pixels (here 340: whole logits). What differs: group norms stand in the head where theirs are batch norms over all
 devices; their line starts at step 0 and not where the warm-up ends; logits of overlapping windows are averaged before
-they are enlarged. TFDS's scene_parse150 is built from the archive annotations_instance, not from these maps: its maps
-have several channels, of which --config.data.maps.channel chooses one; that is not yet run.
+they are enlarged; the loss is a mean over the pixels that have a class, where theirs divides by all pixels. TFDS's
+scene_parse150 is built from the archive annotations_instance, not from these maps: its maps have several channels, of
+which --config.data.maps.channel chooses one; that is not yet run.
 
 Hardware: eight GPUs or a TPU slice. Time and result: not yet run. The paper has no such number for SimMIM's ViT-B.
 """

@@ -15,8 +15,9 @@ for Swin-B, 0.7 for Swin-L, 0.75 for Swin V2-B: --config.optim.layer_decay.
 
 Less than all of it: --config.optim.frozen_layers=N keeps the lowest layers as they are (1: what embeds, n: that and
 n - 1 blocks); --config.optim.frozen=encoder/ --config.objective.train_encoder=false trains the head alone. From
-scratch: leave RUN out and name an encoder, like --config.encoder.name=vit --config.encoder.size=s. For a small data set
-shorten the warm-up, --config.optim.warmup_epochs, and mix less: --config.objective.mix_probability=0.5.
+scratch: leave RUN out and name an encoder, like --config.encoder.name=vit --config.encoder.size=s, which learns in all
+its layers alike: --config.optim.layer_decay=1. For a small data set shorten the warm-up, --config.optim.warmup_epochs,
+and mix less: --config.objective.mix_probability=0.5.
 Hardware: one GPU. Time and result: not yet run.
 """
 

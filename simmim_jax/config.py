@@ -70,7 +70,7 @@ def base_config() -> ConfigDict:
     c.data.flip = 0.5
     c.data.interpolation = "bilinear"
     c.data.augment = ""  # timm's RandAugment by its string, like rand-m9-mstd0.5-inc1
-    c.data.colour_jitter = 0.0  # strength of random brightness, contrast and saturation, where there is no RandAugment
+    c.data.colour_jitter = 0.0  # strength of random brightness, contrast and saturation; with RandAugment: of t3a alone
     c.data.crop_fraction = 1.0  # of an evaluated image's resized side, that its centre crop keeps: 0.875 is 224 of 256
     c.data.workers = -1  # processes that decode; 0: none but this; -1: beside an accelerator one a core, else 0
     c.data.threads, c.data.prefetch = 2, 4  # of each process: batches at work at a time, and waiting
@@ -312,11 +312,15 @@ def parse_flags(argv: list[str], *, needs_workdir: bool = True) -> list[str]:
 
 
 def _leave_to_the_encoder(config: ConfigDict, file: ConfigDict, argv: list[str]) -> None:
-    """Where the command line names another encoder than the config file, unset what the file sets for its own."""
-    if config.encoder.name == file.encoder.name:
+    """Where the command line names another encoder than the config file, unset what the file sets for its own.
+
+    A file that names none sets fields for whichever it will be.
+    """
+    if not file.encoder.name or config.encoder.name == file.encoder.name:
         return
     given = {match.group(1) for argument in argv if (match := re.match(r"--?config\.encoder\.([^=]+)", argument))}
-    kept = given | {"name", "size", "dtype", "remat", "scan", "attention", "drop_path"}
+    kept = given | {"name", "dtype", "remat", "scan", "attention", "drop_path"}
+    kept |= {"size"} if config.encoder.name else set()
     left = [field for field, value in file.encoder.items() if value is not None and field not in kept]
     for field in left:
         config.encoder[field] = None

@@ -83,7 +83,7 @@ class Preempted(Exception):
     def __init__(self, signal_number: int, step: int):
         super().__init__(signal_number, step)
         self.exit_code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells have it
-        self.name, self.step = signal.Signals(signal_number).name, step
+        self.number, self.name, self.step = signal_number, signal.Signals(signal_number).name, step
 
     def __str__(self) -> str:
         state = f"step {self.step} is saved" if self.step else "there was no step to save"

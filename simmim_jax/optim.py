@@ -131,7 +131,8 @@ def make_frozen(
     """Whether the parameter of a path is frozen; None where none is.
 
     frozen: a regular expression that matches the path from its start. frozen_layers: so many of the encoder's lowest
-    layers too, as `layer_of` counts them: 1 what embeds, n that and n - 1 blocks. Raises ConfigError.
+    layers too, as `layer_of` counts them: 1 what embeds, n that and n - 1 blocks; and with them what they read, though
+    its rate is that of the last layer: positions, and a bias table that all blocks share. Raises ConfigError.
     """
     try:
         pattern = re.compile(frozen)
@@ -140,10 +141,12 @@ def make_frozen(
     check_minimum("optim.frozen_layers", frozen_layers, 0)
     if not frozen and not frozen_layers:
         return None
+    read = ("pos_embed", "rel_pos_bias")[:frozen_layers]
 
     def is_frozen(path: str) -> bool:
         part, _, rest = path.partition("/")
-        low = frozen_layers and part == "encoder" and layer_of(rest) < frozen_layers
+        in_encoder = frozen_layers and part == "encoder"
+        low = in_encoder and (layer_of(rest) < frozen_layers or rest.split("/")[0] in read)
         return bool(low or (frozen and pattern.match(path)))
 
     return is_frozen
@@ -227,9 +230,10 @@ def make_optimizer(
     layer_decay: below 1, the peak rate of layer n is `learning_rate` * layer_decay ** (depth + 1 - n), with the layers
         of `layer_of` (see `layers`); the rates that warm-up starts from and that the schedule ends at are the same for
         all, as official code has it.
-    Weight decay is decoupled and times the learning rate, as torch.optim.AdamW has it; `no_decay` lists the names in
-    paths that it spares. decay_mask_token, decay_bias_tables: whether these decay nonetheless; None: if `decayed_too`,
-    what official code decays of this encoder, has "mask_token" or "table".
+    Weight decay is times the learning rate; of AdamW it is decoupled, of SGD it is part of the gradient that momentum
+    sums up, as torch.optim has both. `no_decay` lists the names in paths that it spares. decay_mask_token,
+    decay_bias_tables: whether these decay nonetheless; None: if `decayed_too`, what official code decays of this
+    encoder, has "mask_token" or "table".
     frozen, frozen_layers: parameters that get no update and no moments (see `make_frozen`).
     stacks: the encoder's (see `simmim_jax.stacking`).
     """

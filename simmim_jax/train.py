@@ -5,9 +5,10 @@ batches -> masks -> encoder -> objective -> step -> checkpoint -> evaluation, on
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,8 @@ from simmim_jax.train_step import TrainState, digest_samples, init_state, train_
 MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
 EVALUATION_SHARE, MOST_EVALUATIONS = 0.03, 20  # where config.eval_every leaves it open: of a run's work, and in number
 OF_THE_START = 0.05  # the part in an average of parameters, above which the run warns of it
+CALLS_TO_AGREE = 16  # batches of an evaluation, after which several processes tell each other of signals
+READS = {"pool": "patches", "block": 0, "head": "", "blocks": ()}  # of an objective: what its head is, and of what
 MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
 
 
@@ -74,6 +77,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
         check_init_from(init_from, record_of_config)
 
     evals = evals_of(config, source, heldout_source)
+    if config.probes and source.classes and "knn" not in evals:
+        say("no probes: knn and linear are for images by class, and ask for the same classes, two or more, held out")
     evaluation_every = evaluation_period(config, evals, steps, len(source), len(heldout_source or ()))
 
     with workdirs.hold(record_of_config, workdir), checkpoint.StopSignal() as stop:
@@ -90,7 +95,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         sharding.check_batch_size("eval_batch_size", config.eval_batch_size, ways)
         init_key, step_key, eval_key = keys_of(config.seed)
         evaluators = make_evaluators(
-            config, evals, features, objective, source, heldout_source, mesh, eval_key, workdir
+            config, evals, features, objective, source, heldout_source, mesh, eval_key, workdir, stop
         )
 
         # The state, born where it lives: restored, drawn from the seed, or begun with another run's encoder.
@@ -117,11 +122,13 @@ def train(config: ConfigDict, workdir: str) -> dict:
             else:
                 state = jax.jit(make_state, out_shardings=places(abstract))(init_key)
                 if init_from:
-                    taken = take_params(init_from, config, encoder, in_blocks.params)
+                    taken = take_params(init_from, config, encoder, in_blocks.params, source.classes)
                     taken = convert(into_stacks, taken, {part: abstract.params[part] for part in taken})
                     state = state.replace(params=state.params | taken)
                     if state.ema is not None:
                         state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
+                elif config.objective.name != "simmim":
+                    say(f"all weights are random, as config.init_from is empty{made_for_pretrained(config)}")
         start = step = int(state.step)
         parameters, trained = parameters_of(config, encoder, in_blocks.params)
         say(
@@ -191,16 +198,17 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 checkpoint.save(manager, saving, {"data": fingerprint, "bad_images": bad_images})
 
         def evaluate() -> None:
-            """Run all evaluators; a signal between two of them leaves the evaluation to the next run."""
+            """Run all evaluators; a signal amid them leaves the evaluation to the next run."""
             nonlocal signalled
             with clock.measure("evaluation"):
                 row, judged = {}, state if state.ema is None else state.replace(params=state.ema)
-                for name, run in evaluators.items():
-                    signalled = processes.greatest(stop.number)
-                    if signalled:
-                        return
-                    with costs_of_evaluators.measure(name):
-                        row |= run(judged)
+                try:
+                    for name, run in evaluators.items():
+                        with costs_of_evaluators.measure(name):
+                            row |= run(judged)
+                except Preempted as cut:
+                    signalled = cut.number
+                    return
                 records.write_evaluation(step, row, pictures_of(workdir, step))
             say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
 
@@ -317,6 +325,9 @@ def check_numbers(config: ConfigDict) -> None:
     check_minimum("eval_every", config.eval_every, -1)
     if config.ema_decay >= 1:
         raise ConfigError(f"ema_decay is {config.ema_decay}", "ema_decay", "give a number below 1, like 0.9999, or 0")
+    if config.init_parts and not config.init_from:
+        what = f"init_parts {','.join(config.init_parts)}, and nothing to take them from"
+        raise ConfigError(what, "init_from", "give a run's workdir as --config.init_from, or leave init_parts out")
     if len(config.profile_steps) not in (0, 2) or list(config.profile_steps) != sorted(config.profile_steps):
         raise ConfigError(f"profile_steps {config.profile_steps}", "profile_steps", "give first,last, like 20,25")
 
@@ -382,7 +393,8 @@ def make_sources(config: ConfigDict) -> tuple:
                 f"num_classes is {config.objective.num_classes}, the data have {len(source.classes)} classes",
                 source.describe(), f"give --config.objective.num_classes={len(source.classes)}",
             )  # fmt: skip
-    if heldout and set(config.evals) - {"reconstruction"} and data.share_images(source, heldout):
+    judges = evals_of(config, source, heldout).keys() - {"reconstruction"}
+    if heldout and judges and data.share_images(source, heldout):
         raise ConfigError(
             "held-out images are among those trained on", f"data.heldout_split={config.data.heldout_split}",
             f"give one apart from {config.data.split}, like data.heldout_fraction of a folder, or train[90%:] of TFDS",
@@ -415,7 +427,8 @@ def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, 
     """Steps from one evaluation to the next; 0: none but at start and end.
 
     For `config.eval_every` of -1: as many as keep the passes of all evaluations under `EVALUATION_SHARE` of the run's
-    work, a forward pass being a third of a training step's; at most `MOST_EVALUATIONS`.
+    work, a forward pass being a third of a training step's; at most `MOST_EVALUATIONS`. Segmentation counts as a pass
+    for each image, of which a large one takes several.
     """
     if config.eval_every >= 0 or not evals:
         return max(config.eval_every, 0)
@@ -465,6 +478,11 @@ def whole_encoder(config: ConfigDict, workdir: str) -> dict:
         where = f"config.json of {config.init_from}" if config.init_from else "encoder.name"
         raise ConfigError("no encoder", where, "give --config.encoder.name, or a run's workdir as --config.init_from")
     taken = pretrained.architecture(there["encoder"])
+    if given.get("size", taken.get("size")) != taken.get("size"):
+        raise ConfigError(
+            f"encoder.size is {given['size']!r}, and init_from has {taken.get('size')!r}", "encoder.size",
+            "leave it out, or name the encoder too: --config.encoder.name",
+        )  # fmt: skip
     if "pretrained_windows" in taken:
         taken["pretrained_windows"] = measuring_windows(there)
     return taken | {name: value for name, value in given.items() if name not in ("name", "size")}
@@ -502,17 +520,17 @@ def grids_of(saved: dict, stride: int, image_size: tuple[int, int]) -> tuple | N
     return tuple(tuple(side // stride for side in size) for size in sizes) if sizes[0] else None
 
 
-def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict) -> dict:
-    """The parts of a run's parameters that `config` asks for, in the shapes and places of `abstract`."""
+def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict, classes: Sequence[str] = ()) -> dict:
+    """The parts of a run's parameters that `config` asks for, in the shapes and places of `abstract`.
+
+    classes: of the images that are trained on. A head that read other features or knew other classes is left out.
+    """
     saved, saved_config = checkpoint.read_params(str(step_folder))
     same = saved_config.get("objective", {}).get("name") == config.objective.name
     asked = tuple(part for parts in config.init_parts for part in parts.split(","))
-    if same and config.objective.name == "classify":  # else its head would read what it was not trained on
-        reads = [[objective.get(name, other) for name, other in (("pool", "patches"), ("block", 0))]
-                 for objective in (saved_config["objective"], config.objective)]  # fmt: skip
-        same = reads[0] == reads[1]
-        if not same and not asked and "head" in saved:
-            say(f"the head is left out: there it reads pool {reads[0][0]}, block {reads[0][1]}")
+    if same and "head" in saved and not asked and (why := other_head(saved_config, config, classes)):
+        same = False
+        say(f"the head is left out: there {why} (--config.init_parts=encoder,head takes it nonetheless)")
     parts = asked or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
     for part in parts:
         for side in (saved, abstract):
@@ -532,6 +550,26 @@ def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict) 
         say(f"  {done}: {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}")
     put = lambda value, x: jax.make_array_from_callback(x.shape, x.sharding, lambda part: value[part])  # noqa: E731
     return jax.tree.map(put, taken, wanted)
+
+
+def other_head(saved: dict, config: ConfigDict, classes: Sequence[str]) -> str:
+    """What the head of a run of the same objective read or knew, where that is something else; "" where it is not."""
+    for name, usual in READS.items():
+        there, here = (json.dumps(objective.get(name, usual)) for objective in (saved["objective"], config.objective))
+        if there != here:
+            return f"objective.{name} is {there}"
+    known = saved.get("classes") or classes
+    return "" if list(known) == list(classes) else f"it knows {len(known)} classes, {', '.join(known[:3])} and so on"
+
+
+def made_for_pretrained(config: ConfigDict) -> str:
+    """What in `config` is for weights that have learned something, as a part of a sentence; "" where nothing is."""
+    told = []
+    if config.optim.layer_decay < 1:
+        told.append(f"optim.layer_decay {config.optim.layer_decay:g} slows the low layers down (1 does not)")
+    if config.optim.frozen or config.optim.frozen_layers:
+        told.append("what optim.frozen keeps as it is stays so")
+    return "".join(f"; {each}" for each in told)
 
 
 def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
@@ -604,12 +642,19 @@ def check_frozen(config: ConfigDict, encoder, params) -> None:
         )  # fmt: skip
     if is_frozen and all(map(is_frozen, paths)):
         raise ConfigError("all parameters are frozen: nothing would be trained", "optim.frozen", "leave some out")
+    still = [is_frozen is not None and is_frozen(path) for path in paths if path.startswith("encoder/")]
+    if not config.objective.get("train_encoder", True) and not all(still):
+        what = "objective.train_encoder=false keeps no parameter as it is, it turns stochastic depth off: %s"
+        logging.warning(what, "the encoder is frozen by --config.optim.frozen=encoder/")
     measured = [path for path in paths if path.endswith(("/mean", "/var")) and is_frozen and is_frozen(path)]
     if measured and config.objective.get("train_encoder", True):
         raise ConfigError(
             f"{measured[0]} is frozen, but its batch norm would still use each batch's own statistics", "optim.frozen",
             "freeze the whole encoder, with objective.train_encoder=false, or nothing of it",
         )  # fmt: skip
+    if all(still) and config.objective.get("train_encoder") and encoder.drop_path:
+        what = "the encoder is frozen, and still drops paths: give --config.objective.train_encoder=false"
+        logging.warning(what)
 
 
 def parameters_of(config: ConfigDict, encoder, params) -> tuple[int, int]:
@@ -767,8 +812,10 @@ def make_evaluators(
     mesh,
     key: jax.Array,
     workdir: str,
+    stop: checkpoint.StopSignal,
 ) -> dict[str, Callable]:
-    """The evaluators `evals` by name, each given what it asks for out of what a run has."""
+    """The evaluators `evals` by name, each given what it asks for out of what a run has; they heed `stop`."""
+    run_till_signal = lambda function: stoppable(run_everywhere(function, mesh), stop)  # noqa: E731
     share, shares = sharding.share_of_batch(mesh)
     epoch = partial(
         data.make_epoch,
@@ -789,17 +836,28 @@ def make_evaluators(
         heldout = epoch(heldout_source, limit=config.eval_images, **bound)
         supplies["heldout"] = heldout
         supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
-        supplies["predict"] = run_everywhere(lambda params, batch: objective.predict(params, batch, key), mesh)
+        supplies["predict"] = run_till_signal(lambda params, batch: objective.predict(params, batch, key))
         supplies["features"] = make_feature_reader(
-            extract=run_everywhere(
-                lambda params, batch: {"features": features(params["encoder"], batch["image"])[0]}, mesh
-            ),
+            extract=run_till_signal(lambda params, batch: {"features": features(params["encoder"], batch["image"])[0]}),
             train=epoch(source, limit=config.eval_images, **bound),
             heldout=heldout,
         )
     if evals and config.objective.name == "segment":
         supplies |= segmentation_supplies(config, supplies["predict"], heldout_source, share, shares)
     return {name: make_evaluator(name, supplies, **options) for name, options in evals.items()}
+
+
+def stoppable(function: Callable, stop: checkpoint.StopSignal) -> Callable:
+    """`function`, which all processes call together, raising Preempted once a signal has come to any of them."""
+    calls = itertools.count()
+
+    def run(*arguments):
+        asked = jax.process_count() == 1 or next(calls) % CALLS_TO_AGREE == 0
+        if asked and (signalled := processes.greatest(stop.number)):
+            raise Preempted(signalled, 0)
+        return function(*arguments)
+
+    return run
 
 
 def segmentation_supplies(config: ConfigDict | dict, predict: Callable, source, share: int, shares: int) -> dict:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from simmim_jax.config import digest, load, pretrain_config, refuse_change
+from simmim_jax.config import _leave_to_the_encoder, digest, load, pretrain_config, refuse_change
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
@@ -140,6 +140,22 @@ def test_an_override_moves_what_follows_from_it_and_nothing_else():
     assert (config.batch_size, config.microbatches) == (2048, 4)
     config.image_size = (96, 64)
     assert config.data.image_size == (96, 64)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_an_encoder_that_a_config_leaves_open_is_named_without_losing_what_the_config_sets(name):
+    config = load("configs/folder_finetune.py:vit")
+    config.encoder.name = name
+    _leave_to_the_encoder(config, load("configs/folder_finetune.py:vit"), ["--config.encoder.name=vit"])
+    assert (config.encoder.relative_position, config.encoder.final_norm) == ("per_block", False)
+
+
+def test_an_encoder_that_is_that_of_init_from_has_no_size_of_the_config(capsys):
+    config, file = (load("configs/simmim_vit_b_finetune.py") for _ in range(2))
+    config.encoder.name = ""
+    _leave_to_the_encoder(config, file, ["--config.encoder.name="])
+    assert config.encoder.size is None
+    assert "encoder that of init_from: left unset" in capsys.readouterr().out
 
 
 def test_a_run_from_before_a_field_goes_on_only_as_it_was():

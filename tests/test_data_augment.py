@@ -203,6 +203,15 @@ def test_what_cannot_be_augmented_is_refused(options, hint):
         make_augment(options.pop("augment"), **options)
 
 
+def test_colour_jitter_follows_the_three_operations_of_deit_iii():
+    options = {"mean": MEAN, "interpolation": "bicubic"}
+    both, first = (make_augment("rand-t3a-n1-p1", colour_jitter=c, **options) for c in (0.3, 0.0))
+    jitter = make_augment("", colour_jitter=0.3, **options)
+    image = np.random.default_rng(1).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    rng, again = np.random.default_rng(2), np.random.default_rng(2)
+    np.testing.assert_array_equal(both(image, rng), jitter(first(image, again), again))
+
+
 # --- chances
 
 

@@ -173,6 +173,21 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
     assert metrics["grad_norm"] > 0
 
 
+@pytest.mark.parametrize(
+    ("layers", "frozen"),
+    [
+        (0, set()), (1, {"patch_embed", "pos_embed"}), (2, {"patch_embed", "pos_embed", "rel_pos_bias", "block_0"}),
+        (3, {"patch_embed", "pos_embed", "rel_pos_bias", "block_0", "block_1"}),
+    ],
+)  # fmt: skip
+def test_what_frozen_layers_read_is_frozen_with_them(layers, frozen):
+    """Else their output would change all the same: a bias table that all blocks share, the positions of a Swin."""
+    layer_of = {"patch_embed": 0, "pos_embed": 3, "rel_pos_bias": 3, "block_0": 1, "block_1": 2, "norm": 3}
+    is_frozen = make_frozen("", layers, lambda path: layer_of[path.split("/")[0]]) or (lambda path: False)
+    assert {name for name in layer_of if is_frozen(f"encoder/{name}/kernel")} == frozen
+    assert not is_frozen("head/kernel")
+
+
 def test_frozen_statistics_are_not_measured_anew():
     def loss_fn(params, batch, key, train):
         return params["head"] * 1.0, {"statistics": {"encoder": {"mean": jnp.float32(5.0), "var": jnp.float32(6.0)}}}

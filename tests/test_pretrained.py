@@ -222,7 +222,7 @@ def test_another_backbone_is_a_name_on_the_command_line_and_is_fine_tuned_at_ano
 
     done = run(*tune, "--config.init_from", tmp_path / "tuned", "--config.objective.block=1",
                "--workdir", tmp_path / "third")  # fmt: skip
-    assert "the head is left out: there it reads pool patches, block 0" in done.stdout, done.stderr
+    assert "the head is left out: there objective.block is 0 (--config.init_parts=" in done.stdout, done.stderr
     assert "\nencoder: taken from" in done.stdout
 
     shutil.rmtree(tmp_path / "run")  # a run goes on without the one that it began from

@@ -1,14 +1,17 @@
 """What a run refuses before it compiles anything, and what it keeps of what it has compiled."""
 
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from simmim_jax import compilation, costs, train
+from simmim_jax.checkpoint import StopSignal
 from simmim_jax.config import load
-from simmim_jax.errors import ConfigError
+from simmim_jax.errors import ConfigError, Preempted
 from simmim_jax.models import make_encoder
 
 
@@ -28,6 +31,7 @@ def digits(**changes):
         ({"ema_decay": -0.1}, "ema_decay is -0.1"),
         ({"profile_steps": (5,)}, r"profile_steps \(5,\) - profile_steps - give first,last"),
         ({"profile_steps": (9, 5)}, "profile_steps"),
+        ({"init_parts": ("encoder",)}, "init_parts encoder, and nothing to take them from - init_from"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(changes, message):
@@ -76,6 +80,25 @@ def test_frozen_layers_that_are_not_there_or_would_not_be_still_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("frozen", "train_encoder", "drop_path", "message"),
+    [
+        ("", False, 0.0, "train_encoder=false keeps no parameter as it is"),
+        ("encoder/block_0", False, 0.0, "train_encoder=false keeps no parameter as it is"),
+        ("encoder/", True, 0.1, "still drops paths"),
+        ("encoder/", True, 0.0, ""), ("encoder/", False, 0.1, ""), ("", True, 0.1, ""),
+    ],
+)  # fmt: skip
+def test_an_encoder_that_is_half_frozen_is_told_of(monkeypatch, frozen, train_encoder, drop_path, message):
+    told = []
+    monkeypatch.setattr(train.logging, "warning", lambda what, *values: told.append(what % values))
+    config = load("configs/digits_finetune.py")
+    config.optim.frozen, config.objective.train_encoder = frozen, train_encoder
+    params = {"encoder": {"block_0": jnp.zeros(1), "block_1": jnp.zeros(1)}, "head": jnp.zeros(1)}
+    train.check_frozen(config, make_encoder("vit", "s", drop_path=drop_path), params)
+    assert [message in each for each in told] == [True] * bool(message)
+
+
+@pytest.mark.parametrize(
     ("frozen", "message"), [("encodr/", "begins with 'encodr/'"), (".*", "all parameters are frozen")]
 )
 def test_a_pattern_that_freezes_nothing_or_everything_is_refused(frozen, message):
@@ -103,12 +126,73 @@ def test_an_average_that_would_be_of_the_start_is_told_of(monkeypatch):
     assert "94 % those at the start" in told[0]
 
 
-def test_images_that_are_trained_on_do_not_judge():
-    config = load("configs/digits_finetune.py")
+@pytest.mark.parametrize("name", ["finetune", "vit_tiny"])
+def test_images_that_are_trained_on_do_not_judge(name):
+    """Nor where probes join in; how well they are reconstructed may be looked at."""
+    config = load(f"configs/digits_{name}.py")
+    if name == "vit_tiny":
+        config.evals = {"reconstruction": {}}
     train.make_sources(config)
     config.data.heldout_split = "train"
     with pytest.raises(ConfigError, match="held-out images are among those trained on"):
         train.make_sources(config)
+    if name == "vit_tiny":
+        config.probes = False
+        train.make_sources(config)
+
+
+def test_an_evaluation_heeds_a_signal_at_its_next_batch():
+    stop, seen = StopSignal(), []
+    read = train.stoppable(lambda *batch: seen.append(batch), stop)
+    read("params", 1)
+    stop.number = 15
+    with pytest.raises(Preempted) as cut:
+        read("params", 2)
+    assert (seen, cut.value.number) == ([("params", 1)], 15)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ({"name": "classify"}, {"name": "classify", "block": 1}, "objective.block is 0"),
+        ({"name": "classify", "pool": "both"}, {"name": "classify"}, 'objective.pool is "both"'),
+        ({"name": "segment", "head": "linear"}, {"name": "segment", "head": "upernet"}, 'objective.head is "linear"'),
+        ({"name": "segment", "blocks": [1, 2]}, {"name": "segment", "blocks": (1, 3)}, r"objective.blocks is \[1, 2\]"),
+        ({"name": "segment", "blocks": [1, 2]}, {"name": "segment", "blocks": (1, 2)}, ""),
+        ({"name": "simmim"}, {"name": "simmim"}, ""),
+    ],
+)
+def test_a_head_that_reads_other_features_is_another(there, here, message):
+    told = train.other_head({"objective": there}, ConfigDict({"objective": here}), ())
+    assert re.fullmatch(message, told)
+
+
+def test_a_head_of_other_classes_is_another():
+    config = ConfigDict({"objective": {"name": "classify"}})
+    saved = {"objective": {"name": "classify"}, "classes": ["ant", "bee"]}
+    assert train.other_head(saved, config, ("ant", "bee")) == ""
+    assert train.other_head(saved | {"classes": []}, config, ("ant", "bee")) == ""  # of an import that tells none
+    assert train.other_head(saved, config, ("ant", "cat")) == "it knows 2 classes, ant, bee and so on"
+
+
+def test_a_size_that_is_not_that_of_the_weights_is_refused(tmp_path):
+    config = load("configs/folder_finetune.py")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"encoder": {"name": "vit", "size": "b"}}')
+    for size in (None, "b"):
+        config.encoder.size = size
+        assert train.whole_encoder(config, str(tmp_path))["size"] == "b"
+    config.encoder.size = "s"
+    with pytest.raises(ConfigError, match=r"encoder\.size is 's', and init_from has 'b' - encoder.size - leave it out"):
+        train.whole_encoder(config, str(tmp_path))
+
+
+def test_what_a_config_sets_for_pretrained_weights_is_told_of_random_ones():
+    config = load("configs/digits_finetune.py")
+    assert "optim.layer_decay 0.75 slows the low layers" in train.made_for_pretrained(config)
+    config.optim.layer_decay = 1.0
+    assert train.made_for_pretrained(config) == ""
+    assert "what optim.frozen keeps" in train.made_for_pretrained(load("configs/digits_linear.py"))
 
 
 def test_memory_with_frozen_layers_is_measured_without_a_scan():

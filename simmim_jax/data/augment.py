@@ -166,7 +166,8 @@ def make_augment(
     Args:
       augment: RandAugment as `parse` reads it; empty: none.
       colour_jitter: by how much brightness, contrast and saturation are changed at most, in either direction and in
-        random order; 0: not at all. timm's recipes have 0.4, and none of it where there is RandAugment.
+        random order; 0: not at all. timm's recipes have 0.4, and none of it where there is RandAugment, save that of
+        three operations (t3a, t3aw), which it follows.
       mean: of the channels, 0..1. This colour fills what is moved in from outside of the image.
       interpolation: one of `RESAMPLING`, of operations that move pixels.
 
@@ -180,16 +181,18 @@ def make_augment(
         raise ConfigError(f"images of {len(mean)} channels cannot be augmented", "data.augment", fix)
     if not augment:
         return functools.partial(_jittered, strength=colour_jitter)
-    if colour_jitter:
-        what = f"colour_jitter={colour_jitter} and RandAugment together"
-        raise ConfigError(what, "data.colour_jitter", "set it to 0 (timm leaves it out there), or data.augment to ''")
     policy = parse(augment)
+    if colour_jitter and "t3a" not in augment:
+        what = f"colour_jitter={colour_jitter} and RandAugment together"
+        fix = "set it to 0 (timm leaves it out there, but with t3a), or data.augment to ''"
+        raise ConfigError(what, "data.colour_jitter", fix)
     if not set(MOVES).isdisjoint(policy.operations) and interpolation not in RESAMPLING:
         fix = f"choose one of {', '.join(RESAMPLING)}, or set data.augment=''"
         raise ConfigError(f"images cannot be turned by {interpolation}", "data.interpolation", fix)
     fill = tuple(min(255, max(0, round(255 * value))) for value in mean)
     move = {"resample": RESAMPLING.get(interpolation), "fillcolor": fill if len(fill) == 3 else fill[0]}
-    return functools.partial(_rand_augmented, policy=policy, move=move)
+    jitter = functools.partial(_jittered, strength=colour_jitter) if colour_jitter else None
+    return functools.partial(_rand_augmented, policy=policy, move=move, jitter=jitter)
 
 
 def parse(augment: str) -> RandAugment:
@@ -260,15 +263,19 @@ def draw_operations(policy: RandAugment, rng: np.random.Generator) -> list[str]:
 
 
 def _rand_augmented(
-    image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator, *, policy: RandAugment, move: dict
+    image: UInt8[np.ndarray, "h w c"],
+    rng: np.random.Generator,
+    *,
+    policy: RandAugment,
+    move: dict,
+    jitter: Callable | None = None,
 ) -> UInt8[np.ndarray, "h w c"]:
-    operations = draw_operations(policy, rng)
-    if not operations:
-        return image
-    picture = _as_picture(image)
-    for operation in operations:
-        picture = apply(operation, picture, draw_magnitude(policy, rng), rng, move)
-    return np.atleast_3d(np.asarray(picture))
+    if operations := draw_operations(policy, rng):
+        picture = _as_picture(image)
+        for operation in operations:
+            picture = apply(operation, picture, draw_magnitude(policy, rng), rng, move)
+        image = np.atleast_3d(np.asarray(picture))
+    return jitter(image, rng) if jitter else image
 
 
 def _jittered(

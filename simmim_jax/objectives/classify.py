@@ -68,7 +68,7 @@ def make_classify(
     mixup, cutmix, mix_probability, mix_switch, mix_mode, mix_group: how training images, and their targets, are mixed,
         each with the one at its place in the reversed batch, or in each `mix_group` neighbours of it (see
         `simmim_jax.mixing`). All of it happens in the compiled step, first erasing, as in official data_finetune.py
-        and main_finetune.py.
+        and main_finetune.py. Partners may be on other devices: each device then gathers the whole batch, as uint8.
     """
     if num_classes < 2:
         raise ConfigError(
