@@ -396,8 +396,10 @@ def make_sources(config: ConfigDict) -> tuple:
     judges = evals_of(config, source, heldout).keys() - {"reconstruction"}
     if heldout and judges and data.share_images(source, heldout):
         raise ConfigError(
-            "held-out images are among those trained on", f"data.heldout_split={config.data.heldout_split}",
-            f"give one apart from {config.data.split}, like data.heldout_fraction of a folder, or train[90%:] of TFDS",
+            f"held-out images are among those trained on: {', '.join(sorted(judges))} would judge by them",
+            f"data.heldout_split={config.data.heldout_split}",
+            f"give one apart from {config.data.split}, like data.heldout_fraction of a folder, or train[90%:] of TFDS; "
+            "reconstruction alone may look at them, with --config.probes=false",
         )  # fmt: skip
     labelled = {"knn", "linear", "accuracy"} & set(config.evals)
     if labelled and heldout.classes != source.classes:

@@ -30,7 +30,7 @@ def command(*arguments, devices=1, script=("-m", "simmim_jax.main")):
     return [sys.executable, *script, *map(str, arguments)], {"cwd": ROOT, "env": env, "text": True}
 
 
-def run(*arguments, timeout=300, file_limit=None, script=None, **options) -> subprocess.CompletedProcess:
+def run(*arguments, timeout=600, file_limit=None, script=None, **options) -> subprocess.CompletedProcess:
     """A run to its end; no file that it writes may grow beyond `file_limit` KiB.
 
     Without a script of its own, and without workers, which start anew from the main module, it is a fork of a process

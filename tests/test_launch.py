@@ -528,7 +528,7 @@ def test_two_processes_of_local_sh_learn_what_one_process_does(tmp_path, unbroke
     env = environment_of_a_run()
     del env["XLA_FLAGS"]
     options = ("--processes=2", "--devices-per-process=2")
-    done = script("local.sh", *options, *TINY, "--workdir", str(tmp_path / "run"), env=env, timeout=300)
+    done = script("local.sh", *options, *TINY, "--workdir", str(tmp_path / "run"), env=env, timeout=600)
     assert done.returncode == 0, done.stdout
     assert_same_metrics(tmp_path / "run", unbroken)
 
@@ -549,12 +549,12 @@ def test_a_slurm_job_of_two_tasks_stopped_by_one_is_requeued_and_goes_on_to_what
         os.kill(int((folder / "tasks").read_text().split()[1]), signal.SIGTERM)
 
     line = (*TINY, "--workdir", str(workdir))
-    first = script("slurm.sbatch", *line, env=env, meanwhile=stop_the_second, timeout=300)
+    first = script("slurm.sbatch", *line, env=env, meanwhile=stop_the_second, timeout=600)
     assert first.returncode == 143, first.stderr
     assert 3 <= len(rows(workdir)) < 30
     assert (folder / "scontrol").read_text().splitlines()[1:] == [f"requeue {env['SLURM_JOB_ID']}"]
     (folder / "scontrol").unlink()
-    again = script("slurm.sbatch", *line, env=env | {"SLURM_RESTART_COUNT": "1"}, timeout=300)
+    again = script("slurm.sbatch", *line, env=env | {"SLURM_RESTART_COUNT": "1"}, timeout=600)
     assert again.returncode == 0, again.stderr
     assert not (folder / "scontrol").exists()
     assert_same_metrics(workdir, unbroken)

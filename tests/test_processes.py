@@ -23,7 +23,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def run_pair(*lines, devices=4, timeout=300) -> list[subprocess.CompletedProcess]:
+def run_pair(*lines, devices=4, timeout=900) -> list[subprocess.CompletedProcess]:
     """Two processes of `devices` each, of the command lines (arguments, script) of each, to their ends."""
     started = []
     for arguments, script in lines:

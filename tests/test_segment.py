@@ -377,7 +377,8 @@ def test_a_pass_that_leaves_out_too_much_ends_in_all_processes_with_the_same_wor
 def test_what_evaluators_see_is_bounded_as_training_images_are(monkeypatch):
     config, asked = load(str(ROOT / "configs/digits_vit_tiny.py")), []
     monkeypatch.setattr(data, "make_epoch", lambda _, **options: asked.append(options) or [])
-    given = (of_pixel, segment(MeanColours()), [], [], sharding.make_mesh(), jax.random.key(0), "")
+    mesh, stop = sharding.make_mesh(), checkpoint.StopSignal()
+    given = (of_pixel, segment(MeanColours()), [], [], mesh, jax.random.key(0), "", stop)
     train.make_evaluators(config, {"knn": {}}, *given)
     bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.greatest}
     assert [{name: options[name] for name in bound} for options in asked] == [bound, bound]

@@ -166,7 +166,7 @@ def test_the_average_follows_the_parameters_and_stays_where_a_step_is_skipped():
     assert relative_difference(ema, wanted) < 1e-5
     state = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX, ema_decay=0.9))(KEY)
     loss_fn = lambda *_: (jnp.nan * state.params["mask_token"].sum(), {})  # noqa: E731
-    after, _ = train_step(state, tiny_batch(), KEY, loss_fn=loss_fn, tx=TX, ema_decay=0.9)
+    after, _ = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX, ema_decay=0.9))(state, tiny_batch(), KEY)
     jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
 
 
