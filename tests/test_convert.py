@@ -26,7 +26,7 @@ from simmim_jax import checkpoint
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop.reading import metadata_of
 from simmim_jax.models import make_encoder
-from simmim_jax.tools import convert
+from simmim_jax.tools import convert, exports
 
 CONVERT = ("-m", "simmim_jax.tools.convert")
 
@@ -133,15 +133,15 @@ def test_the_command_line_imports_and_exports(tmp_path, state):
     ("arguments", "line"),
     [
         (("a",), "the following arguments are required: TO - command line"),
-        (("a", "b", "c"), "unknown argument 'c' - command line - give FROM and TO"),
+        (("a", "b", "c"), "unknown argument 'c' - command line - see --help"),
         (("a", "b", "--alow=x"), "unknown argument '--alow=x' - command line - did you mean --allow"),
-        (("a", "b", "--image_size=big"), "--image_size=big - command line - give numbers above 0"),
-        (("a", "b", "--image_size=1,2,3"), "--image_size=1,2,3"),
-        (("a", "b", "--image_size=0"), "--image_size=0"),
-        (("a", "b", "--image_size=-64"), "--image_size=-64"),
-        (("a", "b", "--image_size=1000000"), "--image_size=1000000 - command line - give numbers up to 16384"),
-        (("a", "b", "--std=0.1,0.0,0.1"), "--std=0.1,0.0,0.1"),
-        (("a", "b", "--mean=nan"), "--mean=nan"),
+        (("a", "b", "--image_size=big"), "--image-size=big - command line - give height,width in pixels"),
+        (("a", "b", "--image-size=1,2,3"), "--image-size=1,2,3"),
+        (("a", "b", "--image-size=0"), "--image-size=0"),
+        (("a", "b", "--image-size=-64"), "--image-size=-64"),
+        (("a", "b", "--image-size=1000000"), "--image-size=1000000"),
+        (("a", "b", "--std=0.1,0.0,0.1"), "--std=0.1,0.0,0.1 - command line - give numbers above 0"),
+        (("a", "b", "--mean=nan"), "--mean=nan - command line - give numbers with commas between"),
         (("a", "b", "--format=tim"), "unknown format 'tim' - did you mean timm"),
     ],
 )
@@ -151,9 +151,9 @@ def test_a_mistake_in_an_option_is_one_line_and_exit_code_2(tmp_path, arguments,
 
 def test_values_on_the_command_line_are_numbers_tuples_and_words():
     given = ("--encoder.depths=2,2", "--encoder.stage_heads=[1, 2]", "--encoder.window", "7", "--encoder.qkv_bias=none",
-             "--encoder.final_norm=False", "--image_size=192", "--mean=0,0,0", "--allow=a,b",
+             "--encoder.final_norm=False", "--image-size=192", "--mean=0,0,0", "--allow=a,b",
              "--allow", "c.*")  # fmt: skip
-    options, fields = convert.parse(["FROM", "TO", *given])
+    options, fields = convert.parse(["FROM", *given, "TO"])
     assert fields == {"depths": (2, 2), "stage_heads": (1, 2), "window": 7, "qkv_bias": "none", "final_norm": False}
     assert (options.image_size, options.mean, options.allow) == ((192, 192), (0.0, 0.0, 0.0), ["a", "b", "c.*"])
     assert (options.source, options.target, options.overwrite) == ("FROM", "TO", False)
@@ -189,9 +189,15 @@ def test_a_field_that_does_not_exist_or_does_not_fit_is_told(tmp_path, state):
 def test_a_source_that_is_nothing_is_told(tmp_path, workdir):
     assert "no such file or folder" in told(tmp_path / "nowhere", tmp_path / "w", kind=CheckpointError)
     assert "nowhere is no run of ours" in told(tmp_path / "nowhere", tmp_path / "w", "--format=timm")
-    assert "--image_size in an export" in told(workdir, tmp_path / "w", "--image_size=32")
+    assert "--image-size in an export" in told(workdir, tmp_path / "w", "--image_size=32")
     assert "--encoder.heads in an export" in told(workdir, tmp_path / "w", "--encoder.heads=2")
     assert "a state dict under whose names?" in told(workdir, tmp_path / "w.safetensors")
+    for ending in (".pth", ".onnx", ".stablehlp"):
+        line = told(workdir, tmp_path / f"w{ending}")
+        assert f"no format has files that end in {ending}" in line
+        assert "give FILE.safetensors (of official and timm), FILE.stablehlo, or --format=huggingface" in line
+    (tmp_path / "w.folder").mkdir()
+    assert {exports.inferred_format(str(tmp_path / name)) for name in ("w", "w-0.9", "w.folder")} == {"huggingface"}
 
 
 def test_what_is_there_is_kept_unless_told_to_overwrite_it_and_then_only_what_a_conversion_wrote(
@@ -315,6 +321,26 @@ def test_the_card_tells_the_step_where_it_began_and_only_the_metrics_of_that_ste
         assert ("masked_loss: 0.25" in card) == expected
 
 
+@pytest.mark.parametrize(
+    ("image_size", "size"), [((32, 32), {"shortest_edge": 40}), ((64, 16), {"height": 64, "width": 16})]
+)
+def test_the_processor_of_a_folder_resizes_and_crops_as_the_run_does_and_what_it_squashes_is_told(
+    tmp_path, capsys, image_size, size
+):
+    options = {**VIT, "class_token": True, "relative_position": "none", "absolute_position": "learned"}
+    params = random_params(make(options, {"name": "none"}, image_size)[1])
+    config = {"encoder": options, "image_size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3,
+              "data": {"crop_fraction": 0.8, "interpolation": "bilinear"}}  # fmt: skip
+    checkpoint.write_params(str(tmp_path / "run"), params, json.loads(json.dumps(config)))
+    tool(tmp_path / "run", tmp_path / "hf")
+    told = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    square = image_size[0] == image_size[1]
+    assert (told["size"], told["resample"], told["do_center_crop"]) == (size, 2, square)
+    assert told["crop_size"] == {"height": image_size[0], "width": image_size[1]}
+    for text in (capsys.readouterr().out, (tmp_path / "hf" / "README.md").read_text()):
+        assert ("preprocessor_config.json squashes images to 64 x 16" in text) != square
+
+
 def test_what_allow_leaves_out_must_leave_something_of_use(tmp_path, state, workdir):
     assert "leaves out all 35 arrays" in re.sub(r"all \d+", "all 35", told(state[0], tmp_path / "w", "--allow=*"))
     line = told(state[0], tmp_path / "w", "--allow=encoder.mask_token")
@@ -416,6 +442,8 @@ def test_a_hugging_face_folder_goes_out_and_comes_back(tmp_path, capsys):
     ]  # fmt: skip
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["architectures"] == ["Swinv2ForMaskedImageModeling"]
+    pixels = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert (pixels["size"], pixels["resample"]) == ({"shortest_edge": 73}, 3)  # of imports: 64 / 0.875, and bicubic
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "- masked_loss: 0.25" in card
     assert "swin.safetensors" in card  # where the weights came from

@@ -104,9 +104,12 @@ def test_rows_are_the_images_in_order_with_names_labels_and_the_features_of_the_
 
 def test_an_npz_holds_maps_of_tokens_each_of_length_1_where_asked_for(made, tmp_path):
     _, encoder, params, folder, names = made
-    tool(made, tmp_path / "x.npz", "--pool=map", "--normalise", "--dtype=float16")
+    cropped = {"crop_fraction": 0.5, "interpolation": "bilinear"}
+    tool(made, tmp_path / "x.npz", "--pool=map", "--normalise", "--dtype=float16", "--crop-fraction=0.5",
+         "--interpolation=bilinear")  # fmt: skip
     arrays = np.load(tmp_path / "x.npz")
-    expected = jax.jit(encoder.apply)({"params": params}, normalise(pixels_of(folder, names), **PIXELS))
+    images = resized(pixels_of(folder, names), size=(16, 16), **cropped)
+    expected = jax.jit(encoder.apply)({"params": params}, normalise(images, **PIXELS))
     expected = expected / np.linalg.norm(expected, axis=-1, keepdims=True)
     assert (arrays["embedding"].dtype, arrays["embedding"].shape) == (np.float16, (20, 2, 2, 16))
     np.testing.assert_allclose(arrays["embedding"], expected, atol=5e-4)  # float16 has 11 bits below 1
@@ -115,6 +118,8 @@ def test_an_npz_holds_maps_of_tokens_each_of_length_1_where_asked_for(made, tmp_
     assert arrays["classes"].tolist() == list(CLASSES)
     about = json.loads(str(arrays["about"]))
     assert (about["shape"], about["dtype"], about["normalised"]) == ([2, 2, 16], "float16", True)
+    assert about.items() >= cropped.items()
+    assert about["images"].startswith("resized (bilinear) to cover 32 x 32 pixels, centre-cropped to 16 x 16, ")
 
 
 def test_what_is_written_is_read_again_from_both_kinds_of_file(made, quick, tmp_path):
@@ -232,6 +237,8 @@ def test_a_part_that_is_damaged_or_follows_a_gap_is_made_anew(made, quick, tmp_p
         (["--pool=class_token"], ConfigError, 'pool "patches" then, "class_token" now', True),
         (["--block=1"], ConfigError, "block 0 then, 1 now", False),
         (["--normalise", "--dtype=float16"], ConfigError, 'dtype "float32" then, "float16" now, normalise', False),
+        (["--crop-fraction=0.5"], ConfigError, "crop_fraction 1.0 then, 0.5 now", False),
+        (["--interpolation=nearest"], ConfigError, 'interpolation "bicubic" then, "nearest" now', True),
         ("run", ConfigError, "other weights", True),
         ("images", DataError, "other images", False),
     ],
@@ -346,17 +353,17 @@ def test_a_limit_takes_images_evenly(made, quick, tmp_path):
 def test_another_image_size_gives_another_grid_with_positions_resized_to_it(made, tmp_path):
     tool(made, tmp_path / "x.npz", "--limit=5", "--image-size=32,16", "--pool=map")
     model = trained.open_trained(made[0], (32, 16))
-    images = normalise(enlarged(pixels_of(made[3], made[4][::4])), **PIXELS)
+    images = resized(pixels_of(made[3], made[4][::4]), size=(32, 16), interpolation="bicubic")
+    images = normalise(images, **PIXELS)
     expected = jax.jit(model.encoder.apply)({"params": model.params["encoder"]}, images)
     ours = np.load(tmp_path / "x.npz")["embedding"]
     assert ours.shape == (5, 4, 2, 16)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def enlarged(images):
-    """To 32 x 16 as the tool does: resized to 32 x 32, and cropped."""
-    size = {"size": (32, 16), "interpolation": "bicubic"}
-    return jnp.stack([resize_and_centre_crop(Picture(np.asarray(image), 3), **size) for image in images])
+def resized(images, **how):
+    """And cropped, as the tool does it."""
+    return jnp.stack([resize_and_centre_crop(Picture(np.asarray(image), 3), **how) for image in images])
 
 
 def test_digits_need_no_path_and_runs_know_their_own_images(quick, tmp_path):
@@ -402,6 +409,13 @@ def test_names_that_are_no_utf8_are_written_as_escapes():
         (["run", "images", "x.npz", "--batch-size=0"], ConfigError, "at least 1"),
         (["run", "images", "x.npz", "--threads=-1"], ConfigError, "at least 0"),
         (["run", "images", "x.npz", "--max-bad-fraction=2"], ConfigError, "one of 0 to 1"),
+        (["run", "images", "x.npz", "--crop-fraction=0"], ConfigError, "one above 0, up to 1"),
+        (
+            ["run", "images", "x.npz", "--interpolation=cubic"],
+            ConfigError,
+            "unknown interpolation 'cubic' - did you mean",
+        ),
+        (["run", "images", "x.npz", "--split=val"], DataError, "0 of its 20 .* 'val' - .* - leave --split out"),
         (["nothing", "images", "x.npz"], CheckpointError, "no such folder"),
         (["run", "nothing", "x.npz"], DataError, "nothing does not exist"),
         (["run", "", "x.npz"], DataError, "the run says of none"),
@@ -418,7 +432,7 @@ def test_a_mistake_is_told_in_one_line(made, tmp_path, monkeypatch, arguments, k
         embed.run(arguments)
     assert type(told.value) is kind
     assert "\n" not in str(told.value)
-    assert not list(tmp_path.glob("*.npz"))
+    assert not list(tmp_path.glob("*.npz*"))
 
 
 def test_help_and_mistakes_are_told_without_importing_jax():

@@ -21,7 +21,7 @@ from simmim_jax import checkpoint, trained
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.evals import accuracy, confusion
 from simmim_jax.objectives import make_objective
-from simmim_jax.tools import evaluate
+from simmim_jax.tools import evaluate, heldout, segments
 from simmim_jax.tools.weights import abstract_model
 
 EVALUATE = ("-m", "simmim_jax.tools.evaluate")
@@ -320,13 +320,14 @@ def test_images_without_classes_and_broken_ones_are_told(place, tmp_path, capsys
     assert "images without classes" in line
     write_images(tmp_path / "broken", each=2)
     (tmp_path / "broken" / "ant" / "0.png").write_bytes(b"no image")
-    line = told(place / "classifier", f"--data={tmp_path / 'broken'}", "--results=", kind=DataError)
+    broken = f"--data={tmp_path / 'broken'}"
+    line = told(place / "classifier", broken, "--results=", "--max-bad-fraction=0", kind=DataError)
     assert "1 of 14 images cannot be read or have no class" in line
-    tool(place / "classifier", f"--data={tmp_path / 'broken'}", "--results=", "--max-bad-fraction=0.1")
-    line = told(place / "pretrained", f"--data={tmp_path / 'broken'}", kind=DataError)
+    tool(place / "classifier", broken, "--results=")  # of a hundredth, rounded up, as in the run's own evaluation
+    line = told(place / "pretrained", broken, "--max-bad-fraction=0", kind=DataError)
     assert "1 of 14 images cannot be read" in line
     capsys.readouterr()
-    tool(place / "pretrained", f"--data={tmp_path / 'broken'}", "--max-bad-fraction=0.1")
+    tool(place / "pretrained", broken)
     assert "of 13 images, 1 left out" in capsys.readouterr().out
 
 
@@ -353,7 +354,7 @@ def test_a_run_whose_images_were_moved_is_evaluated_on_what_it_held_out(place, t
 
     def heldout(path):
         options = Namespace(data=path and str(path), split="")
-        source, told = evaluate.open_heldout(evaluate.with_images(model, options.data), options)
+        source, told = evaluate.open_images(evaluate.with_images(model, options.data), options)
         return [source.name(i) for i in range(len(source))], told, capsys.readouterr()
 
     mine, told_mine, said = heldout("")
@@ -396,21 +397,57 @@ def test_images_to_train_on_are_not_evaluated_on_unasked(tmp_path):
     data = tmp_path / "data"
 
     def heldout(split=""):
-        return evaluate.open_heldout(model, Namespace(data=str(data), split=split))
+        return evaluate.open_images(model, Namespace(data=str(data), split=split))
 
     write_images(data, CLASSES[:2], each=2)
     assert heldout()[1] == f"{data}, all (4 images)"
+    with pytest.raises(DataError, match=r"has 0 of its 4 .* in split 'val' - nothing is held out .* leave --split out"):
+        heldout("val")
+    assert heldout("train")[1] == f"{data}, split train (4 images)"
     write_images(data / "train", CLASSES[:2], each=1)
     for name in CLASSES[:2]:
         shutil.rmtree(data / name)
     with pytest.raises(DataError, match=r"images to train on, and none to evaluate on - .*give --split=train"):
         heldout()
     assert len(heldout("train")[0]) == 2
+    with pytest.raises(DataError, match=r"has 0 of its 2 .* in split 'val' - .* give --split=train"):
+        heldout("val")
     (data / "val").mkdir()
     with pytest.raises(DataError, match="val has 0 images"):
         heldout()
     write_images(data / "val", CLASSES[:2], each=2)
     assert heldout()[1] == f"{data / 'val'}, split validation (4 images)"
+
+
+def test_a_run_that_held_nothing_out_asks_for_other_images(place):
+    own = {"source": "auto", "path": str(place / "images"), "name": "", "data_dir": "", "heldout_fraction": 0.0}
+    model = trained.Trained({}, {"data": own}, None, place, SIZE)
+    with pytest.raises(DataError, match=r"0 of its 28 images .* - nothing is held out of them - give others as --data"):
+        evaluate.open_images(model, Namespace(data="", split=""))
+
+
+def test_images_with_maps_are_found_by_the_same_rule(tmp_path, capsys):
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for n in range(3):
+            Image.new("L", (8, 8)).save(tmp_path / "data" / kind / f"{n}.png")
+    own = {"source": "auto", "path": str(tmp_path / "data"), "name": "", "data_dir": "", "heldout_fraction": 0.3}
+    write_workdir(tmp_path / "run", {"name": "none"}, data=own)
+    model = trained.open_trained(str(tmp_path / "run"))
+
+    def heldout(path, split, own):
+        options = Namespace(data=str(tmp_path / path) if path else "", split=split)
+        return segments.open_pairs(model, options, own=own)
+
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    with pytest.raises(DataError, match=r"0 of its 3 images in split 'val' - nothing is held out .* leave --split out"):
+        heldout("other", "val", False)
+    keep_fingerprints(tmp_path / "run", heldout=heldout("", "", True))
+    heldout("", "", True)
+    assert not capsys.readouterr().err
+    Image.effect_noise((9, 9), 50).save(tmp_path / "data" / "images" / heldout("", "", True).name(0))
+    heldout("", "", True)
+    assert "not what the run held out: the data have changed since" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -419,9 +456,9 @@ def test_images_to_train_on_are_not_evaluated_on_unasked(tmp_path):
 def test_shards_to_train_on_are_told_by_their_names(tmp_path, name, parts):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    assert evaluate.has_parts(str(tmp_path)) == parts
-    assert evaluate.has_parts(str((tmp_path / name).with_stem("*"))) == parts
-    assert not evaluate.has_parts(str(tmp_path / name))  # this one is asked for by name
+    assert heldout.has_parts(str(tmp_path)) == parts
+    assert heldout.has_parts(str((tmp_path / name).with_stem("*"))) == parts
+    assert not heldout.has_parts(str(tmp_path / name))  # this one is asked for by name
 
 
 def test_a_pretraining_run_gets_its_own_loss_of_as_many_images_as_it_had_and_no_row(

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from sklearn.datasets import load_sample_image
 from tiny_trained import random_weights
 
 from simmim_jax import checkpoint
+from simmim_jax.data.decode import Picture
+from simmim_jax.data.transforms import resize_and_centre_crop
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.rules import flatten
 from simmim_jax.models import make_encoder
@@ -109,13 +112,13 @@ def imported(folder, source, *flags):
     return load(folder / "workdir")
 
 
-def write_workdir(folder, options, objective, size):
-    """A workdir of a model of ours with random weights: (encoder, parameters)."""
+def write_workdir(folder, options, objective, size, **data):
+    """A workdir of a model of ours with random weights: (encoder, parameters). data: what its config says of images."""
     encoder, abstract = abstract_model(options, objective, (size, size), PIXELS)
     params = random_weights(abstract)
     config = {"encoder": {**options, "depths": list(options["depths"])} if "depths" in options else options}
     config |= {"objective": objective, "image_size": [size, size], "mean": list(MEAN), "std": list(STD)}
-    checkpoint.write_params(str(folder / "workdir"), params, config)
+    checkpoint.write_params(str(folder / "workdir"), params, config | ({"data": data} if data else {}))
     return encoder, jax.tree.map(jnp.asarray, params)
 
 
@@ -347,7 +350,7 @@ def test_what_we_export_is_loaded_by_transformers_and_gives_the_same_features(tm
     ids=lambda options: options["name"],
 )
 def test_an_exported_masked_image_model_is_whole(tmp_path, options):
-    write_workdir(tmp_path, options, SIMMIM, 64)
+    write_workdir(tmp_path, options, SIMMIM, 64, crop_fraction=1.0)
     convert.run([str(tmp_path / "workdir"), str(tmp_path / "hf")])
     config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
     kind = getattr(transformers, config.architectures[0])
@@ -358,6 +361,29 @@ def test_an_exported_masked_image_model_is_whole(tmp_path, options):
     images = images_of(64)
     pixels = processor(list(images), return_tensors="pt")["pixel_values"]
     np.testing.assert_allclose(pixels.numpy().transpose(0, 2, 3, 1), normalised(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "crop_fraction", "shift"), [("bilinear", 0.875, 0), ("bicubic", 0.875, 0), ("bilinear", 0.9, 1)]
+)
+def test_the_processor_of_an_exported_folder_makes_the_pixels_of_our_evaluation(
+    tmp_path, interpolation, crop_fraction, shift
+):
+    """Of a photograph of 427 x 640 pixels and the same on its side: to 1 of 255, which the filters' rounding may give;
+    and to the shift that `preprocessor_config_of` tells of, where 3.5 pixels of the shorter side are cut off."""
+    how = {"crop_fraction": crop_fraction, "interpolation": interpolation}
+    write_workdir(tmp_path, {"name": "swin", **OUR_SWIN}, BARE, 64, **how)
+    convert.run([str(tmp_path / "workdir"), str(tmp_path / "hf")])
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    photograph = load_sample_image("china.jpg")
+    for axis, image in enumerate((photograph, photograph.swapaxes(0, 1).copy())):
+        theirs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0].numpy()
+        theirs = ((theirs.transpose(1, 2, 0) * STD + MEAN) * 255).astype(np.float64)
+        ours = resize_and_centre_crop(Picture(image, 3), (64, 64), **how).astype(np.float64)
+        theirs, ours = (np.moveaxis(pixels, axis, 0) for pixels in (theirs, ours))
+        difference = np.abs(theirs[shift:] - ours[: 64 - shift])
+        assert difference.max() <= 1 + 1e-3
+        assert difference.mean() < 0.01
 
 
 def timm_models(timm):

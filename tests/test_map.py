@@ -219,7 +219,8 @@ def test_embeddings_of_a_collapsed_encoder_are_told_and_not_drawn(tmp_path, meth
 def test_classes_without_names_have_their_numbers_and_a_name_of_other_bytes_is_escaped(tmp_path):
     path = tmp_path / "caf\udce9.npz"
     labels = np.array([0, 2, 2, 0, -1, 11], np.int32)
-    write_embeddings(tmp_path / "x.npz", [f"{n}.png" for n in range(6)], np.eye(6, dtype=np.float32), labels)
+    names = [f"{n}\n.png" for n in range(6)]  # of which the sheet makes a line
+    write_embeddings(tmp_path / "x.npz", names, np.eye(6, dtype=np.float32), labels)
     (tmp_path / "x.npz").rename(path)
     tool.run([str(path), str(tmp_path / "x.html"), "--method=pca", "--no-images", "--nearest=2",
               f"--neighbours={tmp_path / 'x.png'}"])  # fmt: skip

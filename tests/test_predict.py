@@ -1,6 +1,8 @@
 """Predictions of single images: a classifier's classes, by name, and a pretraining run's reconstruction."""
 
 import json
+from argparse import Namespace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from tiny_trained import CLASSES, PIXELS, SIMMIM, SIZE, make_images, make_run, p
 from simmim_jax import checkpoint
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.objectives import make_objective
-from simmim_jax.tools import predict
+from simmim_jax.tools import predict, segments
 
 CLASSIFY = {"name": "classify", "num_classes": 3, "block": 0, "pool_norm": True}
 
@@ -43,7 +45,7 @@ def test_the_likeliest_classes_are_named_with_their_probabilities_in_the_order_o
     images, classifier, capsys
 ):
     workdir, probabilities = classifier
-    predict.run([workdir, *paths(images, 4, 0, 8), "--json", "--top=2"])
+    predict.run([workdir, *paths(images, 4), "--json", *paths(images, 0, 8), "--top=2"])
     answers = json.loads(capsys.readouterr().out)
     assert [answer["image"] for answer in answers] == paths(images, 4, 0, 8)
     for n, answer in zip((4, 0, 8), answers, strict=True):
@@ -112,6 +114,38 @@ def test_a_pretraining_run_draws_what_it_makes_of_each_image(images, tmp_path, c
         assert (pasted[~visible] != np.asarray(both[n])[~visible]).any()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_predict_replaces_what_it_has_written_and_no_photograph_or_map_of_somebody_else(
+    tmp_path, monkeypatch, capsys, several
+):
+    monkeypatch.chdir(tmp_path)
+    images = [f"{n}.png" for n in range(1 + several)]
+    for name in images:
+        Image.new("RGB", (9, 8)).save(name)
+    stem = "street_2" if several else "street"
+    predicted = np.arange(72).reshape(8, 9) % 2
+    monkeypatch.setattr(segments, "segment_images", lambda *_: ((n, predicted, 2) for n in range(len(images))))
+
+    def segment():
+        options = Namespace(images=images, out="street.png", top=5, json=False)
+        predict.segment(SimpleNamespace(config={}, channels=3), options)
+
+    for name in (f"{stem}.png", f"{stem}_mask.png"):
+        Image.new("L", (9, 8), 7).save(name)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ConfigError, match=f"a file that predict has not written - {name} - give another --out"):
+            segment()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        (tmp_path / name).unlink()
+    segment()
+    predicted = 1 - predicted
+    segment()
+    np.testing.assert_array_equal(Image.open(f"{stem}_mask.png"), predicted)
+    images[0] = f"{stem}.png"  # written by predict, and an image now
+    with pytest.raises(ConfigError, match=f"one of the images - {stem}.png"):
+        segment()
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -127,6 +161,7 @@ def test_a_pretraining_run_draws_what_it_makes_of_each_image(images, tmp_path, c
         (["run", "x.png", "--out=y.png"], ConfigError, "--out for a classifier"),
         (["alone", "x.png"], CheckpointError, "an encoder alone, without a head"),
         (["pretrained", "x.png", "--out=x.png/y.png"], ConfigError, "cannot write: "),
+        (["pretrained", "x.png", "--out=./x.png"], ConfigError, "one of the images - x.png - give another --out"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(classifier, tmp_path, monkeypatch, arguments, kind, message):

@@ -9,7 +9,7 @@ and is refused where they tell otherwise.
 import json
 import math
 
-from simmim_jax.errors import CheckpointError
+from simmim_jax.errors import CheckpointError, choose
 from simmim_jax.interop.found import (
     Found,
     Shapes,
@@ -465,19 +465,44 @@ def config_of(encoder, objective: dict, image_size: tuple[int, int], channels: i
     return config
 
 
-def preprocessor_config_of(image_size: tuple[int, int], mean: tuple, std: tuple, interpolation: str) -> dict:
-    """preprocessor_config.json: bytes to the numbers that the model was trained on."""
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+
+
+def preprocessor_config_of(
+    image_size: tuple[int, int], mean: tuple, std: tuple, interpolation: str, crop_fraction: int | float = 1.0
+) -> dict:
+    """preprocessor_config.json: of a decoded image the pixels that `resize_and_centre_crop` gives here, normalised.
+
+    But for rounding (1 of 255; nearest may take another pixel), and for a shift by a pixel where what is cut off on a
+    side is 1.5, 3.5, ... pixels: transformers rounds that down, we up. It resizes to cover squares alone: for other
+    sizes, the whole image is squashed (see `squashed`). BitImageProcessor reads all of this in transformers 4 and 5;
+    the ViTImageProcessor of 4 refuses a shortest edge.
+    """
+    height, width = image_size
+    square = height == width
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": len(mean) == 3,
         "do_resize": True,
-        "size": {"height": image_size[0], "width": image_size[1]},
-        "resample": {"bilinear": 2, "bicubic": 3}.get(interpolation, 3),
+        "size": {"shortest_edge": math.floor(height / crop_fraction)} if square else {"height": height, "width": width},
+        "resample": choose("interpolation", interpolation, RESAMPLE),
+        "do_center_crop": square,
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(mean),
         "image_std": list(std),
     }
+
+
+def squashed(image_size: tuple[int, int]) -> tuple[str, ...]:
+    """A note that an exported folder makes other pixels of images than we do, where it does."""
+    height, width = image_size
+    if height == width:
+        return ()
+    told = f"preprocessor_config.json squashes images to {height} x {width}, as transformers crops to squares alone"
+    return (f"{told}; the run resized them to cover that, and cropped",)
 
 
 def model_card(

@@ -9,15 +9,15 @@ import math
 import os
 from pathlib import Path
 
-from simmim_jax.errors import CheckpointError, ConfigError, Parser, choose, nearest_of
-from simmim_jax.tools.options import start
+from simmim_jax.errors import CheckpointError, ConfigError, Parser, choose
+from simmim_jax.tools.options import parse_known, sides, start
 
 EXAMPLES = """\
 examples:
   an official file, to pretrain on from, to fine-tune or to evaluate:
     python -m simmim_jax.tools.convert simmim_pretrain__swin_base__img192_window6__800ep.pth runs/swin_b
   a timm state dict, without its classifier; its image size is nowhere in it:
-    python -m simmim_jax.tools.convert swin_tiny.safetensors runs/swin_t --image_size=224 --allow 'head.*'
+    python -m simmim_jax.tools.convert swin_tiny.safetensors runs/swin_t --image-size=224 --allow 'head.*'
   an encoder of a MAE:
     python -m simmim_jax.tools.convert mae_pretrain_vit_base_full.pth runs/mae --allow 'decoder_*,mask_token'
   a run, to transformers (AutoModel.from_pretrained takes the folder), timm, or a program that needs no code of ours:
@@ -27,11 +27,10 @@ examples:
   its maps of each stage, as a backbone for the detectors and segmenters of transformers:
     python -m simmim_jax.tools.convert runs/mine exported/pyramid --format=backbone
 """
-LARGEST_IMAGE = 16384  # pixels of a side, as in `interop`, which is not imported to read a command line
 FORMATS = ("backbone", "huggingface", "official", "stablehlo", "timm")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="python -m simmim_jax.tools.convert",
@@ -46,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoder.FIELD", metavar="VALUE", dest="_", help="a field that the weights do not tell, or tell wrongly"
     )
-    parser.add_argument("--image_size", metavar="H[,W]", help="in pixels, where the weights do not tell it")
+    parser.add_argument("--image-size", metavar="H[,W]", help="in pixels, where the weights do not tell it")
     parser.add_argument("--mean", metavar="R,G,B", help="of the images it was trained on (default: ImageNet's)")
     parser.add_argument("--std", metavar="R,G,B", help="of the images it was trained on (default: ImageNet's)")
     parser.add_argument(
@@ -59,7 +58,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """The options, and the encoder's fields among them. Raises ConfigError for what is not one, with the nearest."""
-    parser = make_parser()
     fields, rest = {}, []
     arguments = iter(argv)
     for argument in arguments:
@@ -68,25 +66,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
             continue
         name, equals, value = argument.removeprefix("--encoder.").partition("=")
         fields[name] = parse_value(value if equals else next(arguments, ""))
-    options, surplus = parser.parse_known_args(rest)
-    if surplus:
-        flag = surplus[0].split("=")[0]
-        known = ("--format", "--encoder.FIELD", "--image_size", "--mean", "--std", "--allow", "--overwrite")
-        fix = nearest_of(flag, known) if flag.startswith("-") else "give FROM and TO, and no third"
-        raise ConfigError(f"unknown argument {surplus[0]!r}", "command line", fix)
+    options = parse_known(make_parser(), rest)
     options.source, options.target = map(os.path.expanduser, (options.source, options.target))
     if options.format:
         choose("format", options.format, set(FORMATS))
-    options.image_size = numbers("image_size", options.image_size, int, counts=(1, 2))
-    if options.image_size and max(options.image_size) > LARGEST_IMAGE:
-        size = ",".join(map(str, options.image_size))
-        raise ConfigError(f"--image_size={size}", "command line", f"give numbers up to {LARGEST_IMAGE}")
-    if options.image_size and len(options.image_size) == 1:
-        options.image_size *= 2
-    options.mean, options.std = (
-        numbers("mean", options.mean, float, above=-math.inf),
-        numbers("std", options.std, float),
-    )
+    options.image_size = sides(options.image_size)
+    options.mean, options.std = numbers("mean", options.mean, above=-math.inf), numbers("std", options.std, above=0)
     options.allow = [pattern for given in options.allow for pattern in given.split(",") if pattern]
     return options, fields
 
@@ -100,19 +85,17 @@ def parse_value(text: str):
     return tuple(value) if isinstance(value, list) else value
 
 
-def numbers(name: str, text: str | None, kind: type, *, above: float = 0, counts: tuple[int, ...] = ()) -> tuple | None:
-    """The comma-separated numbers of an option, each larger than `above`.
-
-    Raises ConfigError if they are none, or not as many as they should.
-    """
+def numbers(name: str, text: str | None, *, above: int | float) -> tuple[float, ...] | None:
+    """The comma-separated numbers of an option, each larger than `above`. Raises ConfigError if they are none."""
     if text is None:
         return None
     try:
-        values = tuple(kind(part) for part in text.strip("()").split(",") if part.strip())
+        values = tuple(float(part) for part in text.strip("()").split(",") if part.strip())
     except ValueError:
         values = ()
-    if not values or (counts and len(values) not in counts) or not all(above < value < math.inf for value in values):
-        raise ConfigError(f"--{name}={text}", "command line", "give numbers above 0 with commas between, like 224,224")
+    if not values or not all(above < value < math.inf for value in values):
+        bound = "numbers" if above < 0 else f"numbers above {above}"
+        raise ConfigError(f"--{name}={text}", "command line", f"give {bound} with commas between, like 0.5,0.5,0.5")
     return values
 
 
@@ -145,7 +128,7 @@ def convert(options: argparse.Namespace, fields: dict) -> None:
     """Import or export, by options that have been read."""
     is_export = is_ours(Path(options.source))
     if is_export:
-        given = [f"--{name}" for name in ("image_size", "mean", "std") if getattr(options, name)]
+        given = [f"--{name.replace('_', '-')}" for name in ("image_size", "mean", "std") if getattr(options, name)]
         given += [f"--encoder.{name}" for name in fields]
         if given:
             raise ConfigError(

@@ -11,10 +11,10 @@ numbers are, and in what shape they are.
 
 With --pool=map an embedding is the map of tokens [k, l, d], row by row from the top left, flat in Parquet and
 [n, k, l, d] in NPZ: what a multimodal model takes as its image features, k * l tokens of width d. Images are resized to
-cover, centre-cropped to the image size, and normalised as (pixel / 255 - mean) / std, all of which the metadata say.
-Tokens are those of a block as it leaves them; of block 0, those after the encoder's final norm, where it has one.
---normalise divides each embedding, of a map each token, by its Euclidean length. Numbers are computed in float32
-outside of the encoder, and float16 rounds them in the end.
+cover the image size / crop fraction, centre-cropped to the image size, and normalised as (pixel / 255 - mean) / std,
+all of which the metadata say. Tokens are those of a block as it leaves them; of block 0, those after the encoder's
+final norm, where it has one. --normalise divides each embedding, of a map each token, by its Euclidean length. Numbers
+are computed in float32 outside of the encoder, and float16 rounds them in the end.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from simmim_jax.errors import (
     choose,
 )
 from simmim_jax.tools.files import printable
-from simmim_jax.tools.options import parse_known, sides, start
+from simmim_jax.tools.options import check_fraction, parse_known, part_told, sides, start
 
 EXAMPLES = """\
 examples:
@@ -74,6 +74,9 @@ def make_parser() -> Parser:
     add("--block", type=int, metavar="N", help="1 to depth; 0: the encoder's output (default: the run's probe_block)")
     add("--pool", default="patches", help=f"{', '.join(POOLS)} (default: patches, their mean)")
     add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
+    add("--crop-fraction", type=float, metavar="R",
+        help="of the resized side that is kept (default: the run's; imports: 0.875, up to 32 pixels 1)")  # fmt: skip
+    add("--interpolation", default="", help="bilinear, bicubic, ... (default: the run's; imports: bicubic)")
     add("--batch-size", type=int, default=64, metavar="N", help="default: 64")
     add("--threads", type=int, metavar="N", help="that decode a batch each (default: as many as cores, up to 16)")
     add("--split", default="", metavar="NAME",
@@ -81,7 +84,8 @@ def make_parser() -> Parser:
     add("--limit", type=int, default=0, metavar="N", help="so many images, evenly spread; 0: all")
     add("--normalise", action="store_true", help="to Euclidean length 1, as for cosine similarity")
     add("--dtype", default="float32", help="float32 or float16")
-    add("--max-bad-fraction", type=float, default=0.01, metavar="R", help="of unreadable images (default: 0.01)")
+    add("--max-bad-fraction", type=float, default=0.01, metavar="R",
+        help="of images that may be unreadable, rounded up (default: 0.01)")  # fmt: skip
     add("--overwrite", action="store_true", help="in place of an OUT that embed has written of something else")
     return parser
 
@@ -106,8 +110,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check_minimum("--limit", options.limit, 0)
     if options.block is not None:
         check_minimum("--block", options.block, 0)
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise ConfigError(f"max-bad-fraction is {options.max_bad_fraction}", "--max-bad-fraction", "give one of 0 to 1")
+    if options.crop_fraction is not None:
+        check_fraction("--crop-fraction", options.crop_fraction, of_crop=True)
+    check_fraction("--max-bad-fraction", options.max_bad_fraction)
     return options
 
 
@@ -151,6 +156,7 @@ class View:
 def embed(options: argparse.Namespace) -> None:
     """Write OUT, from where an earlier command stopped."""
     from simmim_jax import checkpoint, compilation, data, sharding, trained  # JAX: help and mistakes are told without
+    from simmim_jax.data.transforms import INTERPOLATIONS
     from simmim_jax.objectives.features import check_readable
     from simmim_jax.tools import embeddings
 
@@ -158,12 +164,17 @@ def embed(options: argparse.Namespace) -> None:
     model = trained.open_trained(options.run, options.image_size)
     if options.block is None:
         options.block = model.config.get("probe_block", 0)
+    if options.crop_fraction is None:
+        options.crop_fraction = model.crop_fraction
+    options.interpolation = options.interpolation or model.interpolation
+    choose("interpolation", options.interpolation, INTERPOLATIONS)
     pooling = "patches" if options.pool == "map" else options.pool
     check_readable(model.encoder, options.block, pooling, "--block and --pool")
     own = model.config.get("data", {})
     split = options.split or ("train" if options.data else own.get("split", "train"))
     where = trained.source_options(model, options.data, heldout_fraction=0.0, as_divided=False) | {"split": split}
-    source = data.make_source(**where)
+    with part_told():
+        source = data.make_source(**where)
     trained.refuse_label_maps(source)
     count = min(options.limit or len(source), len(source))
     made_from = origin(model, options, source)
@@ -206,8 +217,8 @@ def origin(model, options: argparse.Namespace, source) -> dict:
         "mean": list(model.config["mean"]),
         "std": list(model.config["std"]),
         "image_size": list(model.image_size),
-        "crop_fraction": model.crop_fraction,
-        "interpolation": model.interpolation,
+        "crop_fraction": options.crop_fraction,
+        "interpolation": options.interpolation,
         "block": options.block,
         "pool": options.pool,
         "normalise": options.normalise,
@@ -232,7 +243,11 @@ def compute(model, options: argparse.Namespace, view: View, mesh) -> Iterator[tu
 
     run_batch = run_everywhere(make_embedding(model, options), mesh)
     params = jax.device_put(model.params["encoder"], sharding.replicated(mesh))
-    for batch in trained.make_pass(model, view, mesh, batch_size=options.batch_size, threads=options.threads):
+    batches = trained.make_pass(
+        model, view, mesh, batch_size=options.batch_size, crop_fraction=options.crop_fraction,
+        interpolation=options.interpolation, threads=options.threads,
+    )  # fmt: skip
+    for batch in batches:
         out = run_batch(params, batch)
         here = slice(0, max(0, len(view) - int(out["position"][0])))  # without what fills up the last batch
         yield tuple(out[name][here] for name in ("position", "valid", "label", "embedding"))
@@ -359,6 +374,7 @@ def description(
     from simmim_jax.tools import embeddings
 
     height, width = model.image_size
+    cover = [math.floor(side / options.crop_fraction) for side in model.image_size]
     block = f"block {options.block}" if options.block else "the encoder's output"
     pooled = {
         "patches": f"the mean of the patches of {block}",
@@ -373,13 +389,18 @@ def description(
         "encoder": model.config["encoder"]["name"],
         "objective": (model.config.get("objective") or {"name": "none"})["name"],
         "what": pooled[options.pool] + (", of Euclidean length 1" * options.normalise),
-        "images": f"resized to cover, centre-cropped to {height} x {width} pixels, (pixel / 255 - mean) / std",
+        "images": (
+            f"resized ({options.interpolation}) to cover {cover[0]} x {cover[1]} pixels, centre-cropped to {height} x "
+            f"{width}, (pixel / 255 - mean) / std"
+        ),
         "shape": list(shape),
         "dtype": options.dtype,
         "block": options.block,
         "pool": options.pool,
         "normalised": options.normalise,
         "image_size": list(model.image_size),
+        "crop_fraction": options.crop_fraction,
+        "interpolation": options.interpolation,
         "mean": list(model.config["mean"]),
         "std": list(model.config["std"]),
         "data": source.describe(),

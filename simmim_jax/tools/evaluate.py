@@ -12,11 +12,10 @@ import argparse
 import csv
 import datetime
 import fcntl
-import glob
 import importlib.metadata
 import io
+import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -33,7 +32,7 @@ from simmim_jax.errors import (
     check_minimum,
 )
 from simmim_jax.tools.files import printable, write_whole
-from simmim_jax.tools.options import parse_known, sides, start
+from simmim_jax.tools.options import check_fraction, parse_known, sides, start
 
 EXAMPLES = """\
 examples:
@@ -51,7 +50,6 @@ examples:
 TIMMS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 OURS = ("images", "run", "step", "data", "date", "version")
 COLUMNS = TIMMS + OURS
-TFDS_PARTS = ("validation", "test")  # of a TFDS data set, to evaluate on
 PATIENCE = 30  # seconds between two lines of progress
 SEE = "see summary.json in its workdir, or give a run of classify or simmim"
 HEADLESS = "fine-tune or probe it first (configs/folder_finetune.py, configs/folder_linear.py)"
@@ -79,7 +77,8 @@ def make_parser() -> Parser:
     add("--threads", type=int, metavar="N", help="that decode a batch each (default: as many as cores, up to 16)")
     add("--limit", type=int, metavar="N",
         help="so many images, evenly spread; 0: all (default: all; own ones of simmim: as in the run)")  # fmt: skip
-    add("--max-bad-fraction", type=float, default=0.01, metavar="R", help="of unreadable images (default: 0.01)")
+    add("--max-bad-fraction", type=float, default=0.01, metavar="R",
+        help="of images that may be unreadable, rounded up (default: 0.01)")  # fmt: skip
     add("--results", default="results.csv", metavar="FILE", help="to add a row to (default: results.csv; '': none)")
     add("--out", default="", metavar="FOLDER", help="for confusion.csv and .png, classes.csv, mistakes.png")
     add("--mistakes", type=int, default=24, metavar="N", help="images on mistakes.png (default: 24; 0: no such file)")
@@ -98,10 +97,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check_minimum("--threads", options.threads or 0, 0)
     check_minimum("--limit", options.limit or 0, 0)
     check_minimum("--mistakes", options.mistakes, 0)
-    if options.crop_fraction is not None and not 0 < options.crop_fraction <= 1:
-        raise ConfigError(f"--crop-fraction={options.crop_fraction:g}", "command line", "give one above 0, up to 1")
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise ConfigError(f"--max-bad-fraction={options.max_bad_fraction:g}", "command line", "give one of 0 to 1")
+    if options.crop_fraction is not None:
+        check_fraction("--crop-fraction", options.crop_fraction, of_crop=True)
+    check_fraction("--max-bad-fraction", options.max_bad_fraction)
     return options
 
 
@@ -137,7 +135,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise CheckpointError(f"a run of {name}, which is evaluated as it trains", str(model.folder), SEE)
     if options.results and name == "classify":
         check_results(Path(options.results))
-    source, told = open_heldout(model, options)
+    source, told = open_images(model, options)
     if name == "classify":
         check_classes(model, source, compare_names=bool(options.data))
     if options.out:
@@ -187,61 +185,16 @@ def size_of(model) -> str:
     return f"{height}" if height == width else f"{height}x{width}"
 
 
-def open_heldout(model, options: argparse.Namespace) -> tuple:
-    """(the images to evaluate on, what they are).
+def open_images(model, options: argparse.Namespace) -> tuple:
+    """(the images to evaluate on, what they are); see `heldout.open_heldout`."""
+    from simmim_jax import trained
+    from simmim_jax.tools import heldout
 
-    Of the run's data the held-out part, of others the part that `options` says; where it says none, the part for
-    evaluation, and of a folder or file without parts, all. Warns of images that the run may have been trained on.
-    Raises DataError where there is a part, and it cannot be read, and where there are images to train on alone.
-    """
-    from simmim_jax import checkpoint, trained
-    from simmim_jax.data.sources.tfds import prepared_directory
-
-    path, own = options.data, model.config.get("data", {})
+    path, own = options.data, not options.data or trained.is_own(model, options.data)
     make = partial(trained.open_source, model, path, heldout_fraction=0.0)
-    of_run = not path or trained.is_own(model, path)
-    if options.split or of_run:
-        source = make(options.split or own.get("heldout_split", "validation"))
-        kept, found = checkpoint.read_fingerprints(model.folder).get("heldout"), source.fingerprint()
-        if of_run and kept and kept != found and kept.get("split") == found.get("split"):
-            print(f"warning: {source.describe()}: not what the run held out: the data have changed since, or are "
-                  "others, and it may have been trained on some of these", file=sys.stderr)  # fmt: skip
-        return source, source.describe()
-    first, second = "validation", "train"
-    if path.startswith("tfds:") or prepared_directory(path):
-        first, second = TFDS_PARTS
-    try:
-        source = make(first)
-        return source, source.describe()
-    except DataError as error:
-        absent = error.what.endswith(f"has no split {first!r}")  # of TFDS
-        if not absent and not error.where.startswith("data.heldout_fraction"):  # of others: nothing is held out
-            raise
-        if not absent and has_parts(path):
-            raise DataError("images to train on, and none to evaluate on", path, trained.ALL_THE_SAME) from error
-    source = make(second)
-    if seen := trained.seen_in_training(model, source):
-        print(f"warning: {seen}", file=sys.stderr)
-    return source, source.describe().replace("split train", "all")
-
-
-def has_parts(path: str) -> bool:
-    """Whether there is a part to train on, or an empty one to evaluate on, by the rules of `data.sources.splits`."""
-    from simmim_jax.data.sources import KINDS
-    from simmim_jax.data.sources.folder import split_folders
-    from simmim_jax.data.sources.splits import EVALUATION, existing_part
-
-    if "{split}" in path or {"train", *EVALUATION} & split_folders(path).keys():
-        return True
-    names = []
-    if not os.path.exists(path):  # wildcards
-        root, pattern = existing_part(path)
-        names = [pattern, *glob.glob(pattern, root_dir=root, recursive=True)]
-    for folder in (path, os.path.join(path, "data")):
-        names += os.listdir(folder) if os.path.isdir(folder) else []
-    shards = tuple(extension for extensions in KINDS for extension in extensions)
-    return any("train" in re.split(r"[^a-z0-9]+", name.lower()) for name in names
-               if name.lower().endswith(shards))  # fmt: skip
+    source = heldout.open_heldout(model, options, make, lambda source: heldout.has_parts(path), own=own)
+    told = source.describe()
+    return source, told if own or options.split else told.replace("split train", "all")
 
 
 def check_classes(model, source, *, compare_names: bool) -> None:
@@ -329,8 +282,8 @@ def evaluate_classifier(model, objective, source, told: str, heldout, mesh, opti
 
 
 def refuse_many(left_out: int, count: int, why: str, source, options: argparse.Namespace) -> None:
-    """Raise DataError if more images than `options` allow are left out."""
-    if left_out > options.max_bad_fraction * count:
+    """Raise DataError if more images than `options` allow, rounded up as in a run, are left out."""
+    if left_out > math.ceil(options.max_bad_fraction * count):
         fix = "mend them, or set --max-bad-fraction higher"
         raise DataError(f"{left_out} of {count} images {why}", source.describe(), fix)
 

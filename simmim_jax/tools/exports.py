@@ -6,6 +6,8 @@ options, in each function: those that `convert.parse` gives.
 import argparse
 import dataclasses
 import json
+import os
+import re
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from simmim_jax.tools.weights import print_names
 from simmim_jax.trained import Trained, open_trained
 
 FOLDERS = ("backbone", "huggingface")  # of transformers
+STABLEHLO = (".stablehlo", ".jax_exported")
 ENCODERS_ALONE = ("backbone", "stablehlo")
 READ_IT_WITH = {
     "backbone": "transformers.CLASS.from_pretrained(FILE)(pixel_values).feature_maps",
@@ -44,6 +47,7 @@ def export_run(options: argparse.Namespace) -> None:
         if reason := chosen.refusal(run.encoder, objective, run.image_size):
             raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
         objective, notes = chosen.exported_objective(run.encoder, objective), chosen.export_notes(run.encoder)
+        notes += huggingface.squashed(run.image_size) if format in FOLDERS else ()
     left_out = sorted(run.params.keys() - {"encoder"}) if objective["name"] == "none" else []
     no_place = [] if allowed else left_out  # a model without one of its heads is a bare encoder
     run = run._replace(params={name: part for name, part in run.params.items() if name not in left_out})
@@ -53,7 +57,8 @@ def export_run(options: argparse.Namespace) -> None:
             program = stablehlo.serialise(run.encoder, run.params["encoder"], image_size=run.image_size, **run.pixels)
             partial.write_bytes(program)
         elif format in FOLDERS:
-            write_folder(partial, run, objective, format, no_place=no_place, allowed=left_out if allowed else [])
+            allowed_out = left_out if allowed else []
+            write_folder(partial, run, objective, format, no_place=no_place, allowed=allowed_out, notes=notes)
         else:
             write_state_dict(partial, run, objective, format)
 
@@ -85,11 +90,10 @@ def write_state_dict(path: Path, run: Trained, objective: dict, format: str) -> 
 
 
 def write_folder(
-    path: Path, run: Trained, objective: dict, format: str, *, no_place: list[str], allowed: list[str]
-) -> None:
+    path: Path, run: Trained, objective: dict, format: str, *, no_place: list[str], allowed: list[str],
+    notes: tuple[str, ...],
+) -> None:  # fmt: skip
     """A folder of transformers, with a card of what the run's own files say."""
-    interpolation = run.config.get("data", {}).get("interpolation", "")
-    pixels = run.pixels
     if format == "backbone":
         config = backbone.config_of(run.encoder, run.image_size, run.channels)
     else:
@@ -97,7 +101,7 @@ def write_folder(
     files = {
         "config.json": config,
         "preprocessor_config.json": huggingface.preprocessor_config_of(
-            run.image_size, pixels["mean"], pixels["std"], interpolation
+            run.image_size, **run.pixels, interpolation=run.interpolation, crop_fraction=run.crop_fraction
         ),
     }
     card = huggingface.model_card(
@@ -108,7 +112,7 @@ def write_folder(
         summary=read_json(run.folder.parent.parent / "summary.json"),
         no_place=no_place,
         allowed=allowed,
-        notes=interop.EXPORTS[format].export_notes(run.encoder),
+        notes=notes,
     )
     path.mkdir()
     for name, content in files.items():
@@ -126,11 +130,16 @@ def arrays_of(run: Trained, objective: dict, format: str) -> dict:
 
 
 def inferred_format(target: str) -> str:
-    """The format that TO is plainly of. Raises ConfigError if it is not plain."""
+    """The format that TO is plainly of. Raises ConfigError if it is not plain, or TO is a file of none."""
     suffix = Path(target).suffix
+    if suffix in STABLEHLO:
+        return "stablehlo"
     if suffix == ".safetensors":
         raise ConfigError("a state dict under whose names?", target, "give --format=official or --format=timm")
-    return {".stablehlo": "stablehlo", ".jax_exported": "stablehlo"}.get(suffix, "huggingface")
+    if re.fullmatch(r"\.[A-Za-z]\w*", suffix) and not os.path.isdir(target):
+        fix = "give FILE.safetensors (of official and timm), FILE.stablehlo, or --format=huggingface for such a folder"
+        raise ConfigError(f"no format has files that end in {suffix}", target, fix)
+    return "huggingface"
 
 
 def exported_objective(run: Trained, allow: list[str], where: str, format: str) -> tuple[dict, list[str]]:

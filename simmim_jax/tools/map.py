@@ -359,7 +359,7 @@ def draw_neighbours(
     pen = ImageDraw.Draw(sheet)
 
     def write(x: int, y: int, text: str) -> None:
-        text = text.encode("latin-1", "replace").decode("latin-1")  # what the font surely has
+        text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")  # a line that the font surely has
         while text and pen.textlength(text, font=font) > width - 4:
             text = "." + text.lstrip(".")[1:]  # a name's end says more
         pen.text((x, y), text, fill="black", font=font)

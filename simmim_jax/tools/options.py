@@ -1,12 +1,15 @@
 """Command lines of tools: what they share in reading and obeying them."""
 
 import argparse
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from simmim_jax.errors import ConfigError, Parser, nearest_of, told_in_one_line
+from simmim_jax.errors import ConfigError, DataError, Parser, nearest_of, told_in_one_line
+
+WHOLE = "leave --split out, or give --split=train"  # of images without parts, both are all of them
 
 
 def start(run: Callable[[list[str]], None]) -> None:
@@ -19,9 +22,12 @@ def start(run: Callable[[list[str]], None]) -> None:
 
 
 def parse_known(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """What `parser` makes of `argv`, with - and _ alike in flags. Raises ConfigError with the nearest flag."""
+    """What `parser` makes of `argv`, with - and _ alike in flags, which may stand between all else.
+
+    Raises ConfigError with the nearest flag.
+    """
     hyphened = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), argument) for argument in argv]
-    options, surplus = parser.parse_known_args(hyphened)
+    options, surplus = parser.parse_known_intermixed_args(hyphened)
     if surplus:
         known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         flag = surplus[0].split("=")[0]
@@ -38,6 +44,24 @@ def sides(text: str | None) -> tuple[int, int] | None:
     if len(numbers) > 2 or not all(number.strip().isdecimal() and 0 < int(number) <= 16384 for number in numbers):
         raise ConfigError(f"--image-size={text}", "command line", "give height,width in pixels, like 224,224")
     return int(numbers[0]), int(numbers[-1])
+
+
+def check_fraction(flag: str, value: int | float, *, of_crop: bool = False) -> None:
+    """Raise ConfigError unless it is one of 0 to 1; `of_crop`: and not 0."""
+    if not 0 <= value <= 1 or (of_crop and not value):
+        fix = "give one above 0, up to 1" if of_crop else "give one of 0 to 1"
+        raise ConfigError(f"{flag}={value:g}", "command line", fix)
+
+
+@contextlib.contextmanager
+def part_told(fix: str = WHOLE) -> Iterator[None]:
+    """What opens a part of images inside: if it is empty, that is told with `fix`, not with a field of a config."""
+    try:
+        yield
+    except DataError as error:
+        if not error.where.startswith("data.heldout_fraction"):
+            raise
+        raise DataError(error.what, "nothing is held out of them", fix) from error
 
 
 def check_seed(seed: int) -> None:

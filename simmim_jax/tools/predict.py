@@ -35,6 +35,7 @@ examples:
     python -m simmim_jax.tools.predict runs/pretrained cat.jpg --out=cat_reconstructed.png
 """
 BATCH = 64  # images at a time, of many
+MARK = ("Software", "simmim_jax.tools.predict")  # in each picture that is written here
 NEXT = "fine-tune or probe it (configs/*_finetune.py, configs/*_linear.py), or give --out=FILE.png for what it rebuilds"
 
 
@@ -57,7 +58,8 @@ def make_parser() -> Parser:
         "--out",
         default="",
         metavar="FILE.png",
-        help="of pretraining and segmentation: the picture to write; of several images of the latter FILE_1.png, ...",
+        help="of pretraining and segmentation: the picture to write; of several images of the latter FILE_1.png, ..., "
+        "and for each FILE_mask.png; of what is there, only what predict has written is replaced, and no IMAGE",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the masks of a reconstruction (default: 0)")
     return parser
@@ -156,6 +158,7 @@ def reconstruct(model, options: argparse.Namespace) -> None:
     from simmim_jax.evals.reconstruction import draw
 
     rows, lines = [], []
+    refuse_replacing([Path(options.out)], options.images)
     make_folder_of(options.out)
     for position, out in outputs(model, options):
         rows.append((out["image"], out["mask"], out["prediction"]))
@@ -181,6 +184,8 @@ def segment(model, options: argparse.Namespace) -> None:
 
     names = model.config.get("classes") or ()
     answers = []
+    targets = files_of(options)
+    refuse_replacing([path for pair in targets for path in pair], options.images)
     make_folder_of(options.out)
     for position, prediction, num_classes in segments.segment_images(model, Files(options.images)):
         image, shares = options.images[position], np.bincount(prediction.ravel()) / prediction.size
@@ -190,11 +195,8 @@ def segment(model, options: argparse.Namespace) -> None:
             for n in np.argsort(-shares, kind="stable")[: options.top].tolist() if shares[n]
         ]  # fmt: skip
         answers.append({"image": image, "classes": ranked})
-        written = []
-        if options.out:
-            path = Path(options.out)
-            path = path.with_stem(f"{path.stem}_{position + 1}") if len(options.images) > 1 else path
-            written = [path, path.with_stem(f"{path.stem}_mask")]
+        written = targets[position] if targets else ()
+        if written:
             pixels = decode(Path(image).read_bytes(), model.channels)
             write_picture(written[0], segments.overlay(pixels, prediction, num_classes))
             write_picture(written[1], prediction.astype(np.uint8 if num_classes <= 256 else np.uint16))
@@ -208,6 +210,28 @@ def segment(model, options: argparse.Namespace) -> None:
     refuse_unread(options, len(answers))
 
 
+def files_of(options: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """(the picture, the mask) to write of each image, of a segmentation run; nothing without --out."""
+    path, several = Path(options.out), len(options.images) > 1
+    paths = [path.with_stem(f"{path.stem}_{n + 1}") if several else path for n in range(len(options.images))]
+    return [(path, path.with_stem(f"{path.stem}_mask")) for path in paths] if options.out else []
+
+
+def refuse_replacing(paths: list[Path], images: list[str]) -> None:
+    """Raise ConfigError if one of these files is there, and is one of the images, or was not written by predict."""
+    mark = b"tEXt" + "\0".join(MARK).encode()
+    for path in paths:
+        with told_unwritten(str(path)):
+            if not path.exists():
+                continue
+            is_image = any(path.samefile(image) for image in images)
+            with open(path, "rb") as file:
+                written_here = mark in file.read(1000)
+        if is_image or not written_here:
+            what = "one of the images" if is_image else "there is a file that predict has not written"
+            raise ConfigError(what, str(path), "give another --out, or move it away")
+
+
 def make_folder_of(out: str) -> None:
     with told_unwritten(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -216,9 +240,12 @@ def make_folder_of(out: str) -> None:
 def write_picture(path: Path, pixels) -> None:
     """A PNG of uint8 [h, w, 3], or of uint8 or uint16 [h, w]."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
+    about = PngInfo()
+    about.add_text(*MARK)
     with told_unwritten(str(path)):
-        write_whole(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG"))
+        write_whole(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ own evaluation does it. Shape letters: h w pixels of an image, c channels.
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,12 @@ from jaxtyping import Int, UInt8
 
 from simmim_jax import data, sharding, train, trained
 from simmim_jax.data.label_maps import TRAINING
-from simmim_jax.data.sources.tfds import prepared_directory
-from simmim_jax.errors import ConfigError, DataError
+from simmim_jax.errors import ConfigError
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import run_everywhere
 from simmim_jax.evals.reconstruction import to_rgb
 from simmim_jax.evals.segmentation import painted, segment_all
+from simmim_jax.tools.heldout import open_heldout
 from simmim_jax.trained import Trained
 
 ROWS = 256  # of an image that are painted at a time
@@ -112,26 +111,11 @@ def supplies_of(
 
 
 def open_pairs(model: Trained, options: argparse.Namespace, *, own: bool):
-    """The images with maps to evaluate on.
+    """The images with maps to evaluate on; see `heldout.open_heldout`."""
 
-    Of the run's own the held-out part; of others the part for evaluation, or all of a folder that has no parts. Warns
-    of images that the run may have been trained on. Raises DataError where there are images to train on alone.
-    """
-    path = options.data
-    make = partial(data.make_mapped_source, **trained.source_options(model, path, 0.0))
-    if own or options.split:
-        return make(split=options.split or model.config["data"].get("heldout_split", "validation"))
-    prepared = path.startswith("tfds:") or prepared_directory(path)
-    try:
-        return make(split="validation")
-    except DataError as error:
-        absent = error.what.endswith("has no split 'validation'") if prepared else "heldout_fraction" in error.where
-        if not absent:
-            raise
-    source = make(split="test" if prepared else "train")
-    below = "" if prepared else os.path.relpath(source.map_root, os.path.abspath(os.path.expanduser(path)))
-    if {name.casefold() for name in below.split(os.sep)} & set(TRAINING):
-        raise DataError("images to train on, and none to evaluate on", path, trained.ALL_THE_SAME)
-    if seen := trained.seen_in_training(model, source):
-        print(f"warning: {seen}", file=sys.stderr)
-    return source
+    def to_train_on(source) -> bool:
+        below = os.path.relpath(source.map_root, os.path.abspath(os.path.expanduser(options.data)))
+        return bool({name.casefold() for name in below.split(os.sep)} & set(TRAINING))
+
+    make = partial(data.make_mapped_source, **trained.source_options(model, options.data, 0.0))
+    return open_heldout(model, options, make, to_train_on, own=own)
