@@ -22,14 +22,15 @@ from tiny import tiny_encoder
 from simmim_jax import checkpoint
 from simmim_jax.data import make_source, share_images
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
-from simmim_jax.evals import feature_cache
+from simmim_jax.evals import feature_cache, probes
 from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
 from simmim_jax.tools import probe, probing
 from simmim_jax.trained import Trained
 
 PROBE = ("-m", "simmim_jax.tools.probe")
 QUICK = ("--data=digits", "--limit=160", "--epochs=2", "--seeds=2", "--shots=1,50", "--fractions=0.2",
-         "--neighbours=5,10", "--learning-rates=0.1,0.3", "--weight-decays=0")  # fmt: skip
+         "--neighbours=5,10", "--learning-rates=0.1,0.3", "--weight-decays=0", "--regularisations=0.1,0.01",
+         "--inverse-regularisations=0.1,1")  # fmt: skip
 
 
 def tool(*arguments):
@@ -100,6 +101,12 @@ def test_every_method_block_and_pooling_has_a_row_and_validation_images_choose(
             (chosen,) = [row for row in same if row["chosen"]]
             assert chosen["validation_top1"] == max(row["validation_top1"] for row in same)
             assert {(row["block"], row["pool"]) for row in same if row["paper"]} == {(1, "patches")}
+    assert said["edges"]  # of two settings either is an end
+    assert {row["images"] for row in said["rows"] if row["edge"]} == {"all"}
+    assert {line.split(",")[0] for line in said["edges"]} == set(rows_of) & {"linear", "logistic", "ridge"}
+    assert "".join(f"{line}\n" for line in said["edges"]) in out
+    assert (said["crop_fraction"], said["interpolation"]) == (1.0, "bicubic")
+    assert "16 pixels, crop 1, bicubic" in out
     drawn = [row for row in said["rows"] if row["images"] == "1 per class"]
     assert all(row["top1_least"] <= row["top1"] <= row["top1_greatest"] and row["train_images"] == 10 for row in drawn)
     assert "paper: block 1 of 2, mean of patch tokens" in out
@@ -126,7 +133,9 @@ def test_features_are_read_again_where_nothing_changed_and_made_anew_where_somet
         return "features: train" in out
 
     assert extracted(workdir, "--blocks=2")
-    assert not extracted(workdir, "--blocks=2", "--seed=1")
+    assert not extracted(workdir, "--blocks=2", "--seed=1", "--interpolation=bicubic")  # the run's
+    assert extracted(workdir, "--blocks=2", "--interpolation=nearest")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["interpolation"] == "nearest"
     assert extracted(workdir)  # the other blocks, of which none is there
     assert extracted(write_workdir(tmp_path / "other", seed=1), "--blocks=1")
     assert not extracted(workdir, "--blocks=1,0", "--only=knn")
@@ -154,10 +163,10 @@ def test_an_extraction_that_was_killed_goes_on_and_no_half_of_one_is_taken_for_a
     monkeypatch.setattr(feature_cache, "FLUSH", 0.0)
     said = []
     whole, extract = images_of(43)
-    for stop_at in (3, 5):
+    for stop_at, blocks in ((3, [1, 2]), (5, [2, 1])):
         cut, _ = images_of(43, stop_at=stop_at)
         with pytest.raises(KeyboardInterrupt):
-            open_cache(tmp_path, {"a": 1}, {"train": whole, "test": cut}, extract, [1, 2], say=said.append)
+            open_cache(tmp_path, {"a": 1}, {"train": whole, "test": cut}, extract, blocks, say=said.append)
         assert not list(tmp_path.glob("*/meta.json"))
     assert "features: test goes on at image 24 of 43" in said
     cache = open_cache(tmp_path, {"a": 1}, {"train": whole, "test": whole}, extract, [1, 2], say=said.append)
@@ -267,9 +276,10 @@ def test_a_few_shot_fraction_is_drawn_of_all_training_images_from_those_that_do_
     labels = np.repeat(np.arange(2), 100)
     options = probe.parse(["RUN", "OUT", "--fractions=0.5", "--shots="])
     fit = np.setdiff1d(np.arange(200), np.arange(0, 200, 10))
-    ((name, draw),) = probing.plans_of(labels, fit, options)
+    ((name, drawn),) = probing.plans_of(labels, fit, options)
     assert name == "50 %"
-    assert np.bincount(labels[fit[draw(0)]]).tolist() == [50, 50]
+    assert np.bincount(labels[fit[drawn[0]]]).tolist() == [50, 50]
+    assert len({tuple(indices) for indices in drawn}) == options.seeds == 5
 
 
 def test_features_are_extracted_where_a_system_cannot_take_room_on_the_disk_beforehand(tmp_path, monkeypatch):
@@ -346,6 +356,8 @@ def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(
     [
         (("a",), "the following arguments are required: OUT - command line"),
         (("a", "b", "c"), "unknown argument 'c' - command line"),
+        (("a", "b", "--crop-fraction=1.5"), "--crop-fraction=1.5 - command line - give one above 0, up to 1"),
+        (("a", "b", "--regularisations=0"), "regularisations is 0.0 - --regularisations - give a number above 0"),
         (("a", "b", "--max-bad-fraction=2"), "--max-bad-fraction=2 - command line - give one of 0 to 1"),
         (("a", "b", "--blcks=1"), "unknown argument '--blcks=1' - command line - did you mean --blocks"),
         (("a", "b", "--pool=token"), "unknown pool 'token'"),
@@ -386,6 +398,7 @@ def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
     assert "no checkpoint" in told(tmp_path, out, kind=CheckpointError)
     assert "the run says of none" in told(workdir, out, kind=DataError)
     assert "block 3 of an encoder of 2 blocks - --blocks" in told(workdir, out, "--data=digits", "--blocks=3")
+    assert "'cubic'" in told(workdir, out, "--data=digits", "--interpolation=cubic")
     same = ("--data=digits", "--train-split=test")
     assert "split 'test' to fit to and to report on" in told(workdir, out, *same)
     renamed = ("--data=digits", "--train-split=val")
@@ -404,13 +417,82 @@ def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
 
 def test_a_class_without_images_in_one_part_is_told_and_probed_without(tmp_path, workdir, capsys, monkeypatch):
     monkeypatch.setattr(probing, "run_everywhere", lambda function, mesh: made_up)
-    images = folder_of(tmp_path / "lacking", {"train/a": 12, "train/b": 12, "test/a": 3, "test/b": 3, "test/c": 2})
+    lacking = os.fsdecode(b"lacking\xff")  # no UTF-8
+    images = folder_of(tmp_path / lacking, {"train/a": 12, "train/b": 12, "test/a": 3, "test/b": 3, "test/c\udcff": 2})
     tool(workdir, tmp_path / "out", f"--data={images}", "--only=knn", "--neighbours=3", "--blocks=1")
-    assert "classes without train images (1): c" in capsys.readouterr().out
-    said = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "classes without train images (1): c\\xff\n" in capsys.readouterr().out
+    text = (tmp_path / "out" / "results.json").read_text()
+    assert "\\udc" not in text
+    said = json.loads(text)
+    assert said["options"]["data"] == str(tmp_path / "lacking\\xff")
     assert said["classes"] == 3
     assert {row["test_images"] for row in said["rows"]} == {8}
     assert all(row["top1"] <= 6 / 8 and row["top5"] is None for row in said["rows"])
+
+
+FOREIGN = "not the results of a probe"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("results.csv", "model,img_size,top1\nvit_b,224,80\n", "a file with other columns than a probe's"),
+        ("results.csv", "", "a file with other columns than a probe's"),
+        ("results.json", "[1, 2]", FOREIGN),
+        ("results.json", '{"top1": 1}', FOREIGN),
+        ("results.json", '{"options": {}, "rows": [{"method": "knn"}]}', FOREIGN),
+        ("results.json", '{"options": {}, "rows": 3}', FOREIGN),
+        ("results.json", "no JSON", FOREIGN),
+    ],
+)
+def test_a_file_of_somebody_else_is_refused_before_anything_is_read_and_stays(tmp_path, name, text, line):
+    (tmp_path / name).write_text(text)
+    assert f"{line} - {tmp_path / name} - give another OUT" in told("RUN", tmp_path)
+    assert (tmp_path / name).read_text() == text
+
+
+def test_images_with_names_of_classes_and_without_labels_are_told_before_they_are_read(tmp_path, monkeypatch):
+    class Images(list):
+        classes, describe = ("a", "b"), staticmethod(lambda: "a test set")
+
+    sources = {"train": Images([{"label": 0}] * 3), "test": Images([{"label": -1}] * 2)}
+    monkeypatch.setattr(probing, "open_source", lambda trained, path, split: sources[split])
+    trained = Trained({}, {}, None, tmp_path, (16, 16))
+    with pytest.raises(DataError, match=r"images without labels, .* - a test set - give .* as another --test-split"):
+        probing.open_sources(trained, probe.parse(["RUN", "OUT", "--data=DIR"]))
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "told"),
+    [
+        ((10,), (0.1, 1, 10), "rate 10 is the highest that was tried: try --rates=10,100,1000"),
+        ((1e-8, 1e-8), (1.0, 1e-7, 1e-8), "rate 1e-08 is the lowest that was tried: try --rates=1e-08,1e-09,1e-10"),
+        ((1,), (0.1, 1, 10), ""),
+        ((0.1, 1), (0.1, 1, 10), ""),  # equally good
+        ((1,), (1,), ""),
+    ],
+)
+def test_a_setting_at_the_end_of_what_was_tried_is_told_with_what_to_try_then(best, tried, told):
+    assert probing.edge_of("rate", best, tried, "--rates") == told
+
+
+def test_the_fit_to_all_images_begins_at_the_classifier_that_was_chosen():
+    begun = []
+
+    def fit_path(x, labels, strengths, start):
+        begun.append(start)
+        weights = np.stack([np.full((2, 2), [strength, -strength], np.float32) for strength in strengths])
+        return probes.Linear(weights, np.zeros((len(strengths), 2), np.float32))
+
+    x, labels = np.float32([[1, 1], [1, 2], [-1, -1], [-2, -1]]), np.array([0, 0, 1, 1])
+    sets = {"fit": np.arange(3), "validation": np.array([3]), "train_labels": labels, "test_labels": labels,
+            "train": labels, "test": labels, "classes": 2}  # fmt: skip
+    block = probing.Block(x, x, (np.zeros(2, np.float32), np.ones(2, np.float32)))
+    row = probing.path_row("logistic", "C", "--cs", fit_path, (-1.0, 2.0, 3.0), block, sets)
+    assert row["setting"] == "C 2"  # of equals the first
+    assert begun[0] is None
+    assert begun[1].weights.tolist() == [[2, -2], [2, -2]]
+    assert row["top1"] == 1
 
 
 @pytest.fixture
@@ -483,7 +565,8 @@ def test_only_results_of_a_probe_that_is_asked_for_with_other_options_are_moved_
     said = json.loads((tmp_path / "results.json").read_text())
     assert said["options_of"] == {
         "knn": {"seed": 1, "validation_fraction": 0.1, "neighbours": [5], "temperature": 0.5},
-        "logistic": {"seed": 2, "validation_fraction": 0.1}, "ridge": {"seed": 0, "validation_fraction": 0.1},
+        "logistic": {"seed": 2, "validation_fraction": 0.1, "inverse_regularisations": [10.0**n for n in range(-4, 5)]},
+        "ridge": {"seed": 0, "validation_fraction": 0.1, "regularisations": [10.0**-n for n in range(9)]},
     }  # fmt: skip
     assert computed_by("--only=knn", "--seed=1") == (["logistic", "ridge", "knn"], ["knn"])
     assert "1 earlier results are of other weights, images or options" in capsys.readouterr().out

@@ -34,9 +34,10 @@ def draw_fraction(
 def _drawn(labels, size, seed: int) -> Int[np.ndarray, " p"]:
     """size(label, how many images have it) -> how many of these are drawn."""
     rng = np.random.default_rng(seed)
+    order = np.argsort(labels, kind="stable")
+    classes, starts = np.unique(labels[order], return_index=True)
     drawn = []
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
+    for label, own in zip(classes, np.split(order, starts[1:]), strict=True):
         drawn.append(rng.permutation(own)[: size(label, len(own))])
     return np.sort(np.concatenate(drawn))
 

@@ -81,7 +81,7 @@ def open_cache(
     if not whole and (final / "meta.json").exists():
         say(f"features: those in {final} are damaged, or lack more images than are allowed to: all are read again")
     partial = final.with_name(f"{final.name}.partial")
-    plan = {"blocks": missing}
+    plan = {"blocks": sorted(missing)}
     done, bad = _progress(partial, plan, say)
     for split, each in passes.items():
         _extract(partial, plan, done, bad, split, each, extract, np.dtype(dtype), say, allowed[split])
@@ -131,7 +131,7 @@ def _progress(partial: Path, plan: dict, say: Callable[[str], None]) -> tuple[di
     why = "does not say how far it came"
     try:
         said = json.loads((partial / "progress.json").read_text())
-        if {name: said[name] for name in plan} == plan:
+        if sorted(said["blocks"]) == plan["blocks"]:
             return said["images"], said["bad"]
         why = f"is of blocks {', '.join(map(str, said['blocks']))}"
     except (OSError, ValueError, KeyError):

@@ -6,7 +6,8 @@ features that are standardised by the mean and scale of the training images, as 
 parameters (MAE, arXiv 2111.06377, appendix A).
 
 All is on one device, one set of features at a time: ImageNet's 1.28 million of 768 numbers are 3.9 GB there, and about
-twice that while they are standardised or filled up. Logits and one-hot targets are computed in parts of `ROWS` images.
+twice that while they are standardised or filled up. Logits are computed in parts of `ROWS` images. Ridge regression
+alone is solved on the host, in float64.
 """
 
 from collections.abc import Callable
@@ -126,6 +127,7 @@ def logistic_path(
     features: Float[Anywhere, "m d"],
     labels: Int[Anywhere, " m"],
     inverse_regularisations: Float[Anywhere, " g"],
+    start: Linear | None = None,
     *,
     classes: int,
     iterations: int = 1000,
@@ -134,8 +136,9 @@ def logistic_path(
     """Multinomial logistic regression of standardised features: the classifier [g] of each `inverse_regularisation` C.
 
     What is minimised is scikit-learn's: the sum over images of cross entropy, times C, and half the squared weights
-    (the bias is free). By L-BFGS, each C from where the one before it ended, until no derivative of that sum, divided
-    by C and m, is above `tolerance`, the loss does not fall any more in float32, or so many iterations are done.
+    (the bias is free). By L-BFGS, the first C from `start`, by default zero, each other from where the one before it
+    ended, until no derivative of that sum, divided by C and m, is above `tolerance`, the loss does not fall any more in
+    float32, or so many iterations are done.
     """
     count, width = features.shape
     parts = -(-count // ROWS)
@@ -158,8 +161,8 @@ def logistic_path(
 
         return minimise(objective, start, iterations, tolerance)
 
-    start = jnp.zeros((width + 1, classes))
-    _, found = jax.lax.scan(lambda p, strength: (fit(p, strength),) * 2, start, inverse_regularisations)
+    first = jnp.zeros((width + 1, classes)) if start is None else jnp.vstack(start)
+    _, found = jax.lax.scan(lambda p, strength: (fit(p, strength),) * 2, first, inverse_regularisations)
     return Linear(found[:, :-1], found[:, -1])
 
 
@@ -190,32 +193,23 @@ def ridge_path(
     """Ridge regression of one-hot targets on standardised features: the classifier [g] of each regularisation.
 
     The squared errors' mean over images and `regularisation` times the squared weights are minimised; the bias is free.
-    In closed form, all by one eigendecomposition of the features' covariance, in float64 on the host.
+    In closed form, all by one eigendecomposition of the features' covariance, which is summed in float64: its least
+    eigenvalues are below what float32 tells apart, and a regularisation may be too.
     """
-    centre, gram, correlation, shares = jax.device_get(_moments(features, labels, classes=classes))
-    values, vectors = np.linalg.eigh(gram.astype(np.float64))
-    turned = vectors.T @ correlation.astype(np.float64)
+    (count, width), labels = features.shape, np.asarray(labels)
+    gram, sums = np.zeros((width, width)), np.zeros((classes, width))  # sums: of the features of each class
+    for start in range(0, count, ROWS):
+        own = labels[start : start + ROWS]
+        order = np.argsort(own, kind="stable")
+        there, first = np.unique(own[order], return_index=True)
+        x = np.asarray(features[start : start + ROWS], np.float64)[order]
+        gram += x.T @ x
+        sums[there] += np.add.reduceat(x, first)
+    centre, shares = sums.sum(axis=0) / count, np.bincount(labels, minlength=classes) / count
+    values, vectors = np.linalg.eigh(gram / count - np.outer(centre, centre))
+    turned = vectors.T @ (sums.T / count - np.outer(centre, shares))
     weights = np.stack([vectors @ (turned / (np.maximum(values, 0) + r)[:, None]) for r in regularisations])
     return Linear(jnp.float32(weights), jnp.float32(shares - centre @ weights))
-
-
-@partial(jax.jit, static_argnames="classes")
-def _moments(x: Float[Anywhere, "m d"], labels: Int[Anywhere, " m"], *, classes: int):
-    """Mean of the features, their covariance, that with the one-hot targets, and the mean of these."""
-    count, width = x.shape
-    rows = min(ROWS, count)
-    centre, shares = x.mean(axis=0), jnp.bincount(labels, length=classes) / count
-
-    def add(n, sums):
-        start = jnp.minimum(n * rows, count - rows)  # the last part begins in the one before it
-        part = jax.lax.dynamic_slice_in_dim(x, start, rows) - centre
-        part = jnp.where((start + jnp.arange(rows) >= n * rows)[:, None], part, 0)
-        targets = jax.nn.one_hot(jax.lax.dynamic_slice_in_dim(labels, start, rows), classes) - shares
-        return tuple(s + jnp.matmul(part.T, y, precision=EXACT) for s, y in zip(sums, (part, targets), strict=True))
-
-    zeros = jnp.zeros((width, width)), jnp.zeros((width, classes))
-    gram, correlation = jax.lax.fori_loop(0, -(-count // rows), add, zeros)
-    return centre, gram / count, correlation / count, shares
 
 
 def nearest_classes(

@@ -7,7 +7,7 @@ import argparse
 import os
 
 from simmim_jax.errors import BusyError, ConfigError, DataError, Parser, check_minimum, choose
-from simmim_jax.tools.options import check_seed, parse_known, sides, start
+from simmim_jax.tools.options import check_fraction, check_seed, parse_known, sides, start
 
 EXAMPLES = """\
 examples:
@@ -24,11 +24,12 @@ examples:
 OUT/ then has results.csv and results.json (a row for each method, block and pooling), blocks.png, and features/, which
 the next call with the same weights and images reads again. Rows are written after each block: the same command goes on
 after an interruption, and one with other probes or blocks adds to them. Settings are chosen by images taken out of the
-training images; the test images are looked at once, with what was chosen. The linear, ridge and logistic probes are
-then fitted to all training images. A few-shot probe is fitted to the drawn images alone, a fraction being one of all
-training images of each class; the features' mean and scale are those of all training images, whose labels that takes
-not. But the validation images choose its block too, so that their labels count besides those drawn: the table's
-"paper" row, of a block that nothing chooses, stands beside it.
+training images; the test images are looked at once, with what was chosen. Where that is the highest or lowest that was
+tried, a line says so, and what to try then. The linear, ridge and logistic probes are then fitted to all training
+images. A few-shot probe is fitted to the drawn images alone, a fraction being one of all training images of each class;
+the features' mean and scale are those of all training images, whose labels that takes not. But the validation images
+choose its block too, so that their labels count besides those drawn: the table's "paper" row, of a block that nothing
+chooses, stands beside it.
 
 A probe that is asked for again with other options is computed anew: the earlier results are then in OUT/earlier_N/,
 and the rows of other probes stay.
@@ -60,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--image-size", help="H or H,W in pixels (default: the run's)")
     parser.add_argument("--crop-fraction", help="of a resized image's side that is kept (default: the run's)")
+    parser.add_argument("--interpolation", default="", help="bilinear, bicubic, ... (default: the run's)")
     parser.add_argument("--limit", default="0", help="so many images of each part, evenly spread (default: 0, all)")
     parser.add_argument("--only", default=",".join(METHODS), help=f"some of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--shots", default="1,5,10", help="images per class of few-shot draws (default: 1,5,10)")
@@ -67,8 +69,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="5", help="draws of each few-shot setting (default: 5)")
     parser.add_argument("--seed", default="0", help="of the validation images and of the order (default: 0)")
     parser.add_argument("--validation-fraction", default="0.1", help="of the training images (default: 0.1)")
-    parser.add_argument("--learning-rates", default="0.01,0.03,0.1,0.3,1", help="of the linear probe, per 256 images")
+    parser.add_argument(
+        "--learning-rates", default="0.01,0.03,0.1,0.3,1,3,10", help="of the linear probe, per 256 images"
+    )
     parser.add_argument("--weight-decays", default="0,0.0001,0.001", help="of the linear probe")
+    parser.add_argument(
+        "--inverse-regularisations", default="1e-4,1e-3,1e-2,0.1,1,10,100,1e3,1e4",
+        help="of logistic regression, scikit-learn's C (default: powers of ten from 1e-4 to 1e4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--regularisations", default="1,0.1,1e-2,1e-3,1e-4,1e-5,1e-6,1e-7,1e-8",
+        help="of ridge regression, on standardised features (default: powers of ten from 1e-8 to 1)",
+    )  # fmt: skip
     parser.add_argument("--epochs", default="100", help="of the linear probe (default: 100)")
     parser.add_argument("--probe-batch-size", default="1024", help="at most, of the linear probe (default: 1024)")
     parser.add_argument("--neighbours", default="10,20,100,200", help="of k-NN (default: DINO's 10,20,100,200)")
@@ -95,6 +107,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.fractions = _numbers("fractions", options.fractions, float, 0, strict=True)
     options.learning_rates = _numbers("learning-rates", options.learning_rates, float, 0, strict=True, needed=True)
     options.weight_decays = _numbers("weight-decays", options.weight_decays, float, 0, needed=True)
+    for name, falling in (("inverse_regularisations", False), ("regularisations", True)):
+        numbers = _numbers(name.replace("_", "-"), getattr(options, name), float, 0, strict=True, needed=True)
+        setattr(options, name, tuple(sorted(numbers, reverse=falling)))  # the strongest first: it is chosen of equals
     options.neighbours = _numbers("neighbours", options.neighbours, int, 1, needed=True)
     for name, least in (("limit", 0), ("seeds", 1), ("seed", 0), ("epochs", 1), ("probe_batch_size", 1),
                         ("batch_size", 1), ("threads", 0)):  # fmt: skip
@@ -105,8 +120,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if (given := getattr(options, name)) is not None:
             setattr(options, name, _number(name, given, float, 0, strict=True))
     options.max_bad_fraction = _number("max_bad_fraction", options.max_bad_fraction, float, 0)
-    if options.max_bad_fraction > 1:
-        raise ConfigError(f"--max-bad-fraction={options.max_bad_fraction:g}", "command line", "give one of 0 to 1")
+    check_fraction("--max-bad-fraction", options.max_bad_fraction)
+    if options.crop_fraction is not None:
+        check_fraction("--crop-fraction", options.crop_fraction, of_crop=True)
     for name, value in (("validation-fraction", options.validation_fraction),
                         *(("fractions", fraction) for fraction in options.fractions)):  # fmt: skip
         if value >= 1:

@@ -6,6 +6,7 @@ and the accuracy on the test images. The classifiers run on one device, the feat
 written after each block, and those that an earlier call has written are not computed again.
 """
 
+import contextlib
 import csv
 import io
 import itertools
@@ -13,7 +14,7 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,22 +34,22 @@ from simmim_jax.evals.feature_cache import FeatureCache, Pass, key_of, open_cach
 from simmim_jax.evals.features import run_everywhere
 from simmim_jax.metrics import write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
-from simmim_jax.tools.files import write_whole
-from simmim_jax.trained import Trained, follow_images, is_own, make_pass, open_source, open_trained
+from simmim_jax.tools.files import printable, write_whole
+from simmim_jax.trained import Trained, follow_images, has_labels, is_own, make_pass, open_source, open_trained
 
-REGULARISATIONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge regression, on covariances of standardised features
-INVERSE_REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C
 FEW_SHOT_C, FEW_SHOT_NEIGHBOURS = 1.0, 20  # where nothing is chosen
+ANOTHER_OUT = "give another OUT: this file is left as it is"
 LEAST_STEPS = 16  # of the linear probe in an epoch: of few images, batches are smaller
 DECIDES_ALL = ("seed", "validation_fraction")  # options that decide every row, beside the features
 DECIDES = {  # and those that decide the rows of one kind
-    "linear": ("learning_rates", "weight_decays", "epochs", "probe_batch_size"), "logistic": (), "ridge": (),
+    "linear": ("learning_rates", "weight_decays", "epochs", "probe_batch_size"),
+    "logistic": ("inverse_regularisations",), "ridge": ("regularisations",),
     "knn": ("neighbours", "temperature"), "fewshot": ("shots", "fractions", "seeds", "temperature"),
 }  # fmt: skip
 STACKED = 2**30  # bytes of features that linear probes are trained on at once, block beside block
 COLUMNS = (
     "method", "images", "pool", "block", "paper", "chosen", "setting", "validation_top1", "top1", "top5", "draws",
-    "top1_std", "top1_least", "top1_greatest", "train_images", "test_images", "seconds",
+    "top1_std", "top1_least", "top1_greatest", "train_images", "test_images", "seconds", "edge",
 )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def probe(options: Namespace) -> list[dict]:
     """Probe a run; print, write and return the rows. options: those of `simmim_jax.tools.probe.parse`."""
     compilation.keep_compiled()
     out = Path(options.out)
+    earlier = read_earlier(out)
     trained = open_trained(options.run, options.image_size)
     depth = trained.encoder.depth
     blocks = list(options.blocks or (*range(1, depth + 1), 0))
@@ -67,11 +69,13 @@ def probe(options: Namespace) -> list[dict]:
     sets = labelled(cache, sources, options)
     paper = round(depth * 2 / 3)
     said = {
-        "run": str(trained.folder), "step": trained.step, "image_size": list(trained.image_size), "depth": depth,
-        "train": sources["train"].describe(), "test": sources["test"].describe(), "classes": sets["classes"],
-        "validation_images": len(sets["validation"]), "features": features_of(cache), "options": vars(options),
+        "run": printable(str(trained.folder)), "step": trained.step, "image_size": list(trained.image_size),
+        **pixels_of(trained, options), "depth": depth, "classes": sets["classes"],
+        **{split: printable(source.describe()) for split, source in sources.items()},
+        "validation_images": len(sets["validation"]), "features": features_of(cache),
+        "options": {name: printable(x) if isinstance(x, str) else x for name, x in vars(options).items()},
     }  # fmt: skip
-    rows, said["options_of"] = earlier_rows(out, said, options.only)
+    rows, said["options_of"] = earlier_rows(out, earlier, said, options.only)
     for pool in pools:
         there = {(row["block"], kind_of(row)) for row in rows if row["pool"] == pool}
         left = {block: [kind for kind in options.only if (block, kind) not in there] for block in blocks}
@@ -85,6 +89,8 @@ def probe(options: Namespace) -> list[dict]:
     write_rows(out, said, rows)
     write_picture(out / "blocks.png", rows, paper)
     for line in table(rows, paper, depth):
+        print(line)
+    for line in edges(rows):
         print(line)
     print(f"\nwritten: {out}/results.csv, results.json, blocks.png")
     return rows
@@ -107,16 +113,32 @@ def options_of(options: dict, kinds: Iterable[str]) -> dict[str, dict]:
     return {kind: {name: as_json.get(name) for name in (*DECIDES_ALL, *DECIDES[kind])} for kind in kinds}
 
 
-def earlier_rows(out: Path, said: dict, kinds: tuple[str, ...]) -> tuple[list[dict], dict[str, dict]]:
-    """(the rows of `out`/results.json that stay, `options_of` these and of `kinds`, those that are asked for now).
+def read_earlier(out: Path) -> dict:
+    """What `out`/results.json says, {} without one. Raises ConfigError if it, or results.csv, is none of this tool."""
+    path, needed = out / "results.csv", set(COLUMNS) - {"edge"}  # which earlier versions had not
+    if path.exists():
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            if not needed <= set(file.readline().strip().split(",")):
+                raise ConfigError("a file with other columns than a probe's", str(path), ANOTHER_OUT)
+    path, ours = out / "results.json", False
+    if not path.exists():
+        return {}
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        earlier = json.loads(path.read_text())
+        ours = isinstance(earlier["options"], dict) and all(needed <= row.keys() for row in earlier["rows"])
+    if not ours:
+        raise ConfigError("not the results of a probe", str(path), ANOTHER_OUT)
+    return earlier
+
+
+def earlier_rows(out: Path, earlier: dict, said: dict, kinds: tuple[str, ...]) -> tuple[list[dict], dict[str, dict]]:
+    """(the rows of `earlier` that stay, `options_of` these and of `kinds`, those that are asked for now).
 
     They are of the same features, and of the same options where their kind is asked for. Where there are others, the
     earlier results are moved to a folder of their own first, and that is said.
     """
     now = options_of(said["options"], kinds)
-    try:
-        earlier = json.loads((out / "results.json").read_text())
-    except (FileNotFoundError, ValueError):
+    if not earlier:
         return [], now
     before = earlier.get("options_of")
     if before is None:  # by an earlier version, whose few-shot fractions were of fewer images
@@ -143,7 +165,7 @@ def write_rows(out: Path, said: dict, rows: list[dict]) -> None:
     kinds, pools = tuple(DECIDES), ("patches", "class_token", "both")
     rows.sort(key=lambda row: (pools.index(row["pool"]), row["block"] or math.inf, kinds.index(kind_of(row))))
     mark_chosen(rows)
-    write_atomically(out / "results.json", json.dumps(said | {"rows": rows}, indent=2) + "\n")
+    write_atomically(out / "results.json", json.dumps(said | {"edges": [*edges(rows)], "rows": rows}, indent=2) + "\n")
     write_atomically(out / "results.csv", csv_of(rows))
 
 
@@ -176,7 +198,21 @@ def open_sources(trained: Trained, options: Namespace) -> dict:
             f"the test images have {len(test.classes) or 'no'} classes, the training images {len(train.classes)}, "
             "or others", test.describe(), "give both the same folders of classes",
         )  # fmt: skip
+    for split, source in sources.items():
+        if not has_labels(source):
+            raise DataError(
+                "images without labels, as of a test set whose classes are kept", source.describe(),
+                f"give images that have one, as another --{split}-split or --data",
+            )  # fmt: skip
     return sources
+
+
+def pixels_of(trained: Trained, options: Namespace) -> dict:
+    """How images are cropped and resized: as `options` say, or as the run does."""
+    return {
+        "crop_fraction": options.crop_fraction or trained.crop_fraction,
+        "interpolation": options.interpolation or trained.interpolation,
+    }
 
 
 def pools_of(trained: Trained, pool: str) -> tuple[str, ...]:
@@ -195,12 +231,14 @@ def extract(
     mesh = sharding.make_mesh()
     ways = sharding.batch_ways(mesh)
     batch_size = -(-options.batch_size // ways) * ways
-    passes = {}
+    passes, pixels = {}, pixels_of(trained, options)
+    size = "x".join(map(str, dict.fromkeys(trained.image_size)))
+    told = f"{size} pixels, crop {pixels['crop_fraction']:g}, {pixels['interpolation']}"
+    print(f"{options.run} at step {trained.step}: {told}", flush=True)
     for split, source in sources.items():
         images = make_pass(
-            trained, source, mesh, batch_size=batch_size, crop_fraction=options.crop_fraction,
-            limit=options.limit, threads=options.threads,
-        )  # fmt: skip
+            trained, source, mesh, batch_size=batch_size, **pixels, limit=options.limit, threads=options.threads
+        )
         passes[split] = Pass(
             min(options.limit or len(source), len(source)),
             batch_size,
@@ -210,8 +248,7 @@ def extract(
     identity = {
         "checksums": checkpoint.checksums(params), "step": trained.step, "encoder": trained.config["encoder"],
         "image_size": list(trained.image_size), **{name: list(x) for name, x in trained.pixels.items()}, "pool": pool,
-        "crop_fraction": options.crop_fraction or trained.crop_fraction, "interpolation": trained.interpolation,
-        "limit": options.limit,
+        **pixels, "limit": options.limit,
         **{split: source.fingerprint() for split, source in sources.items()},
     }  # fmt: skip
     features = make_all_features(trained.encoder, **trained.pixels, pool=pool)
@@ -241,7 +278,7 @@ def labelled(cache: FeatureCache, sources: dict, options: Namespace) -> dict:
         if not len(sets[split]):
             raise DataError("no image with a label could be read", source.describe(), "look at what was said of each")
         counts = np.bincount(sets[f"{split}_labels"], minlength=sets["classes"])
-        if lacking := [source.classes[n] for n in np.flatnonzero(counts == 0)]:
+        if lacking := [printable(source.classes[n]) for n in np.flatnonzero(counts == 0)]:
             more = ", ..." if len(lacking) > 5 else ""
             print(f"classes without {split} images ({len(lacking)}): {', '.join(lacking[:5])}{more}", flush=True)
     labels = sets["train_labels"]
@@ -269,8 +306,8 @@ def labelled(cache: FeatureCache, sources: dict, options: Namespace) -> dict:
 
 def plans_of(
     labels: Int[np.ndarray, " m"], fit: Int[np.ndarray, " p"], options: Namespace
-) -> list[tuple[str, Callable]]:
-    """(name, draw(seed) -> indices into `fit`) of each few-shot setting; says which take more images than a class has.
+) -> list[tuple[str, list[Int[np.ndarray, " q"]]]]:
+    """(name, indices into `fit` of each draw) of each few-shot setting; says which take more images than a class has.
 
     labels: of all training images, whose fractions are meant. fit: those to draw from.
     """
@@ -281,7 +318,8 @@ def plans_of(
             f"a class has {least} images to draw from: no draws of {', '.join(map(str, lacking))} per class", flush=True
         )
     plans = [(f"{n} per class", partial(draws.draw_per_class, own, n)) for n in options.shots if n <= least]
-    return plans + [(f"{100 * f:g} %", partial(draws.draw_fraction, own, f, of=labels)) for f in options.fractions]
+    plans += [(f"{100 * f:g} %", partial(draws.draw_fraction, own, f, of=labels)) for f in options.fractions]
+    return [(name, [draw(seed=seed) for seed in range(options.seeds)]) for name, draw in plans]
 
 
 class Block(NamedTuple):
@@ -356,20 +394,44 @@ def is_both(cache: FeatureCache) -> bool:
     return json.loads((cache.folder / "meta.json").read_text())["identity"]["pool"] == "both"
 
 
-def whole_row(method: str, sets: dict, setting: str, validation: float, ranks, begin: float) -> dict:
-    """A row of a probe that was fitted to all training images."""
+def whole_row(method: str, sets: dict, setting: str, validation: float, ranks, begin: float, edge: str = "") -> dict:
+    """A row of a probe that was fitted to all training images. edge: see `edge_of`."""
     return {
         "method": method, "images": "all", "setting": setting, "validation_top1": float(validation),
         **probes.accuracies(ranks, sets["classes"]), "draws": 1, "train_images": len(sets["train"]),
-        "test_images": len(sets["test"]), "seconds": round(time.monotonic() - begin, 2),
+        "test_images": len(sets["test"]), "seconds": round(time.monotonic() - begin, 2), "edge": edge,
     }  # fmt: skip
+
+
+def edge_of(name: str, best: Sequence[int | float], tried: Sequence[int | float], flag: str) -> str:
+    """Tells that none but the highest or the lowest value of those `tried` is as good, and what to try then; else "".
+
+    best: the values that the validation images like best, and equally.
+    """
+    value = best[0]
+    if len(tried) < 2 or len(set(best)) > 1 or min(tried) < value < max(tried):
+        return ""
+    end, factor = ("highest", 10) if value == max(tried) else ("lowest", 0.1)
+    further = ",".join(f"{value * factor**n:g}" for n in range(3))
+    return f"{name} {value:g} is the {end} that was tried: try {flag}={further}"
+
+
+def edges(rows: list[dict]) -> Iterator[str]:
+    """A line for each end of what a method has tried, with the blocks whose best setting it is."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.get("edge"):
+            found.setdefault((row["method"], row["edge"]), []).append(f"{name_of(row['block'])} of {row['pool']}")
+    for (method, edge), where in found.items():
+        yield f"{method}, {', '.join(where)}: {edge}"
 
 
 def linear_rows(read: dict[int, Block], sets: dict, options: Namespace) -> dict[int, dict]:
     """A grid of linear probes for all these blocks at once; then, of each block, the best on all images."""
     begin = time.monotonic()
     fit, validation, labels = sets["fit"], sets["validation"], sets["train_labels"]
-    settings = np.float32([(rate, decay) for rate in options.learning_rates for decay in options.weight_decays])
+    tried = [*itertools.product(options.learning_rates, options.weight_decays)]
+    settings = np.float32(tried)
     train = partial(
         probes.sweep, key=jax.random.key(options.seed), classes=sets["classes"], epochs=options.epochs,
         batch_size=min(options.probe_batch_size, max(1, len(labels) // LEAST_STEPS)),
@@ -378,24 +440,31 @@ def linear_rows(read: dict[int, Block], sets: dict, options: Namespace) -> dict[
     x = jnp.stack([block.train_at(fit) for block in read.values()])
     found = train(x, labels[fit], grid[..., 0], grid[..., 1])
     del x
-    best, top1 = [], []
+    best, top1, equals = [], [], []
     for n, block in enumerate(read.values()):
         each, at = probes.choose_setting(
             probes.ranks(block.train_at(validation), labels[validation], at_index(found, n))
         )
         best.append(at)
         top1.append(each[at])
+        equals.append([tried[m] for m in np.flatnonzero(each == each[at])])
     chosen = settings[best][:, None]
     refitted = train(jnp.stack([block.all_train() for block in read.values()]), labels, chosen[..., 0], chosen[..., 1])
     rows = {}
     for n, (name, block) in enumerate(read.items()):
         classifier = at_index(refitted, (n, 0))
         ranks = probes.ranks(block.all_test(), sets["test_labels"], classifier)
-        setting = f"learning rate {settings[best[n]][0]:g}, weight decay {settings[best[n]][1]:g}"
-        row = whole_row("linear", sets, setting, top1[n], ranks, begin)
+        rate, decay = tried[best[n]]
+        setting = f"learning rate {rate:g}, weight decay {decay:g}"
+        rates, decays = zip(*equals[n], strict=True)
+        ends = [edge_of("learning rate", rates, options.learning_rates, "--learning-rates")]
+        if decay:  # below 0 there is none
+            ends.append(edge_of("weight decay", decays, options.weight_decays, "--weight-decays"))
+        row = whole_row("linear", sets, setting, top1[n], ranks, begin, " and ".join(filter(None, ends)))
         if not np.isfinite(np.asarray(classifier.bias)).all():
             print(f"{name_of(name)}: the linear probe diverged at {setting}: give lower --learning-rates", flush=True)
-            row |= {"validation_top1": None, "top1": None, "top5": None, "setting": f"diverged at {setting}"}
+            row |= dict.fromkeys(("validation_top1", "top1", "top5"))
+            row |= {"setting": f"diverged at {setting}", "edge": ""}
         rows[name] = row | {"seconds": round(row["seconds"] / len(read), 2)}
     return rows
 
@@ -404,27 +473,36 @@ def at_index(classifiers: probes.Linear, at) -> probes.Linear:
     return probes.Linear(classifiers.weights[at], classifiers.bias[at])
 
 
-def path_row(method: str, name: str, fit_path: Callable, strengths: tuple[float, ...], block: Block, sets: dict):
-    """A probe at several strengths; then the best of these on all images."""
+def path_row(
+    method: str, name: str, flag: str, fit_path: Callable, strengths: tuple[float, ...], block: Block, sets: dict
+) -> dict:
+    """A probe at several strengths; then the best of these on all images.
+
+    fit_path(features, labels, strengths, start) -> the classifier of each; start: one to begin from, or None.
+    """
     begin = time.monotonic()
     fit, validation, labels = sets["fit"], sets["validation"], sets["train_labels"]
-    found = fit_path(block.train_at(fit), labels[fit], strengths)
+    found = fit_path(block.train_at(fit), labels[fit], strengths, None)
     top1, at = probes.choose_setting(probes.ranks(block.train_at(validation), labels[validation], found))
-    refitted = fit_path(block.all_train(), labels, strengths[at : at + 1])
+    refitted = fit_path(block.all_train(), labels, strengths[at : at + 1], at_index(found, at))
     ranks = probes.ranks(block.all_test(), sets["test_labels"], refitted)[:, 0]
-    return whole_row(method, sets, f"{name} {strengths[at]:g}", top1[at], ranks, begin)
+    edge = edge_of(name, [strengths[n] for n in np.flatnonzero(top1 == top1[at])], strengths, flag)
+    return whole_row(method, sets, f"{name} {strengths[at]:g}", top1[at], ranks, begin, edge)
 
 
 def logistic_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict]:
-    def fit_path(x, labels, strengths):
-        return probes.logistic_path(x, labels, np.float32(strengths), classes=sets["classes"])
+    def fit_path(x, labels, strengths, start):
+        return probes.logistic_path(x, labels, np.float32(strengths), start, classes=sets["classes"])
 
-    yield path_row("logistic", "C", fit_path, INVERSE_REGULARISATIONS, block, sets)
+    flag = "--inverse-regularisations"
+    yield path_row("logistic", "C", flag, fit_path, options.inverse_regularisations, block, sets)
 
 
 def ridge_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict]:
-    fit_path = partial(probes.ridge_path, classes=sets["classes"])
-    yield path_row("ridge", "regularisation", fit_path, REGULARISATIONS, block, sets)
+    def fit_path(x, labels, strengths, start):
+        return probes.ridge_path(x, labels, strengths, classes=sets["classes"])
+
+    yield path_row("ridge", "regularisation", "--regularisations", fit_path, options.regularisations, block, sets)
 
 
 def knn_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict]:
@@ -451,11 +529,10 @@ def few_shot_rows(block: Block, sets: dict, options: Namespace) -> Iterator[dict
     fit, validation = sets["fit"], sets["validation"]
     tried_on, tested_on = block.train_at(validation), block.all_test()
     judged = (labels[validation], sets["test_labels"])
-    for images, draw in sets["plans"]:
+    for images, drawn_at in sets["plans"]:
         begin, found = time.monotonic(), {"logistic": [], "knn": []}
-        neighbours = min(FEW_SHOT_NEIGHBOURS, int(np.unique(labels[fit[draw(0)]], return_counts=True)[1].min()))
-        for seed in range(options.seeds):
-            drawn = fit[draw(seed)]
+        neighbours = min(FEW_SHOT_NEIGHBOURS, int(np.unique(labels[fit[drawn_at[0]]], return_counts=True)[1].min()))
+        for drawn in (fit[indices] for indices in drawn_at):
             classifier = probes.logistic_path(
                 block.train_at(drawn), labels[drawn], np.float32([FEW_SHOT_C]), classes=classes
             )
