@@ -152,9 +152,10 @@ def test_a_missing_peer_is_one_line_that_says_what_to_do(bench, monkeypatch, cap
     ("model", "image", "side", "settings"),
     [
         ("cifar", 16, "plain", {"remat": "dots", "scan": True, "attention": "xla", "microbatches": 2}),
-        pytest.param("swin_t", 64, "official", {"microbatches": 1}, marks=pytest.mark.slow),
+        ("swin_t", 64, "official", {"microbatches": 1}),
     ],
 )
+@pytest.mark.slow
 def test_it_measures_without_a_peer(tmp_path, model, image, side, settings):
     out = tmp_path / "step.json"
     flags = f"--models={model} --dtypes=float32 --ours={side} --peer=none --batch=4 --rounds=1 --seconds=0.01"

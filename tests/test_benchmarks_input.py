@@ -157,6 +157,7 @@ def test_what_cannot_be_measured_is_one_line(bench, capsys, flags, says):
     assert says.partition("=")[2] in message
 
 
+@pytest.mark.slow
 def test_it_measures_our_side_without_a_peer(tmp_path):
     photographs, out = write_photographs(tmp_path / "photographs"), tmp_path / "input.json"
     flags = "--peer=none --cores=1 --batch=4 --image=64 --rounds=2 --seconds=0.05 --warm=0 --greatest-difference"

@@ -79,7 +79,7 @@ def test_a_mixed_image_is_trained_for_both_its_classes(batch, params):
     np.testing.assert_allclose(loss_of(objective, params, batch), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["batch", "elem"])
+@pytest.mark.parametrize("mode", ["batch", pytest.param("elem", marks=pytest.mark.slow)])
 def test_loss_and_gradient_do_not_depend_on_how_a_mixed_batch_is_split(mode, batch, params):
     objective = classifier(**MIXING, mix_mode=mode)
     whole, parts = (

@@ -121,7 +121,9 @@ def test_a_normalised_target_is_learnt_and_its_prediction_shown_as_an_image():
             tiny_objective(norm_target=size)
 
 
-@pytest.mark.parametrize(("image_size", "channels"), [((32, 64), 3), ((64, 16), 1), ((32, 32), 6)])
+@pytest.mark.parametrize(
+    ("image_size", "channels"), [((32, 64), 3), ((64, 16), 1), pytest.param((32, 32), 6, marks=pytest.mark.slow)]
+)
 def test_rectangular_images_and_any_channel_count_train(image_size, channels):
     statistics = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
     objective = tiny_objective(image_size=image_size, **statistics)

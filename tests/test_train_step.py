@@ -61,10 +61,10 @@ def one_device():
         {"devices": 8},
         {"devices": 8, "fsdp": 8, "scan": True},
         {"devices": 8, "fsdp": 2, "tensor": 2},
-        {"devices": 4, "tensor": 4, "remat": "full"},
+        pytest.param({"devices": 4, "tensor": 4, "remat": "full"}, marks=pytest.mark.slow),
         {"microbatches": 4, "scan": True, "remat": "dots"},
         pytest.param({"devices": 2, "microbatches": 4}, marks=pytest.mark.slow),
-        {"devices": 8, "fsdp": 4, "microbatches": 2},
+        pytest.param({"devices": 8, "fsdp": 4, "microbatches": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
