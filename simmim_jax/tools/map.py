@@ -269,7 +269,7 @@ def project(method: str, vectors: Float[np.ndarray, "n d"], seed: int, where: st
         import umap
 
         neighbours = min(15, len(vectors) - 1)
-        places = umap.UMAP(n_components=2, n_neighbors=neighbours, random_state=seed).fit_transform(vectors)
+        places = umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(vectors)
     else:
         places = components(2)
         places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
