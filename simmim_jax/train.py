@@ -468,7 +468,8 @@ def whole_encoder(config: ConfigDict, workdir: str) -> dict:
 
     A run that is gone on from has its encoder in its own config.json: the other may be gone by then.
     """
-    given = {name: value for name, value in digest(config)["encoder"].items() if value is not None}
+    told = digest(config)["encoder"]
+    given = {name: value for name, value in told.items() if value is not None and (name, value) != ("size", "")}
     if given["name"]:
         return {"size": None, **given}
     there = {}

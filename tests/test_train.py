@@ -179,7 +179,7 @@ def test_a_size_that_is_not_that_of_the_weights_is_refused(tmp_path):
     config = load("configs/folder_finetune.py")
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text('{"encoder": {"name": "vit", "size": "b"}}')
-    for size in (None, "b"):
+    for size in (None, "", "b"):
         config.encoder.size = size
         assert train.whole_encoder(config, str(tmp_path))["size"] == "b"
     config.encoder.size = "s"
