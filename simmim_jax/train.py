@@ -561,8 +561,10 @@ def other_head(saved: dict, config: ConfigDict, classes: Sequence[str]) -> str:
         there, here = (json.dumps(objective.get(name, usual)) for objective in (saved["objective"], config.objective))
         if there != here:
             return f"objective.{name} is {there}"
-    known = saved.get("classes") or classes
-    return "" if list(known) == list(classes) else f"it knows {len(known)} classes, {', '.join(known[:3])} and so on"
+    known = saved.get("classes")
+    if not known or not classes or list(known) == list(classes):
+        return ""
+    return f"it knows {len(known)} classes, {', '.join(known[:3])} and so on"
 
 
 def made_for_pretrained(config: ConfigDict) -> str:

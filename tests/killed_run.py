@@ -1,8 +1,8 @@
 """python killed_run.py WHEN SIGNAL [main's flags]: a run that gets SIGNAL at WHEN, from inside, at exactly that place.
 
 WHEN: "step:7" right after step 7 is sent to the device; "save:10" while step 10's checkpoint is being written in the
-background; "evaluation:0" when the evaluators have run at step 0 and nothing is written yet; "compile:0" before
-compilation.
+background; "evaluators:8" before the evaluators run at step 8; "evaluation:0" when they have run at step 0 and nothing
+is written yet; "compile:0" before compilation.
 """
 
 import os
@@ -22,6 +22,7 @@ def install(when: str, number: int) -> None:
             os.kill(os.getpid(), number)
 
     compile_step, save, pictures_of = train.compile_step, checkpoint.save, train.pictures_of
+    make_evaluators = train.make_evaluators
 
     def compile_and_watch(*arguments):
         hit("compile", 0)
@@ -41,11 +42,22 @@ def install(when: str, number: int) -> None:
         save(manager, state, meta)
         hit("save", int(state.step))
 
+    def make_and_watch(*arguments):
+        evaluators = make_evaluators(*arguments)
+        first, run = next(iter(evaluators.items()))
+
+        def hit_and_run(state):
+            hit("evaluators", int(state.step))
+            return run(state)
+
+        return evaluators | {first: hit_and_run}
+
     def pictures_and_hit(workdir, step):
         hit("evaluation", step)
         return pictures_of(workdir, step)
 
     train.compile_step, checkpoint.save, train.pictures_of = compile_and_watch, save_and_hit, pictures_and_hit
+    train.make_evaluators = make_and_watch
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from simmim_jax import checkpoint
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.objectives import make_objective
 from simmim_jax.tools import predict, segments
+from simmim_jax.tools.options import parse_known
 
 CLASSIFY = {"name": "classify", "num_classes": 3, "block": 0, "pool_norm": True}
 
@@ -130,6 +131,9 @@ def test_predict_replaces_what_it_has_written_and_no_photograph_or_map_of_somebo
         options = Namespace(images=images, out="street.png", top=5, json=False)
         predict.segment(SimpleNamespace(config={}, channels=3), options)
 
+    predict.segment(
+        SimpleNamespace(config={}, channels=3), Namespace(images=images, out="", top=5, json=False)
+    )  # writes nothing
     for name in (f"{stem}.png", f"{stem}_mask.png"):
         Image.new("L", (9, 8), 7).save(name)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -178,3 +182,9 @@ def test_a_mistake_is_told_in_one_line(classifier, tmp_path, monkeypatch, argume
         predict.run(arguments)
     assert type(told.value) is kind
     assert "\n" not in str(told.value)
+
+
+def test_flags_stand_anywhere_and_what_follows_two_dashes_is_none():
+    for line in (["RUN", "a.png", "--top=3", "b.png"], ["--top=3", "RUN", "a.png", "b.png"]):
+        assert parse_known(predict.make_parser(), line).images == ["a.png", "b.png"]
+    assert parse_known(predict.make_parser(), ["--top=3", "--", "RUN", "-odd.png"]).images == ["-odd.png"]

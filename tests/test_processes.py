@@ -117,12 +117,15 @@ def test_a_signal_to_one_process_saves_the_same_step_in_all_and_the_run_ends_wit
     flags = (*DIGITS, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.encoder.scan=true")
     for done in main_pair(*flags, "--workdir", tmp_path / "unbroken"):
         assert done.returncode == 0, done.stderr
-    told = main_pair(*flags, "--workdir", tmp_path / "run", when="step:6", signal_name="SIGTERM")
-    last = [done.stderr.strip().splitlines()[-1] for done in told]
-    assert [done.returncode for done in told] == [143, 143], told[0].stderr
-    assert last[0] == last[1]
-    saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
-    assert f"step {saved} is saved" in last[0]
+    for when in ("step:6", "evaluators:8"):
+        told = main_pair(*flags, "--workdir", tmp_path / "run", when=when, signal_name="SIGTERM")
+        last = [done.stderr.strip().splitlines()[-1] for done in told]
+        assert [done.returncode for done in told] == [143, 143], told[0].stderr
+        assert last[0] == last[1]
+        saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+        assert f"step {saved} is saved" in last[0]
+    assert saved == 8
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluations")] == [0]  # it was cut short
     for done in main_pair(*flags, "--workdir", tmp_path / "run"):
         assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")

@@ -172,6 +172,7 @@ def test_a_head_of_other_classes_is_another():
     saved = {"objective": {"name": "classify"}, "classes": ["ant", "bee"]}
     assert train.other_head(saved, config, ("ant", "bee")) == ""
     assert train.other_head(saved | {"classes": []}, config, ("ant", "bee")) == ""  # of an import that tells none
+    assert train.other_head(saved, config, ()) == ""  # as without classes.txt
     assert train.other_head(saved, config, ("ant", "cat")) == "it knows 2 classes, ant, bee and so on"
 
 

@@ -473,10 +473,11 @@ def preprocessor_config_of(
 ) -> dict:
     """preprocessor_config.json: of a decoded image the pixels that `resize_and_centre_crop` gives here, normalised.
 
-    But for rounding (1 of 255; nearest may take another pixel), and for a shift by a pixel where what is cut off on a
-    side is 1.5, 3.5, ... pixels: transformers rounds that down, we up. It resizes to cover squares alone: for other
-    sizes, the whole image is squashed (see `squashed`). BitImageProcessor reads all of this in transformers 4 and 5;
-    the ViTImageProcessor of 4 refuses a shortest edge.
+    But for rounding (1 of 255; nearest may take another pixel, and lanczos is bicubic where transformers resizes by an
+    older torchvision), and for a shift by a pixel where what is cut off on a side is 1.5, 3.5, ... pixels: transformers
+    rounds that down, we up. It resizes to cover squares alone: for other sizes, the whole image is squashed (see
+    `squashed`). BitImageProcessor reads all of this in transformers 4 and 5; the ViTImageProcessor of 4 refuses a
+    shortest edge.
     """
     height, width = image_size
     square = height == width

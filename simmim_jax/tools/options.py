@@ -27,7 +27,8 @@ def parse_known(parser: Parser, argv: list[str]) -> argparse.Namespace:
     Raises ConfigError with the nearest flag.
     """
     hyphened = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), argument) for argument in argv]
-    options, surplus = parser.parse_known_intermixed_args(hyphened)
+    parse = parser.parse_known_args if "--" in hyphened else parser.parse_known_intermixed_args  # which takes -- away
+    options, surplus = parse(hyphened)
     if surplus:
         known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         flag = surplus[0].split("=")[0]

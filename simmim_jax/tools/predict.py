@@ -212,24 +212,32 @@ def segment(model, options: argparse.Namespace) -> None:
 
 def files_of(options: argparse.Namespace) -> list[tuple[Path, Path]]:
     """(the picture, the mask) to write of each image, of a segmentation run; nothing without --out."""
+    if not options.out:
+        return []
     path, several = Path(options.out), len(options.images) > 1
     paths = [path.with_stem(f"{path.stem}_{n + 1}") if several else path for n in range(len(options.images))]
-    return [(path, path.with_stem(f"{path.stem}_mask")) for path in paths] if options.out else []
+    return [(path, path.with_stem(f"{path.stem}_mask")) for path in paths]
 
 
 def refuse_replacing(paths: list[Path], images: list[str]) -> None:
     """Raise ConfigError if one of these files is there, and is one of the images, or was not written by predict."""
-    mark = b"tEXt" + "\0".join(MARK).encode()
+    mark, given = b"tEXt" + "\0".join(MARK).encode(), {identity_of(image) for image in images}
     for path in paths:
         with told_unwritten(str(path)):
             if not path.exists():
                 continue
-            is_image = any(path.samefile(image) for image in images)
+            is_image = identity_of(path) in given
             with open(path, "rb") as file:
                 written_here = mark in file.read(1000)
         if is_image or not written_here:
             what = "one of the images" if is_image else "there is a file that predict has not written"
             raise ConfigError(what, str(path), "give another --out, or move it away")
+
+
+def identity_of(path: str | Path) -> tuple[int, int]:
+    """Of a file, by whatever name."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
 
 
 def make_folder_of(out: str) -> None:
