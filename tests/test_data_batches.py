@@ -123,7 +123,7 @@ def test_starting_at_a_step_gives_what_an_unbroken_run_has_there(start, workers,
 def test_starting_late_is_as_quick_as_starting(digits):
     start = time.monotonic()
     late = take(make_batches(digits, start_step=10_000_000, **OPTIONS), 1)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 2
     assert late[0]["image"].any()
 
 
@@ -485,7 +485,7 @@ def test_a_killed_workers_batches_are_made_again_once_and_a_second_death_ends_th
     killed = kill_a_worker()
     began = time.monotonic()
     assert_equal([*first, *itertools.islice(batches, 21)], unbroken)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 10  # two workers have started in that time
     (told,) = [record.message for record in caplog.records if "its work is done again" in record.message]
     assert re.match(
         rf"data worker {killed} was killed by SIGKILL \(exit code -9, with \d+ MiB of .* MiB are free", told
@@ -495,7 +495,7 @@ def test_a_killed_workers_batches_are_made_again_once_and_a_second_death_ends_th
     began = time.monotonic()
     with pytest.raises(DataError, match=r"worker.* was killed by SIGKILL, the second to die - exit .*data\.workers"):
         list(itertools.islice(batches, 20))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 5
     assert next(batches, "ended") == "ended"
 
 
