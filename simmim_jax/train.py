@@ -637,7 +637,7 @@ def check_frozen(config: ConfigDict, encoder, params) -> None:
             f"frozen_layers is {layers}, of an encoder of {encoder.depth} blocks", "optim.frozen_layers",
             f"give 1 for what embeds, up to {encoder.depth + 1} for all blocks",
         )  # fmt: skip
-    is_frozen = frozen_of(config, encoder)
+    is_frozen = frozen_of(config, encoder) or (lambda path: False)
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     named = optim.make_frozen(config.optim.frozen)
     if named and not any(map(named, paths)):
@@ -645,21 +645,20 @@ def check_frozen(config: ConfigDict, encoder, params) -> None:
             f"no parameter's path begins with {config.optim.frozen!r}", "optim.frozen",
             f"they are like {paths[0]} and {paths[-1]}",
         )  # fmt: skip
-    if is_frozen and all(map(is_frozen, paths)):
+    if all(map(is_frozen, paths)):
         raise ConfigError("all parameters are frozen: nothing would be trained", "optim.frozen", "leave some out")
-    still = [is_frozen is not None and is_frozen(path) for path in paths if path.startswith("encoder/")]
-    if not config.objective.get("train_encoder", True) and not all(still):
-        what = "objective.train_encoder=false keeps no parameter as it is, it turns stochastic depth off: %s"
-        logging.warning(what, "the encoder is frozen by --config.optim.frozen=encoder/")
-    measured = [path for path in paths if path.endswith(("/mean", "/var")) and is_frozen and is_frozen(path)]
+    measured = [path for path in paths if path.endswith(("/mean", "/var")) and is_frozen(path)]
     if measured and config.objective.get("train_encoder", True):
         raise ConfigError(
             f"{measured[0]} is frozen, but its batch norm would still use each batch's own statistics", "optim.frozen",
             "freeze the whole encoder, with objective.train_encoder=false, or nothing of it",
         )  # fmt: skip
-    if all(still) and config.objective.get("train_encoder") and encoder.drop_path:
-        what = "the encoder is frozen, and still drops paths: give --config.objective.train_encoder=false"
-        logging.warning(what)
+    still = all(is_frozen(path) for path in paths if path.startswith("encoder/"))
+    if not still and not config.objective.get("train_encoder", True):
+        what = "objective.train_encoder=false keeps no parameter as it is, it turns stochastic depth off: %s"
+        logging.warning(what, "the encoder is frozen by --config.optim.frozen=encoder/")
+    if still and config.objective.get("train_encoder") and encoder.drop_path:
+        logging.warning("the encoder is frozen, and still drops paths: give --config.objective.train_encoder=false")
 
 
 def parameters_of(config: ConfigDict, encoder, params) -> tuple[int, int]:

@@ -126,6 +126,15 @@ def refuse_label_maps(source) -> None:
         raise DataError(what, source.describe(), f"give {os.path.join(root, images)} alone")
 
 
+def check_labels(source, flag: str) -> None:
+    """Raise DataError if its images have classes, and no labels. flag: of the tool, which chooses another part."""
+    if not has_labels(source):
+        raise DataError(
+            "images without labels, as of a test set whose classes are kept", source.describe(),
+            f"give images that have one, as another {flag} or --data",
+        )  # fmt: skip
+
+
 def has_labels(source) -> bool:
     """Whether its images have: all, or none. Of some that can be read the first tells; True where none can."""
     for i in range(min(len(source), COMPARED)):
@@ -230,6 +239,25 @@ def _is_folder(source) -> bool:
     return isinstance(getattr(source, "images", source), Folder)
 
 
+def crop_as_asked(
+    trained: Trained, crop_fraction: int | float | None, interpolation: str
+) -> dict[str, int | float | str]:
+    """`crop_fraction` and `interpolation`, those of `trained` where they are None and empty."""
+    return {
+        "crop_fraction": trained.crop_fraction if crop_fraction is None else crop_fraction,
+        "interpolation": interpolation or trained.interpolation,
+    }
+
+
+def told_pixels(trained: Trained, crop_fraction: int | float, interpolation: str) -> str:
+    return f"{told_size(trained.image_size)} pixels, crop {crop_fraction:g}, {interpolation}"
+
+
+def told_size(size: tuple[int, int]) -> str:
+    """One number of a square, as timm has it, else two."""
+    return "x".join(map(str, dict.fromkeys(size)))
+
+
 def make_pass(
     trained: Trained,
     source,
@@ -254,8 +282,7 @@ def make_pass(
         batch_size=-(-batch_size // ways) * ways,
         image_size=trained.image_size,
         channels=trained.channels,
-        crop_fraction=trained.crop_fraction if crop_fraction is None else crop_fraction,
-        interpolation=interpolation or trained.interpolation,
+        **crop_as_asked(trained, crop_fraction, interpolation),
         limit=limit,
         process=share,
         processes=shares,

@@ -164,9 +164,7 @@ def embed(options: argparse.Namespace) -> None:
     model = trained.open_trained(options.run, options.image_size)
     if options.block is None:
         options.block = model.config.get("probe_block", 0)
-    if options.crop_fraction is None:
-        options.crop_fraction = model.crop_fraction
-    options.interpolation = options.interpolation or model.interpolation
+    vars(options).update(trained.crop_as_asked(model, options.crop_fraction, options.interpolation))
     choose("interpolation", options.interpolation, INTERPOLATIONS)
     pooling = "patches" if options.pool == "map" else options.pool
     check_readable(model.encoder, options.block, pooling, "--block and --pool")

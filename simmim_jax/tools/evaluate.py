@@ -145,7 +145,8 @@ def evaluate(options: argparse.Namespace) -> None:
         model, source, mesh, batch_size=options.batch_size, crop_fraction=options.crop_fraction,
         interpolation=options.interpolation, limit=options.limit, threads=options.threads,
     )  # fmt: skip
-    print(f"{model_name(model)} at step {model.step}, {told}: {told_pixels(options, model)}", flush=True)
+    pixels = trained.told_pixels(model, options.crop_fraction, options.interpolation)
+    print(f"{model_name(model)} at step {model.step}, {told}: {pixels}", flush=True)
     if name == "classify":
         evaluate_classifier(model, objective, source, told, heldout, mesh, options)
     else:
@@ -166,23 +167,11 @@ def settle(options: argparse.Namespace, model) -> None:
     """Fill in how many images are taken, cropped and resized how, where the options leave it open: as the run does."""
     from simmim_jax import trained
 
-    if options.crop_fraction is None:
-        options.crop_fraction = model.crop_fraction
-    options.interpolation = options.interpolation or model.interpolation
+    vars(options).update(trained.crop_as_asked(model, options.crop_fraction, options.interpolation))
     if options.limit is None:
         pretrained = (model.config.get("objective") or {}).get("name") == "simmim"
         own = not options.data or trained.is_own(model, options.data)
         options.limit = model.config.get("eval_images", 0) if pretrained and own else 0
-
-
-def told_pixels(options: argparse.Namespace, model) -> str:
-    return f"{size_of(model)} pixels, crop {options.crop_fraction:g}, {options.interpolation}"
-
-
-def size_of(model) -> str:
-    """One number of a square, as timm has it, else two."""
-    height, width = model.image_size
-    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def open_images(model, options: argparse.Namespace) -> tuple:
@@ -205,10 +194,9 @@ def check_classes(model, source, *, compare_names: bool) -> None:
     from simmim_jax import trained
 
     count, there = model.config["objective"]["num_classes"], tuple(source.classes)
-    if not trained.has_labels(source):
-        if there:
-            fix = "give images that have one, as another --split or --data"
-            raise DataError("images without labels, as of a test set whose classes are kept", source.describe(), fix)
+    if there:
+        trained.check_labels(source, "--split")
+    elif not trained.has_labels(source):
         raise DataError("images without classes", source.describe(), "put each class into a folder of its own")
     if there and len(there) != count:
         raise DataError(
@@ -368,6 +356,8 @@ def model_name(model) -> str:
 
 def row_of(model, told: str, metrics: dict[str, float], options: argparse.Namespace) -> dict[str, str]:
     """A row of the results, by column. told: what the images are."""
+    from simmim_jax import trained
+
     row = {}
     for name in ("top1", "top5"):
         share = 100 * metrics[name] if name in metrics else None
@@ -375,7 +365,7 @@ def row_of(model, told: str, metrics: dict[str, float], options: argparse.Namesp
         row[f"{name}_err"] = "" if share is None else f"{100 - share:.3f}"
     return row | {
         "model": model_name(model),
-        "img_size": size_of(model),
+        "img_size": trained.told_size(model.image_size),
         "param_count": f"{parameters_of(model.params) / 1e6:.2f}",
         "crop_pct": f"{options.crop_fraction:g}",
         "interpolation": options.interpolation,

@@ -35,7 +35,17 @@ from simmim_jax.evals.features import run_everywhere
 from simmim_jax.metrics import write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
 from simmim_jax.tools.files import printable, write_whole
-from simmim_jax.trained import Trained, follow_images, has_labels, is_own, make_pass, open_source, open_trained
+from simmim_jax.trained import (
+    Trained,
+    check_labels,
+    crop_as_asked,
+    follow_images,
+    is_own,
+    make_pass,
+    open_source,
+    open_trained,
+    told_pixels,
+)
 
 FEW_SHOT_C, FEW_SHOT_NEIGHBOURS = 1.0, 20  # where nothing is chosen
 ANOTHER_OUT = "give another OUT: this file is left as it is"
@@ -70,7 +80,8 @@ def probe(options: Namespace) -> list[dict]:
     paper = round(depth * 2 / 3)
     said = {
         "run": printable(str(trained.folder)), "step": trained.step, "image_size": list(trained.image_size),
-        **pixels_of(trained, options), "depth": depth, "classes": sets["classes"],
+        **crop_as_asked(trained, options.crop_fraction, options.interpolation),
+        "depth": depth, "classes": sets["classes"],
         **{split: printable(source.describe()) for split, source in sources.items()},
         "validation_images": len(sets["validation"]), "features": features_of(cache),
         "options": {name: printable(x) if isinstance(x, str) else x for name, x in vars(options).items()},
@@ -199,20 +210,8 @@ def open_sources(trained: Trained, options: Namespace) -> dict:
             "or others", test.describe(), "give both the same folders of classes",
         )  # fmt: skip
     for split, source in sources.items():
-        if not has_labels(source):
-            raise DataError(
-                "images without labels, as of a test set whose classes are kept", source.describe(),
-                f"give images that have one, as another --{split}-split or --data",
-            )  # fmt: skip
+        check_labels(source, f"--{split}-split")
     return sources
-
-
-def pixels_of(trained: Trained, options: Namespace) -> dict:
-    """How images are cropped and resized: as `options` say, or as the run does."""
-    return {
-        "crop_fraction": options.crop_fraction or trained.crop_fraction,
-        "interpolation": options.interpolation or trained.interpolation,
-    }
 
 
 def pools_of(trained: Trained, pool: str) -> tuple[str, ...]:
@@ -231,10 +230,8 @@ def extract(
     mesh = sharding.make_mesh()
     ways = sharding.batch_ways(mesh)
     batch_size = -(-options.batch_size // ways) * ways
-    passes, pixels = {}, pixels_of(trained, options)
-    size = "x".join(map(str, dict.fromkeys(trained.image_size)))
-    told = f"{size} pixels, crop {pixels['crop_fraction']:g}, {pixels['interpolation']}"
-    print(f"{options.run} at step {trained.step}: {told}", flush=True)
+    passes, pixels = {}, crop_as_asked(trained, options.crop_fraction, options.interpolation)
+    print(f"{options.run} at step {trained.step}: {told_pixels(trained, **pixels)}", flush=True)
     for split, source in sources.items():
         images = make_pass(
             trained, source, mesh, batch_size=batch_size, **pixels, limit=options.limit, threads=options.threads
