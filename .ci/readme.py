@@ -31,7 +31,7 @@ SMALL = {  # what makes a command small: flags added by its config, or None wher
     "configs/folder_segment.py": ["--config.image_size=64,64", "--config.batch_size=8", "--config.steps=3"],
     "configs/simmim_swin_b_100ep.py": [
         "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=2", "--config.encoder.depths=1,1,1,1",
-        "--config.encoder.width=32", "--config.encoder.stage_heads=1,1,2,2", "--config.eval_images=8",
+        "--config.encoder.width=32", "--config.encoder.num_heads=1,1,2,2", "--config.eval_images=8",
         "--config.data.workers=1",
     ],
 }  # fmt: skip

@@ -40,14 +40,15 @@ from PIL import Image, ImageDraw, ImageFont
 from step import ROOT, describe, markdown
 
 sys.path.insert(0, str(ROOT))
-from simmim_jax import checkpoint, pretrained, train
+from simmim_jax import train
 from simmim_jax.config import read_json, refuse_change
-from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, told_in_one_line
-from simmim_jax.evals.draws import spread
-from simmim_jax.metrics import read_rows, write_atomically
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, exit_with_message
+from simmim_jax.evals.subsets import spread
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.tools import probing
+from simmim_jax.runs import checkpoint, pretrained
+from simmim_jax.runs.records import read_rows, write_atomically
+from simmim_jax.tools.probe import probing
 
 ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # names of runs, and in tables
 COLOURS = {"random": "#7d8590", "ours": "#1f6feb", "peer": "#d9730d"}
@@ -147,7 +148,7 @@ def draw(run_of: str, workdir: str) -> None:
     encoder = make_encoder(**pretrained.architecture(config["encoder"]))
     pixels = {name: tuple(config[name]) for name in ("image_size", "mean", "std")}
     objective = make_objective(encoder=encoder, **pixels, **config["objective"])
-    init_key, _, _ = train.keys_of(config["seed"])
+    init_key, _, _ = train.make_keys(config["seed"])
     checkpoint.write_params(workdir, jax.jit(objective.init)(init_key), config)
 
 
@@ -354,7 +355,7 @@ class Curve(NamedTuple):
     """name: empty for one that the legend leaves out."""
 
     name: str
-    colour: str
+    color: str
     x: list[int | float]
     y: list[float]
     width: int = 2
@@ -369,7 +370,7 @@ class Panel(NamedTuple):
 
 
 def running_mean(x: list[int], y: list[float], count: int) -> tuple[list[float], list[float]]:
-    """The mean of each `count` neighbours, in x and in y."""
+    """The mean of each `count` neighbors, in x and in y."""
     kernel = np.full(count, 1 / count)
     return np.convolve(x, kernel, "valid").tolist(), np.convolve(y, kernel, "valid").tolist()
 
@@ -397,9 +398,9 @@ def panels_of(report: dict) -> list[Panel]:
     return panels
 
 
-def faded(colour: str) -> str:
-    """The colour, three quarters of the way to white."""
-    channels = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
+def faded(color: str) -> str:
+    """The color, three quarters of the way to white."""
+    channels = (int(color[n : n + 2], 16) for n in (1, 3, 5))
     return "#" + "".join(f"{round(255 - (255 - channel) * 0.25):02x}" for channel in channels)
 
 
@@ -419,13 +420,13 @@ def draw_panels(panels: list[Panel]) -> Image.Image:
     texts = [text for n, panel in enumerate(panels) for text in draw_panel(pen, panel, n * WIDTH)]
     sheet = large.resize((len(panels) * WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     pen = ImageDraw.Draw(sheet)
-    for place, text, anchor, size, colour in texts:  # at the last size, at which they are hinted
-        pen.text(place, text, fill=colour, font=ImageFont.load_default(size), anchor=anchor)
+    for place, text, anchor, size, color in texts:  # at the last size, at which they are hinted
+        pen.text(place, text, fill=color, font=ImageFont.load_default(size), anchor=anchor)
     return sheet
 
 
 def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tuple]:
-    """Draw a panel's lines, `offset` pixels from the left; returns its texts: (place, text, anchor, size, colour)."""
+    """Draw a panel's lines, `offset` pixels from the left; returns its texts: (place, text, anchor, size, color)."""
     left, right, top, bottom = offset + LEFT, offset + WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
     x_ticks = ticks_of(0, max(x for curve in panel.curves for x in curve.x))
     values = [y for curve in panel.curves for y in curve.y]
@@ -436,9 +437,9 @@ def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tupl
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return left + across * (right - left), bottom - up * (bottom - top)
 
-    def line(places: list[tuple[float, float]], colour: str, width: int) -> None:
+    def line(places: list[tuple[float, float]], color: str, width: int) -> None:
         scaled = [(x * SHARPNESS, y * SHARPNESS) for x, y in places]
-        pen.line(scaled, fill=colour, width=width * SHARPNESS, joint="curve")
+        pen.line(scaled, fill=color, width=width * SHARPNESS, joint="curve")
 
     texts = [((left, 16), panel.title, "lt", 16, "#24292f"), ((left, 38), panel.y_label, "lt", 12, "#57606a")]
     for tick in y_ticks:
@@ -451,11 +452,11 @@ def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tupl
     line([(left, bottom), (right, bottom)], "#8c959f", 1)
     texts.append((((left + right) / 2, bottom + 28), panel.x_label, "mt", 12, "#57606a"))
     for curve in panel.curves:
-        line([place(x, y) for x, y in zip(curve.x, curve.y, strict=True)], curve.colour, curve.width)
+        line([place(x, y) for x, y in zip(curve.x, curve.y, strict=True)], curve.color, curve.width)
     named = [curve for curve in panel.curves if curve.name]
     for n, curve in enumerate(named):
         y = top + 18 + 20 * n if panel.legend == "upper" else bottom - 18 - 20 * (len(named) - 1 - n)
-        line([(right - 172, y), (right - 148, y)], curve.colour, 3)
+        line([(right - 172, y), (right - 148, y)], curve.color, 3)
         texts.append(((right - 140, y), curve.name, "lm", 13, "#24292f"))
     return texts
 
@@ -520,5 +521,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_with_message():
         main(sys.argv[1:])

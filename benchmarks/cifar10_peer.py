@@ -35,13 +35,15 @@ from absl import app, flags, logging
 from step import CORES, ROOT, describe
 
 sys.path.insert(0, str(ROOT))
-from simmim_jax import checkpoint, data, metrics, train
-from simmim_jax.config import define_config_flag, digest, parse_flags, read_json, refuse_change
-from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, told_in_one_line
+from simmim_jax import data, train
+from simmim_jax.config import define_config_flag, parse_flags, read_json, refuse_change, to_dict
+from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, exit_with_message
 from simmim_jax.interop.huggingface import preprocessor_config_of
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.train_step import digest_samples
+from simmim_jax.runs import checkpoint
+from simmim_jax.runs import records as run_records
+from simmim_jax.train_step import hash_samples
 
 SPARED = (
     "bias",
@@ -72,16 +74,16 @@ class Settings(NamedTuple):
 
 def settings_of(config) -> Settings:
     """What a run of `config` in `simmim_jax` would have. Raises ConfigError for what the peer does not have."""
-    encoder = make_encoder(**train.whole_encoder(config, ""))
+    encoder = make_encoder(**train.resolve_encoder(config, ""))
     check_peer_has(config, encoder)
     objective = make_objective(
         encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
     )
     source, heldout_source = train.make_sources(config)
     of_batches, loading = train.batch_options(config)
-    steps, steps_per_epoch = train.length_of(config, len(source))
+    steps, steps_per_epoch = train.run_length(config, len(source))
     _, schedule = train.make_tx(config, encoder, steps, steps_per_epoch)
-    init_key, step_key, eval_key = train.keys_of(config.seed)
+    init_key, step_key, eval_key = train.make_keys(config.seed)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, init_key))
 
     @jax.jit
@@ -90,14 +92,14 @@ def settings_of(config) -> Settings:
         return pixels[:, :: encoder.token_stride, :: encoder.token_stride]
 
     def masks_of(batch, key):
-        return np.asarray(masks(zeros, {name: batch[name] for name in ("image", "label", "position")}, key))
+        return np.asarray(masks(zeros, {name: batch[name] for name in ("image", "label", "batch_index")}, key))
 
     token_decays = config.optim.decay_mask_token
     token_decays = "mask_token" in encoder.DECAYED_TOO if token_decays is None else token_decays
     spared = SPARED if token_decays else (*SPARED, "mask_token")
     return Settings(
         model={
-            "hidden_size": encoder.width, "num_hidden_layers": encoder.depth, "num_attention_heads": encoder.heads,
+            "hidden_size": encoder.width, "num_hidden_layers": encoder.depth, "num_attention_heads": encoder.num_heads,
             "intermediate_size": int(encoder.width * encoder.mlp_ratio), "image_size": config.image_size[0],
             "patch_size": encoder.patch_size, "encoder_stride": encoder.patch_size, "num_channels": len(config.mean),
             "layer_norm_eps": encoder.norm_epsilon,
@@ -123,7 +125,7 @@ def check_peer_has(config, encoder) -> None:
     """Raise ConfigError for a setting that the peer does not have."""
     wanted = {
         "encoder.name": (type(encoder).__name__, "ViT"), "encoder.drop_path": (encoder.drop_path, 0.0),
-        "objective.name": (config.objective.name, "simmim"), "objective.norm_target": (config.objective.norm_target, 0),
+        "objective.name": (config.objective.name, "simmim"), "objective.norm_window": (config.objective.norm_window, 0),
         "optim.name": (config.optim.name, "adamw"), "optim.layer_decay": (config.optim.layer_decay, 1.0),
         "optim.frozen": (config.optim.frozen, ""), "optim.frozen_layers": (config.optim.frozen_layers, 0),
         "microbatches": (config.microbatches, 1),
@@ -167,8 +169,8 @@ def pretrain(config, workdir: str) -> dict:
     with checkpoint.hold(workdir), checkpoint.StopSignal() as stop:
         saved = read_json(folder / "config.json")
         if saved and (folder / "checkpoint.pt").exists():
-            refuse_change(saved, digest(config), workdir)
-        metrics.write_atomically(folder / "config.json", json.dumps(digest(config), indent=2) + "\n")
+            refuse_change(saved, to_dict(config), workdir)
+        run_records.write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
         summary = read_json(folder / "summary.json")
         if summary.get("step") == settings.steps:
             print(f"nothing to do: {workdir} is finished, {settings.steps} of {settings.steps} steps")
@@ -184,8 +186,8 @@ def pretrain(config, workdir: str) -> dict:
             pixels = torch.from_numpy(np.asarray(batch["image"])).to(device).permute(0, 3, 1, 2)
             hidden = torch.from_numpy(np.array(mask)).to(device).flatten(1)
             with torch.autocast(device, torch.bfloat16, enabled=half):
-                normalised = (pixels / 255 - mean) / std
-                return normalised, model(pixel_values=normalised.contiguous(), bool_masked_pos=hidden)
+                normalized = (pixels / 255 - mean) / std
+                return normalized, model(pixel_values=normalized.contiguous(), bool_masked_pos=hidden)
 
         def evaluate() -> dict[str, float]:
             model.eval()
@@ -203,13 +205,13 @@ def pretrain(config, workdir: str) -> dict:
 
         start = step = restore(folder, model, optimizer, partial(torch.load, weights_only=True, map_location=device))
         save = partial(save_atomically, folder, model, optimizer, torch.save)
-        records = metrics.Records(workdir, step)
+        records = run_records.Records(workdir, step)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
             f"{'resuming at' if start else 'starting'} step {start} of {settings.steps} in {workdir}: batch "
             f"{config.batch_size}, {parameters / 1e6:.2f} M parameters, {device}, {torch.get_num_threads()} threads"
         )
-        batches, clock, saved_step = settings.batches(start), metrics.Clock(), start
+        batches, clock, saved_step = settings.batches(start), run_records.Clock(), start
         every = settings.evaluation_every
         model.train()
         while True:
@@ -236,17 +238,17 @@ def pretrain(config, workdir: str) -> dict:
                 optimizer.zero_grad(set_to_none=True)
                 loss = forward(batch, mask)[1].loss
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip_norm or math.inf)
                 if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
                     raise NonFiniteError(f"loss {loss.item()}, gradient norm {norm.item()} at step {step + 1}", workdir)
                 optimizer.step()
             step += 1
-            samples = int(digest_samples(batch["index"].astype(np.uint32), batch["position"]))
+            samples = int(hash_samples(batch["index"].astype(np.uint32), batch["batch_index"]))
             row = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": settings.rates[step - 1]}
             records.write_metrics(step, row | {"samples": f"{samples:08x}"}, {})
             if step % config.log_every == 0 or step in (1, settings.steps):
                 rate = (step - start) * config.batch_size / (clock.seconds["step"] + clock.seconds["data"])
-                left = metrics.duration((settings.steps - step) * config.batch_size / rate)
+                left = records.duration((settings.steps - step) * config.batch_size / rate)
                 line = f"step {step}/{settings.steps}  loss {row['loss']:.4f}  {rate:.0f} images/s  ETA {left}"
                 print(line, flush=True)
 
@@ -263,7 +265,7 @@ def pretrain(config, workdir: str) -> dict:
             "images_per_second": round((step - start) * config.batch_size / busy, 1), "seconds": clock.summary(),
             "threads": torch.get_num_threads(), "device": device, "describe": describe(),
         }  # fmt: skip
-        metrics.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        run_records.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
 
@@ -294,5 +296,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     define_config_flag()
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    with told_in_one_line():
+    with exit_with_message():
         app.run(main, argv=sys.argv, flags_parser=parse_flags)

@@ -50,7 +50,7 @@ def serve(spec: dict) -> dict:
     step = train.compile_to_measure(config, built, config.steps, 1)
     phase("compile")
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in train.abstract_batch(config).items()}
-    batch["position"] = np.arange(spec["batch"], dtype=np.int32)
+    batch["batch_index"] = np.arange(spec["batch"], dtype=np.int32)
     key = jax.device_put(built["key"], jax.sharding.NamedSharding(built["mesh"], jax.sharding.PartitionSpec()))
     jax.block_until_ready(step(state, train.to_device(batch, built["mesh"], tuple(batch)), key))
     phase("first step")
@@ -70,7 +70,7 @@ def measure(spec: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarise(rounds: list[list[dict]], specs: list[dict]) -> list[dict]:
+def summarize(rounds: list[list[dict]], specs: list[dict]) -> list[dict]:
     """A row of each spec: medians over the rounds, and its quotients to the least depth of the same kind in a round."""
     rows = []
     for n, spec in enumerate(specs):
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> None:
         for n in list(range(len(specs)))[:: -1 if number % 2 else 1]:
             measured[n] = measure(specs[n])
         rounds.append([measured[n] for n in range(len(specs))])
-        report["rows"], report["load_average_end"] = summarise(rounds, specs), os.getloadavg()
+        report["rows"], report["load_average_end"] = summarize(rounds, specs), os.getloadavg()
         print(table(report), "\n", flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +144,9 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        from simmim_jax.errors import told_in_one_line
+        from simmim_jax.errors import exit_with_message
 
-        with told_in_one_line():
+        with exit_with_message():
             print(json.dumps(serve(json.loads(sys.argv[2]))))
     else:
         main(sys.argv[1:])

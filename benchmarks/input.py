@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python -m simmim_jax.tools.prepare --help          # makes the shards of --shards-path
     python benchmarks/input.py --path=PHOTOGRAPHS --shards-path=SHARDS --out=input.json
-    python benchmarks/input.py --path=PHOTOGRAPHS --peer=none --rounds=2 --seconds=1 --greatest-difference
+    python benchmarks/input.py --path=PHOTOGRAPHS --peer=none --rounds=2 --seconds=1 --process_max-difference
     python benchmarks/input.py --path=PHOTOGRAPHS --sweep
 
 Every side reads the same files and makes batches of random crops (0.67 to 1 of the area, 224 x 224) that are mirrored
@@ -118,8 +118,8 @@ def tf_side(path: str, batch: int, image: int, antialias: bool, cores: list[int]
     """tf.data as its guides have it: decode the crop alone, as much in parallel as it finds best on so many threads."""
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(len(cores))
-    tf.config.threading.set_inter_op_parallelism_threads(len(cores))
+    tf.config.threading.set_intra_op_parallelizm_threads(len(cores))
+    tf.config.threading.set_inter_op_parallelizm_threads(len(cores))
     files = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
     whole = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
 
@@ -163,9 +163,9 @@ def greatest_difference(path: str, image: int) -> dict:
         theirs = upright.crop(box).resize(size, Image.Resampling.BILINEAR)
         apart = np.abs(own.astype(int) - np.asarray(theirs))
         found.append((int(apart.max()), float(apart.mean()), float((apart > 0).mean()), source.name(i)))
-    greatest, _, _, name = max(found)
+    process_max, _, _, name = max(found)
     mean, share = (statistics.fmean(column) for column in list(zip(*found, strict=True))[1:3])
-    return {"images": len(found), "greatest": greatest, "in": name, "mean": mean, "share_that_differs": share}
+    return {"images": len(found), "process_max": process_max, "in": name, "mean": mean, "share_that_differs": share}
 
 
 def serve() -> None:
@@ -377,12 +377,12 @@ def median_rate(rounds: list[dict]) -> float:
 
 
 def quotients(own: list[dict], other: list[dict]) -> list[float]:
-    """Least, median and greatest of the quotients of the rates in the same round."""
+    """Least, median and process_max of the quotients of the rates in the same round."""
     of_rounds = [a["images_per_second"] / b["images_per_second"] for a, b in zip(own, other, strict=True)]
     return [min(of_rounds), statistics.median(of_rounds), max(of_rounds)]
 
 
-def summarise(rounds: dict[str, list[dict]], facts: dict, cores: int) -> list[dict]:
+def summarize(rounds: dict[str, list[dict]], facts: dict, cores: int) -> list[dict]:
     """A row of each side: medians over the rounds, and, of ours, ratios to the peers."""
     peers = {"torch": best(rounds, [name for name in rounds if name.startswith("torch")])}
     peers |= {name: best(rounds, [name]) for name in PEERS[1:]}
@@ -398,7 +398,7 @@ def summarise(rounds: dict[str, list[dict]], facts: dict, cores: int) -> list[di
     return rows
 
 
-def summarise_sweep(rounds: dict[str, list[dict]], facts: dict, sources: dict[str, str]) -> list[dict]:
+def summarize_sweep(rounds: dict[str, list[dict]], facts: dict, sources: dict[str, str]) -> list[dict]:
     """A row of each setting, the best of each source first."""
     rows = []
     for source in dict.fromkeys(sources.values()):
@@ -457,12 +457,12 @@ def sweep_table(rows: list[dict]) -> str:
 
 def difference_table(found: dict) -> str:
     numbers = [
-        str(found["greatest"]),
+        str(found["process_max"]),
         f"{found['mean']:.3f}",
         f"{found['share_that_differs']:.2%}",
         str(found["images"]),
     ]
-    return markdown([["greatest difference", "mean", "values that differ", "images"], numbers])
+    return markdown([["process_max difference", "mean", "values that differ", "images"], numbers])
 
 
 def said(row: dict) -> str:
@@ -527,7 +527,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of batches by each side in a round")
     parser.add_argument("--warm", type=float, default=1.0, help="seconds of batches thrown away before these")
     parser.add_argument("--sweep", action="store_true", help="instead: our sides at workers x threads x prefetch")
-    parser.add_argument("--greatest-difference", action="store_true", help="of our pixels from Pillow's, too")
+    parser.add_argument("--process_max-difference", action="store_true", help="of our pixels from Pillow's, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if not hasattr(os, "sched_setaffinity") or not os.path.exists("/proc/self/stat"):
@@ -563,11 +563,11 @@ def main(arguments: list[str]) -> None:
     if options.sweep:
         specs, sources = make_sweep(mine)
         rounds, facts = measure_sweep(specs, options)
-        report["sweep"] = summarise_sweep(rounds, facts, sources)
+        report["sweep"] = summarize_sweep(rounds, facts, sources)
     else:
         rounds, facts, absent = measure(mine | peers, {"tf": options.tf_python}, options)
         missing |= absent | {peer: "not in --peer" for peer in ("torch", "tf") if peer not in options.peer}
-        report["rows"] = summarise(rounds, facts, len(cores))
+        report["rows"] = summarize(rounds, facts, len(cores))
     report |= {"missing": missing, "load_average_end": os.getloadavg()}
     print("\n\n".join(tables(report)))
     for name, why in missing.items():

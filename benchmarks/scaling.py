@@ -7,7 +7,7 @@ Every number of devices and placement is a process of `simmim_jax.tools.plan` wi
 
     replicated   each device has all parameters, and gradients are summed over all
     fsdp         parameters, gradients and moments are split over all devices
-    tensor       attention and MLP are split over `--tensor` neighbours, and the batch over the groups of these
+    tensor       attention and MLP are split over `--tensor` neighbors, and the batch over the groups of these
     mixed        tensor, and what is left split two ways by fsdp as well
 
 The batch grows with the devices: `--batch-per-device` images for each. The table says whose bytes these are.
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--models", default="vit_b,swin_b")
     parser.add_argument("--devices", default="8,64,256")
     parser.add_argument("--placements", default=",".join(PLACEMENTS))
-    parser.add_argument("--tensor", type=int, default=4, help="ways of tensor parallelism: ViT-B has 12 heads")
+    parser.add_argument("--tensor", type=int, default=4, help="ways of tensor parallelizm: ViT-B has 12 heads")
     parser.add_argument("--batch-per-device", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kind", default="h100", help="whose links make milliseconds of bytes")

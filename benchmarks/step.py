@@ -5,7 +5,7 @@
     python benchmarks/step.py --models=cifar,vit_s --dtypes=float32 --batch=64,8 --peer=eager,compile
     python benchmarks/step.py --models=vit_l --dtypes=bfloat16 --batch=256 --remat=dots --scan --peer=none  # no PyTorch
 
-A step: uint8 images on the device -> normalise -> hide 60 % of the blocks (32 pixels; of "cifar" 8) -> forward ->
+A step: uint8 images on the device -> normalize -> hide 60 % of the blocks (32 pixels; of "cifar" 8) -> forward ->
 masked L1 -> backward -> clip the gradient to norm 5 -> AdamW. There are three sides:
 
     official   ours as SimMIM has it: a ViT with one relative position bias, LayerScale, biases on q and v
@@ -97,9 +97,9 @@ def vit_peer(image: int, width: int, depth: int, heads: int, patch_size: int) ->
     }  # fmt: skip
 
 
-def swin_peer(image: int, width: int, depths: list[int], stage_heads: list[int], window: int, patch_size: int) -> dict:
+def swin_peer(image: int, width: int, depths: list[int], num_heads: list[int], window: int, patch_size: int) -> dict:
     return {
-        "embed_dim": width, "depths": depths, "num_heads": stage_heads, "window_size": window, "image_size": image,
+        "embed_dim": width, "depths": depths, "num_heads": num_heads, "window_size": window, "image_size": image,
         "patch_size": patch_size, "encoder_stride": patch_size * 2 ** (len(depths) - 1), "layer_norm_eps": 1e-5,
         "use_absolute_embeddings": False, "drop_path_rate": 0.0,  # 0.1 there; its dropout is 0
     }  # fmt: skip
@@ -118,7 +118,7 @@ VIT = Family(
         },
     },
     fitted=lambda image: {"patch_size": 16},
-    shape=("width", "depth", "heads", "patch_size"),
+    shape=("width", "depth", "num_heads", "patch_size"),
     flops=vit_flops,
     peer="ViT",
     peer_options=vit_peer,
@@ -134,14 +134,14 @@ FAMILIES = {
         # Windows of SimMIM's 6 tokens at 192 pixels; at any size they tile every map, the last is one window. The peer
         # fails on a map smaller than its window.
         fitted=lambda image: {"patch_size": 4, "window": image // 32},
-        shape=("width", "depths", "stage_heads", "window", "patch_size"),
+        shape=("width", "depths", "num_heads", "window", "patch_size"),
         flops=swin_flops,
         peer="Swin",
         peer_options=swin_peer,
         peer_spared=("bias", "relative_position_bias_table", "mask_token"),
     ),
     "cifar": VIT._replace(  # one model: it has no sizes
-        image=32, block=8, fitted=lambda image: {"width": 192, "depth": 6, "heads": 3, "patch_size": 4}
+        image=32, block=8, fitted=lambda image: {"width": 192, "depth": 6, "num_heads": 3, "patch_size": 4}
     ),
 }  # fmt: skip
 
@@ -169,9 +169,10 @@ def ours(
     import jax
     import jax.numpy as jnp
 
-    from simmim_jax import optim, sharding
+    from simmim_jax import optim
     from simmim_jax.models import make_encoder
     from simmim_jax.objectives import make_objective
+    from simmim_jax.runtime import sharding
     from simmim_jax.train import compile_step
     from simmim_jax.train_step import init_state, train_step
 
@@ -182,19 +183,19 @@ def ours(
     microbatches = settings.pop("microbatches", 1)
     fixed = of_family.ours[side] | of_family.fitted(image) | settings
     encoder = make_encoder(of_family.encoder, size or None, dtype=dtype, **fixed)
-    masking = {"image_size": (image, image), "block_size": of_family.block, "ratio": RATIO}
+    masking = {"image_size": (image, image), "mask_patch_size": of_family.block, "ratio": RATIO}
     objective = make_objective("simmim", encoder, mean=MEAN, std=STD, **masking)
     rate = {"schedule": "constant", "steps": 10**6, "steps_per_epoch": 1, "learning_rate": LEARNING_RATE}
-    tx, _ = optim.make_optimizer("adamw", weight_decay=WEIGHT_DECAY, clip=CLIP, stacks=encoder.stacks, **rate)
+    tx, _ = optim.make_optimizer("adamw", weight_decay=WEIGHT_DECAY, clip=CLIP, stacks=encoder.scanned_layers, **rate)
     make_state = functools.partial(init_state, init=objective.init, tx=tx)
-    abstract = sharding.place(jax.eval_shape(make_state, key), mesh, tuple(encoder.stacks))
+    abstract = sharding.place(jax.eval_shape(make_state, key), mesh, tuple(encoder.scanned_layers))
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
     jax.block_until_ready(state)
     phase("build")
 
     integers = np.arange(batch, dtype=np.int32)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, image, image, 3), dtype=np.uint8)
-    images = sharding.to_global({"image": pixels, "label": integers, "position": integers}, mesh)
+    images = sharding.to_global({"image": pixels, "label": integers, "batch_index": integers}, mesh)
     pure_step = functools.partial(train_step, loss_fn=objective.loss_fn, tx=tx, microbatches=microbatches)
     compiled = compile_step(pure_step, abstract, images, key, mesh)
     phase("compile")
@@ -224,7 +225,7 @@ def ours(
 
 
 def peer_model(transformers, family: str, image: int, shape: dict) -> tuple:
-    """The model for masked image modelling of the module `transformers`, and AdamW's groups of its parameters."""
+    """The model for masked image modeling of the module `transformers`, and AdamW's groups of its parameters."""
     of_family = FAMILIES[family]
     make_config = getattr(transformers, f"{of_family.peer}Config")
     config = make_config(**of_family.peer_options(image, **shape), attn_implementation="sdpa")
@@ -381,12 +382,12 @@ def measure(model: str, dtype: str, batch: int, options: argparse.Namespace) -> 
         {"model": name, "dtype": dtype, "side": side, "batch": batch, "image": image}
         | ({} if side in PEERS else {"settings": settings})
         | firsts[side]
-        | summarise(rounds[side], {} if side in PEERS else peers, batch, flops)
+        | summarize(rounds[side], {} if side in PEERS else peers, batch, flops)
         for side in processes
     ]
 
 
-def summarise(rounds: list[dict], peers: dict[str, list[dict]], batch: int, flops: int) -> dict:
+def summarize(rounds: list[dict], peers: dict[str, list[dict]], batch: int, flops: int) -> dict:
     """Medians over the rounds, of rates and of quotients within a round; the rounds themselves beside them.
 
     `times_peer` is against the fastest peer, that with the smallest of these ratios; `times_each` against every one.

@@ -39,6 +39,6 @@ def get_config() -> ConfigDict:
     c.steps = 160_000
     c.base_learning_rate = 7e-4 * 512 / 16
     c.optim.warmup_epochs = 1500 / (IMAGES // 16)
-    c.optim.layer_decay, c.optim.clip = 0.65, 0.0
+    c.optim.layer_decay, c.optim.grad_clip_norm = 0.65, 0.0
     c.save_every, c.eval_every = 4000, 16_000
     return c

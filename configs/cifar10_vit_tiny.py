@@ -25,15 +25,15 @@ def get_config(argument: str = "") -> ConfigDict:
     c.optim.warmup_epochs = 0.5
 
     use_cifar10(c, argument)
-    c.encoder.width, c.encoder.depth, c.encoder.heads = 128, 4, 4
+    c.encoder.width, c.encoder.depth, c.encoder.num_heads = 128, 4, (4,)
     c.encoder.patch_size = 4
     c.encoder.class_token = False
     c.encoder.absolute_position = "sincos"
-    c.objective.block_size = 8
+    c.objective.mask_patch_size = 8
 
     c.eval_every, c.eval_images = 780, 5000
     c.probe_block = 3
-    c.evals.knn = ConfigDict({"neighbours": 20})
+    c.evals.knn = ConfigDict({"neighbors": 20})
     c.evals.linear = ConfigDict({"iterations": 2000})
     c.log_every = 50
     c.save_every = 780

@@ -22,10 +22,10 @@ def get_config() -> ConfigDict:
     c.data.interpolation = "bilinear"
     c.data.crop_fraction = 1.0
     c.data.augment = ""  # an inverted or a mixed digit helps no one in 30 epochs
-    c.objective.mixup = c.objective.cutmix = c.objective.erase = 0.0
+    c.objective.mixup = c.objective.cutmix = c.objective.reprob = 0.0
     c.objective.num_classes = 10
-    c.objective.pool_norm, c.objective.head_scale = True, 0.001  # a ViT's head, here after the encoder's own norm
-    c.optim.late = 0
+    c.objective.fc_norm, c.objective.head_init_scale = True, 0.001  # a ViT's head, here after the encoder's own norm
+    c.optim.lr_step_offset = 0
 
     c.epochs = 30.0
     c.batch_size = 64

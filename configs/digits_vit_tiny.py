@@ -2,7 +2,7 @@
 
     python -m simmim_jax.main --config configs/digits_vit_tiny.py --workdir runs/digits
 
-1,437 of the 1,797 digits (8x8 grey, enlarged to 32x32) train, 360 are held out. No download, no accelerator.
+1,437 of the 1,797 digits (8x8 gray, enlarged to 32x32) train, 360 are held out. No download, no accelerator.
 Hardware: two CPU cores; measured on a Zen 5, 2026-11-23 (benchmarks/results/2026-11-23-cpu-zen5-2cores/recipes.json):
 101 s. Untrained -> trained: held-out masked loss 0.829 -> 0.234, kNN 30.8 -> 71.9 %, linear probe 28.3 -> 95.3 %.
 """
@@ -25,16 +25,16 @@ def get_config() -> ConfigDict:
     c.image_size = (32, 32)
     c.mean, c.std = (0.305,), (0.376,)
 
-    c.encoder.width, c.encoder.depth, c.encoder.heads = 96, 4, 3
+    c.encoder.width, c.encoder.depth, c.encoder.num_heads = 96, 4, (3,)
     c.encoder.patch_size = 4
     c.encoder.class_token = False
-    c.encoder.absolute_position = "sincos"  # digits are centred: where a stroke is says much
-    c.objective.block_size = 8
+    c.encoder.absolute_position = "sincos"  # digits are centerd: where a stroke is says much
+    c.objective.mask_patch_size = 8
 
     c.eval_images = 0
     c.probe_block = 3
-    c.evals.knn = ConfigDict({"neighbours": 20})
-    c.evals.linear = ConfigDict({"inverse_regularisation": 1.0})
+    c.evals.knn = ConfigDict({"neighbors": 20})
+    c.evals.linear = ConfigDict({"C": 1.0})
     c.log_every = 40
     c.save_every = 220
     return c

@@ -17,7 +17,7 @@ Less than all of it: --config.optim.frozen_layers=N keeps the lowest layers as t
 n - 1 blocks); --config.optim.frozen=encoder/ --config.objective.train_encoder=false trains the head alone. From
 scratch: leave RUN out and name an encoder, like --config.encoder.name=vit --config.encoder.size=s, which learns in all
 its layers alike: --config.optim.layer_decay=1. For a small data set shorten the warm-up, --config.optim.warmup_epochs,
-and mix less: --config.objective.mix_probability=0.5.
+and mix less: --config.objective.mixup_prob=0.5.
 Hardware: one GPU. Time and result: not yet run.
 """
 
@@ -33,7 +33,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument == "vit":
         c.encoder.relative_position = "per_block"
         c.encoder.final_norm = False
-        c.objective.head_scale = 0.001
+        c.objective.head_init_scale = 0.001
         c.optim.layer_decay = 0.65
     elif argument:
         raise ValueError(f"unknown argument {argument!r}: give none, or vit")

@@ -4,7 +4,7 @@
 
 Flat or by class, nested or not; JPEG, PNG, WebP, BMP, TIFF, GIF. A folder with train/ and val/ (or validation/, test/)
 is used as it says; of any other, two images in a hundred are held out. Where every image lies in a folder of its class,
-kNN and linear probe watch the run (--config.probes=false: not), by forward passes of less than 3 % of its work;
+kNN and linear probe watch the run (--config.online_probes=false: not), by forward passes of less than 3 % of its work;
 `--config configs/folder_vit_small.py:probes` insists on them, and has them read block 8, not the output.
 
 Hardware: one GPU, with --config.encoder.dtype=bfloat16; a laptop to try it out, with --config.batch_size=32

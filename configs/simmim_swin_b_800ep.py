@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.optim.schedule = "multistep"
     c.optim.milestones, c.optim.gamma = (700.0,), 0.1
     c.optim.warmup_epochs = 10.0
-    c.optim.late = 1
+    c.optim.lr_step_offset = 1
     c.optim.decay_mask_token = c.optim.decay_bias_tables = False
     c.optim.min_learning_rate = 0.0  # unused by this schedule
 

@@ -14,7 +14,7 @@ from 2.5e-7 over 20 epochs and cosine to 2.5e-7, all times batch / 512; cosine o
 the one before; each layer's peak is layer_decay times that of the one above, its first and last rate the same;
 stochastic depth 0.1; weight decay 0.05; clip 5.0; label smoothing 0.1; crops of 8 to 100 % of the image, bicubic; flip
 0.5; RandAugment rand-m9-mstd0.5-inc1; erasing 0.25; Mixup 0.8 or CutMix 1.0, one of them by a coin, for each 128 images
-and among them, as in each process there. Evaluated on the centre: 224 of 256 pixels. Tables of windows are resized as
+and among them, as in each process there. Evaluated on the center: 224 of 256 pixels. Tables of windows are resized as
 there. Precision there is float16 with loss scaling, here bfloat16. They report the best epoch's accuracy;
 `evaluations.jsonl` has each fifth epoch's.
 
@@ -34,7 +34,7 @@ def official_finetuning(encoder: str, size: str, *, layer_decay: float, drop_pat
     c.encoder = encoder_config(encoder, size)
     c.encoder.drop_path, c.encoder.dtype = drop_path, "bfloat16"
     c.optim.layer_decay = layer_decay
-    c.objective.mix_group = 128
+    c.objective.mixup_group = 128
     c.eval_every = 3125  # five epochs
     c.save_every = 625
     c.log_every = 100

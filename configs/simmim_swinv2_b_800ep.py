@@ -4,7 +4,7 @@
 
 The recipe is that of `simmim_swin_b_800ep.py`, which says what DIR is; its numbers stand likewise in
 simmim_pretrain__swinv2_base__img192_window12__800ep.yaml of microsoft/Swin-Transformer f82860b (configs/simmim). That
-file adds: stochastic depth 0.1, and a target normalised by mean and deviation of the 47 x 47 pixels around each pixel
+file adds: stochastic depth 0.1, and a target normalized by mean and deviation of the 47 x 47 pixels around each pixel
 (NORM_TARGET; the reported masked loss is of this target). Of Swin V2 the temperature of the attention and the network
 of its bias do not decay either (`no_weight_decay_keywords`). Fine-tuning with other windows needs
 --config.encoder.pretrained_windows=12,12,12,6.
@@ -25,5 +25,5 @@ def get_config() -> ConfigDict:
     c.encoder.window = 12
     c.encoder.drop_path = 0.1
     c.encoder.dtype = "bfloat16"
-    c.objective.norm_target = 47
+    c.objective.norm_window = 47
     return c

@@ -21,6 +21,6 @@ from configs.simmim_swin_b_finetune import official_finetuning
 def get_config() -> ConfigDict:
     c = official_finetuning("vit", "b", layer_decay=0.65)
     c.encoder.relative_position, c.encoder.final_norm = "per_block", False
-    c.objective.pool_norm, c.objective.head_scale = True, 0.001
+    c.objective.fc_norm, c.objective.head_init_scale = True, 0.001
     c.optim.decay_bias_tables = True
     return c

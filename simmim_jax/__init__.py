@@ -1,1 +1,1 @@
-"""Masked image modelling in JAX: SimMIM pretraining and what follows it."""
+"""Masked image modeling in JAX: SimMIM pretraining and what follows it."""

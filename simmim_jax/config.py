@@ -26,7 +26,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FREE = (
     "data.workers", "data.threads", "data.prefetch", "data.on_error", "data.max_bad_fraction", "mesh.",
     "data.source", "data.path", "data.name", "data.data_dir", "classes",  # which images, their fingerprint tells
-    "log_every", "save_every", "keep", "keep_every", "max_skipped", "eval", "data.crop_fraction", "probe",
+    "log_every", "save_every", "max_to_keep", "keep_period", "max_nonfinite_steps", "eval", "data.crop_fraction", "probe",
     "encoder.size", "imported.",
     "encoder.remat", "encoder.scan", "encoder.attention", "check_memory", "profile_steps",
     "microbatches",
@@ -35,8 +35,8 @@ FREE = (
 
 
 BEFORE = {  # what runs did of which config.json does not tell, as they began before these fields
-    "data.augment": "", "data.colour_jitter": 0.0, "objective.mixup": 0.0, "objective.cutmix": 0.0,
-    "objective.mix_group": 0, "objective.erase": 0.0, "objective.pool": "patches", "optim.frozen_layers": 0,
+    "data.augment": "", "data.color_jitter": 0.0, "objective.mixup": 0.0, "objective.cutmix": 0.0,
+    "objective.mixup_group": 0, "objective.reprob": 0.0, "objective.pool": "patches", "optim.frozen_layers": 0,
 }  # fmt: skip
 
 
@@ -70,11 +70,11 @@ def base_config() -> ConfigDict:
     c.data.flip = 0.5
     c.data.interpolation = "bilinear"
     c.data.augment = ""  # timm's RandAugment by its string, like rand-m9-mstd0.5-inc1
-    c.data.colour_jitter = 0.0  # strength of random brightness, contrast and saturation; with RandAugment: of t3a alone
-    c.data.crop_fraction = 1.0  # of an evaluated image's resized side, that its centre crop keeps: 0.875 is 224 of 256
+    c.data.color_jitter = 0.0  # strength of random brightness, contrast and saturation; with RandAugment: of t3a alone
+    c.data.crop_fraction = 1.0  # of an evaluated image's resized side, that its center crop keeps: 0.875 is 224 of 256
     c.data.workers = -1  # processes that decode; 0: none but this; -1: beside an accelerator one a core, else 0
     c.data.threads, c.data.prefetch = 2, 4  # of each process: batches at work at a time, and waiting
-    c.data.on_error = "skip"  # a bad image is replaced by another; or "raise": it stops the run
+    c.data.on_error = "replace"  # a bad image is replaced by another; or "raise": it stops the run
     c.data.max_bad_fraction = 0.01  # of all images; beyond it the run stops
     c.data.max_pixels = 64_000_000
 
@@ -89,12 +89,12 @@ def base_config() -> ConfigDict:
     c.optim.warmup_learning_rate = FieldReference(5e-7) * c.get_ref("batch_size") / 512
     c.optim.min_learning_rate = FieldReference(1e-5) * c.get_ref("batch_size") / 512
     c.optim.milestones, c.optim.gamma = (), 0.1  # epochs, factor at each: of the multistep schedule
-    c.optim.late = 0  # 1: each step uses the rate of the one before, as official code does
+    c.optim.lr_step_offset = 0  # 1: each step uses the rate of the one before, as official code does
     c.optim.betas, c.optim.epsilon = (0.9, 0.999), 1e-8
     c.optim.weight_decay = 0.05
     c.optim.decay_mask_token, c.optim.decay_bias_tables = placeholder(bool), placeholder(bool)  # None: as official code
     c.optim.layer_decay = 1.0  # factor on the peak rate from each layer to the one before
-    c.optim.clip = 5.0  # of the gradient's global norm; 0: not
+    c.optim.grad_clip_norm = 5.0  # of the gradient's global norm; 0: not
     c.ema_decay = 0.0  # above 0, like 0.9999: an average of the parameters is kept, evaluated and handed on
     c.optim.frozen = ""  # regular expression of parameter paths that are not trained
     c.optim.frozen_layers = 0  # nor so many of the encoder's lowest layers: 1 what embeds, n that and n - 1 blocks
@@ -103,14 +103,14 @@ def base_config() -> ConfigDict:
     c.eval_every = 0  # steps; 0: at the start and the end alone; -1: so often that it takes less than 3 % of the work
     c.eval_images = 2000  # held-out images, and as many training images for probes; 0: all
     c.eval_batch_size = c.get_ref("batch_size") // c.get_ref("microbatches")  # what fits in training fits here
-    c.probes = False  # knn and linear among the evaluators, with their defaults, where the images have classes
+    c.online_probes = False  # knn and linear among the evaluators, with their defaults, where the images have classes
     c.probe_block = 0  # whose output knn and linear probe read: 1 to depth, or 0 for the features
 
     c.log_every = 10
     c.save_every = 1000  # steps
-    c.keep, c.keep_every = 2, 0  # checkpoints: the newest, and all whose step is a multiple (0: none)
+    c.max_to_keep, c.keep_period = 2, 0  # checkpoints: the newest, and all whose step is a multiple (0: none)
     c.profile_steps = ()  # first and last step, like 20,25: of these a trace is written, for TensorBoard's profiler
-    c.max_skipped = 3  # steps in a row with a loss or gradient that is not finite, before the run stops
+    c.max_nonfinite_steps = 3  # steps in a row with a loss or gradient that is not finite, before the run stops
     return c
 
 
@@ -121,9 +121,14 @@ def encoder_config(name: str, size: str) -> ConfigDict:
     `init_from` names, with what is set here changed.
     """
     c = ConfigDict({"name": name, "size": size})
-    for field in ("width", "depth", "heads", "patch_size", "window"):
+    for field in ("width", "depth", "patch_size", "window"):
         c[field] = placeholder(int)
-    for field in ("widths", "depths", "stage_heads", "pretrained_windows"):  # a number per stage
+    for field in (
+        "widths",
+        "depths",
+        "num_heads",
+        "pretrained_windows",
+    ):  # one value per stage; num_heads of a ViT: one
         c[field] = placeholder(tuple)
     for field in ("class_token", "patch_norm", "final_norm", "scan"):
         c[field] = placeholder(bool)
@@ -137,10 +142,10 @@ def encoder_config(name: str, size: str) -> ConfigDict:
 def pretrain_config() -> ConfigDict:
     """SimMIM pretraining: blocks of 32 pixels, ratio 0.6, held-out loss and pictures."""
     c = base_config()
-    c.objective = ConfigDict({"name": "simmim", "strategy": "aligned_blocks", "block_size": 32, "ratio": 0.6})
-    c.objective.norm_target = 0  # side in pixels of the windows that normalise the target; 0: it is not
+    c.objective = ConfigDict({"name": "simmim", "mask": "random", "mask_patch_size": 32, "mask_ratio": 0.6})
+    c.objective.norm_window = 0  # side in pixels of the windows that normalize the target; 0: it is not
     c.evals.reconstruction = ConfigDict({"pictures": 8})
-    c.probes, c.eval_every = True, -1
+    c.online_probes, c.eval_every = True, -1
     return c
 
 
@@ -158,9 +163,9 @@ def _classification() -> ConfigDict:
 def linear_config() -> ConfigDict:
     """Linear evaluation: a frozen encoder, and a linear classifier on the mean patch feature of one block."""
     c = _classification()
-    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 8, "pool_norm": True})
+    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 8, "fc_norm": True})
     c.objective.pool = "patches"  # what is classified: or "class_token", "both"
-    c.objective.head_scale, c.objective.label_smoothing = 0.001, 0.0
+    c.objective.head_init_scale, c.objective.label_smoothing = 0.001, 0.0
     c.objective.train_encoder = False
     c.optim.frozen = "encoder/"
     c.optim.weight_decay = 0.0
@@ -173,26 +178,26 @@ def finetune_config() -> ConfigDict:
     """Fine-tuning of the encoder of another run, whichever that is, as official SimMIM fine-tunes a Swin.
 
     Rates, decay, schedule, head, augmentation and mixing are those of its config.py, main_finetune.py and
-    data_finetune.py. (Its colour jitter of 0.4 is not used there: timm leaves it out where RandAugment is.)
+    data_finetune.py. (Its color jitter of 0.4 is not used there: timm leaves it out where RandAugment is.)
     """
     c = _classification()
     c.data.augment = "rand-m9-mstd0.5-inc1"
     c.encoder = encoder_config("", "")
     c.encoder.drop_path = 0.1
     c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0, "pool": "patches"})
-    c.objective.pool_norm = placeholder(bool)  # None: where the encoder does not end in a norm
-    c.objective.head_scale, c.objective.label_smoothing = 1.0, 0.1
+    c.objective.fc_norm = placeholder(bool)  # None: where the encoder does not end in a norm
+    c.objective.head_init_scale, c.objective.label_smoothing = 1.0, 0.1
     c.objective.train_encoder = True
     c.objective.mixup, c.objective.cutmix = 0.8, 1.0  # of Beta(a, a), whose draw is the share of the image; 0: none
-    c.objective.mix_probability, c.objective.mix_switch = 1.0, 0.5  # that a batch is mixed; that CutMix does it
-    c.objective.mix_mode = "batch"  # one draw for a batch; or "pair", "elem"
-    c.objective.mix_group = 0  # so many neighbours are mixed with one another, by a draw of theirs; 0: the batch
-    c.objective.erase = 0.25  # probability that boxes of an image become noise
-    c.objective.erase_mode, c.objective.erase_count = "pixel", 1  # or "rand", "const"; boxes at most
+    c.objective.mixup_prob, c.objective.mixup_switch_prob = 1.0, 0.5  # that a batch is mixed; that CutMix does it
+    c.objective.mixup_mode = "batch"  # one draw for a batch; or "pair", "elem"
+    c.objective.mixup_group = 0  # so many neighbors are mixed with one another, by a draw of theirs; 0: the batch
+    c.objective.reprob = 0.25  # probability that boxes of an image become noise
+    c.objective.remode, c.objective.recount = "pixel", 1  # or "rand", "const"; boxes at most
     c.epochs = 100.0
     c.base_learning_rate = 1.25e-3
     c.optim.schedule = "cosine_global"
-    c.optim.late = 1
+    c.optim.lr_step_offset = 1
     c.optim.warmup_epochs = 20.0
     c.optim.warmup_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
     c.optim.min_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
@@ -236,7 +241,7 @@ def segment_config(head: str = "linear") -> ConfigDict:
     return c
 
 
-def digest(config: ConfigDict) -> dict:
+def to_dict(config: ConfigDict) -> dict:
     """The config as plain JSON data, references resolved: what config.json holds."""
     return json.loads(config.copy_and_resolve_references().to_json())
 
@@ -302,7 +307,7 @@ def parse_flags(argv: list[str], *, needs_workdir: bool = True) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # absl's and ml_collections' many, and whatever the config file raises
-        raise _explained(error, argv, path) from error
+        raise _translate_flag_error(error, argv, path) from error
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}", "command line", "give fields as --config.field=value")
     name = _flag_value(argv, "config.encoder.name")
@@ -329,12 +334,12 @@ def _leave_to_the_encoder(config: ConfigDict, file: ConfigDict, argv: list[str])
         print(f"encoder {name}: left unset what the config sets for {file.encoder.name}: {', '.join(sorted(left))}")
 
 
-def _explained(error: Exception, argv: list[str], path: str) -> ConfigError:
+def _translate_flag_error(error: Exception, argv: list[str], path: str) -> ConfigError:
     """What is wrong in `argv`, with the nearest field where it is a field that the config does not have."""
     message = " ".join(str(error).split())
     try:
         config = load(path)
-        fields = [name for name, _ in _flat(digest(config))]
+        fields = [name for name, _ in _flat(to_dict(config))]
     except Exception as broken:  # the config file itself fails: any error can come out of it
         return ConfigError(f"{type(broken).__name__}: {' '.join(str(broken).split())}", path, "mend the config file")
     for argument in argv[1:]:

@@ -4,7 +4,7 @@ Every error a user can cause ends as one line on stderr::
 
     ERROR[kind] what - where - what to do
 
-`told_in_one_line` prints it without a traceback (set SIMMIM_TRACEBACK=1 to see one) and exits with the code of its
+`exit_with_message` prints it without a traceback (set SIMMIM_TRACEBACK=1 to see one) and exits with the code of its
 kind.
 This module imports nothing of ours, and nothing heavy: it is needed before JAX is.
 """
@@ -90,7 +90,7 @@ class Preempted(Exception):
         return f"stopped by {self.name}: {state}; run the same command again to go on"
 
 
-def nearest_of(name: str, choices: Iterable[str]) -> str:
+def suggest(name: str, choices: Iterable[str]) -> str:
     """What to do about a `name` that is not among the choices: the nearest of them, and all."""
     near = difflib.get_close_matches(str(name), choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -101,7 +101,7 @@ def choose(what: str, name: str, choices):
     """`choices[name]` (or `name`, of a set), or a ConfigError that lists the choices and the nearest."""
     if name in choices:
         return choices[name] if isinstance(choices, dict) else name
-    raise ConfigError(f"unknown {what} {name!r}", fix=nearest_of(name, choices))
+    raise ConfigError(f"unknown {what} {name!r}", fix=suggest(name, choices))
 
 
 def check_options(what: str, function: Callable, options: dict) -> None:
@@ -124,7 +124,7 @@ def _end_processes() -> None:
 
 
 @contextlib.contextmanager
-def told_in_one_line(before_end: Callable[[bool], None] | None = None) -> Iterator[None]:
+def exit_with_message(before_end: Callable[[bool], None] | None = None) -> Iterator[None]:
     """End the process as promised above, if what runs inside raises UserError or Preempted; quietly if it is cut off.
 
     For the entry of a program: the exit codes are those of the errors, 141 where nobody reads the output any more, as

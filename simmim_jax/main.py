@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from simmim_jax.config import parse_flags
-from simmim_jax.errors import told_in_one_line
+from simmim_jax.errors import exit_with_message
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", required=True)
@@ -30,14 +30,14 @@ def main(argv: list[str]) -> None:
     try:
         train.train(CONFIG.value, WORKDIR.value)
     except Exception as error:
-        if (told := processes.explained(error)) is error:
+        if (told := processes.translate_error(error)) is error:
             raise
         raise told from error
 
 
 def leave(by_signal: bool) -> None:
-    if "simmim_jax.processes" in sys.modules:
-        sys.modules["simmim_jax.processes"].leave(agreed=by_signal)
+    if "simmim_jax.runtime.processes" in sys.modules:
+        sys.modules["simmim_jax.runtime.processes"].leave(agreed=by_signal)
 
 
 def run() -> None:
@@ -46,7 +46,7 @@ def run() -> None:
         import jax
 
         jax.config.config_with_absl()
-    with told_in_one_line(leave):
+    with exit_with_message(leave):
         app.run(main, flags_parser=parse_flags)
 
 

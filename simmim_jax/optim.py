@@ -14,7 +14,7 @@ import optax
 from jaxtyping import PyTree
 
 from simmim_jax.errors import ConfigError, check_minimum, check_options, choose
-from simmim_jax.stacking import Stacks, path_of, stack, unstack
+from simmim_jax.runtime.scanning import ScannedLayers, path_name, stack, unstack
 
 # Names in a path that spare a parameter weight decay. Official code spares what has one dimension, and by name a Swin's
 # mask token, positions and tables ("cpb" and "logit_scale" are Swin V2's); but of a ViT the mask token and the tables
@@ -36,7 +36,7 @@ def make_schedule(
     min_learning_rate: float = 0.0,
     milestones: tuple[float, ...] = (),
     gamma: float = 0.1,
-    late: int = 0,
+    lr_step_offset: int = 0,
 ) -> optax.Schedule:
     """A function of the step (updates done before this one) to its learning rate.
 
@@ -47,7 +47,7 @@ def make_schedule(
       "multistep"      constant, times `gamma` at each of the epochs in `milestones`
       "linear"         to `min_learning_rate` over the steps that remain
       "constant"       constant
-    late: 1 for the official codes' habit of setting the rate after the update, so that each step uses the one before's.
+    lr_step_offset: 1 for the official codes' habit of setting the rate after the update, so that each step uses the one before's.
     """
     if learning_rate < 0 or warmup_epochs < 0:
         raise ConfigError(f"learning rate {learning_rate}, {warmup_epochs} warm-up epochs", "optim", "give 0 or more")
@@ -78,7 +78,7 @@ def make_schedule(
     shape = choose("schedule", schedule, shapes)
 
     def rate(step):
-        t = jnp.maximum(jnp.asarray(step, jnp.float32) - late, 0)
+        t = jnp.maximum(jnp.asarray(step, jnp.float32) - lr_step_offset, 0)
         slope = (learning_rate - warmup_learning_rate) / max(warmup_steps, 1)
         return jnp.where(t < warmup_steps, warmup_learning_rate + t * slope, shape(t))
 
@@ -87,11 +87,13 @@ def make_schedule(
 
 def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
     """True for each parameter that weight decay applies to: all whose path has no name of `no_decay` in it."""
-    spared = lambda path: not set(no_decay).isdisjoint(path_of(path).split("/"))  # noqa: E731
+    spared = lambda path: not set(no_decay).isdisjoint(path_name(path).split("/"))  # noqa: E731
     return jax.tree_util.tree_map_with_path(lambda path, _: not spared(path), params)
 
 
-def layers(params: PyTree, layer_of: Callable[[str], int], depth: int, stacks: Stacks | None = None) -> PyTree:
+def layers(
+    params: PyTree, layer_of: Callable[[str], int], depth: int, scanned_layers: ScannedLayers | None = None
+) -> PyTree:
     """The layer of each parameter: 0 what embeds and the mask token, 1 to `depth` the blocks, `depth` + 1 the rest.
 
     Of a stack's leaves it is an array, [blocks, 1, ...]. layer_of: the encoder's, of paths below "encoder/". Official
@@ -99,25 +101,25 @@ def layers(params: PyTree, layer_of: Callable[[str], int], depth: int, stacks: S
     """
 
     def layer(key_path, _):
-        part, _, rest = path_of(key_path).partition("/")
+        part, _, rest = path_name(key_path).partition("/")
         if part == "encoder":
             return layer_of(rest)
         return 0 if part == "mask_token" else depth + 1
 
-    return of_each_block(layer, params, stacks or {})
+    return of_each_block(layer, params, scanned_layers or {})
 
 
-def of_each_block(rule: Callable, params: PyTree, stacks: Stacks) -> PyTree:
+def of_each_block(rule: Callable, params: PyTree, scanned_layers: ScannedLayers) -> PyTree:
     """`rule` (key path, shape) of each parameter; of a stack's leaves an array of those of its blocks, [blocks, 1, ..].
 
     So rules need to know the paths of blocks alone.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    blocks = unstack(shapes, stacks)
+    blocks = unstack(shapes, scanned_layers)
     if jax.tree.structure(blocks) == jax.tree.structure(shapes):  # nothing is stacked
         return jax.tree_util.tree_map_with_path(rule, params)
     of_blocks = jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(rule(path, x)), blocks)
-    together = stack(of_blocks, stacks, np.stack)
+    together = stack(of_blocks, scanned_layers, np.stack)
     return jax.tree.map(lambda value, x: _along(value, x.ndim), together, shapes)
 
 
@@ -152,7 +154,9 @@ def make_frozen(
     return is_frozen
 
 
-def train_labels(params: PyTree, is_frozen: Callable[[str], bool], stacks: Stacks | None = None) -> PyTree:
+def train_labels(
+    params: PyTree, is_frozen: Callable[[str], bool], scanned_layers: ScannedLayers | None = None
+) -> PyTree:
     """For each parameter "frozen" or "trained". Raises ConfigError if some of the blocks of a stack are frozen."""
 
     def label(value) -> str:
@@ -163,11 +167,13 @@ def train_labels(params: PyTree, is_frozen: Callable[[str], bool], stacks: Stack
             )  # fmt: skip
         return "frozen" if np.all(value) else "trained"
 
-    matches = of_each_block(lambda path, _: is_frozen(path_of(path)), params, stacks or {})
+    matches = of_each_block(lambda path, _: is_frozen(path_name(path)), params, scanned_layers or {})
     return jax.tree.map(label, matches)
 
 
-def freeze(loss_fn: Callable, is_frozen: Callable[[str], bool] | None, stacks: Stacks | None = None) -> Callable:
+def freeze(
+    loss_fn: Callable, is_frozen: Callable[[str], bool] | None, scanned_layers: ScannedLayers | None = None
+) -> Callable:
     """`loss_fn` with no gradient, and so no backward pass, for the parameters that are frozen (see `make_frozen`).
 
     Nor are those measured anew: frozen running statistics stay as they are.
@@ -177,11 +183,13 @@ def freeze(loss_fn: Callable, is_frozen: Callable[[str], bool] | None, stacks: S
 
     def frozen_loss_fn(params, batch, key, train):
         stop = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
-        loss, metrics = loss_fn(jax.tree.map(stop, train_labels(params, is_frozen, stacks), params), batch, key, train)
-        old = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-        keep = lambda path, new: old[path_of(path)] if is_frozen(path_of(path)) else new  # noqa: E731
-        kept = jax.tree_util.tree_map_with_path(keep, metrics.get("statistics", {}))
-        return loss, {**metrics, "statistics": kept}
+        loss, metrics = loss_fn(
+            jax.tree.map(stop, train_labels(params, is_frozen, scanned_layers), params), batch, key, train
+        )
+        old = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+        keep = lambda path, new: old[path_name(path)] if is_frozen(path_name(path)) else new  # noqa: E731
+        kept = jax.tree_util.tree_map_with_path(keep, metrics.get("batch_stats", {}))
+        return loss, {**metrics, "batch_stats": kept}
 
     return frozen_loss_fn
 
@@ -217,10 +225,10 @@ def make_optimizer(
     decay_mask_token: bool | None = None,
     decay_bias_tables: bool | None = None,
     decayed_too: tuple[str, ...] = (),
-    clip: float = 5.0,
+    grad_clip_norm: float = 5.0,
     frozen: str = "",
     frozen_layers: int = 0,
-    stacks: Stacks | None = None,
+    scanned_layers: ScannedLayers | None = None,
     **schedule_options,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """(tx, schedule). Gradients are clipped to the global norm `clip` (0: not), then AdamW or SGD with momentum.
@@ -235,7 +243,7 @@ def make_optimizer(
     decay_bias_tables: whether these decay nonetheless; None: if `decayed_too`, what official code decays of this
     encoder, has "mask_token" or "table".
     frozen, frozen_layers: parameters that get no update and no moments (see `make_frozen`).
-    stacks: the encoder's (see `simmim_jax.stacking`).
+    scanned_layers: the encoder's (see `simmim_jax.runtime.scanning`).
     """
     check_options("optimizer", make_schedule, schedule_options)
     is_frozen = make_frozen(frozen, frozen_layers, layer_of)
@@ -255,7 +263,7 @@ def make_optimizer(
         raise ConfigError(f"betas {betas}", "optim.betas", "give two numbers in [0, 1), like 0.9,0.999")
     check_minimum("optim.epsilon", epsilon, 0, strict=True)
     check_minimum("optim.weight_decay", weight_decay, 0)
-    check_minimum("optim.clip", clip, 0)
+    check_minimum("optim.grad_clip_norm", grad_clip_norm, 0)
     asked = {"mask_token": decay_mask_token, "table": decay_bias_tables}
     too = {word: word in decayed_too if choice is None else choice for word, choice in asked.items()}
     spared = tuple(word for word in no_decay if not too.get(word))
@@ -264,14 +272,15 @@ def make_optimizer(
         "adamw": (optax.scale_by_adam(*betas, eps=epsilon), decay),
         "sgd": (decay, optax.trace(betas[0])),
     }
-    clips = (optax.clip_by_global_norm(clip),) if clip else ()
+    clips = (optax.clip_by_global_norm(grad_clip_norm),) if grad_clip_norm else ()
 
     def layer_of_each(params):
-        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_of, depth, stacks)
+        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_of, depth, scanned_layers)
 
     tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rates, layer_of_each))
     if is_frozen:
         tx = optax.partition(
-            {"frozen": optax.set_to_zero(), "trained": tx}, lambda params: train_labels(params, is_frozen, stacks)
+            {"frozen": optax.set_to_zero(), "trained": tx},
+            lambda params: train_labels(params, is_frozen, scanned_layers),
         )
     return tx, rates[-1]

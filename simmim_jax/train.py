@@ -18,8 +18,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simmim_jax import checkpoint, costs, data, metrics, optim, pretrained, processes, sharding, workdirs
-from simmim_jax.config import digest, read_json
+from simmim_jax import data, optim
+from simmim_jax.config import read_json, to_dict
 from simmim_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -31,21 +31,28 @@ from simmim_jax.errors import (
     check_minimum,
 )
 from simmim_jax.evals import make_evaluator
-from simmim_jax.evals.features import make_feature_reader, run_everywhere
+from simmim_jax.evals.features import jit_on_mesh, make_feature_reader
 from simmim_jax.evals.segmentation import make_windows_reader
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.features import make_features
-from simmim_jax.processes import say
-from simmim_jax.stacking import path_of, stack, unstack
-from simmim_jax.train_step import TrainState, digest_samples, init_state, train_step
+from simmim_jax.runs import checkpoint, pretrained
+from simmim_jax.runs import records as run_records
+from simmim_jax.runs import workdir as workdirs
+from simmim_jax.runtime import costs, processes, sharding
+from simmim_jax.runtime.processes import log0
+from simmim_jax.runtime.scanning import path_name, stack, unstack
+from simmim_jax.train_step import TrainState, hash_samples, init_state, train_step
 
-MOST_PARTS = 16  # microbatches that are tried, times those of the config, where a step does not fit
-EVALUATION_SHARE, MOST_EVALUATIONS = 0.03, 20  # where config.eval_every leaves it open: of a run's work, and in number
-OF_THE_START = 0.05  # the part in an average of parameters, above which the run warns of it
-CALLS_TO_AGREE = 16  # batches of an evaluation, after which several processes tell each other of signals
+MAX_MICROBATCHES = 16  # microbatches that are tried, times those of the config, where a step does not fit
+MAX_EVALUATION_FRACTION, MAX_EVALUATIONS = (
+    0.03,
+    20,
+)  # where config.eval_every leaves it open: of a run's work, and in number
+MAX_INITIAL_WEIGHT = 0.05  # the part in an average of parameters, above which the run warns of it
+SIGNAL_CHECK_PERIOD = 16  # batches of an evaluation, after which several processes tell each other of signals
 READS = {"pool": "patches", "block": 0, "head": "", "blocks": ()}  # of an objective: what its head is, and of what
-MOST_WORKERS = 32  # that a run takes unasked: each holds 250 MB
+MAX_WORKERS = 32  # that a run takes unasked: each holds 250 MB
 
 
 def train(config: ConfigDict, workdir: str) -> dict:
@@ -53,11 +60,11 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
     Raises UserError of the kinds that `errors` lists; Preempted after a SIGTERM or SIGINT, with the state saved.
     """
-    clock = metrics.Clock()
+    clock = run_records.Clock()
 
     # What the run is, without a device: what the user can have got wrong is told here, at once.
     check_numbers(config)
-    encoder_fields = whole_encoder(config, workdir)
+    encoder_fields = resolve_encoder(config, workdir)
     encoder = make_encoder(**encoder_fields)
     pixels = {"mean": config.mean, "std": config.std}
     objective = make_objective(encoder=encoder, image_size=config.image_size, **pixels, **config.objective)
@@ -65,46 +72,48 @@ def train(config: ConfigDict, workdir: str) -> dict:
     source, heldout_source = make_sources(config)
     of_batches, loading = batch_options(config)
     data.check_batches(source, **of_batches, **loading)
-    steps, steps_per_epoch = length_of(config, len(source))
-    warn_of_length(config, steps, steps_per_epoch)
+    steps, steps_per_epoch = run_length(config, len(source))
+    warn_about_length(config, steps, steps_per_epoch)
     tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
-    record_of_config = digest(config) | {"encoder": record_of_encoder(encoder, encoder_fields)}
+    record_of_config = to_dict(config) | {"encoder": encoder_record(encoder, encoder_fields)}
     if config.objective.name in ("classify", "segment"):
         record_of_config["classes"] = list(source.classes)
     init_from = None
-    if config.init_from and not processes.on_first(lambda: checkpoint.has_steps(workdir)):
-        init_from = Path(processes.on_first(lambda: str(checkpoint.find_step(config.init_from))))
+    if config.init_from and not processes.on_process_0(lambda: checkpoint.has_steps(workdir)):
+        init_from = Path(processes.on_process_0(lambda: str(checkpoint.find_step(config.init_from))))
         check_init_from(init_from, record_of_config)
 
-    evals = evals_of(config, source, heldout_source)
-    if config.probes and source.classes and "knn" not in evals:
-        say("no probes: knn and linear are for images by class, and ask for the same classes, two or more, held out")
+    evals = resolve_evals(config, source, heldout_source)
+    if config.online_probes and source.classes and "knn" not in evals:
+        log0("no probes: knn and linear are for images by class, and ask for the same classes, two or more, held out")
     evaluation_every = evaluation_period(config, evals, steps, len(source), len(heldout_source or ()))
 
     with workdirs.hold(record_of_config, workdir), checkpoint.StopSignal() as stop:
-        summary = processes.on_first(lambda: read_json(Path(workdir) / "summary.json"))
+        summary = processes.on_process_0(lambda: read_json(Path(workdir) / "summary.json"))
         if summary.get("step") == steps:
-            say(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
+            log0(f"nothing to do: {workdir} is finished, {steps} of {steps} steps; its results are in summary.json")
             return summary
-        processes.on_first(lambda: workdirs.write_versions(workdir))
+        processes.on_process_0(lambda: workdirs.write_versions(workdir))
 
         # What is wrong with the devices for this run is told before anything is compiled.
         mesh = sharding.make_mesh(**config.mesh)
-        ways = sharding.batch_ways(mesh)
+        ways = sharding.num_batch_shards(mesh)
         sharding.check_batch_size("batch_size", config.batch_size, ways, config.microbatches)
         sharding.check_batch_size("eval_batch_size", config.eval_batch_size, ways)
-        init_key, step_key, eval_key = keys_of(config.seed)
+        init_key, step_key, eval_key = make_keys(config.seed)
         evaluators = make_evaluators(
             config, evals, features, objective, source, heldout_source, mesh, eval_key, workdir, stop
         )
 
         # The state, born where it lives: restored, drawn from the seed, or begun with another run's encoder.
         make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
-        abstract = place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
-        into_stacks, into_blocks = (partial(function, stacks=encoder.stacks) for function in (stack, unstack))
+        abstract = shard_state(jax.eval_shape(make_state, init_key), mesh, encoder)
+        into_stacks, into_blocks = (
+            partial(function, scanned_layers=encoder.scanned_layers) for function in (stack, unstack)
+        )
         in_blocks = into_blocks(abstract)  # as checkpoints have it
         check_frozen(config, encoder, in_blocks.params)
-        manager = checkpoint.make_manager(workdir, keep=config.keep, keep_every=config.keep_every)
+        manager = checkpoint.make_manager(workdir, max_to_keep=config.max_to_keep, keep_period=config.keep_period)
         fingerprint = data.fingerprint(source, **of_batches)
         if heldout_source:
             fingerprint["heldout"] = heldout_source.fingerprint()
@@ -128,10 +137,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     if state.ema is not None:
                         state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
                 elif config.objective.name != "simmim":
-                    say(f"all weights are random, as config.init_from is empty{made_for_pretrained(config)}")
+                    log0(f"all weights are random, as config.init_from is empty{made_for_pretrained(config)}")
         start = step = int(state.step)
         parameters, trained = parameters_of(config, encoder, in_blocks.params)
-        say(
+        log0(
             f"{'resuming at' if start else 'starting'} step {start} of {steps} in {workdir}: {len(source)} images, "
             f"batch {config.batch_size}, {parameters / 1e6:.1f} M parameters"
             + (f", of which {trained / 1e6:.3g} M are trained, " if trained < parameters else ", ")
@@ -139,7 +148,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
 
-        share, shares = sharding.share_of_batch(mesh)
+        share, shares = sharding.batch_shard(mesh)
         batches = data.make_batches(source, start_step=start, process=share, processes=shares, **of_batches, **loading)
         with clock.measure("compile"):
             compiled_step = compile_training(config, objective, tx, abstract, step_key, mesh, encoder)
@@ -148,19 +157,19 @@ def train(config: ConfigDict, workdir: str) -> dict:
             flops = step_flops(config, objective, abstract, step_key, encoder)
         if config.check_memory:
             needed = costs.memory(compiled_step) or 0
-            if encoder.stacks:  # saving makes blocks of them
+            if encoder.scanned_layers:  # saving makes blocks of them
                 needed = max(needed, 2 * costs.held_bytes(abstract))
-            check_memory(config, encoder, needed, processes.least(there), steps, steps_per_epoch)
+            check_memory(config, encoder, needed, processes.process_min(there), steps, steps_per_epoch)
         step_key = jax.jit(lambda key: key, out_shardings=sharding.replicated(mesh))(step_key)
         records = open_records(workdir, step)
         peak = costs.peak_flops(jax.local_devices()[0], encoder.dtype) * mesh.size
-        progress = metrics.Progress(
+        progress = run_records.Progress(
             clock, step=step, steps=steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size,
             seconds_at_peak=flops / peak,
         )  # fmt: skip
-        costs_of_evaluators = metrics.Clock()
+        costs_of_evaluators = run_records.Clock()
         recorded = start
-        signalled = processes.greatest(stop.number)  # the number of a signal that all processes know of, or 0
+        signalled = processes.process_max(stop.number)  # the number of a signal that all processes know of, or 0
         skipped = 0  # steps in a row without an update
         allowed = data.most_bad(source, config.data.on_error, config.data.max_bad_fraction)
 
@@ -180,10 +189,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 row["learning_rate"] = float(rates[step - 1])
                 machine = progress.machine(step)
                 records.write_metrics(step, row | {"samples": samples}, machine)
-                say(progress.line(step, row, machine))
+                log0(progress.line(step, row, machine))
                 if progress.is_starved():
-                    say(f"the device waits for data: {data.advice(source, workers=loading['workers'])}")
-            if skipped > config.max_skipped:
+                    log0(f"the device waits for data: {data.advice(source, workers=loading['workers'])}")
+            if skipped > config.max_nonfinite_steps:
                 raise NonFiniteError(
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
                     workdir, "none of these was applied; look at the images, or lower the rate in a new --workdir",
@@ -210,11 +219,11 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     signalled = cut.number
                     return
                 records.write_evaluation(step, row, pictures_of(workdir, step))
-            say(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            log0(f"evaluation at step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
 
         # The loop. What is due at a step follows from the step and the records alone, so a resumed run does the same.
         pending = None  # the newest step's metrics, read one step late: the device never waits for the host
-        saved, profile = start, metrics.Profile(workdir, config.profile_steps)
+        saved, profile = start, run_records.Profile(workdir, config.profile_steps)
         gone = False  # whether another process is
         try:
             while True:
@@ -260,7 +269,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         except BrokenPipeError:
             raise
         except (PeerError, jax.errors.JaxRuntimeError, ValueError) as error:
-            told = processes.explained(error)
+            told = processes.translate_error(error)
             gone = isinstance(told, PeerError)
             if told is error:
                 raise
@@ -284,10 +293,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
         )  # fmt: skip
 
 
-def open_records(workdir: str, step: int) -> metrics.Records:
+def open_records(workdir: str, step: int) -> run_records.Records:
     """The records of a run, cut back to `step`. The first process alone has files; all know what has been evaluated."""
-    records = metrics.Records(workdir, step, writes=processes.is_first())
-    evaluated = processes.on_first(lambda: list(records.evaluations.values()))
+    records = run_records.Records(workdir, step, writes=processes.is_process_0())
+    evaluated = processes.on_process_0(lambda: list(records.evaluations.values()))
     records.evaluations = {row["step"]: row for row in evaluated}
     return records
 
@@ -297,10 +306,10 @@ def places(abstract):
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def place_state(abstract, mesh, encoder):
+def shard_state(abstract, mesh, encoder):
     """An abstract state with its placement. Raises ConfigError where `mesh` does not fit it."""
     sharding.check_tensor(abstract.params, mesh)
-    return sharding.place(abstract, mesh, tuple(encoder.stacks))
+    return sharding.place(abstract, mesh, tuple(encoder.scanned_layers))
 
 
 def convert(function: Callable, tree, abstract):
@@ -320,7 +329,7 @@ def check_numbers(config: ConfigDict) -> None:
         )
     for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "keep"):
         check_minimum(name, config[name], 1)
-    for name in ("steps", "epochs", "eval_images", "keep_every", "max_skipped", "ema_decay"):
+    for name in ("steps", "epochs", "eval_images", "keep_period", "max_nonfinite_steps", "ema_decay"):
         check_minimum(name, config[name], 0)
     check_minimum("eval_every", config.eval_every, -1)
     if config.ema_decay >= 1:
@@ -332,12 +341,12 @@ def check_numbers(config: ConfigDict) -> None:
         raise ConfigError(f"profile_steps {config.profile_steps}", "profile_steps", "give first,last, like 20,25")
 
 
-def keys_of(seed: int) -> jax.Array:
+def make_keys(seed: int) -> jax.Array:
     """The keys of a run: for its parameters, its steps and its evaluations."""
     return jax.random.split(jax.random.key(seed), 3)
 
 
-def length_of(config: ConfigDict, images: int) -> tuple[int, int]:
+def run_length(config: ConfigDict, images: int) -> tuple[int, int]:
     """(steps of the run, steps of an epoch)."""
     steps_per_epoch = images // config.batch_size
     steps = config.steps or round(config.epochs * steps_per_epoch)
@@ -346,12 +355,12 @@ def length_of(config: ConfigDict, images: int) -> tuple[int, int]:
     return steps, steps_per_epoch
 
 
-def warn_of_length(config: ConfigDict, steps: int, steps_per_epoch: int) -> None:
+def warn_about_length(config: ConfigDict, steps: int, steps_per_epoch: int) -> None:
     """Say what of `config` is for longer runs than one of so many steps."""
     if config.optim.warmup_epochs * steps_per_epoch >= steps:
         logging.warning("the warm-up, %g epochs, is as long as the run: its rate stays low", config.optim.warmup_epochs)
     left = config.ema_decay**steps
-    if config.ema_decay and left > OF_THE_START:
+    if config.ema_decay and left > MAX_INITIAL_WEIGHT:
         what = "the average of parameters, which is evaluated and handed on, will be %.0f %% those at the start: %s"
         logging.warning(what, 100 * left, f"ema_decay {config.ema_decay:g} is for longer runs than {steps} steps")
 
@@ -364,7 +373,7 @@ def make_tx(config: ConfigDict, encoder, steps: int, steps_per_epoch: int) -> tu
         layer_of=encoder.layer_of,
         depth=encoder.depth,
         decayed_too=encoder.DECAYED_TOO,
-        stacks=encoder.stacks,
+        scanned_layers=encoder.scanned_layers,
         **config.optim,
     )
 
@@ -373,12 +382,12 @@ def make_sources(config: ConfigDict) -> tuple:
     """The training images, and the held-out ones that evaluators look at (None where there are no evaluators)."""
     options = {name: config.data[name] for name in ("source", "path", "name", "data_dir", "heldout_fraction")}
     segments = config.objective.name == "segment"
-    make = data.make_mapped_source if segments else data.make_source
+    make = data.make_label_map_source if segments else data.make_source
     source = make(split=config.data.split, **options)
-    heldout = make(split=config.data.heldout_split, **options) if config.evals or config.probes else None
+    heldout = make(split=config.data.heldout_split, **options) if config.evals or config.online_probes else None
     for each in (source, heldout) if segments else ():
         if each:
-            data.check_maps(each, maps_of(config), len(config.mean), config.data.max_pixels)
+            data.check_maps(each, make_label_map_spec(config), len(config.mean), config.data.max_pixels)
     unfit = set(config.evals) - {"segmentation"} if segments else set(config.evals) & {"segmentation"}
     if unfit:
         raise ConfigError(
@@ -393,16 +402,16 @@ def make_sources(config: ConfigDict) -> tuple:
                 f"num_classes is {config.objective.num_classes}, the data have {len(source.classes)} classes",
                 source.describe(), f"give --config.objective.num_classes={len(source.classes)}",
             )  # fmt: skip
-    judges = evals_of(config, source, heldout).keys() - {"reconstruction"}
+    judges = resolve_evals(config, source, heldout).keys() - {"reconstruction"}
     if heldout and judges and data.share_images(source, heldout):
         raise ConfigError(
             f"held-out images are among those trained on: {', '.join(sorted(judges))} would judge by them",
             f"data.heldout_split={config.data.heldout_split}",
             f"give one apart from {config.data.split}, like data.heldout_fraction of a folder, or train[90%:] of TFDS; "
-            "reconstruction alone may look at them, with --config.probes=false",
+            "reconstruction alone may look at them, with --config.online_probes=false",
         )  # fmt: skip
-    labelled = {"knn", "linear", "accuracy"} & set(config.evals)
-    if labelled and heldout.classes != source.classes:
+    labeled = {"knn", "linear", "accuracy"} & set(config.evals)
+    if labeled and heldout.classes != source.classes:
         raise DataError(
             f"the held-out images have {len(heldout.classes) or 'no'} classes, the others {len(source.classes)}",
             heldout.describe(), "give both the same folders of classes",
@@ -416,11 +425,11 @@ def make_sources(config: ConfigDict) -> tuple:
     return source, heldout
 
 
-def evals_of(config: ConfigDict, source, heldout) -> dict[str, dict]:
-    """The options of a run's evaluators by name: `config.evals`, and, where images have classes, `config.probes`."""
+def resolve_evals(config: ConfigDict, source, heldout) -> dict[str, dict]:
+    """The options of a run's evaluators by name: `config.evals`, and, where images have classes, `config.online_probes`."""
     evals = {name: dict(options) for name, options in config.evals.items()}
     fits = config.objective.name != "segment" and heldout and source.classes == heldout.classes
-    if config.probes and fits and len(source.classes) > 1:
+    if config.online_probes and fits and len(source.classes) > 1:
         evals = {"knn": {}, "linear": {}} | evals
     return evals
 
@@ -428,8 +437,8 @@ def evals_of(config: ConfigDict, source, heldout) -> dict[str, dict]:
 def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, heldout: int) -> int:
     """Steps from one evaluation to the next; 0: none but at start and end.
 
-    For `config.eval_every` of -1: as many as keep the passes of all evaluations under `EVALUATION_SHARE` of the run's
-    work, a forward pass being a third of a training step's; at most `MOST_EVALUATIONS`. Segmentation counts as a pass
+    For `config.eval_every` of -1: as many as keep the passes of all evaluations under `MAX_EVALUATION_FRACTION` of the run's
+    work, a forward pass being a third of a training step's; at most `MAX_EVALUATIONS`. Segmentation counts as a pass
     for each image, of which a large one takes several.
     """
     if config.eval_every >= 0 or not evals:
@@ -438,37 +447,39 @@ def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, 
     of_one = min(heldout, limit) * len({"reconstruction", "accuracy", "segmentation"} & set(evals))
     if {"knn", "linear"} & set(evals):
         of_one += min(heldout, limit) + min(images, limit)
-    affordable = EVALUATION_SHARE * steps * config.batch_size / max(of_one / 3, 1) - 2  # at start and end there is one
-    count = min(int(affordable), MOST_EVALUATIONS)
+    affordable = (
+        MAX_EVALUATION_FRACTION * steps * config.batch_size / max(of_one / 3, 1) - 2
+    )  # at start and end there is one
+    count = min(int(affordable), MAX_EVALUATIONS)
     return -(-steps // (count + 1)) if count > 0 else 0
 
 
-def maps_of(config: ConfigDict) -> data.Maps:
+def make_label_map_spec(config: ConfigDict) -> data.LabelMapSpec:
     """How the label maps of a run of segmentation are read, and crops drawn."""
     fill = tuple(round(255 * value) for value in config.mean)
-    return data.Maps(num_classes=config.objective.num_classes, fill=fill, **config.data.maps)
+    return data.LabelMapSpec(num_classes=config.objective.num_classes, fill=fill, **config.data.maps)
 
 
 def batch_options(config: ConfigDict) -> tuple[dict, dict]:
     """What decides which pixels are in the batch of a step, and how they are loaded."""
     pixels = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
-    pixels += ("augment", "colour_jitter")
+    pixels += ("augment", "color_jitter")
     loading = ("workers", "threads", "prefetch", "on_error", "max_bad_fraction")
     what = {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean), "mean": config.mean}
     if config.objective.name == "segment":
-        what["maps"] = maps_of(config)
+        what["maps"] = make_label_map_spec(config)
     how = {name: config.data[name] for name in loading}
     if how["workers"] == -1:  # on a CPU they would take cores from the step
-        how["workers"] = 0 if jax.default_backend() == "cpu" else min(data.cores() - 1, MOST_WORKERS)
+        how["workers"] = 0 if jax.default_backend() == "cpu" else min(data.cores() - 1, MAX_WORKERS)
     return what | {name: config.data[name] for name in pixels}, how
 
 
-def whole_encoder(config: ConfigDict, workdir: str) -> dict:
+def resolve_encoder(config: ConfigDict, workdir: str) -> dict:
     """The options of the encoder; where it has no name, those of the run that `init_from` names, and what is given.
 
     A run that is gone on from has its encoder in its own config.json: the other may be gone by then.
     """
-    told = digest(config)["encoder"]
+    told = to_dict(config)["encoder"]
     given = {name: value for name, value in told.items() if value is not None and (name, value) != ("size", "")}
     if given["name"]:
         return {"size": None, **given}
@@ -491,7 +502,7 @@ def whole_encoder(config: ConfigDict, workdir: str) -> dict:
     return taken | {name: value for name, value in given.items() if name not in ("name", "size")}
 
 
-def record_of_encoder(encoder, options: dict) -> dict:
+def encoder_record(encoder, options: dict) -> dict:
     """All fields of an encoder as JSON data, what its size and its class leave open filled in."""
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder) if f.name not in ("parent", "name")}
     return json.loads(json.dumps({"name": options["name"], "size": options["size"], **fields}))
@@ -533,7 +544,7 @@ def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict, 
     asked = tuple(part for parts in config.init_parts for part in parts.split(","))
     if same and "head" in saved and not asked and (why := other_head(saved_config, config, classes)):
         same = False
-        say(f"the head is left out: there {why} (--config.init_parts=encoder,head takes it nonetheless)")
+        log0(f"the head is left out: there {why} (--config.init_parts=encoder,head takes it nonetheless)")
     parts = asked or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
     for part in parts:
         for side in (saved, abstract):
@@ -545,12 +556,12 @@ def take_params(step_folder: Path, config: ConfigDict, encoder, abstract: dict, 
     wanted = {part: abstract[part] for part in parts}
     grids = grids_of(saved_config, encoder.token_stride, config.image_size)
     taken, notes = pretrained.fit({part: saved[part] for part in parts}, wanted, str(step_folder), grids)
-    say(f"{', '.join(parts)}: taken from {step_folder}")
+    log0(f"{', '.join(parts)}: taken from {step_folder}")
     names = {}  # by what was done to them
     for name, done in notes:
         names.setdefault(done, []).append(name)
     for done, of in names.items():
-        say(f"  {done}: {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}")
+        log0(f"  {done}: {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}")
     put = lambda value, x: jax.make_array_from_callback(x.shape, x.sharding, lambda part: value[part])  # noqa: E731
     return jax.tree.map(put, taken, wanted)
 
@@ -588,21 +599,21 @@ def refuse_other_data(saved: dict, now: dict, workdir: str) -> None:
 def abstract_batch(config: ConfigDict) -> dict:
     """Shapes and types of a whole batch on the device."""
     size, shape = config.batch_size, (config.batch_size, *config.image_size, len(config.mean))
-    of_each = {"label": np.int32, "position": np.int32, "index": np.uint32, "replaced": np.bool_, "stop": np.int32}
+    of_each = {"label": np.int32, "batch_index": np.int32, "index": np.uint32, "replaced": np.bool_, "stop": np.int32}
     arrays = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in of_each.items()}
     if config.objective.name == "segment":
-        arrays["label_map"] = jax.ShapeDtypeStruct(shape[:3], maps_of(config).dtype)
+        arrays["label_map"] = jax.ShapeDtypeStruct(shape[:3], make_label_map_spec(config).dtype)
     return {"image": jax.ShapeDtypeStruct(shape, np.uint8), **arrays}
 
 
 def step_and_samples(state: TrainState, batch: dict, key: jax.Array, **options) -> tuple[TrainState, dict]:
     """`train_step`, which also tells which images the whole batch held, how many of them stand in for bad ones, and
-    "stop", the greatest number of a signal that any process has got.
+    "stop", the process_max number of a signal that any process has got.
     """
     index, replaced = batch["index"], batch["replaced"]
-    learned = {name: batch[name] for name in ("image", "label", "position", "label_map") if name in batch}
+    learned = {name: batch[name] for name in ("image", "label", "batch_index", "label_map") if name in batch}
     state, values = train_step(state, learned, key, **options)
-    values |= {"samples": digest_samples(index, batch["position"]), "bad_images": replaced.sum(dtype=np.int32)}
+    values |= {"samples": hash_samples(index, batch["batch_index"]), "bad_images": replaced.sum(dtype=np.int32)}
     values["stop"] = batch["stop"].max()
     return state, values
 
@@ -611,7 +622,7 @@ def compile_training(
     config: ConfigDict, objective: Objective, tx, state: TrainState, key: jax.Array, mesh, encoder
 ) -> Callable:
     """(state, batch, key) -> (state, metrics) of a run, compiled for an abstract `state`."""
-    loss_fn = optim.freeze(objective.loss_fn, frozen_of(config, encoder), encoder.stacks)
+    loss_fn = optim.freeze(objective.loss_fn, frozen_of(config, encoder), encoder.scanned_layers)
     split = {"microbatches": config.microbatches, "ema_decay": config.ema_decay}
     step = partial(step_and_samples, loss_fn=loss_fn, prepare=objective.prepare, tx=tx, **split)
     return compile_step(step, state, abstract_batch(config), key, mesh)
@@ -619,7 +630,7 @@ def compile_training(
 
 def step_flops(config: ConfigDict, objective: Objective, state: TrainState, key: jax.Array, encoder) -> int:
     """Multiplications and additions in the matmuls of a step, over all devices; recomputed ones do not count."""
-    loss_fn = optim.freeze(objective.loss_fn, frozen_of(config, encoder), encoder.stacks)
+    loss_fn = optim.freeze(objective.loss_fn, frozen_of(config, encoder), encoder.scanned_layers)
     batch = jax.eval_shape(objective.prepare, abstract_batch(config))
     return costs.step_flops(loss_fn, state.params, batch, key)
 
@@ -638,7 +649,7 @@ def check_frozen(config: ConfigDict, encoder, params) -> None:
             f"give 1 for what embeds, up to {encoder.depth + 1} for all blocks",
         )  # fmt: skip
     is_frozen = frozen_of(config, encoder) or (lambda path: False)
-    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     named = optim.make_frozen(config.optim.frozen)
     if named and not any(map(named, paths)):
         raise ConfigError(
@@ -664,7 +675,7 @@ def check_frozen(config: ConfigDict, encoder, params) -> None:
 def parameters_of(config: ConfigDict, encoder, params) -> tuple[int, int]:
     """(how many numbers there are, how many of them are trained)."""
     is_frozen = frozen_of(config, encoder) or (lambda path: False)
-    sizes = [(path_of(path), math.prod(x.shape)) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    sizes = [(path_name(path), math.prod(x.shape)) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     return sum(size for _, size in sizes), sum(size for path, size in sizes if not is_frozen(path))
 
 
@@ -675,9 +686,9 @@ def check_memory(config: ConfigDict, encoder, needed: int, there: int, steps: in
     """
     if not needed or not there:  # not told
         return
-    say(f"memory: a step needs {gib(needed)} of {gib(there)} of each device")
+    log0(f"memory: a step needs {gib(needed)} of {gib(there)} of each device")
     if needed > there:
-        say("that is too much: looking for settings that fit")
+        log0("that is too much: looking for settings that fit")
         tried = try_settings(config, encoder, steps, steps_per_epoch, there)
         fitting = [
             " ".join(f"--config.{name}={value}" for name, value in each["settings"].items())
@@ -712,16 +723,16 @@ def build(config, steps: int, steps_per_epoch: int | None, devices: int | None =
     """
     if devices and jax.device_count() != devices:
         raise ConfigError(f"{jax.device_count()} devices are simulated, not {devices}", "--devices", "start anew")
-    encoder = make_encoder(**whole_encoder(config, ""))
+    encoder = make_encoder(**resolve_encoder(config, ""))
     objective = make_objective(
         encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
     )
     tx, _ = make_tx(config, encoder, steps, steps_per_epoch or 1)
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size("batch_size", config.batch_size, sharding.batch_ways(mesh), config.microbatches)
-    init_key, key, _ = keys_of(config.seed)
+    sharding.check_batch_size("batch_size", config.batch_size, sharding.num_batch_shards(mesh), config.microbatches)
+    init_key, key, _ = make_keys(config.seed)
     make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
-    abstract = place_state(jax.eval_shape(make_state, init_key), mesh, encoder)
+    abstract = shard_state(jax.eval_shape(make_state, init_key), mesh, encoder)
     return {
         "encoder": encoder, "objective": objective, "tx": tx, "mesh": mesh, "abstract": abstract, "key": key,
         "make_state": partial(make_state, init_key),
@@ -761,7 +772,9 @@ def try_settings(config, encoder, steps: int, steps_per_epoch: int | None, there
 
     def try_parts(settings: dict) -> Iterator[dict]:
         parts = 2
-        while parts <= MOST_PARTS and (tried := attempt({**settings, "microbatches": parts * config.microbatches})):
+        while parts <= MAX_MICROBATCHES and (
+            tried := attempt({**settings, "microbatches": parts * config.microbatches})
+        ):
             yield tried
             if tried["fits"]:
                 return
@@ -798,7 +811,7 @@ def compile_step(step: Callable, state: TrainState, batch: dict, key: jax.Array,
 
 
 def to_device(
-    batch: dict, mesh, names: tuple[str, ...] = ("image", "label", "position", "index", "replaced", "stop")
+    batch: dict, mesh, names: tuple[str, ...] = ("image", "label", "batch_index", "index", "replaced", "stop")
 ) -> dict:
     """What of a batch the device needs, as global arrays."""
     narrow = {"index": batch["index"].astype(np.uint32)}  # JAX has no 64 bits; of more than 2**32 images, the last 32
@@ -819,8 +832,8 @@ def make_evaluators(
     stop: checkpoint.StopSignal,
 ) -> dict[str, Callable]:
     """The evaluators `evals` by name, each given what it asks for out of what a run has; they heed `stop`."""
-    run_till_signal = lambda function: stoppable(run_everywhere(function, mesh), stop)  # noqa: E731
-    share, shares = sharding.share_of_batch(mesh)
+    run_till_signal = lambda function: stoppable(jit_on_mesh(function, mesh), stop)  # noqa: E731
+    share, shares = sharding.batch_shard(mesh)
     epoch = partial(
         data.make_epoch,
         batch_size=config.eval_batch_size,
@@ -834,21 +847,21 @@ def make_evaluators(
         on_error=config.data.on_error,
         max_pixels=config.data.max_pixels,
     )
-    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.greatest}
-    supplies = {"folder": str(Path(workdir) / "figures") if processes.is_first() else ""}
+    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.process_max}
+    eval_inputs = {"folder": str(Path(workdir) / "figures") if processes.is_process_0() else ""}
     if evals:
         heldout = epoch(heldout_source, limit=config.eval_images, **bound)
-        supplies["heldout"] = heldout
-        supplies["spread"] = lambda count: epoch(heldout_source, limit=count)
-        supplies["predict"] = run_till_signal(lambda params, batch: objective.predict(params, batch, key))
-        supplies["features"] = make_feature_reader(
+        eval_inputs["heldout"] = heldout
+        eval_inputs["spread"] = lambda count: epoch(heldout_source, limit=count)
+        eval_inputs["predict"] = run_till_signal(lambda params, batch: objective.predict(params, batch, key))
+        eval_inputs["features"] = make_feature_reader(
             extract=run_till_signal(lambda params, batch: {"features": features(params["encoder"], batch["image"])[0]}),
             train=epoch(source, limit=config.eval_images, **bound),
             heldout=heldout,
         )
     if evals and config.objective.name == "segment":
-        supplies |= segmentation_supplies(config, supplies["predict"], heldout_source, share, shares)
-    return {name: make_evaluator(name, supplies, **options) for name, options in evals.items()}
+        eval_inputs |= segmentation_inputs(config, eval_inputs["predict"], heldout_source, share, shares)
+    return {name: make_evaluator(name, eval_inputs, **options) for name, options in evals.items()}
 
 
 def stoppable(function: Callable, stop: checkpoint.StopSignal) -> Callable:
@@ -856,19 +869,19 @@ def stoppable(function: Callable, stop: checkpoint.StopSignal) -> Callable:
     calls = itertools.count()
 
     def run(*arguments):
-        asked = jax.process_count() == 1 or next(calls) % CALLS_TO_AGREE == 0
-        if asked and (signalled := processes.greatest(stop.number)):
+        asked = jax.process_count() == 1 or next(calls) % SIGNAL_CHECK_PERIOD == 0
+        if asked and (signalled := processes.process_max(stop.number)):
             raise Preempted(signalled, 0)
         return function(*arguments)
 
     return run
 
 
-def segmentation_supplies(config: ConfigDict | dict, predict: Callable, source, share: int, shares: int) -> dict:
+def segmentation_inputs(config: ConfigDict | dict, predict: Callable, source, share: int, shares: int) -> dict:
     """What the evaluator of segmentation asks for beside what all do. config: also as config.json has it."""
     config = ConfigDict(config)
-    maps, batch_size = maps_of(config), config.eval_batch_size
-    whole = data.Whole(
+    maps, batch_size = make_label_map_spec(config), config.eval_batch_size
+    whole = data.SegmentationSet(
         source, size=config.image_size, maps=maps, channels=len(config.mean), interpolation=config.data.interpolation,
         limit=config.eval_images, threads=config.data.threads, on_error=config.data.on_error,
         max_bad_fraction=config.data.max_bad_fraction, max_pixels=config.data.max_pixels,
@@ -882,7 +895,7 @@ def segmentation_supplies(config: ConfigDict | dict, predict: Callable, source, 
 
 def pictures_of(workdir: str, step: int) -> dict[str, np.ndarray]:
     """The figures that evaluators have drawn at this step, by name; none but in the first process."""
-    if not processes.is_first():
+    if not processes.is_process_0():
         return {}
     paths = (Path(workdir) / "figures").glob(f"*_{step}.png")
     return {path.stem.rsplit("_", 1)[0]: np.asarray(Image.open(path).convert("RGB")) for path in paths}
@@ -890,8 +903,8 @@ def pictures_of(workdir: str, step: int) -> dict[str, np.ndarray]:
 
 def write_summary(
     workdir: str,
-    records: metrics.Records,
-    clock: metrics.Clock,
+    records: run_records.Records,
+    clock: run_records.Clock,
     evaluators: dict[str, float],
     *,
     step: int,
@@ -907,9 +920,9 @@ def write_summary(
     rate = trained * batch_size / max(seconds.get("step", 0) + seconds.get("data", 0), 1e-9)
     summary = {"step": step, **last, "start": first, "images_per_second": round(rate, 1), "seconds": seconds}
     summary["seconds_of_evaluators"] = {name: round(value, 2) for name, value in evaluators.items()}
-    if not processes.is_first():
+    if not processes.is_process_0():
         return summary
-    metrics.write_atomically(Path(workdir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run_records.write_atomically(Path(workdir) / "summary.json", json.dumps(summary, indent=2) + "\n")
     if last:
         print(f"\n{'':16}{'step 0':>12}{f'step {step}':>12}")
         for name, value in last.items():

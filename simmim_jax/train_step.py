@@ -54,13 +54,13 @@ def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Cal
     return jax.tree.map(lambda x: x / microbatches, (loss, metrics, grads))
 
 
-def digest_samples(index: UInt32[Array, " b"], position: Int32[Array, " b"]) -> UInt32[Array, ""]:
+def hash_samples(index: UInt32[Array, " b"], batch_index: Int32[Array, " b"]) -> UInt32[Array, ""]:
     """32 bits that tell which images a batch holds and where, the same however the batch is split over devices.
 
-    index: of each image in its source. position: of each row in the whole batch. A sum, so that order does not matter,
+    index: of each image in its source. batch_index: of each row in the whole batch. A sum, so that order does not matter,
     of each pair hashed (the finalizer of MurmurHash3, Appleby 2011).
     """
-    bits = index * np.uint32(0x9E3779B1) + position.astype(jnp.uint32) * np.uint32(0x85EBCA77)
+    bits = index * np.uint32(0x9E3779B1) + batch_index.astype(jnp.uint32) * np.uint32(0x85EBCA77)
     bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
     return (bits ^ (bits >> 16)).sum(dtype=jnp.uint32)
@@ -99,7 +99,7 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
-    params = write_over(optax.apply_updates(state.params, updates), metrics.pop("statistics", {}))
+    params = write_over(optax.apply_updates(state.params, updates), metrics.pop("batch_stats", {}))
     ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
     new = state.replace(params=params, opt_state=opt_state, ema=ema)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)

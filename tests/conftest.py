@@ -17,7 +17,8 @@ if threading.current_thread() is threading.main_thread():
 # have it from the process that starts them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="simmim_jax_tests_")
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE.name)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import numpy as np

@@ -13,7 +13,8 @@ from simmim_jax import main
 
 
 def install(when: str, number: int) -> None:
-    from simmim_jax import checkpoint, train
+    from simmim_jax import train
+    from simmim_jax.runs import checkpoint
 
     place, at = when.split(":")
 

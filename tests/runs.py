@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # An epoch is 1437 // 128 = 11 steps: a run of 24 crosses two ends of one.
 DIGITS = (
     "--config=configs/digits_vit_tiny.py", "--config.encoder.width=32", "--config.encoder.depth=2",
-    "--config.encoder.heads=2", "--config.probe_block=2",
+    "--config.encoder.num_heads=2", "--config.probe_block=2",
     "--config.batch_size=128", "--config.eval_batch_size=128", "--config.steps=24", "--config.save_every=5",
     "--config.log_every=1", "--config.eval_every=8", "--config.eval_images=128",
 )  # fmt: skip

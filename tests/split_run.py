@@ -14,31 +14,37 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import tiny_encoder, tiny_objective
 
-from simmim_jax import data, processes, sharding
+from simmim_jax import data
 from simmim_jax.masking import make_masks
 from simmim_jax.optim import make_optimizer
-from simmim_jax.train import compile_step, place_state, step_and_samples, to_device
+from simmim_jax.runtime import processes, sharding
+from simmim_jax.train import compile_step, shard_state, step_and_samples, to_device
 from simmim_jax.train_step import init_state
 
 STEPS, BATCH = 20, 32
 PIXELS = {"image_size": (32, 32), "mean": (0.3,), "std": (0.4,)}
-MASKS = {"strategy": "aligned_blocks", "token_stride": 8, "block_size": 16, "ratio": 0.5, "image_size": (32, 32)}
+MASKS = {"mask": "random", "token_stride": 8, "mask_patch_size": 16, "mask_ratio": 0.5, "image_size": (32, 32)}
 
 
 def run(mesh: dict, encoder: dict) -> dict:
     key = jax.random.key(0)
     mesh = sharding.make_mesh(**mesh)
-    encoder = tiny_encoder(width=128, heads=4, drop_path=0.2, **encoder)
+    encoder = tiny_encoder(width=128, num_heads=4, drop_path=0.2, **encoder)
     objective = tiny_objective(encoder, **PIXELS)
     tx, _ = make_optimizer(
-        "sgd", steps=STEPS, steps_per_epoch=STEPS, schedule="constant", learning_rate=0.05, stacks=encoder.stacks
+        "sgd",
+        steps=STEPS,
+        steps_per_epoch=STEPS,
+        schedule="constant",
+        learning_rate=0.05,
+        scanned_layers=encoder.scanned_layers,
     )
     make_state = partial(init_state, init=objective.init, tx=tx)
-    abstract = place_state(jax.eval_shape(make_state, key), mesh, encoder)
+    abstract = shard_state(jax.eval_shape(make_state, key), mesh, encoder)
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
     everywhere = sharding.replicated(mesh)
     key = jax.jit(lambda key: key, out_shardings=everywhere)(key)
-    share, shares = sharding.share_of_batch(mesh)
+    share, shares = sharding.batch_shard(mesh)
     source = data.make_source(source="digits", split="train")
     batches = data.make_batches(
         source, start_step=0, process=share, processes=shares, batch_size=BATCH, seed=0, image_size=(32, 32),
@@ -47,9 +53,9 @@ def run(mesh: dict, encoder: dict) -> dict:
     )  # fmt: skip
 
     def step(state, batch, key):
-        mask = make_masks(**MASKS)(jax.random.fold_in(key, state.step), batch["position"])
+        mask = make_masks(**MASKS)(jax.random.fold_in(key, state.step), batch["batch_index"])
         weights = jnp.arange(1, 2 * mask[0].size, 2, dtype=jnp.uint32).reshape(mask[0].shape)
-        hashes = (mask * weights).sum(axis=(1, 2), dtype=jnp.uint32) * (2 * batch["position"].astype(jnp.uint32) + 1)
+        hashes = (mask * weights).sum(axis=(1, 2), dtype=jnp.uint32) * (2 * batch["batch_index"].astype(jnp.uint32) + 1)
         state, values = step_and_samples(state, batch, key, loss_fn=objective.loss_fn, tx=tx)
         return state, values | {"masks": hashes.sum(dtype=jnp.uint32)}
 
@@ -70,5 +76,5 @@ if __name__ == "__main__":
     if peers:
         processes.join(peers[0], int(peers[1]), int(peers[2]))
     found = {name: run(**case) for name, case in json.loads(cases).items()}
-    if processes.is_first():
+    if processes.is_process_0():
         Path(out).write_text(json.dumps(found))

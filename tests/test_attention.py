@@ -12,7 +12,7 @@ from tiny import relative_difference, tiny_encoder
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import attention, make_encoder, vit
 from simmim_jax.models.attention import attend_by_cudnn, attend_by_xla, choose_attention, cudnn_padding
-from simmim_jax.models.layers import gelu, normalise_channels
+from simmim_jax.models.layers import gelu, normalize_channels
 
 KEY = jax.random.key(0)
 on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda")
@@ -88,13 +88,13 @@ def test_gelu_and_its_slope_are_exact_to_float32(backend, monkeypatch):
 
 def test_layer_norm_and_its_gradients_are_those_of_the_formula_far_from_zero_too():
     def formula(x, scale, bias):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+        centerd = x - x.mean(-1, keepdims=True)
+        return centerd / jnp.sqrt((centerd**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
 
     for offset in (0.0, 1000.0):
         x, scale, bias = drawn((2, 3, 64), (64,), (64,))
         arguments = (x + offset, scale, bias)
-        ours = value_and_gradients(jax.jit(lambda *x: normalise_channels(*x, 1e-5)), *arguments)
+        ours = value_and_gradients(jax.jit(lambda *x: normalize_channels(*x, 1e-5)), *arguments)
         assert relative_difference(ours, value_and_gradients(jax.jit(formula), *arguments)) < 1e-5
 
 

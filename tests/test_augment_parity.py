@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from simmim_jax import mixing
 from simmim_jax.data import augment as ours
+from simmim_jax.objectives import mixing
 
 torch = pytest.importorskip("torch")
 timm = importlib.util.find_spec("timm")
@@ -139,7 +139,7 @@ def test_operations_their_number_and_their_arguments_are_distributed_as_timm_s(a
             return image
 
         monkeypatch.setitem(ours.OPERATIONS, op, (strength, record))
-    augment = ours.make_augment(name, colour_jitter=0.0, mean=MEAN, interpolation="bicubic")
+    augment = ours.make_augment(name, color_jitter=0.0, mean=MEAN, interpolation="bicubic")
     rng, image = np.random.default_rng(0), np.zeros((2, 2, 3), np.uint8)
     for _ in range(draws):
         seen.append([])

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny_trained import random_weights
 
-from simmim_jax import checkpoint
 from simmim_jax.interop import backbone
-from simmim_jax.tools import convert
-from simmim_jax.tools.weights import abstract_model
+from simmim_jax.runs import checkpoint
+from simmim_jax.tools.convert import __main__ as convert
+from simmim_jax.tools.convert.weights import abstract_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 64
-SWIN = {"size": "t", "width": 8, "depths": (2, 1, 2, 1), "stage_heads": (1, 1, 2, 2), "window": 2}
-VIT = {"name": "vit", "size": "ti", "width": 32, "depth": 5, "heads": 4, "patch_size": 16}
+SWIN = {"size": "t", "width": 8, "depths": (2, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window": 2}
+VIT = {"name": "vit", "size": "ti", "width": 32, "depth": 5, "num_heads": 4, "patch_size": 16}
 PLAIN = {"relative_position": "none", "layer_scale": 0.0, "qkv_bias": "qkv"}
 ENCODERS = {
     "swin": {"name": "swin", **SWIN},
@@ -139,7 +139,8 @@ def test_a_dinov2_gives_our_output_where_it_applies_its_norm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "heads"), [({"name": "simmim"}, "head, mask_token"), ({"name": "segment", "num_classes": 5}, "head")]
+    ("objective", "num_heads"),
+    [({"name": "simmim"}, "head, mask_token"), ({"name": "segment", "num_classes": 5}, "head")],
 )
 def test_the_heads_of_a_run_stay_behind(tmp_path, auto_backbone, capsys, objective, heads):
     exported(tmp_path, ENCODERS["swinv2"], objective)

@@ -40,7 +40,7 @@ def sides_model(bench, family: str, size: str, side: str, image: int) -> tuple:
     of_family = bench.FAMILIES[family]
     encoder = make_encoder(of_family.encoder, size or None, **of_family.ours[side] | of_family.fitted(image))
     pixels = {"image_size": (image, image), "mean": bench.MEAN, "std": bench.STD}
-    objective = make_objective("simmim", encoder, block_size=of_family.block, **pixels)
+    objective = make_objective("simmim", encoder, mask_patch_size=of_family.block, **pixels)
     params = jax.eval_shape(objective.init, jax.random.key(0))
     return objective, params, {name: getattr(encoder, name) for name in of_family.shape}
 
@@ -86,7 +86,7 @@ def matmul_flops(jaxpr) -> int:
 def test_counted_flops_are_those_of_the_matmuls_but_for_the_gradient_of_the_images(bench, family, size, side, image):
     objective, params, shape = sides_model(bench, family, size, side, image)
     integers = jax.ShapeDtypeStruct((2,), jnp.int32)
-    batch = {"image": jax.ShapeDtypeStruct((2, image, image, 3), jnp.uint8), "label": integers, "position": integers}
+    batch = {"image": jax.ShapeDtypeStruct((2, image, image, 3), jnp.uint8), "label": integers, "batch_index": integers}
     step = jax.jit(jax.value_and_grad(lambda *x: objective.loss_fn(*x, True)[0]))
     of_images = 2 * 2 * 3 * image**2 * shape["width"]
     traced = matmul_flops(step.trace(params, batch, jax.random.key(0)).jaxpr.jaxpr)
@@ -124,12 +124,12 @@ def test_ratios_are_medians_of_quotients_within_a_round(bench):
         return [{"step_seconds": t, "matmul_flops_per_second": 100.0} for t in seconds]
 
     peers = {"eager": rounds(2.0, 2.0, 12.0), "compile": rounds(3.0, 4.0, 4.0)}
-    row = bench.summarise(rounds(1.0, 2.0, 4.0), peers, batch=8, flops=80)
+    row = bench.summarize(rounds(1.0, 2.0, 4.0), peers, batch=8, flops=80)
     assert row["times_each"] == {"eager": [1.0, 2.0, 3.0], "compile": [1.0, 2.0, 3.0]}
     assert (row["images_per_second"], row["of_matmul"]) == (4.0, 0.4)
-    faster = bench.summarise(rounds(1.0), {"eager": rounds(3.0), "compile": rounds(2.0)}, batch=8, flops=80)
+    faster = bench.summarize(rounds(1.0), {"eager": rounds(3.0), "compile": rounds(2.0)}, batch=8, flops=80)
     assert faster["times_peer"] == [2.0, 2.0, 2.0]
-    assert bench.summarise(rounds(1.0), {}, batch=8, flops=80)["times_peer"] is None
+    assert bench.summarize(rounds(1.0), {}, batch=8, flops=80)["times_peer"] is None
 
 
 @pytest.mark.parametrize("path", sorted(STEP.parent.glob("results/*/step*.json")), ids=lambda path: path.parent.name)

@@ -17,24 +17,25 @@ import numpy as np
 import optax
 import pytest
 
-from simmim_jax import checkpoint, data, optim, train
-from simmim_jax.config import digest, load
+from simmim_jax import data, optim, train
+from simmim_jax.config import load, to_dict
 from simmim_jax.errors import CheckpointError, ConfigError, DataError
-from simmim_jax.metrics import read_rows
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.features import make_all_features
-from simmim_jax.objectives.pixels import normalise
+from simmim_jax.objectives.pixels import normalize
 from simmim_jax.objectives.simmim import make_forward, masked_l1
+from simmim_jax.runs import checkpoint
+from simmim_jax.runs.finished import load_run
+from simmim_jax.runs.records import read_rows
 from simmim_jax.train_step import TrainState, train_step
-from simmim_jax.trained import open_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
 SMALL = {
     "encoder.width": 32,
     "encoder.depth": 1,
-    "encoder.heads": 2,
+    "encoder.num_heads": 2,
     "probe_block": 1,
     "batch_size": 8,
     "steps": 6,
@@ -68,7 +69,7 @@ def config():
 
 
 def objective_of(config):
-    encoder = make_encoder(**train.whole_encoder(config, ""))
+    encoder = make_encoder(**train.resolve_encoder(config, ""))
     pixels = {"image_size": tuple(config.image_size), "mean": config.mean, "std": config.std}
     return encoder, make_objective(encoder=encoder, **pixels, **config.objective)
 
@@ -78,8 +79,8 @@ def test_the_peer_has_the_images_masks_and_rate_of_our_step(peer, config):
     encoder, objective = objective_of(config)
     source, _ = train.make_sources(config)
     of_batches, loading = train.batch_options(config)
-    _, schedule = train.make_tx(config, encoder, *train.length_of(config, len(source)))
-    _, step_key, _ = train.keys_of(config.seed)
+    _, schedule = train.make_tx(config, encoder, *train.run_length(config, len(source)))
+    _, step_key, _ = train.make_keys(config.seed)
     batch = next(data.make_batches(source, start_step=step, **of_batches, **loading))
     theirs = next(settings.batches(step))
     assert all(np.array_equal(batch[name], theirs[name]) for name in batch)
@@ -100,12 +101,12 @@ def test_the_peer_has_the_images_masks_and_rate_of_our_step(peer, config):
 
     @jax.jit
     def loss_under(params, image, mask):
-        images = normalise(image, tuple(config.mean), tuple(config.std))
+        images = normalize(image, tuple(config.mean), tuple(config.std))
         _, prediction, _ = make_forward(encoder, channels=1)(params, images, mask, step_key, False)
         hidden = jnp.repeat(jnp.repeat(mask, encoder.patch_size, 1), encoder.patch_size, 2)
         return masked_l1(prediction, images, hidden, encoder.feature_stride)
 
-    ours = loss_of_our_step(params, {name: batch[name] for name in ("image", "label", "position")})
+    ours = loss_of_our_step(params, {name: batch[name] for name in ("image", "label", "batch_index")})
     here, next_one = (loss_under(params, batch["image"], settings.masks(theirs, n)) for n in (step, step + 1))
     assert float(here) == pytest.approx(float(ours), rel=1e-6)
     assert float(next_one) != pytest.approx(float(ours), rel=1e-3)
@@ -136,7 +137,7 @@ def test_the_peer_evaluates_as_often_as_the_config_says(peer, config, asked, eve
 
 @pytest.mark.parametrize(
     ("name", "value"), [
-        ("objective.norm_target", 47), ("optim.layer_decay", 0.8), ("optim.frozen_layers", 1), ("microbatches", 2),
+        ("objective.norm_window", 47), ("optim.layer_decay", 0.8), ("optim.frozen_layers", 1), ("microbatches", 2),
     ],
 )  # fmt: skip
 def test_what_the_peer_does_not_have_is_refused(peer, config, name, value):
@@ -161,8 +162,8 @@ def test_a_missing_pytorch_is_one_line_that_says_what_to_do(peer, config, monkey
 def make_run(folder: Path, config, rows: list[dict], **summary) -> None:
     folder.mkdir(parents=True)
     encoder, _ = objective_of(config)
-    record = {"encoder": train.record_of_encoder(encoder, train.whole_encoder(config, ""))}
-    (folder / "config.json").write_text(json.dumps(digest(config) | record))
+    record = {"encoder": train.encoder_record(encoder, train.resolve_encoder(config, ""))}
+    (folder / "config.json").write_text(json.dumps(to_dict(config) | record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps(summary)) if summary else None
 
@@ -259,8 +260,8 @@ def test_runs_that_saw_other_images_are_not_compared(cifar10, runs):
 
 @pytest.mark.parametrize("field", ["base_learning_rate", "encoder.width"])
 def test_runs_of_other_settings_are_not_compared(cifar10, runs, config, field):
-    other = train.with_settings(config, {field: 2 * train.digest(config).get(field, 32)})
-    (runs / "peer" / "config.json").write_text(json.dumps(digest(other)))
+    other = train.with_settings(config, {field: 2 * train.to_dict(config).get(field, 32)})
+    (runs / "peer" / "config.json").write_text(json.dumps(to_dict(other)))
     with pytest.raises(ConfigError, match=field):
         cifar10.compare(runs / "ours", runs / "peer")
 
@@ -320,8 +321,8 @@ def test_in_the_picture_a_lower_loss_is_lower_and_a_higher_accuracy_higher(cifar
     picture = np.asarray(cifar10.draw_panels(panels))
     assert picture.shape == (cifar10.HEIGHT, 2 * cifar10.WIDTH, 3)
 
-    def height_of(colour, column):
-        wanted = [int(colour[n : n + 2], 16) for n in (1, 3, 5)]
+    def height_of(color, column):
+        wanted = [int(color[n : n + 2], 16) for n in (1, 3, 5)]
         return np.flatnonzero(np.abs(picture[:, column].astype(int) - wanted).sum(axis=1) < 90).mean()
 
     middle, late = cifar10.WIDTH // 2, 2 * cifar10.WIDTH - 200
@@ -329,7 +330,7 @@ def test_in_the_picture_a_lower_loss_is_lower_and_a_higher_accuracy_higher(cifar
     assert height_of(cifar10.COLOURS["ours"], late) < height_of(cifar10.COLOURS["random"], late) - 100
 
 
-def test_the_mean_of_neighbours_keeps_a_straight_line_and_smooths_no_end(cifar10):
+def test_the_mean_of_neighbors_keeps_a_straight_line_and_smooths_no_end(cifar10):
     x, y = cifar10.running_mean([10, 20, 30, 40, 50], [1.0, 2.0, 3.0, 4.0, 5.0], 3)
     assert x == pytest.approx([20, 30, 40])
     assert y == pytest.approx([2, 3, 4])
@@ -441,11 +442,13 @@ def test_a_killed_run_of_the_peer_goes_on_to_the_same_bits_and_its_import_has_it
     folder = tmp_path / "whole" / "huggingface"
     command = [sys.executable, "-m", "simmim_jax.tools.convert", folder, tmp_path / "imported"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=400)
-    imported = open_trained(str(tmp_path / "imported"))
+    imported = load_run(str(tmp_path / "imported"))
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), dtype=np.uint8))
-    features = jax.jit(make_all_features(imported.encoder, **imported.pixels))(imported.params["encoder"], images)
+    features = jax.jit(make_all_features(imported.encoder, **imported.normalization))(
+        imported.params["encoder"], images
+    )
     model = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    pixels = np.array(normalise(images, tuple(config.mean), tuple(config.std))).transpose(0, 3, 1, 2)
+    pixels = np.array(normalize(images, tuple(config.mean), tuple(config.std))).transpose(0, 3, 1, 2)
     with torch.no_grad():
         there = model(torch.from_numpy(pixels)).last_hidden_state[:, 1:].mean(1).numpy()
     np.testing.assert_allclose(features[0], there, rtol=0, atol=1e-5)  # float32 sums in another order

@@ -49,7 +49,7 @@ def test_ratios_of_compile_time_are_to_the_least_depth_with_or_without_scan_in_t
 
     specs = [{"model": "vit_s", "scan": scan, "depth": depth} for scan in (False, True) for depth in (24, 12)]
     rounds = [[one(4.0), one(2.0), one(3.0), one(3.0)], [one(9.0), one(3.0), one(2.0), one(1.0)]]
-    rows = compile_time.summarise(rounds, specs)
+    rows = compile_time.summarize(rounds, specs)
     assert [row["times_least"] for row in rows] == [[2.0, 2.5, 3.0], [1.0] * 3, [1.0, 1.5, 2.0], [1.0] * 3]
     assert [row["seconds"] for row in rows] == [6.5, 2.5, 2.5, 2.0]
     assert "2.50" in compile_time.table({"rows": rows})

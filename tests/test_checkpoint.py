@@ -11,9 +11,10 @@ import pytest
 from runs import DIGITS, arrays, run, run_until
 from tiny import tiny_encoder, tiny_objective
 
-from simmim_jax import checkpoint, sharding
 from simmim_jax.errors import CheckpointError
 from simmim_jax.optim import make_optimizer
+from simmim_jax.runs import checkpoint
+from simmim_jax.runtime import sharding
 from simmim_jax.train_step import init_state
 
 KEY = jax.random.key(0)
@@ -88,7 +89,7 @@ def test_an_average_that_was_not_saved_begins_at_the_parameters(saved):
 
 
 def test_the_newest_and_every_nth_are_kept(tmp_path):
-    manager = checkpoint.make_manager(str(tmp_path), keep=2, keep_every=3)
+    manager = checkpoint.make_manager(str(tmp_path), keep=2, keep_period=3)
     for step in range(1, 9):
         checkpoint.save(manager, make_state(step), {"data": {}})
     checkpoint.finish(manager)

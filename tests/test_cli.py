@@ -44,9 +44,9 @@ def images(tmp_path):
         ("--workdirr=x", "Did you mean: workdir"),
         ("surplus", "unexpected argument 'surplus'"),
         ("--config.image_size=32", r"image_size \(32,\).* - give height,width"),
-        ("--config.objective.ratio=1.5", "ratio 1.5 is not between 0 and 1 - objective.ratio"),
-        ("--config.objective.ratio=0.0", "ratio 0.0 is not between 0 and 1"),
-        ("--config.objective.block_size=7", "7 is no multiple of .* 4 - objective.block_size - try 4 or 8"),
+        ("--config.objective.mask_ratio=1.5", "ratio 1.5 is not between 0 and 1 - objective.mask_ratio"),
+        ("--config.objective.mask_ratio=0.0", "ratio 0.0 is not between 0 and 1"),
+        ("--config.objective.mask_patch_size=7", "7 is no multiple of .* 4 - objective.mask_patch_size - try 4 or 8"),
         ("--config.image_size=36,36", "36 is no multiple of .* 8 - image height - try 32 or 40"),
         ("--config.encoder.name=vitt", "unknown encoder 'vitt' - did you mean vit"),
         ("--config.encoder.size=xl", "unknown size of vit 'xl' - .*choose one of b, h, l, s, ti"),
@@ -59,12 +59,12 @@ def images(tmp_path):
         ("--config.microbatches=0", "microbatches is 0"),
         ("--config.eval_images=-4", "eval_images is -4"),
         ("--config.eval_every=-2", "eval_every is -2"),
-        ("--config.keep=0", "keep is 0"),
-        ("--config.optim.clip=-5.0", "clip is -5.0 - optim.clip"),
+        ("--config.max_to_keep=0", "keep is 0"),
+        ("--config.optim.grad_clip_norm=-5.0", "clip is -5.0 - optim.grad_clip_norm"),
         ("--config.optim.betas=(0.9,0.99,0.5)", "betas .* - optim.betas - give two numbers"),
         ("--config.data.crop_scale=(0.5,)", "crop_scale.* two numbers"),
         ("--config.encoder.mlp_ratio=-1.0", "mlp_ratio is -1.0"),
-        ("--config.objective.name=classify", "unknown classify objective option 'block_size'"),
+        ("--config.objective.name=classify", "unknown classify objective option 'mask_patch_size'"),
         ("--workdir=", "no workdir"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_that_do(tm
     assert "try 96 or 104" in line
 
 
-def test_missing_empty_and_unlabelled_folders_are_told(tmp_path, images):
+def test_missing_empty_and_unlabeled_folders_are_told(tmp_path, images):
     (tmp_path / "empty").mkdir()
     flags = (FOLDER, *SMALL, "--workdir", tmp_path / "run")
     assert "imagez" in told(*flags, "--config.data.path", tmp_path / "imagez", code=3)
@@ -172,9 +172,9 @@ def test_files_that_are_no_images_are_named_and_replaced_up_to_a_fraction(tmp_pa
 def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
     flags = (*DIGITS, "--config.steps=1", "--config.eval_every=0", "--workdir", tmp_path)
     assert run(*flags).returncode == 0
-    line = told(*flags, "--config.objective.ratio=0.5", "--config.encoder.depth=3", code=2)
+    line = told(*flags, "--config.objective.mask_ratio=0.5", "--config.encoder.depth=3", code=2)
     assert "encoder.depth: 2 there, 3 now" in line
-    assert "objective.ratio: 0.6 there, 0.5 now" in line
+    assert "objective.mask_ratio: 0.6 there, 0.5 now" in line
     assert run(*flags, "--config.log_every=7", "--config.data.threads=1").returncode == 0
 
 

@@ -48,9 +48,9 @@ def lively(name):
 
 
 @partial(jax.jit, static_argnames=("encoder", "train", "method", "mutable"))
-def apply(encoder, params, images, train=False, position=None, method=None, mutable=False):
+def apply(encoder, params, images, train=False, batch_index=None, method=None, mutable=False):
     rngs = {"drop_path": KEY}
-    return encoder.apply({"params": params}, images, train, position, rngs=rngs, method=method, mutable=mutable)
+    return encoder.apply({"params": params}, images, train, batch_index, rngs=rngs, method=method, mutable=mutable)
 
 
 def relative_difference(a, b) -> float:
@@ -107,7 +107,7 @@ def test_bfloat16_is_close_to_float32_and_its_parameters_are_float32(name):
 
 
 @pytest.mark.parametrize("name", ["resnet", pytest.param("convnext", marks=pytest.mark.slow)])
-def test_rematerialisation_changes_no_output_gradient_or_statistic(name):
+def test_rematerialization_changes_no_output_gradient_or_statistic(name):
     params, probe = lively(name), jax.random.normal(jax.random.key(1), (4, 2, 3, FEATURES[name]))
 
     def run(remat):
@@ -115,7 +115,7 @@ def test_rematerialisation_changes_no_output_gradient_or_statistic(name):
 
         def loss(params):
             features, state = encoder.apply(
-                {"params": params}, IMAGES, True, rngs={"drop_path": KEY}, mutable=["statistics"]
+                {"params": params}, IMAGES, True, rngs={"drop_path": KEY}, mutable=["batch_stats"]
             )
             return (features * probe).sum(), (features, state)
 
@@ -162,18 +162,18 @@ def test_nothing_of_a_hidden_pixel_reaches_a_feature(name, train):
 def test_stochastic_depth_draws_by_position_whatever_the_split(name):
     encoder, params = tiny_cnn(name, drop_path=0.9), lively(name)
     images = jnp.broadcast_to(IMAGES[:1], (8, 64, 96, 3))
-    position = jnp.arange(8)
+    batch_index = jnp.arange(8)
     if name == "convnext":  # batch norm is of a whole batch: a split one has other statistics
-        whole = apply(encoder, params, images, True, position)
-        halves = [apply(encoder, params, images[n : n + 4], True, position[n : n + 4]) for n in (0, 4)]
+        whole = apply(encoder, params, images, True, batch_index)
+        halves = [apply(encoder, params, images[n : n + 4], True, batch_index[n : n + 4]) for n in (0, 4)]
         assert relative_difference(jnp.concatenate(halves), whole) < 1e-5
         np.testing.assert_array_equal(apply(encoder, params, images, True), whole)  # None counts 0, 1, 2, ...
     same_place = apply(encoder, params, images, True, jnp.zeros(8, jnp.int32))
     assert relative_difference(same_place, jnp.broadcast_to(same_place[:1], same_place.shape)) < 1e-5
-    places = apply(encoder, params, images, True, position)
+    places = apply(encoder, params, images, True, batch_index)
     assert relative_difference(places, jnp.broadcast_to(places[:1], places.shape)) > 1e-2
     order = jnp.asarray([3, 1, 7, 0, 2, 6, 5, 4])
-    assert relative_difference(apply(encoder, params, images, True, position[order]), places[order]) < 1e-5
+    assert relative_difference(apply(encoder, params, images, True, batch_index[order]), places[order]) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,11 +189,11 @@ def batch_norm(x, train, momentum=0.1):
     """(output, statistics, variables) of the layer on `x`, with statistics and scale away from their defaults."""
     layer = BatchNorm(1e-5, momentum)
     variables = at_random(jax.eval_shape(lambda: layer.init(KEY, x, False)))
-    y, state = layer.apply(variables, x, train, mutable=["statistics"])
-    return y, state.get("statistics", {}), variables["params"]
+    y, state = layer.apply(variables, x, train, mutable=["batch_stats"])
+    return y, state.get("batch_stats", {}), variables["params"]
 
 
-def test_batch_norm_normalises_by_the_batch_and_averages_as_pytorch_does():
+def test_batch_norm_normalizes_by_the_batch_and_averages_as_pytorch_does():
     x = 3.0 + 2.0 * jax.random.normal(KEY, (3, 4, 5, 6))
     y, new, params = batch_norm(x, True, momentum=0.25)
     flat = np.asarray(x, np.float64).reshape(-1, 6)
@@ -224,18 +224,18 @@ def test_batch_norm_is_of_the_whole_batch_whatever_the_number_of_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     layer = BatchNorm(1e-5, 0.1)
     variables = layer.init(KEY, x, False)
-    run = jax.jit(lambda x: layer.apply(variables, x, True, mutable=["statistics"]))
+    run = jax.jit(lambda x: layer.apply(variables, x, True, mutable=["batch_stats"]))
     alone, spread = run(x), run(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
     assert relative_difference(spread, alone) < 1e-5
 
 
 def test_running_statistics_are_put_under_the_paths_of_their_parameters_in_training_alone():
     encoder, params = tiny_cnn("resnet"), lively("resnet")
-    _, state = apply(encoder, params, IMAGES, True, mutable=("statistics",))
+    _, state = apply(encoder, params, IMAGES, True, mutable=("batch_stats",))
     stored = [path for path in paths(params) if path.endswith(("/mean", "/var"))]
-    assert paths(state["statistics"]) == stored
+    assert paths(state["batch_stats"]) == stored
     assert len(stored) == 2 * (1 + 4 * 4)
-    assert "statistics" not in apply(encoder, params, IMAGES, False, mutable=("statistics",))[1]
+    assert "batch_stats" not in apply(encoder, params, IMAGES, False, mutable=("batch_stats",))[1]
     assert apply(encoder, params, IMAGES, True).shape == (4, 2, 3, 256)  # a mutable collection is not needed
     for train in (False, True):
         assert set(jax.eval_shape(lambda train=train: encoder.init(KEY, IMAGES, train))) == {"params"}
@@ -246,7 +246,7 @@ def test_running_statistics_get_no_gradient(train):
     encoder = tiny_cnn("resnet")
 
     def loss(params, share):
-        features, state = encoder.apply({"params": params}, IMAGES, train, mutable=["statistics"])
+        features, state = encoder.apply({"params": params}, IMAGES, train, mutable=["batch_stats"])
         return features.std() + share * sum(leaf.sum() for leaf in jax.tree.leaves(state))
 
     params, gradient = lively("resnet"), jax.jit(jax.grad(loss))

@@ -22,11 +22,12 @@ from test_interop import (
 )
 from torch_files import Call, CfgNode, Global, write_pth
 
-from simmim_jax import checkpoint
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop.reading import metadata_of
 from simmim_jax.models import make_encoder
-from simmim_jax.tools import convert, exports
+from simmim_jax.runs import checkpoint
+from simmim_jax.tools.convert import __main__ as convert
+from simmim_jax.tools.convert import exports
 
 CONVERT = ("-m", "simmim_jax.tools.convert")
 
@@ -150,11 +151,11 @@ def test_a_mistake_in_an_option_is_one_line_and_exit_code_2(tmp_path, arguments,
 
 
 def test_values_on_the_command_line_are_numbers_tuples_and_words():
-    given = ("--encoder.depths=2,2", "--encoder.stage_heads=[1, 2]", "--encoder.window", "7", "--encoder.qkv_bias=none",
+    given = ("--encoder.depths=2,2", "--encoder.num_heads=[1, 2]", "--encoder.window", "7", "--encoder.qkv_bias=none",
              "--encoder.final_norm=False", "--image-size=192", "--mean=0,0,0", "--allow=a,b",
              "--allow", "c.*")  # fmt: skip
     options, fields = convert.parse(["FROM", *given, "TO"])
-    assert fields == {"depths": (2, 2), "stage_heads": (1, 2), "window": 7, "qkv_bias": "none", "final_norm": False}
+    assert fields == {"depths": (2, 2), "num_heads": (1, 2), "window": 7, "qkv_bias": "none", "final_norm": False}
     assert (options.image_size, options.mean, options.allow) == ((192, 192), (0.0, 0.0, 0.0), ["a", "b", "c.*"])
     assert (options.source, options.target, options.overwrite) == ("FROM", "TO", False)
 
@@ -174,8 +175,8 @@ def test_help_and_mistakes_are_told_without_importing_jax():
 
 def test_a_field_that_does_not_exist_or_does_not_fit_is_told(tmp_path, state):
     assert "unknown vit field 'head' - did you mean heads" in told(state[0], tmp_path / "w", "--encoder.head=2")
-    assert "--encoder.heads=two - command line - give a int, like 12" in told(
-        state[0], tmp_path / "w", "--encoder.heads=two"
+    assert "--encoder.num_heads=two - command line - give a int, like 12" in told(
+        state[0], tmp_path / "w", "--encoder.num_heads=two"
     )
     for value, fix in (("norm_epsilon=1e400", "to 1000"), ("norm_epsilon=nan", "float"), ("norm_epsilon=-1.0", "0"),
                        ("patch_size=0", "from 1 to"), ("depth=True", "int")):  # fmt: skip
@@ -190,7 +191,7 @@ def test_a_source_that_is_nothing_is_told(tmp_path, workdir):
     assert "no such file or folder" in told(tmp_path / "nowhere", tmp_path / "w", kind=CheckpointError)
     assert "nowhere is no run of ours" in told(tmp_path / "nowhere", tmp_path / "w", "--format=timm")
     assert "--image-size in an export" in told(workdir, tmp_path / "w", "--image_size=32")
-    assert "--encoder.heads in an export" in told(workdir, tmp_path / "w", "--encoder.heads=2")
+    assert "--encoder.num_heads in an export" in told(workdir, tmp_path / "w", "--encoder.num_heads=2")
     assert "a state dict under whose names?" in told(workdir, tmp_path / "w.safetensors")
     for ending in (".pth", ".onnx", ".stablehlp"):
         line = told(workdir, tmp_path / f"w{ending}")
@@ -355,7 +356,7 @@ def test_a_failure_amid_writing_leaves_nothing_behind(tmp_path, state, workdir, 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("simmim_jax.tools.exports.save_file", fail)
+    monkeypatch.setattr("simmim_jax.tools.convert.exports.save_file", fail)
     for target in ((tmp_path / "hf",), (tmp_path / "out.safetensors", "--format=official")):
         assert "cannot write: No space left on device" in told(workdir, *target, kind=CheckpointError)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
@@ -501,7 +502,7 @@ def test_official_pretraining_goes_on_in_the_imported_workdir(golden, tmp_path):
     before, _ = checkpoint.read_params(str(tmp_path / "run"))
     flags = (
         "--config=configs/simmim_swin_b_800ep.py", "--config.encoder.width=8", "--config.encoder.depths=2,2,2,2",
-        "--config.encoder.stage_heads=1,1,2,2", "--config.encoder.window=4", "--config.image_size=64,64",
+        "--config.encoder.num_heads=1,1,2,2", "--config.encoder.window=4", "--config.image_size=64,64",
         "--config.encoder.dtype=float32", "--config.data.source=digits", "--config.data.heldout_split=test",
         "--config.data.workers=0", "--config.batch_size=16", "--config.eval_images=16", "--config.steps=2",
         "--workdir", tmp_path / "run",

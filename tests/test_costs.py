@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from simmim_jax import costs, optim, sharding
-from simmim_jax.costs import Collective
+from simmim_jax import optim
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
+from simmim_jax.runtime import costs, sharding
+from simmim_jax.runtime.costs import Collective
 from tests.tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 
 SQUARE = jax.ShapeDtypeStruct((8, 8), jnp.float32)
@@ -144,7 +145,7 @@ def test_a_models_step_counts_as_the_formula_of_the_benchmark_has_it(bench, fami
     objective = make_objective("simmim", encoder, image_size=(image, image), mean=bench.MEAN, std=bench.STD)
     params = jax.eval_shape(objective.init, jax.random.key(0))
     integers = spec(2, dtype=jnp.int32)
-    batch = {"image": spec(2, image, image, 3, dtype=jnp.uint8), "label": integers, "position": integers}
+    batch = {"image": spec(2, image, image, 3, dtype=jnp.uint8), "label": integers, "batch_index": integers}
     shape = {name: getattr(encoder, name) for name in of_family.shape}
     of_images = 2 * 2 * 3 * image**2 * shape["width"]  # the formula counts a gradient that nobody needs
     counted = costs.step_flops(objective.loss_fn, params, batch, jax.random.key(0))
@@ -155,7 +156,7 @@ def test_a_linear_probe_costs_the_forward_pass_of_the_blocks_that_it_reads_and_i
     batch, key = tiny_batch(), jax.random.key(0)
 
     def probe(depth: int) -> int:
-        options = {"num_classes": 10, "block": 1, "pool_norm": False, "train_encoder": False}
+        options = {"num_classes": 10, "block": 1, "fc_norm": False, "train_encoder": False}
         objective = make_objective("classify", tiny_encoder(depth=depth), **PIXELS, **options)
         loss_fn = optim.freeze(objective.loss_fn, optim.make_frozen("encoder/"))
         return costs.step_flops(loss_fn, jax.eval_shape(objective.init, key), batch, key)
@@ -266,7 +267,7 @@ def test_groups_along_an_axis_are_within_a_host_or_across():
 
 def test_fsdp_gathers_each_split_parameter_and_scatters_its_gradient_once():
     mesh = sharding.make_mesh(fsdp=-1)
-    encoder = tiny_encoder(width=256, depth=1, heads=4)
+    encoder = tiny_encoder(width=256, depth=1, num_heads=4)
     objective = tiny_objective(encoder)
     abstract = sharding.place(jax.eval_shape(objective.init, jax.random.key(0)), mesh)
     places = jax.tree.map(lambda x: x.sharding, abstract)

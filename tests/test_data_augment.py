@@ -1,4 +1,4 @@
-"""RandAugment and colour jitter: Pillow's pixels, timm's chances and strengths, and nothing where nothing is asked."""
+"""RandAugment and color jitter: Pillow's pixels, timm's chances and strengths, and nothing where nothing is asked."""
 
 import math
 import pickle
@@ -182,7 +182,7 @@ def test_a_string_says_what_it_says_in_timm(augment, policy):
 )  # fmt: skip
 def test_a_string_that_says_nothing_is_refused_in_one_line(augment, hint):
     with pytest.raises(ConfigError, match=hint) as refusal:
-        make_augment(augment, colour_jitter=0.0, mean=MEAN, interpolation="bicubic")
+        make_augment(augment, color_jitter=0.0, mean=MEAN, interpolation="bicubic")
     assert "\n" not in str(refusal.value)
 
 
@@ -192,21 +192,21 @@ def test_a_string_that_says_nothing_is_refused_in_one_line(augment, hint):
         ({"mean": (0.5, 0.5)}, "2 channels cannot be augmented"),
         ({"mean": (0.5,) * 13}, "13 channels cannot be augmented"),
         ({"interpolation": "lanczos"}, "choose one of nearest, bilinear, bicubic"),
-        ({"colour_jitter": 0.4}, "set it to 0"),
-        ({"colour_jitter": -0.1, "augment": ""}, "colour_jitter is -0.1"),
-        ({"colour_jitter": math.nan, "augment": ""}, "colour_jitter is nan"),
+        ({"color_jitter": 0.4}, "set it to 0"),
+        ({"color_jitter": -0.1, "augment": ""}, "color_jitter is -0.1"),
+        ({"color_jitter": math.nan, "augment": ""}, "color_jitter is nan"),
     ],
 )
 def test_what_cannot_be_augmented_is_refused(options, hint):
-    options = {"augment": OFFICIAL, "colour_jitter": 0.0, "mean": MEAN, "interpolation": "bicubic", **options}
+    options = {"augment": OFFICIAL, "color_jitter": 0.0, "mean": MEAN, "interpolation": "bicubic", **options}
     with pytest.raises(ConfigError, match=hint):
         make_augment(options.pop("augment"), **options)
 
 
-def test_colour_jitter_follows_the_three_operations_of_deit_iii():
+def test_color_jitter_follows_the_three_operations_of_deit_iii():
     options = {"mean": MEAN, "interpolation": "bicubic"}
-    both, first = (make_augment("rand-t3a-n1-p1", colour_jitter=c, **options) for c in (0.3, 0.0))
-    jitter = make_augment("", colour_jitter=0.3, **options)
+    both, first = (make_augment("rand-t3a-n1-p1", color_jitter=c, **options) for c in (0.3, 0.0))
+    jitter = make_augment("", color_jitter=0.3, **options)
     image = np.random.default_rng(1).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     rng, again = np.random.default_rng(2), np.random.default_rng(2)
     np.testing.assert_array_equal(both(image, rng), jitter(first(image, again), again))
@@ -265,8 +265,8 @@ def test_magnitudes_without_deviation_are_all_the_same():
     assert [draw_magnitude(parse(f"rand-m{m}"), rng) for m in (0, 7, 10, 12)] == [0, 7, 10, 10]
 
 
-def test_colour_jitter_scales_by_factors_that_are_uniform_around_one():
-    jitter = make_augment("", colour_jitter=0.4, mean=MEAN, interpolation="bilinear")
+def test_color_jitter_scales_by_factors_that_are_uniform_around_one():
+    jitter = make_augment("", color_jitter=0.4, mean=MEAN, interpolation="bilinear")
     rng = np.random.default_rng(0)
     level = np.full((2, 2, 3), 100, np.uint8)  # of one shade: contrast and saturation leave it as it is
     values = np.array([jitter(level, rng)[0, 0, 0] for _ in range(2000)])
@@ -276,8 +276,8 @@ def test_colour_jitter_scales_by_factors_that_are_uniform_around_one():
     assert np.allclose(quartiles, [80, 100, 120], atol=0.5 + 80 * five_deviations(0.5, 2000))
 
 
-def test_colour_jitter_is_pillow_s_brightness_contrast_and_saturation_in_any_order():
-    jitter = make_augment("", colour_jitter=0.4, mean=MEAN, interpolation="bilinear")
+def test_color_jitter_is_pillow_s_brightness_contrast_and_saturation_in_any_order():
+    jitter = make_augment("", color_jitter=0.4, mean=MEAN, interpolation="bilinear")
     orders = set()
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -294,10 +294,10 @@ def test_colour_jitter_is_pillow_s_brightness_contrast_and_saturation_in_any_ord
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("options", [{"augment": OFFICIAL}, {"augment": "rand-t3aw-n3"}, {"colour_jitter": 0.4}])
+@pytest.mark.parametrize("options", [{"augment": OFFICIAL}, {"augment": "rand-t3aw-n3"}, {"color_jitter": 0.4}])
 def test_size_channels_and_type_stay_and_the_generator_decides_all(mode, options):
     image = np.atleast_3d(np.asarray(photograph(mode)))
-    options = {"augment": "", "colour_jitter": 0.0, "mean": MEAN[: image.shape[2]], **options}
+    options = {"augment": "", "color_jitter": 0.0, "mean": MEAN[: image.shape[2]], **options}
     augment = make_augment(**options, interpolation="bicubic")
     before, changed = image.copy(), 0
     for seed in range(40):
@@ -310,16 +310,16 @@ def test_size_channels_and_type_stay_and_the_generator_decides_all(mode, options
     assert changed >= 20  # of RandAugment a quarter stays as it is
 
 
-def test_what_is_moved_in_has_the_mean_colour():
-    augment = make_augment("rand-m10-n1-p1", colour_jitter=0.0, mean=MEAN, interpolation="nearest")
+def test_what_is_moved_in_has_the_mean_color():
+    augment = make_augment("rand-m10-n1-p1", color_jitter=0.0, mean=MEAN, interpolation="nearest")
     white = np.full((24, 30, 3), 255, np.uint8)
-    colours = {tuple(c) for seed in range(60) for c in augment(white, np.random.default_rng(seed)).reshape(-1, 3)}
-    assert (124, 116, 104) in colours
-    assert (128, 128, 128) not in colours
+    colors = {tuple(c) for seed in range(60) for c in augment(white, np.random.default_rng(seed)).reshape(-1, 3)}
+    assert (124, 116, 104) in colors
+    assert (128, 128, 128) not in colors
 
 
 def test_nothing_to_do_is_no_function():
-    assert make_augment("", colour_jitter=0.0, mean=(), interpolation="lanczos") is None
+    assert make_augment("", color_jitter=0.0, mean=(), interpolation="lanczos") is None
 
 
 # --- in batches
@@ -353,10 +353,10 @@ def test_the_fingerprint_of_a_run_that_does_not_augment_is_what_it_was():
     before = fingerprint(DIGITS, **options)
     assert set(before) == {"source", "seed", "batch_size", "image_size", "channels", "crop_scale", "crop_ratio", "flip",
                            "interpolation", "max_pixels"}  # fmt: skip
-    assert fingerprint(DIGITS, augment="", colour_jitter=0.0, mean=MEAN, **options) == before
+    assert fingerprint(DIGITS, augment="", color_jitter=0.0, mean=MEAN, **options) == before
     augmented = fingerprint(DIGITS, augment=OFFICIAL, mean=MEAN, **options)
     assert augmented == before | {"augment": OFFICIAL, "mean": list(MEAN)}
-    assert fingerprint(DIGITS, colour_jitter=0.4, mean=MEAN, **options) == before | {"colour_jitter": 0.4}
+    assert fingerprint(DIGITS, color_jitter=0.4, mean=MEAN, **options) == before | {"color_jitter": 0.4}
 
 
 def test_batches_that_cannot_be_augmented_are_refused_before_anything_is_opened():
@@ -366,4 +366,4 @@ def test_batches_that_cannot_be_augmented_are_refused_before_anything_is_opened(
     with pytest.raises(ConfigError, match="means nothing: 'x3'"):
         check_batches(DIGITS, augment="rand-x3", mean=(0.5,), **options)
     with pytest.raises(ConfigError, match="5 channels"):
-        check_batches(DIGITS, colour_jitter=0.4, mean=(0.5,) * 5, **{**options, "channels": 5})
+        check_batches(DIGITS, color_jitter=0.4, mean=(0.5,) * 5, **{**options, "channels": 5})

@@ -72,7 +72,7 @@ def spoilt(tmp_path):
     return make_source("folder", path=str(tmp_path), heldout_fraction=0.0), bad
 
 
-# --- the position is the step
+# --- the batch_index is the step
 
 
 def test_a_batch_is_what_its_records_say(digits, six):
@@ -82,7 +82,7 @@ def test_a_batch_is_what_its_records_say(digits, six):
             "label": ((16,), "int32"),
             "index": ((16,), "int64"),
             "replaced": ((16,), "bool"),
-            "position": ((16,), "int32"),
+            "batch_index": ((16,), "int32"),
         }
         assert [digits[i]["label"] for i in batch["index"].tolist()] == batch["label"].tolist()
         assert all(type(value) is np.ndarray and value.flags.owndata for value in batch.values())
@@ -440,10 +440,10 @@ def test_a_run_that_ends_by_an_error_leaves_nothing_behind_either(tmp_path):
     (tmp_path / "program.py").write_text(
         "import sys\n"
         "from simmim_jax.data import make_batches, make_source\n"
-        "from simmim_jax.errors import told_in_one_line\n"
+        "from simmim_jax.errors import exit_with_message\n"
         "if __name__ == '__main__':\n"
         f"    source = make_source('folder', path={str(tmp_path)!r}, heldout_fraction=0.0)\n"
-        "    with told_in_one_line():\n"
+        "    with exit_with_message():\n"
         "        batches = make_batches(source, batch_size=4, seed=0, image_size=(8, 8), workers=2)\n"
         "        try:\n"
         "            next(batches)\n"

@@ -29,7 +29,7 @@ def ramp(mode: str, size=(9, 7)) -> Image.Image:
         ("RGB", "BMP"), ("RGB", "TIFF"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("I;16", "PNG"),
     ],
 )  # fmt: skip
-def test_every_mode_becomes_grey_or_rgb(mode, form, channels):
+def test_every_mode_becomes_gray_or_rgb(mode, form, channels):
     image = ramp("L").convert("I").point(lambda value: value * 257).convert("I;16") if mode == "I;16" else ramp(mode)
     decoded = decode(encoded(image, form), channels)
     assert decoded.shape == (7, 9, channels)

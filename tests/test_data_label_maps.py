@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from simmim_jax.data import Maps, Whole, check_maps, fingerprint, make_batches, make_mapped_source
+from simmim_jax.data import LabelMapSpec, SegmentationSet, check_maps, fingerprint, make_batches, make_label_map_source
 from simmim_jax.data.decode import BadImage
-from simmim_jax.data.label_maps import MappedTfds, distort_photometrically, fitting_factor, read_map, read_pair
+from simmim_jax.data.label_maps import LabelMapTfds, distort_photometrically, fitting_factor, read_map, read_pair
 from simmim_jax.errors import ConfigError, DataError
 
 CLASSES = 6
@@ -26,7 +26,7 @@ def stored(pixels, kind="PNG", **options):
 
 
 def write_pair(images, maps, stem, seed=0, shape=(20, 24), extension="png"):
-    """A random map, and a picture that shows each class as a grey of its own."""
+    """A random map, and a picture that shows each class as a gray of its own."""
     rng = np.random.default_rng(seed)
     truth = np.kron(rng.integers(0, CLASSES, (5, 6)), np.ones((4, 4), int)).astype(np.uint8)[: shape[0], : shape[1]]
     for folder, pixels, end in ((images, truth[..., None].repeat(3, axis=2) * 40, extension), (maps, truth, "png")):
@@ -42,7 +42,7 @@ def write_folder(root, count=6):
 
 
 def source_of(path, split="train", **options):
-    return make_mapped_source("auto", path=str(path), split=split, **{"heldout_fraction": 0.25, **options})
+    return make_label_map_source("auto", path=str(path), split=split, **{"heldout_fraction": 0.25, **options})
 
 
 def take(batches, count):
@@ -53,7 +53,7 @@ def take(batches, count):
 
 
 def batches_of(source, **options):
-    maps = Maps(**{**PLAIN, **options.pop("maps", {})})
+    maps = LabelMapSpec(**{**PLAIN, **options.pop("maps", {})})
     return make_batches(source, **{"batch_size": 4, "seed": 0, "image_size": (16, 16), "maps": maps, **options})
 
 
@@ -110,7 +110,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.path"):
         source_of("")
     with pytest.raises(ConfigError, match="no label maps"):
-        make_mapped_source("digits", path="", heldout_fraction=0.1)
+        make_label_map_source("digits", path="", heldout_fraction=0.1)
 
 
 def test_a_split_without_maps_is_in_the_way_only_where_it_is_asked_for(tmp_path):
@@ -137,20 +137,20 @@ def test_a_map_lies_as_its_image_does_whether_it_was_drawn_before_it_was_turned_
         record = {"image": image, "map": stored(np.ascontiguousarray(drawn))}
         if orientation in (2, 3, 4):
             with pytest.raises(BadImage, match=f"EXIF orientation {orientation}"):
-                read_pair(record, Maps(CLASSES), 3, 10_000)
+                read_pair(record, LabelMapSpec(CLASSES), 3, 10_000)
             continue
-        picture, label_map = read_pair(record, Maps(CLASSES), 3, 10_000)
+        picture, label_map = read_pair(record, LabelMapSpec(CLASSES), 3, 10_000)
         np.testing.assert_array_equal(label_map, shown)
         assert np.abs(picture.read()[..., 0] / 40 - label_map).max() < 0.2
     square = {"image": stored(np.zeros((8, 8, 3), np.uint8), kind, exif=exif), "map": np.zeros((8, 8), np.uint8)}
     if orientation == 1:
-        read_pair(square, Maps(CLASSES), 3, 10_000)
+        read_pair(square, LabelMapSpec(CLASSES), 3, 10_000)
     else:
         with pytest.raises(BadImage, match="or the turned"):
-            read_pair(square, Maps(CLASSES), 3, 10_000)
+            read_pair(square, LabelMapSpec(CLASSES), 3, 10_000)
 
 
-@pytest.mark.parametrize("kind", ["L", "P", "I;16", "TIFF", "GIF", "grey of 4 bits", "pixels"])
+@pytest.mark.parametrize("kind", ["L", "P", "I;16", "TIFF", "GIF", "gray of 4 bits", "pixels"])
 def test_a_map_keeps_its_values_whatever_the_file(kind):
     truth = np.random.default_rng(0).integers(0, CLASSES, (9, 7)).astype(np.uint8)
     if kind == "P":
@@ -160,18 +160,18 @@ def test_a_map_keeps_its_values_whatever_the_file(kind):
         file = stored(picture)
     elif kind == "I;16":
         file = stored(truth.astype(np.uint16))
-    elif kind == "grey of 4 bits":
-        file = grey_png_of_4_bits(truth)
+    elif kind == "gray of 4 bits":
+        file = gray_png_of_4_bits(truth)
     elif kind == "pixels":
         file = truth[..., None]
     else:
         file = stored(truth, "PNG" if kind == "L" else kind)
-    read = read_map(file, Maps(**PLAIN))
+    read = read_map(file, LabelMapSpec(**PLAIN))
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, truth)
 
 
-def grey_png_of_4_bits(pixels):
+def gray_png_of_4_bits(pixels):
     """Pillow writes none."""
 
     def chunk(name, content):
@@ -187,20 +187,20 @@ def grey_png_of_4_bits(pixels):
 
 def test_values_without_a_class():
     file = np.array([[0, 1, 2, 3, 255]], np.uint8)
-    assert read_map(file, Maps(4)).tolist() == [[0, 1, 2, 3, 255]]
-    assert read_map(file, Maps(3, reduce_zero_label=True)).tolist() == [[255, 0, 1, 2, 255]]
-    assert read_map(file, Maps(256, ignore=65535)).tolist() == [[0, 1, 2, 3, 255]]  # a class like any other
-    assert read_map(file[:, :4], Maps(3, ignore=3)).tolist() == [[0, 1, 2, 255]]
-    many = read_map(np.array([[0, 255, 300, 65535]], np.uint16), Maps(301, ignore=65535))
+    assert read_map(file, LabelMapSpec(4)).tolist() == [[0, 1, 2, 3, 255]]
+    assert read_map(file, LabelMapSpec(3, reduce_zero_label=True)).tolist() == [[255, 0, 1, 2, 255]]
+    assert read_map(file, LabelMapSpec(256, ignore=65535)).tolist() == [[0, 1, 2, 3, 255]]  # a class like any other
+    assert read_map(file[:, :4], LabelMapSpec(3, ignore=3)).tolist() == [[0, 1, 2, 255]]
+    many = read_map(np.array([[0, 255, 300, 65535]], np.uint16), LabelMapSpec(301, ignore=65535))
     assert (many.dtype, many.tolist()) == (np.uint16, [[0, 255, 300, 65535]])
-    coloured = np.stack([file, file * 0, file * 0], axis=-1)
-    assert read_map(stored(coloured), Maps(4, channel=0)).tolist() == [[0, 1, 2, 3, 255]]
+    colored = np.stack([file, file * 0, file * 0], axis=-1)
+    assert read_map(stored(colored), LabelMapSpec(4, channel=0)).tolist() == [[0, 1, 2, 3, 255]]
     for wrong, maps, what in (
-        (file, Maps(3), "value 3, which is none of 3 classes"),
-        (stored(coloured), Maps(4), "colours"),
-        (b"nothing", Maps(4), "no PNG"),
-        (stored(file)[:40], Maps(4), "no PNG"),
-        (stored(file, "JPEG"), Maps(4), "no PNG"),
+        (file, LabelMapSpec(3), "value 3, which is none of 3 classes"),
+        (stored(colored), LabelMapSpec(4), "colors"),
+        (b"nothing", LabelMapSpec(4), "no PNG"),
+        (stored(file)[:40], LabelMapSpec(4), "no PNG"),
+        (stored(file, "JPEG"), LabelMapSpec(4), "no PNG"),
     ):
         with pytest.raises(BadImage, match=what):
             read_map(wrong, maps)
@@ -215,11 +215,11 @@ def test_values_without_a_class():
 )  # fmt: skip
 def test_options_that_cannot_work_are_refused(options):
     with pytest.raises(ConfigError):
-        Maps(**{**PLAIN, **options}).check()
+        LabelMapSpec(**{**PLAIN, **options}).check()
 
 
 def test_image_and_map_stay_together(tmp_path):
-    """Each pixel's colour is where it was in the picture, and so is its label."""
+    """Each pixel's color is where it was in the picture, and so is its label."""
     row, column = np.mgrid[:20, :24]
     for n in range(4):
         for kind, pixels in (
@@ -279,7 +279,7 @@ def test_another_way_to_read_maps_is_another_fingerprint(tmp_path):
     source = source_of(write_folder(tmp_path))
     prints = [
         fingerprint(source, seed=0, batch_size=4, image_size=(16, 16), maps=maps)
-        for maps in (None, Maps(**PLAIN), Maps(**PLAIN)._replace(reduce_zero_label=True))
+        for maps in (None, LabelMapSpec(**PLAIN), LabelMapSpec(**PLAIN)._replace(reduce_zero_label=True))
     ]
     assert "maps" not in prints[0]
     assert prints[1] != prints[2]
@@ -303,17 +303,17 @@ def test_a_pair_that_does_not_fit_is_named_and_replaced(tmp_path, caplog):
 
 def test_mistakes_are_told_before_a_run_begins(tmp_path):
     source = source_of(write_folder(tmp_path))
-    check_maps(source, Maps(**PLAIN), 3)
+    check_maps(source, LabelMapSpec(**PLAIN), 3)
     with pytest.raises(DataError, match="none of 3 classes"):
-        check_maps(source, Maps(**{**PLAIN, "num_classes": 3}), 3)
+        check_maps(source, LabelMapSpec(**{**PLAIN, "num_classes": 3}), 3)
     (tmp_path / "classes.txt").write_text("a\nb\n\n")
     with pytest.raises(ConfigError, match="num_classes=2"):
-        check_maps(source_of(tmp_path), Maps(**PLAIN), 3)
+        check_maps(source_of(tmp_path), LabelMapSpec(**PLAIN), 3)
     for n in range(6):
         Image.fromarray(np.zeros((5, 5), np.uint8)).save(tmp_path / "masks" / "train" / f"{n}.png")
     (tmp_path / "classes.txt").unlink()
     with pytest.raises(DataError, match="none of 6 images can be used"):
-        check_maps(source_of(tmp_path), Maps(**PLAIN), 3)
+        check_maps(source_of(tmp_path), LabelMapSpec(**PLAIN), 3)
 
 
 def write_masks(root, masks):
@@ -328,38 +328,43 @@ def test_masks_that_show_one_class_alone_are_refused_before_a_run_of_which_all_w
     mask[:10, :12] = 255
     source = write_masks(tmp_path / "binary", [mask] * 10)
     with pytest.raises(DataError, match=r"in 10 maps: their values are 0, 255, and 1200 of 4800 pixels .* write 1"):
-        check_maps(source, Maps(2), 3)
-    check_maps(source, Maps(256, ignore=65535), 3)
+        check_maps(source, LabelMapSpec(2), 3)
+    check_maps(source, LabelMapSpec(256, ignore=65535), 3)
     with pytest.raises(DataError, match="values are 0, 1"):
-        check_maps(write_masks(tmp_path / "reduced", [mask // 255] * 2), Maps(2, reduce_zero_label=True), 3)
+        check_maps(write_masks(tmp_path / "reduced", [mask // 255] * 2), LabelMapSpec(2, reduce_zero_label=True), 3)
 
 
 def test_a_class_that_few_images_have_is_found(tmp_path):
     masks = [np.zeros((20, 24), np.uint8) for _ in range(40)]
     masks[7][0, 0] = 1  # which is none of those looked at first
-    check_maps(write_masks(tmp_path, masks), Maps(2), 3)
+    check_maps(write_masks(tmp_path, masks), LabelMapSpec(2), 3)
 
 
 def test_an_image_that_cannot_be_read_stops_no_run_before_it_begins(tmp_path):
     source = source_of(write_folder(tmp_path))
     (tmp_path / "images" / "train" / "0.png").write_bytes(b"a page that says: not found")
     with pytest.raises(BadImage, match="is none of JPEG"):
-        read_pair(source[0], Maps(**PLAIN), 3, 10_000)
-    check_maps(source, Maps(**PLAIN), 3)
+        read_pair(source[0], LabelMapSpec(**PLAIN), 3, 10_000)
+    check_maps(source, LabelMapSpec(**PLAIN), 3)
 
 
 def test_whole_images_come_each_once_scaled_with_maps_as_they_are(tmp_path, caplog):
     source = source_of(write_folder(tmp_path))
-    records = list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3))
+    records = list(SegmentationSet(source, size=(10, 12), maps=LabelMapSpec(CLASSES), channels=3))
     assert [record["index"] for record in records] == list(range(6))
     assert {(record["image"].shape, record["label_map"].shape) for record in records} == {((10, 12, 3), (20, 24))}
-    assert len(list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3, limit=2))) == 2
+    assert len(list(SegmentationSet(source, size=(10, 12), maps=LabelMapSpec(CLASSES), channels=3, limit=2))) == 2
     (tmp_path / "images" / "train" / "1.png").write_bytes(b"")
-    assert len(list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3))) == 5
-    assert Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3, limit=5, max_bad_fraction=0.3).most_bad == 2
+    assert len(list(SegmentationSet(source, size=(10, 12), maps=LabelMapSpec(CLASSES), channels=3))) == 5
+    assert (
+        SegmentationSet(
+            source, size=(10, 12), maps=LabelMapSpec(CLASSES), channels=3, limit=5, max_bad_fraction=0.3
+        ).most_bad
+        == 2
+    )
     assert "left out of the evaluation: 1.png" in caplog.text
     with pytest.raises(DataError, match=r"1\.png"):
-        list(Whole(source, size=(10, 12), maps=Maps(CLASSES), channels=3, on_error="raise"))
+        list(SegmentationSet(source, size=(10, 12), maps=LabelMapSpec(CLASSES), channels=3, on_error="raise"))
 
 
 def test_an_image_is_scaled_by_its_shorter_side_unless_it_is_very_long():
@@ -369,7 +374,7 @@ def test_an_image_is_scaled_by_its_shorter_side_unless_it_is_very_long():
     assert fitting_factor((100, 1000), (50, 60), -1) == 1.0
 
 
-def test_colours_are_distorted_within_bounds_and_left_alone_at_times():
+def test_colors_are_distorted_within_bounds_and_left_alone_at_times():
     image = np.full((4, 4, 3), (120, 100, 80), np.uint8)
     drawn = np.stack([distort_photometrically(image, np.random.default_rng(n))[0, 0] for n in range(400)]).astype(int)
     untouched = (drawn == image[0, 0]).all(axis=1).mean()
@@ -383,7 +388,7 @@ def test_tfds_maps_come_with_their_images(tmp_path, monkeypatch):
     import tiny_scenes  # which takes TFDS to import
 
     tiny_scenes.TinyScenes(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    source = make_mapped_source("tfds", name="", path=str(tmp_path / "tiny_scenes"), heldout_fraction=0.1)
-    assert isinstance(source, MappedTfds)
+    source = make_label_map_source("tfds", name="", path=str(tmp_path / "tiny_scenes"), heldout_fraction=0.1)
+    assert isinstance(source, LabelMapTfds)
     batch = take(batches_of(source, batch_size=2, image_size=(4, 4)), 1)[0]
     np.testing.assert_array_equal(batch["image"][..., 0], 40 * batch["label_map"])

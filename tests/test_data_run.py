@@ -11,7 +11,7 @@ from simmim_jax.data import make_batches, make_source
 
 SMALL = (
     "--config=configs/folder_vit_small.py", "--config.encoder.width=32", "--config.encoder.depth=1",
-    "--config.encoder.heads=2", "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=12",
+    "--config.encoder.num_heads=2", "--config.image_size=64,64", "--config.batch_size=8", "--config.steps=12",
     "--config.save_every=3", "--config.log_every=1", "--config.eval_images=8", "--config.data.max_bad_fraction=0.2",
 )  # fmt: skip
 
@@ -39,9 +39,9 @@ def unbroken(photographs, tmp_path_factory):
     return workdir
 
 
-def murmur(index: int, position: int) -> int:
+def murmur(index: int, batch_index: int) -> int:
     """The finalizer of MurmurHash3, in Python's own integers."""
-    bits = (index * 0x9E3779B1 + position * 0x85EBCA77) % 2**32
+    bits = (index * 0x9E3779B1 + batch_index * 0x85EBCA77) % 2**32
     for shift, factor in [(16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)]:
         bits = (bits ^ bits >> shift) * factor % 2**32
     return bits
@@ -54,7 +54,7 @@ def test_each_row_of_metrics_tells_the_samples_and_the_substitutes_of_its_step(p
     assert [row["step"] for row in written] == list(range(1, 13))
     bad = 0
     for row, batch in zip(written, batches, strict=False):
-        pairs = zip(batch["index"].tolist(), batch["position"].tolist(), strict=True)
+        pairs = zip(batch["index"].tolist(), batch["batch_index"].tolist(), strict=True)
         assert row["samples"] == f"{sum(murmur(*pair) for pair in pairs) % 2**32:08x}"
         bad = batch["replaced"].sum() + (bad if row["step"] % 5 != 1 else 0)  # an epoch is five steps
         assert row["bad_images"] == bad

@@ -225,7 +225,7 @@ def test_digits_are_split_once_and_for_ever_with_every_class_on_both_sides():
 # --- folders: what belongs
 
 
-def test_a_folder_by_class_is_labelled_by_its_first_directories_in_the_order_of_names(tmp_path):
+def test_a_folder_by_class_is_labeled_by_its_first_directories_in_the_order_of_names(tmp_path):
     write(tmp_path, "dog/b.PNG", "dog/deep/er/a.jpeg", "cat/x y é 猫.png", "cat/Z.JPG")
     source = folder(tmp_path, heldout_fraction=0.0)
     assert names(source) == ["cat/Z.JPG", "cat/x y é 猫.png", "dog/b.PNG", "dog/deep/er/a.jpeg"]
@@ -236,7 +236,7 @@ def test_a_folder_by_class_is_labelled_by_its_first_directories_in_the_order_of_
 @pytest.mark.parametrize(
     "files", [["1.png", "2.png"], ["a/1.png", "b/2.png", "3.png"], ["images/1.png", "images/2.png"]]
 )
-def test_a_folder_that_is_not_all_by_class_is_unlabelled(files, tmp_path):
+def test_a_folder_that_is_not_all_by_class_is_unlabeled(files, tmp_path):
     source = folder(write(tmp_path, *files), heldout_fraction=0.0)
     assert names(source) == sorted(files)
     assert source.classes == ()
@@ -856,8 +856,8 @@ def test_any_word_can_be_a_split_and_words_are_whole(kind, tmp_path):
         write_split(kind, tmp_path, "{split}.{extension}", split, range(5))
     assert len(make_source(kind, path=str(tmp_path), split="unlabeled")) == 5
     assert len(make_source(kind, path=str(tmp_path), split="train", heldout_fraction=0.0)) == 15
-    with pytest.raises(ConfigError, match="has no 'unlabelled'"):
-        make_source(kind, path=str(tmp_path), split="unlabelled")
+    with pytest.raises(ConfigError, match="has no 'unlabeled'"):
+        make_source(kind, path=str(tmp_path), split="unlabeled")
 
 
 @pytest.mark.parametrize("kind", SHARDED)
@@ -1450,7 +1450,7 @@ def test_labels_of_other_types_are_not_used_and_that_is_told_once(values, kind, 
 
 
 def test_a_column_of_captions_is_no_label(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(parquet_module, "MOST_NAMES", 2)
+    monkeypatch.setattr(parquet_module, "MAX_NAMES", 2)
     table = pa.table({"image": [png(1), png(2), png(3)], "label": ["a", "b", "c"]})
     pq.write_table(table, tmp_path / "a.parquet")
     source = make_source("parquet", path=str(tmp_path), heldout_fraction=0.0)
@@ -1470,7 +1470,7 @@ def test_a_row_without_bytes_is_a_bad_image(tmp_path):
     assert source.classes == ()
 
 
-@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("batch_stats", [True, False])
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
@@ -1487,7 +1487,7 @@ def test_labels_that_are_no_classes_are_refused(labels, says, statistics, tmp_pa
         make_source("parquet", path=str(tmp_path))
 
 
-def test_a_test_set_whose_labels_are_all_minus_one_is_unlabelled(tmp_path):
+def test_a_test_set_whose_labels_are_all_minus_one_is_unlabeled(tmp_path):
     write_parquet(tmp_path / "a.parquet", range(3), labels=[-1, -1, -1])
     source = make_source("parquet", path=str(tmp_path), heldout_fraction=0.0)
     assert source.classes == ()

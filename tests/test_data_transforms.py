@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from simmim_jax.data.decode import Picture
-from simmim_jax.data.transforms import _random_box, random_flip, random_resized_crop, resize, resize_and_centre_crop
+from simmim_jax.data.transforms import _random_box, random_flip, random_resized_crop, resize, resize_and_center_crop
 
 
 def photograph(height, width) -> Image.Image:
@@ -62,7 +62,7 @@ def test_areas_are_uniform_and_ratios_uniform_in_their_logarithm():
         (1, 1, (0, 0, 1, 1)),
     ],
 )
-def test_a_shape_that_no_try_fits_gets_the_largest_centred_box(width, height, box):
+def test_a_shape_that_no_try_fits_gets_the_largest_centerd_box(width, height, box):
     class Never:  # draws an area that never fits
         def uniform(self, low, high):
             return 50.0
@@ -76,21 +76,21 @@ def test_every_shape_of_image_gives_every_size(shape, size):
     for channels in (1, 3, 5):
         pixels = np.zeros((*shape, channels), np.uint8)
         image = picture(pixels)
-        for crop in (random_resized_crop(image, np.random.default_rng(0), size), resize_and_centre_crop(image, size)):
+        for crop in (random_resized_crop(image, np.random.default_rng(0), size), resize_and_center_crop(image, size)):
             assert crop.shape == (*size, channels)
             assert crop.dtype == np.uint8
 
 
 def test_a_whole_image_at_its_own_size_is_untouched():
     image = photograph(20, 30)
-    assert np.array_equal(resize_and_centre_crop(picture(image), (20, 30)), np.asarray(image))
+    assert np.array_equal(resize_and_center_crop(picture(image), (20, 30)), np.asarray(image))
     whole = random_resized_crop(picture(image), np.random.default_rng(0), (20, 30), scale=(1.0, 1.0), ratio=(1.5, 1.5))
     assert np.array_equal(whole, np.asarray(image))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (256, 256), (100, 90)])
-def test_the_centre_crop_is_that_of_a_resize_and_a_crop(height, width, interpolation):
+def test_the_center_crop_is_that_of_a_resize_and_a_crop(height, width, interpolation):
     image = photograph(height, width)
     short = min(height, width)
     resized = image.resize(  # torchvision: Resize(256), CenterCrop(224)
@@ -98,7 +98,7 @@ def test_the_centre_crop_is_that_of_a_resize_and_a_crop(height, width, interpola
     )
     left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
     expected = np.asarray(resized.crop((left, top, left + 224, top + 224))).astype(int)
-    crop = resize_and_centre_crop(picture(image), (224, 224), crop_fraction=0.875, interpolation=interpolation).astype(
+    crop = resize_and_center_crop(picture(image), (224, 224), crop_fraction=0.875, interpolation=interpolation).astype(
         int
     )
     # of the passes along rows and columns, each rounded to 8 bits, Pillow takes first the one that saves more work:
@@ -108,17 +108,17 @@ def test_the_centre_crop_is_that_of_a_resize_and_a_crop(height, width, interpola
 
 def test_a_wide_crop_of_a_tall_image_keeps_the_middle():
     rows = np.repeat(np.arange(100, dtype=np.uint8)[:, None], 50, 1)
-    crop = resize_and_centre_crop(picture(rows), (10, 50))
+    crop = resize_and_center_crop(picture(rows), (10, 50))
     assert crop.shape == (10, 50, 1)
     assert np.array_equal(crop[:, 0, 0], np.arange(45, 55))
 
 
-def test_each_channel_of_many_is_resized_like_grey():
+def test_each_channel_of_many_is_resized_like_gray():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
-    crops = resize_and_centre_crop(picture(image), (8, 12), interpolation="bicubic")
+    crops = resize_and_center_crop(picture(image), (8, 12), interpolation="bicubic")
     for channel in range(5):
-        grey = resize_and_centre_crop(picture(image[..., channel]), (8, 12), interpolation="bicubic")
-        assert np.array_equal(crops[..., channel], grey[..., 0])
+        gray = resize_and_center_crop(picture(image[..., channel]), (8, 12), interpolation="bicubic")
+        assert np.array_equal(crops[..., channel], gray[..., 0])
 
 
 def test_flips_come_with_their_probability():
@@ -186,8 +186,8 @@ def test_a_turned_jpeg_is_cropped_upright_whole_or_reduced():
         )
         assert (upright.height, upright.width) == expected.shape[:2]
         for size in [(300, 300), (100, 100)]:
-            crop = resize_and_centre_crop(upright, size, interpolation="bilinear").astype(int)
-            whole = resize_and_centre_crop(picture(expected), size, interpolation="bilinear")
+            crop = resize_and_center_crop(upright, size, interpolation="bilinear").astype(int)
+            whole = resize_and_center_crop(picture(expected), size, interpolation="bilinear")
             assert np.abs(crop - whole).mean() < 2
             assert math.isclose(
                 crop[:9, :9].mean(), whole[:9, :9].mean(), abs_tol=3

@@ -16,14 +16,16 @@ import pytest
 from runs import ROOT, command, run
 from tiny_trained import CLASSES, PIXELS, make_images, make_run, pixels_of
 
-from simmim_jax import checkpoint, data, trained
+from simmim_jax import data
 from simmim_jax.data.decode import Picture
 from simmim_jax.data.sources.folder import Folder
-from simmim_jax.data.transforms import resize_and_centre_crop
+from simmim_jax.data.transforms import resize_and_center_crop
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from simmim_jax.objectives.features import make_features
-from simmim_jax.objectives.pixels import normalise
-from simmim_jax.tools import embed, embeddings
+from simmim_jax.objectives.pixels import normalize
+from simmim_jax.runs import checkpoint, finished
+from simmim_jax.tools.embed import __main__ as embed
+from simmim_jax.tools.embed import embeddings
 
 TOOL = ("-m", "simmim_jax.tools.embed")
 
@@ -45,15 +47,15 @@ def quick(monkeypatch):
     """A run is opened once, and an embedding is the first pixels of an image: what is tested is how it is written."""
 
     def compute(model, options, view, mesh):
-        for batch in trained.make_pass(model, view, mesh, batch_size=options.batch_size, threads=options.threads):
+        for batch in finished.make_pass(model, view, mesh, batch_size=options.batch_size, threads=options.threads):
             numbers = batch["image"].reshape(len(batch["image"]), -1)[:, :16].astype(np.float32)
-            rows = np.arange(len(numbers)) < len(view) - batch["position"][0]
-            yield tuple(array[rows] for array in (batch["position"], batch["valid"], batch["label"], numbers))
+            rows = np.arange(len(numbers)) < len(view) - batch["batch_index"][0]
+            yield tuple(array[rows] for array in (batch["batch_index"], batch["valid"], batch["label"], numbers))
 
     in_parts_of(monkeypatch, 8)
     monkeypatch.setattr(embed, "compute", compute)
     monkeypatch.setattr(embed, "shape_of", lambda model, options: (16,))
-    monkeypatch.setattr(trained, "open_trained", functools.cache(trained.open_trained))
+    monkeypatch.setattr(finished, "load_run", functools.cache(finished.load_run))
 
 
 @contextlib.contextmanager
@@ -97,7 +99,7 @@ def test_rows_are_the_images_in_order_with_names_labels_and_the_features_of_the_
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)  # batches of other sizes are summed otherwise
     about = about_of(tmp_path / "x.parquet")
     assert (about["block"], about["pool"], about["shape"], about["step"]) == (1, "both", [32], 7)
-    assert (about["image_size"], about["mean"], about["normalised"]) == ([16, 16], list(PIXELS["mean"]), False)
+    assert (about["image_size"], about["mean"], about["normalized"]) == ([16, 16], list(PIXELS["mean"]), False)
     assert about["what"] == "the class token of block 1, and then the mean of its patches"
     assert list(tmp_path.iterdir()) == [tmp_path / "x.parquet"]  # no parts are left
 
@@ -105,11 +107,11 @@ def test_rows_are_the_images_in_order_with_names_labels_and_the_features_of_the_
 def test_an_npz_holds_maps_of_tokens_each_of_length_1_where_asked_for(made, tmp_path):
     _, encoder, params, folder, names = made
     cropped = {"crop_fraction": 0.5, "interpolation": "bilinear"}
-    tool(made, tmp_path / "x.npz", "--pool=map", "--normalise", "--dtype=float16", "--crop-fraction=0.5",
+    tool(made, tmp_path / "x.npz", "--pool=map", "--normalize", "--dtype=float16", "--crop-fraction=0.5",
          "--interpolation=bilinear")  # fmt: skip
     arrays = np.load(tmp_path / "x.npz")
     images = resized(pixels_of(folder, names), size=(16, 16), **cropped)
-    expected = jax.jit(encoder.apply)({"params": params}, normalise(images, **PIXELS))
+    expected = jax.jit(encoder.apply)({"params": params}, normalize(images, **PIXELS))
     expected = expected / np.linalg.norm(expected, axis=-1, keepdims=True)
     assert (arrays["embedding"].dtype, arrays["embedding"].shape) == (np.float16, (20, 2, 2, 16))
     np.testing.assert_allclose(arrays["embedding"], expected, atol=5e-4)  # float16 has 11 bits below 1
@@ -117,9 +119,9 @@ def test_an_npz_holds_maps_of_tokens_each_of_length_1_where_asked_for(made, tmp_
     assert [CLASSES[label] for label in arrays["label"]] == [name.split("/")[0] for name in names]
     assert arrays["classes"].tolist() == list(CLASSES)
     about = json.loads(str(arrays["about"]))
-    assert (about["shape"], about["dtype"], about["normalised"]) == ([2, 2, 16], "float16", True)
+    assert (about["shape"], about["dtype"], about["normalized"]) == ([2, 2, 16], "float16", True)
     assert about.items() >= cropped.items()
-    assert about["images"].startswith("resized (bilinear) to cover 32 x 32 pixels, centre-cropped to 16 x 16, ")
+    assert about["images"].startswith("resized (bilinear) to cover 32 x 32 pixels, center-cropped to 16 x 16, ")
 
 
 def test_what_is_written_is_read_again_from_both_kinds_of_file(made, quick, tmp_path):
@@ -236,7 +238,7 @@ def test_a_part_that_is_damaged_or_follows_a_gap_is_made_anew(made, quick, tmp_p
         (["--pool=class_token"], ConfigError, 'pool "patches" then, "class_token" now', False),
         (["--pool=class_token"], ConfigError, 'pool "patches" then, "class_token" now', True),
         (["--block=1"], ConfigError, "block 0 then, 1 now", False),
-        (["--normalise", "--dtype=float16"], ConfigError, 'dtype "float32" then, "float16" now, normalise', False),
+        (["--normalize", "--dtype=float16"], ConfigError, 'dtype "float32" then, "float16" now, normalize', False),
         (["--crop-fraction=0.5"], ConfigError, "crop_fraction 1.0 then, 0.5 now", False),
         (["--interpolation=nearest"], ConfigError, 'interpolation "bicubic" then, "nearest" now', True),
         ("run", ConfigError, "other weights", True),
@@ -352,9 +354,9 @@ def test_a_limit_takes_images_evenly(made, quick, tmp_path):
 @pytest.mark.slow
 def test_another_image_size_gives_another_grid_with_positions_resized_to_it(made, tmp_path):
     tool(made, tmp_path / "x.npz", "--limit=5", "--image-size=32,16", "--pool=map")
-    model = trained.open_trained(made[0], (32, 16))
+    model = finished.load_run(made[0], (32, 16))
     images = resized(pixels_of(made[3], made[4][::4]), size=(32, 16), interpolation="bicubic")
-    images = normalise(images, **PIXELS)
+    images = normalize(images, **PIXELS)
     expected = jax.jit(model.encoder.apply)({"params": model.params["encoder"]}, images)
     ours = np.load(tmp_path / "x.npz")["embedding"]
     assert ours.shape == (5, 4, 2, 16)
@@ -363,7 +365,7 @@ def test_another_image_size_gives_another_grid_with_positions_resized_to_it(made
 
 def resized(images, **how):
     """And cropped, as the tool does it."""
-    return jnp.stack([resize_and_centre_crop(Picture(np.asarray(image), 3), **how) for image in images])
+    return jnp.stack([resize_and_center_crop(Picture(np.asarray(image), 3), **how) for image in images])
 
 
 def test_digits_need_no_path_and_runs_know_their_own_images(quick, tmp_path):

@@ -22,10 +22,10 @@ RNG = np.random.default_rng(0)
 
 
 def clusters(count, spread):
-    """Features of five classes around five centres."""
+    """Features of five classes around five centers."""
     labels = RNG.integers(0, 5, count)
-    centres = np.random.default_rng(7).normal(size=(5, 16))
-    return (centres[labels] + spread * RNG.normal(size=(count, 16))).astype(np.float32), labels
+    centers = np.random.default_rng(7).normal(size=(5, 16))
+    return (centers[labels] + spread * RNG.normal(size=(count, 16))).astype(np.float32), labels
 
 
 def batches(count, size, **arrays):
@@ -61,7 +61,7 @@ def test_a_classifier_that_says_nothing_finds_nothing():
 
 def test_knn_equals_a_computation_by_hand():
     (train, train_labels), (heldout, labels) = clusters(80, 1.5), clusters(40, 1.5)
-    run = make_evaluator("knn", {"features": lambda _: Features(train, train_labels, heldout, labels)}, neighbours=7)
+    run = make_evaluator("knn", {"features": lambda _: Features(train, train_labels, heldout, labels)}, neighbors=7)
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     similarity = unit(heldout) @ unit(train).T
     right = 0
@@ -83,17 +83,17 @@ def test_a_linear_probe_separates_what_is_separable_and_not_what_is_noise():
 @pytest.mark.slow
 def test_a_linear_probe_is_the_logistic_regression_of_scikit_learn():
     (train, train_labels), (heldout, labels) = clusters(200, 2.0), clusters(300, 2.0)
-    supplies = {"features": lambda _: Features(10 * train + 3, train_labels, 10 * heldout + 3, labels)}
+    eval_inputs = {"features": lambda _: Features(10 * train + 3, train_labels, 10 * heldout + 3, labels)}
     found = {}
     for strength in (0.001, 1.0):
         theirs = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
         found[strength] = theirs.fit(10 * train + 3, train_labels).score(10 * heldout + 3, labels)
-        run = make_evaluator("linear", supplies, inverse_regularisation=strength)
+        run = make_evaluator("linear", eval_inputs, C=strength)
         assert run(STATE)["linear"] == pytest.approx(found[strength], abs=1.01 / 300)  # an image on the border
     assert found[0.001] != found[1.0]
 
 
-def test_features_are_read_once_a_step_from_valid_labelled_images():
+def test_features_are_read_once_a_step_from_valid_labeled_images():
     calls = []
 
     def extract(params, batch):
@@ -132,20 +132,22 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size_and_draws_the_same_
 
     def predict(params, batch):
         out = jitted(params, {name: jnp.asarray(batch[name]) for name in data})
-        return jax.device_get(out) | {name: batch[name] for name in ("position", "valid")}
+        return jax.device_get(out) | {name: batch[name] for name in ("batch_index", "valid")}
 
     results = {}
     for size in (4, 20, 32):
         heldout = list(batches(20, size, **data))
         for batch in heldout:  # the fill-up has places of its own
-            batch["position"][~batch["valid"]] = 1000
-        supplies = {
+            batch["batch_index"][~batch["valid"]] = 1000
+        eval_inputs = {
             "predict": predict,
             "heldout": heldout,
             "spread": lambda count, size=size: batches(count, size, **{name: x[:count] for name, x in data.items()}),
         }
-        supplies["folder"] = str(tmp_path / str(size))
-        results[size] = make_evaluator("reconstruction", supplies, pictures=5)(SimpleNamespace(step=7, params=params))
+        eval_inputs["folder"] = str(tmp_path / str(size))
+        results[size] = make_evaluator("reconstruction", eval_inputs, pictures=5)(
+            SimpleNamespace(step=7, params=params)
+        )
     losses = [result["masked_loss"] for result in results.values()]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
     expected = objective.loss_fn(params, tiny_batch(20), key, False)[0]
@@ -168,16 +170,16 @@ def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("knn", {"neighbours": 0}),
+        ("knn", {"neighbors": 0}),
         ("linear", {"iterations": 0}),
         ("knn", {"neighbors": 5}),
         ("reconstruction", {"pictures": -1}),
     ],
 )
 def test_options_that_cannot_work_are_refused(name, options):
-    supplies = {"features": len, "predict": len, "heldout": [], "spread": len, "folder": ""}
+    eval_inputs = {"features": len, "predict": len, "heldout": [], "spread": len, "folder": ""}
     with pytest.raises(ConfigError):
-        make_evaluator(name, supplies, **options)
+        make_evaluator(name, eval_inputs, **options)
 
 
 def test_a_linear_probe_of_one_class_is_left_out_with_one_warning(caplog):

@@ -17,17 +17,19 @@ from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from tiny import tiny_encoder
 from tiny_trained import keep_fingerprints
 
-from simmim_jax import checkpoint, trained
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.evals import accuracy, confusion
 from simmim_jax.objectives import make_objective
-from simmim_jax.tools import evaluate, heldout, segments
-from simmim_jax.tools.weights import abstract_model
+from simmim_jax.runs import checkpoint, finished
+from simmim_jax.tools.convert.weights import abstract_model
+from simmim_jax.tools.evaluate import __main__ as evaluate
+from simmim_jax.tools.evaluate import segments
+from simmim_jax.tools.images import has_parts
 
 EVALUATE = ("-m", "simmim_jax.tools.evaluate")
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 PIXELS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
-ENCODER = {"name": "vit", "size": "ti", "width": 16, "depth": 1, "heads": 2, "patch_size": 8}
+ENCODER = {"name": "vit", "size": "ti", "width": 16, "depth": 1, "num_heads": 2, "patch_size": 8}
 SIZE = (16, 16)
 
 
@@ -45,7 +47,7 @@ def told(*arguments, kind=ConfigError) -> str:
 
 
 def write_images(folder, classes=CLASSES, each=4):
-    """PNGs of noise in a colour of their own, in a folder for each class."""
+    """PNGs of noise in a color of their own, in a folder for each class."""
     rng = np.random.default_rng(0)
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -56,7 +58,7 @@ def write_images(folder, classes=CLASSES, each=4):
 
 def write_workdir(folder, objective, **config):
     """A workdir of a tiny model with random weights, large enough for answers that differ; its parameters."""
-    shaping = {name: value for name, value in objective.items() if name not in ("block_size", "ratio")}
+    shaping = {name: value for name, value in objective.items() if name not in ("mask_patch_size", "ratio")}
     _, abstract = abstract_model(ENCODER, shaping, SIZE, PIXELS)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: np.float32(0.3 * rng.standard_normal(x.shape)), abstract)
@@ -72,9 +74,13 @@ def place(tmp_path_factory):
     write_images(folder / "images")
     data = {"source": "auto", "path": str(folder / "images"), "name": "", "data_dir": "", "heldout_fraction": 0.3,
             "heldout_split": "validation", "split": "train"}  # fmt: skip
-    write_workdir(folder / "classifier", {"name": "classify", "num_classes": 7, "pool_norm": True})
+    write_workdir(folder / "classifier", {"name": "classify", "num_classes": 7, "fc_norm": True})
     write_workdir(
-        folder / "pretrained", {"name": "simmim", "block_size": 8, "ratio": 0.5}, data=data, seed=3, eval_images=3
+        folder / "pretrained",
+        {"name": "simmim", "mask_patch_size": 8, "mask_ratio": 0.5},
+        data=data,
+        seed=3,
+        eval_images=3,
     )
     write_workdir(folder / "encoder", {"name": "none"})
     return folder
@@ -102,7 +108,7 @@ def random_answers(count=203, classes=7, batch=203):
         missing = max(0, start + batch - count)
         part = slice(start, start + batch)
         out = {"logits": np.pad(logits[part], ((0, missing), (0, 0))), "label": np.pad(labels[part], (0, missing))}
-        out |= {"position": np.arange(start, start + batch), "valid": np.arange(batch) < batch - missing}
+        out |= {"batch_index": np.arange(start, start + batch), "valid": np.arange(batch) < batch - missing}
         parts.append(accuracy.answers_of(out)[0])
     return accuracy.join(parts), logits, labels
 
@@ -121,7 +127,7 @@ def test_top_k_and_confusion_are_those_of_scikit_learn_for_any_batch_size(batch)
     np.testing.assert_array_equal(times, [*others.max(axis=1), 0])
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(answers.confidence, probabilities.max(axis=1), rtol=1e-5)
-    np.testing.assert_array_equal(answers.position, np.arange(203))
+    np.testing.assert_array_equal(answers.batch_index, np.arange(203))
 
 
 def test_a_class_that_only_ties_with_another_is_taken_for_the_other_so_that_the_diagonal_counts_the_hits():
@@ -147,7 +153,7 @@ def test_the_tool_gives_what_the_model_says_of_each_image(place, evaluated):
     rows, figures = evaluated
     params = jax.tree.map(jnp.asarray, checkpoint.read_params(str(place / "classifier"))[0])
     objective = make_objective(
-        "classify", tiny_encoder(width=16, depth=1, heads=2), image_size=SIZE, num_classes=7, pool_norm=True, **PIXELS
+        "classify", tiny_encoder(width=16, depth=1, num_heads=2), image_size=SIZE, num_classes=7, fc_norm=True, **PIXELS
     )
     labels = np.repeat(np.arange(7), 4)
     files = [place / "images" / CLASSES[label] / f"{n % 4}.png" for n, label in enumerate(labels)]
@@ -219,7 +225,7 @@ def test_the_sheet_of_mistakes_has_the_surest_of_them_first(evaluated):
         answers = accuracy.Answers(np.arange(start, start + 4), np.zeros(4, int), np.array([1, 0, 2, 3]),
                                    np.array([1, 0, 2, 3]), confidence)  # fmt: skip
         mistakes.see(rng.integers(0, 256, (4, 8, 8, 1), dtype=np.uint8), answers)
-    assert [(m.position, m.predicted) for m in mistakes.kept] == [(7, 3), (3, 3), (6, 2)]
+    assert [(m.batch_index, m.predicted) for m in mistakes.kept] == [(7, 3), (3, 3), (6, 2)]
     assert all(m.image.base is None for m in mistakes.kept)  # not a part of its whole batch
     assert confusion.draw_mistakes(mistakes.kept, ["a", "b", "c", "d"]).shape[2] == 3
 
@@ -304,7 +310,7 @@ def test_classes_that_differ_are_told_and_other_names_are_warned_of(place, tmp_p
     )
     write_images(tmp_path / "other", (*CLASSES[:6], "hen"), each=1)
     own = {"source": "auto", "path": str(place / "images"), "name": "", "data_dir": "", "heldout_fraction": 0.3}
-    write_workdir(tmp_path / "run", {"name": "classify", "num_classes": 7, "pool_norm": True}, data=own)
+    write_workdir(tmp_path / "run", {"name": "classify", "num_classes": 7, "fc_norm": True}, data=own)
     tool(tmp_path / "run", f"--data={tmp_path / 'other'}", "--results=")
     assert "warning: class 6 is 'gnu' in the run and 'hen' in" in capsys.readouterr().err
     tool(tmp_path / "run", "--results=")
@@ -332,23 +338,21 @@ def test_images_without_classes_and_broken_ones_are_told(place, tmp_path, capsys
 
 
 def test_images_with_names_of_classes_and_without_labels_are_told_at_once():
-    class Unlabelled(list):
+    class Unlabeled(list):
         classes, describe = CLASSES, staticmethod(lambda: "a test set")
 
-    model = trained.Trained({}, {"objective": {"num_classes": 7}}, None, None, SIZE)
+    model = finished.Run({}, {"objective": {"num_classes": 7}}, None, None, SIZE)
     with pytest.raises(DataError, match=r"images without labels, .* - a test set - give images that have one"):
-        evaluate.check_classes(model, Unlabelled([{"label": -1}]), compare_names=False)
+        evaluate.check_classes(model, Unlabeled([{"label": -1}]), compare_names=False)
 
 
 def test_a_run_whose_images_were_moved_is_evaluated_on_what_it_held_out(place, tmp_path, capsys):
     images = shutil.copytree(place / "images", tmp_path / "images")
     own = {"source": "auto", "path": str(images), "name": "", "data_dir": "", "heldout_fraction": 0.3,
            "split": "train", "heldout_split": "validation"}  # fmt: skip
-    write_workdir(
-        tmp_path / "run", {"name": "classify", "num_classes": 7, "pool_norm": True}, data=own, classes=CLASSES
-    )
-    model = trained.open_trained(str(tmp_path / "run"))
-    parts = {name: trained.open_source(model, "", split) for name, split in
+    write_workdir(tmp_path / "run", {"name": "classify", "num_classes": 7, "fc_norm": True}, data=own, classes=CLASSES)
+    model = finished.load_run(str(tmp_path / "run"))
+    parts = {name: finished.open_source(model, "", split) for name, split in
              (("source", "train"), ("heldout", "validation"))}  # fmt: skip
     keep_fingerprints(tmp_path / "run", **parts)
 
@@ -393,7 +397,7 @@ def test_names_of_bytes_that_are_no_utf8_are_written_as_escapes(place, tmp_path)
 
 
 def test_images_to_train_on_are_not_evaluated_on_unasked(tmp_path):
-    model = trained.Trained({}, {}, None, tmp_path, SIZE)
+    model = finished.Run({}, {}, None, tmp_path, SIZE)
     data = tmp_path / "data"
 
     def heldout(split=""):
@@ -421,7 +425,7 @@ def test_images_to_train_on_are_not_evaluated_on_unasked(tmp_path):
 
 def test_a_run_that_held_nothing_out_asks_for_other_images(place):
     own = {"source": "auto", "path": str(place / "images"), "name": "", "data_dir": "", "heldout_fraction": 0.0}
-    model = trained.Trained({}, {"data": own}, None, place, SIZE)
+    model = finished.Run({}, {"data": own}, None, place, SIZE)
     with pytest.raises(DataError, match=r"0 of its 28 images .* - nothing is held out of them - give others as --data"):
         evaluate.open_images(model, Namespace(data="", split=""))
 
@@ -433,7 +437,7 @@ def test_images_with_maps_are_found_by_the_same_rule(tmp_path, capsys):
             Image.new("L", (8, 8)).save(tmp_path / "data" / kind / f"{n}.png")
     own = {"source": "auto", "path": str(tmp_path / "data"), "name": "", "data_dir": "", "heldout_fraction": 0.3}
     write_workdir(tmp_path / "run", {"name": "none"}, data=own)
-    model = trained.open_trained(str(tmp_path / "run"))
+    model = finished.load_run(str(tmp_path / "run"))
 
     def heldout(path, split, own):
         options = Namespace(data=str(tmp_path / path) if path else "", split=split)
@@ -456,9 +460,9 @@ def test_images_with_maps_are_found_by_the_same_rule(tmp_path, capsys):
 def test_shards_to_train_on_are_told_by_their_names(tmp_path, name, parts):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    assert heldout.has_parts(str(tmp_path)) == parts
-    assert heldout.has_parts(str((tmp_path / name).with_stem("*"))) == parts
-    assert not heldout.has_parts(str(tmp_path / name))  # this one is asked for by name
+    assert has_parts(str(tmp_path)) == parts
+    assert has_parts(str((tmp_path / name).with_stem("*"))) == parts
+    assert not has_parts(str(tmp_path / name))  # this one is asked for by name
 
 
 def test_a_pretraining_run_gets_its_own_loss_of_as_many_images_as_it_had_and_no_row(

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from jax import random
 
-from simmim_jax import checkpoint, mixing, train
+from simmim_jax import train
 from simmim_jax.config import load
 from simmim_jax.models import make_encoder
-from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.pixels import normalise
-from simmim_jax.pretrained import architecture
-from simmim_jax.stacking import path_of
-from simmim_jax.tools import convert
+from simmim_jax.objectives import make_objective, mixing
+from simmim_jax.objectives.pixels import normalize
+from simmim_jax.runs import checkpoint
+from simmim_jax.runs.pretrained import architecture
+from simmim_jax.runtime.scanning import path_name
+from simmim_jax.tools.convert import __main__ as convert
 from simmim_jax.train_step import TrainState, train_step
 
 torch = pytest.importorskip("torch")
@@ -69,7 +70,7 @@ def draw_batch(step: int) -> dict:
     rng = np.random.default_rng(step)
     images = rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, BATCH).astype(np.int32)
-    return {"image": images, "label": labels, "position": np.arange(BATCH, dtype=np.int32)}
+    return {"image": images, "label": labels, "batch_index": np.arange(BATCH, dtype=np.int32)}
 
 
 def peers_batch(batch: dict, key, config) -> tuple:
@@ -79,20 +80,20 @@ def peers_batch(batch: dict, key, config) -> tuple:
     """
     objective = config.objective
     erase_key, mix_key = random.split(random.fold_in(key, 1))
-    images = normalise(jnp.asarray(batch["image"]), config.mean, config.std)
-    position = jnp.asarray(batch["position"])
-    erased = np.asarray(mixing.erase(images, erase_key, position, probability=objective.erase))
+    images = normalize(jnp.asarray(batch["image"]), config.mean, config.std)
+    batch_index = jnp.asarray(batch["batch_index"])
+    erased = np.asarray(mixing.erase(images, erase_key, batch_index, probability=objective.reprob))
     drawn = mixing.draw_mix(
-        mix_key, position, position, image_size=(SIDE, SIDE), mixup=objective.mixup, cutmix=objective.cutmix,
-        probability=objective.mix_probability, switch=objective.mix_switch, mode=objective.mix_mode,
-        group=objective.mix_group,
+        mix_key, batch_index, batch_index, image_size=(SIDE, SIDE), mixup=objective.mixup, cutmix=objective.cutmix,
+        probability=objective.mixup_prob, switch=objective.mixup_switch_prob, mode=objective.mixup_mode,
+        group=objective.mixup_group,
     )  # fmt: skip
     smoothing = objective.label_smoothing
     hot = torch.nn.functional.one_hot(torch.from_numpy(batch["label"]).long(), CLASSES).float()
     hot = hot * (1 - smoothing) + smoothing / CLASSES
     mixed = []
-    for first in range(0, BATCH, objective.mix_group):
-        own = slice(first, first + objective.mix_group)
+    for first in range(0, BATCH, objective.mixup_group):
+        own = slice(first, first + objective.mixup_group)
         weight, (top, left, bottom, right) = float(drawn.weight[first]), np.asarray(drawn.box[first])
         x, targets = torch.from_numpy(erased[own].transpose(0, 3, 1, 2).copy()), hot[own]
         if drawn.use_cutmix[first]:
@@ -122,7 +123,7 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
     config.batch_size, config.image_size, config.base_learning_rate = BATCH, (SIDE, SIDE), 5e-3 * 512 / BATCH
     config.mean, config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config.optim.warmup_epochs, config.objective.num_classes = 1.0, CLASSES
-    config.objective.mix_group = BATCH // 2  # as of two processes
+    config.objective.mixup_group = BATCH // 2  # as of two processes
     encoder = make_encoder(**architecture(record["encoder"]))
     assert (encoder.relative_position, encoder.final_norm) == ("per_block", False)  # as the config has it
     pixels = {"image_size": config.image_size, "mean": config.mean, "std": config.std}
@@ -149,16 +150,16 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
         loss = torch.sum(-targets * torch.log_softmax(model(images).logits, dim=-1), dim=-1).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip_norm)
         optimizer.step()
         np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
     assert set(cut) == {True, False}  # of the six batches some are cut and some are blended
 
     theirs, _ = imported(model, tmp_path / "after")
-    theirs = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(theirs)}
-    before = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    theirs = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(theirs)}
+    before = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
-        name = path_of(path)
+        name = path_name(path)
         np.testing.assert_allclose(x, theirs[name], rtol=0, atol=1e-5, err_msg=name)
         moved = np.abs(theirs[name] - before[name]).max()
         assert moved > 1e-4, f"{name} has hardly moved"

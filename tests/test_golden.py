@@ -1,6 +1,6 @@
 """Parity with the official implementations on their own reference arrays (tests/golden/README.md).
 
-The arrays come in as a user's file does: written down, read, recognised, and laid out by `interop`'s tables.
+The arrays come in as a user's file does: written down, read, recognized, and laid out by `interop`'s tables.
 """
 
 import json
@@ -18,7 +18,7 @@ from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.classify import make_classify
 from simmim_jax.objectives.pixels import from_patches, local_moments
 from simmim_jax.objectives.simmim import make_forward, masked_l1
-from simmim_jax.optim import layers, make_optimizer, path_of
+from simmim_jax.optim import layers, make_optimizer, path_name
 
 PRETRAINING = (
     "official_vit_pretrain_ape",
@@ -55,7 +55,7 @@ class Reference:
         save_file(part(arrays, "params/"), folder / "official.safetensors")
         weights = interop.read_weights(str(folder / "official.safetensors"))
         # What these weights do not tell: a ViT's heads where it has no tables, a Swin V2's window without its buffers.
-        given = {"heads": config["heads"]} if "vit" in name else {"window": config["window_size"]}
+        given = {"num_heads": config["num_heads"]} if "vit" in name else {"window": config["window_size"]}
         found = interop.settle(interop.describe(weights), given, (64, 64), weights.where)
         assert found.format == "official"
         fields = {field: value for field, value in found.encoder.items() if field != "name"}
@@ -82,7 +82,7 @@ def test_pretraining_equals_the_official_one(reference):
     forward, stride = make_forward(encoder, channels=3), encoder.feature_stride
     hidden = mask.repeat(encoder.token_stride, axis=1).repeat(encoder.token_stride, axis=2)
     target = reference.images
-    if window := json.loads(str(arrays["config"])).get("norm_target"):
+    if window := json.loads(str(arrays["config"])).get("norm_window"):
         mean, deviation = local_moments(target, window)
         target = (target - mean) / deviation
 
@@ -105,9 +105,9 @@ def test_fine_tuning_equals_the_official_one(reference):
     options = {name: value for name, value in reference.objective.items() if name != "name"}
     _, loss_fn, predict, _ = make_classify(reference.encoder, **PIXELS, **options)
     batch = {
-        "image": reference.images,  # drawn, not pixels: they go in normalised
+        "image": reference.images,  # drawn, not pixels: they go in normalized
         "label": jnp.asarray(arrays["labels"], jnp.int32),
-        "position": jnp.arange(2),
+        "batch_index": jnp.arange(2),
     }
 
     def loss_of(params):
@@ -138,19 +138,19 @@ def test_every_official_parameter_is_compared_and_goes_out_as_it_came_in(referen
         (
             "vit_depth4_layer_decay_0.65",
             0.65,
-            ("vit", {"width": 48, "depth": 4, "heads": 3, "relative_position": "per_block", "final_norm": False}),
+            ("vit", {"width": 48, "depth": 4, "num_heads": 3, "relative_position": "per_block", "final_norm": False}),
         ),
         (
             "swin_depths2222_layer_decay_0.9",
             0.9,
-            ("swin", {"width": 8, "depths": (2,) * 4, "stage_heads": (1, 1, 2, 2), "window": 4}),
+            ("swin", {"width": 8, "depths": (2,) * 4, "num_heads": (1, 1, 2, 2), "window": 4}),
         ),
     ],
 )
 def test_fine_tuning_gives_each_parameter_the_official_rate_and_decay(golden_json, name, decay, encoder):
     expected = golden_json("official_finetune_param_groups")[name]
     encoder = make_encoder(encoder[0], None, **encoder[1])
-    objective = {"name": "classify", "num_classes": 7, "pool_norm": "vit" in name}
+    objective = {"name": "classify", "num_classes": 7, "fc_norm": "vit" in name}
     params = jax.eval_shape(make_objective(encoder=encoder, **PIXELS, **objective).init, KEY)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
     rules = interop.rules_of("official", encoder, objective, "", (64, 64))
@@ -170,7 +170,7 @@ def test_fine_tuning_gives_each_parameter_the_official_rate_and_decay(golden_jso
     for (path, scale), update in zip(
         jax.tree_util.tree_leaves_with_path(scales), jax.tree.leaves(updates), strict=True
     ):
-        for theirs in official_name[path_of(path)]:
+        for theirs in official_name[path_name(path)]:
             groups[theirs] = {"lr_scale": scale, "weight_decay": 0.05 if update.any() else 0.0}
             np.testing.assert_allclose(-update, scale * groups[theirs]["weight_decay"], rtol=1e-6)
     assert groups == {theirs: pytest.approx(group, rel=1e-12) for theirs, group in expected.items()}

@@ -13,19 +13,19 @@ from safetensors.numpy import load_file, save_file
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import backbone, huggingface, mae, official, rules
-from simmim_jax.interop.found import ratio_of, side_of_table, whole_root
 from simmim_jax.interop.reading import Weights, read_weights
+from simmim_jax.interop.weight_spec import ratio_of, side_of_table, whole_root
 from simmim_jax.models import make_encoder
-from simmim_jax.tools.weights import abstract_model
+from simmim_jax.tools.convert.weights import abstract_model
 
 PIXELS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
 SIMMIM, BARE = {"name": "simmim"}, {"name": "none"}
 NORMED, PLAIN = (
-    {"name": "classify", "num_classes": 5, "pool_norm": True},
-    {"name": "classify", "num_classes": 5, "pool_norm": False},
+    {"name": "classify", "num_classes": 5, "fc_norm": True},
+    {"name": "classify", "num_classes": 5, "fc_norm": False},
 )
-VIT = {"name": "vit", "size": "ti", "width": 16, "depth": 2, "heads": 2, "patch_size": 8}
-SWIN = {"size": "t", "width": 8, "depths": (2, 1, 1, 1), "stage_heads": (1, 1, 2, 2), "window": 4}
+VIT = {"name": "vit", "size": "ti", "width": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
+SWIN = {"size": "t", "width": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window": 4}
 RESNET = {"name": "resnet", "size": "50", "width": 8, "depths": (2, 1, 1, 1)}
 CONVNEXT = {"name": "convnext", "size": "t", "widths": (8, 16, 24, 32), "depths": (2, 1, 1, 1)}
 IMAGE = {"vit": (32, 32), "swin": (64, 64), "swinv2": (64, 64), "resnet": (64, 64), "convnext": (64, 64)}
@@ -131,7 +131,7 @@ def test_what_is_exported_and_imported_is_the_same_to_the_bit(format, options, o
     weights, params = exported(format, options, objective)
     name, given, image_size = options["name"], {}, None
     if name == "vit" and format != "huggingface":
-        given["heads"] = 2
+        given["num_heads"] = 2
     if name == "swinv2" and format != "huggingface":
         given["window"] = options["window"]
     if name == "swinv2" or name in ("resnet", "convnext") or (name == "vit" and "image_size" not in weights.config):
@@ -204,7 +204,7 @@ def test_what_weights_do_not_tell_is_asked_for():
     with pytest.raises(CheckpointError, match=r"give --image_size=HEIGHT,WIDTH"):
         interop.settle(found, {"window": 4}, None, "file")
     weights, _ = exported("official", {**VIT, "absolute_position": "none", "relative_position": "none"}, SIMMIM)
-    with pytest.raises(CheckpointError, match=r"give --encoder.heads=VALUE, --image_size=HEIGHT,WIDTH"):
+    with pytest.raises(CheckpointError, match=r"give --encoder.num_heads=VALUE, --image_size=HEIGHT,WIDTH"):
         imported(weights)
 
 
@@ -212,7 +212,7 @@ def test_heads_that_are_guessed_are_told():
     options = {**VIT, "width": 128, "relative_position": "none", "absolute_position": "learned"}
     weights, _ = exported("official", options, SIMMIM)
     _, found = imported(weights)
-    assert found.encoder["heads"] == 2
+    assert found.encoder["num_heads"] == 2
     assert "took 2 heads" in found.notes[0]
 
 
@@ -376,10 +376,10 @@ def test_the_names_of_transformers_5_in_memory_are_told():
 def test_a_classifier_of_the_class_token_comes_in_and_goes_out(format):
     plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
     options = {**plain, "qkv_bias": "qv", "relative_position": "shared"} if format == "official" else plain
-    objective = {"name": "classify", "num_classes": 5, "pool_norm": False, "pool": "class_token"}
+    objective = {"name": "classify", "num_classes": 5, "fc_norm": False, "pool": "class_token"}
     assert interop.EXPORTS[format].refusal(make_encoder(**options), objective, (32, 32)) == ""
     weights, params = exported(format, options, objective)
-    taken, found = imported(weights, {"heads": 2})
+    taken, found = imported(weights, {"num_heads": 2})
     assert found.objective == objective
     assert_same(taken, params)
 
@@ -389,10 +389,10 @@ def test_a_classifier_of_what_ours_cannot_read_is_refused_until_it_is_left_out()
     plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
     weights, params = exported("timm", {**plain, "final_norm": False}, BARE)
     head = {"head__weight": np.zeros((5, 16), np.float32), "head__bias": np.zeros(5, np.float32)}
-    told = message(changed(weights, **head), {"heads": 2})
+    told = message(changed(weights, **head), {"num_heads": 2})
     assert "reads neither fc_norm of the mean of the patches nor the class token" in told
     assert "--allow 'head.*'" in told
-    assert_same(imported(weights, {"heads": 2})[0], params)
+    assert_same(imported(weights, {"num_heads": 2})[0], params)
 
 
 def test_a_mae_is_its_encoder_with_fixed_positions_when_its_decoder_is_left_out():
@@ -402,15 +402,15 @@ def test_a_mae_is_its_encoder_with_fixed_positions_when_its_decoder_is_left_out(
     whole = changed(weights, mask_token=x[:1, None, :8], decoder_pos_embed=x[None], decoder_embed__weight=x,
                     decoder_blocks__0__norm1__weight=x[0], decoder_norm__weight=x[0],
                     decoder_pred__weight=x)  # fmt: skip
-    assert mae.recognise(whole) == "vit"
-    told = message(whole, {"heads": 2})
+    assert mae.recognize(whole) == "vit"
+    told = message(whole, {"num_heads": 2})
     assert "mask_token" in told
     allow = told.split("--allow '")[1].split("'")[0].split(",")
     for patterns in (allow, ["decoder_*", "mask_token"]):
         skipped = interop.skip(whole.arrays, patterns)
         assert len(skipped) == 6
         rest = whole._replace(arrays={name: y for name, y in whole.arrays.items() if name not in skipped})
-        back, found = imported(rest, {"heads": 2})
+        back, found = imported(rest, {"num_heads": 2})
         assert found.encoder["absolute_position"] == "sincos"
         assert_same(back, params)
 
@@ -418,7 +418,7 @@ def test_a_mae_is_its_encoder_with_fixed_positions_when_its_decoder_is_left_out(
 def test_register_tokens_are_refused():
     plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
     weights, _ = exported("timm", plain, BARE)
-    told = message(changed(weights, reg_token=np.zeros((1, 4, 16), np.float32)), {"heads": 2})
+    told = message(changed(weights, reg_token=np.zeros((1, 4, 16), np.float32)), {"num_heads": 2})
     assert "no place in the model: reg_token" in told
 
 
@@ -554,7 +554,7 @@ def test_one_pixel_statistic_is_that_of_every_channel_and_no_std_is_0():
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("official_vit_pretrain_ape", {"heads": 3}),
+        ("official_vit_pretrain_ape", {"num_heads": 3}),
         ("official_vit_pretrain_shared_rpb", {}),
         ("official_vit_finetune", {}),
         ("official_swin_pretrain", {}),

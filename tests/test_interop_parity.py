@@ -17,17 +17,18 @@ from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_sample_image
 from tiny_trained import random_weights
 
-from simmim_jax import checkpoint
 from simmim_jax.data.decode import Picture
-from simmim_jax.data.transforms import resize_and_centre_crop
+from simmim_jax.data.transforms import resize_and_center_crop
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.rules import flatten
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.pixels import from_patches
 from simmim_jax.objectives.simmim import make_forward, masked_l1
-from simmim_jax.tools import convert, evaluate
-from simmim_jax.tools.weights import abstract_model
+from simmim_jax.runs import checkpoint
+from simmim_jax.tools.convert import __main__ as convert
+from simmim_jax.tools.convert.weights import abstract_model
+from simmim_jax.tools.evaluate import __main__ as evaluate
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -74,13 +75,13 @@ def images_of(size, batch=2):
     return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
-def normalised(images):
+def normalized(images):
     """Images as our encoders take them."""
     return ((images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)).astype(np.float32)
 
 
 def to_torch(images):
-    return torch.from_numpy(normalised(images).transpose(0, 3, 1, 2).copy())
+    return torch.from_numpy(normalized(images).transpose(0, 3, 1, 2).copy())
 
 
 def with_random_weights(model, seed=0):
@@ -123,13 +124,13 @@ def write_workdir(folder, options, objective, size, **data):
 
 
 def features_of(encoder, params, images):
-    return np.asarray(encoder.apply({"params": params["encoder"]}, jnp.asarray(normalised(images))))
+    return np.asarray(encoder.apply({"params": params["encoder"]}, jnp.asarray(normalized(images))))
 
 
 def logits_of(encoder, params, config, images):
     objective = {**config["objective"], **PIXELS, "image_size": images.shape[1:3]}
     predict = make_objective(encoder=encoder, **objective).predict
-    batch = {"image": jnp.asarray(images), "position": jnp.arange(len(images))}
+    batch = {"image": jnp.asarray(images), "batch_index": jnp.arange(len(images))}
     return np.asarray(predict(params, batch, jax.random.key(0))["logits"])
 
 
@@ -194,7 +195,7 @@ def test_a_masked_image_model_of_transformers_gives_the_same_features_reconstruc
     mask = np.random.default_rng(1).random((len(images), grid, grid)) < 0.6
     theirs = model(to_torch(images), bool_masked_pos=torch.from_numpy(mask.reshape(len(images), -1)))
     forward = make_forward(encoder, channels=3)
-    pixels = jnp.asarray(normalised(images))
+    pixels = jnp.asarray(normalized(images))
     prediction = forward(params, pixels, jnp.asarray(mask), jax.random.key(0), False)[1]
     reconstruction = from_patches(prediction, encoder.feature_stride)
     assert_close(reconstruction, theirs.reconstruction.permute(0, 2, 3, 1))
@@ -307,11 +308,11 @@ def test_an_imported_classifier_is_evaluated_as_transformers_itself_evaluates_it
     assert f"top-1 {top1:.2f} %  top-5 {top5:.2f} %  of 35 images" in capsys.readouterr().out
 
 
-OUR_VIT = {"name": "vit", "size": "ti", "width": 32, "depth": 2, "heads": 4, "patch_size": 16}
+OUR_VIT = {"name": "vit", "size": "ti", "width": 32, "depth": 2, "num_heads": 4, "patch_size": 16}
 PLAIN = {"relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0}
-OUR_SWIN = {"size": "t", "width": 8, "depths": (2, 1, 2, 1), "stage_heads": (1, 1, 2, 2), "window": 2}
+OUR_SWIN = {"size": "t", "width": 8, "depths": (2, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window": 2}
 SIMMIM, BARE = {"name": "simmim"}, {"name": "none"}
-CLASSIFY = {"name": "classify", "num_classes": 7, "pool_norm": False}
+CLASSIFY = {"name": "classify", "num_classes": 7, "fc_norm": False}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,7 @@ def test_an_exported_masked_image_model_is_whole(tmp_path, options):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     images = images_of(64)
     pixels = processor(list(images), return_tensors="pt")["pixel_values"]
-    np.testing.assert_allclose(pixels.numpy().transpose(0, 2, 3, 1), normalised(images), atol=1e-5)
+    np.testing.assert_allclose(pixels.numpy().transpose(0, 2, 3, 1), normalized(images), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_the_processor_of_an_exported_folder_makes_the_pixels_of_our_evaluation(
     for axis, image in enumerate((photograph, photograph.swapaxes(0, 1).copy())):
         theirs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0].numpy()
         theirs = ((theirs.transpose(1, 2, 0) * STD + MEAN) * 255).astype(np.float64)
-        ours = resize_and_centre_crop(Picture(image, 3), (64, 64), **how).astype(np.float64)
+        ours = resize_and_center_crop(Picture(image, 3), (64, 64), **how).astype(np.float64)
         theirs, ours = (np.moveaxis(pixels, axis, 0) for pixels in (theirs, ours))
         difference = np.abs(theirs[shift:] - ours[: 64 - shift])
         assert difference.max() <= 1 + 1e-3
@@ -392,7 +393,7 @@ def timm_models(timm):
 
     vit = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
     swin = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 2, 1), "num_heads": (1, 1, 2, 2), "num_classes": 7}
-    heads = ("--encoder.heads=4",)
+    heads = ("--encoder.num_heads=4",)
     return {
         "vit": (heads, 64, lambda: vision_transformer.VisionTransformer(**vit)),
         "vit_average": (heads, 64, lambda: vision_transformer.VisionTransformer(
@@ -464,6 +465,6 @@ def test_parameter_counts_are_those_of_timm(timm, size, count):
         "convnext_tiny": ({"name": "convnext", "size": "t"}, True),
         "swin_base_patch4_window7_224": ({"name": "swin", "size": "b", "window": 7}, False),
     }[size]
-    _, abstract = abstract_model(options, {**classify, "pool_norm": pooled}, (224, 224), PIXELS)
+    _, abstract = abstract_model(options, {**classify, "fc_norm": pooled}, (224, 224), PIXELS)
     leaves = flatten(abstract).items()
     assert sum(x.size for path, x in leaves if path.rpartition("/")[2] not in ("mean", "var")) == count

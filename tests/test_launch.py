@@ -290,7 +290,7 @@ def test_a_slurm_job_that_ended_or_failed_does_not(code, stand_ins):
     assert calls == []
 
 
-def test_a_slurm_job_that_was_cancelled_or_returns_for_ever_does_not(stand_ins):
+def test_a_slurm_job_that_was_canceled_or_returns_for_ever_does_not(stand_ins):
     done, calls = in_a_job(stand_ins, "[143, 143]", STATE="CANCELLED")
     assert done.returncode == 143
     assert calls == ["show job 77"]
@@ -392,7 +392,7 @@ def test_a_jobset_passes_the_command_line_whole_restarts_all_and_gives_up_after_
     ]
     (jobs,) = manifest["spec"]["replicatedJobs"]
     job = jobs["template"]["spec"]
-    assert (jobs["replicas"], job["parallelism"], job["completions"]) == {"gpu": (1, 3, 3), "tpu": (2, 4, 4)}[kind]
+    assert (jobs["replicas"], job["parallelizm"], job["completions"]) == {"gpu": (1, 3, 3), "tpu": (2, 4, 4)}[kind]
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
     pod = job["template"]["spec"]
     assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 180)

@@ -1,4 +1,4 @@
-"""Maps and sheets of embeddings: each point, picture and neighbour is that of its image, and names are only text."""
+"""LabelMapSpec and sheets of embeddings: each point, picture and neighbor is that of its image, and names are only text."""
 
 import base64
 import html.parser
@@ -14,8 +14,9 @@ from sklearn.neighbors import NearestNeighbors
 from tiny_trained import CLASSES, make_images
 
 from simmim_jax.errors import ConfigError, DataError, UserError
-from simmim_jax.tools import embeddings, map_page
-from simmim_jax.tools import map as tool
+from simmim_jax.tools.embed import embeddings
+from simmim_jax.tools.map import __main__ as tool
+from simmim_jax.tools.map import map_page
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u2028'\"@DATA@"
 
@@ -100,7 +101,7 @@ def test_each_point_is_where_its_method_puts_it_with_its_name_class_and_thumbnai
         tile = page.sprite[row * side : (row + 1) * side, column * side : (column + 1) * side].astype(int)
         shown = np.asarray(Image.open(folder / name)).repeat(side // 16, axis=0).repeat(side // 16, axis=1)
         others = np.asarray(Image.open(folder / names[n - 1])).repeat(side // 16, axis=0).repeat(side // 16, axis=1)
-        assert np.abs(tile - shown).mean() < 0.6 * np.abs(tile - others).mean()  # JPEG blurs colours of random pixels
+        assert np.abs(tile - shown).mean() < 0.6 * np.abs(tile - others).mean()  # JPEG blurs colors of random pixels
 
 
 def test_a_page_asks_no_network_and_holds_nothing_but_its_own_elements(made, tmp_path):
@@ -199,8 +200,8 @@ def test_tsne_keeps_clusters_apart_and_is_the_same_each_time(made):
     unit = tool.to_unit(vectors)
     places = tool.project("tsne", unit, 0)
     np.testing.assert_array_equal(places, tool.project("tsne", unit, 0))
-    centres = np.array([places[labels == n].mean(axis=0) for n in range(3)])
-    assert (np.linalg.norm(places[:, None] - centres, axis=2).argmin(axis=1) == labels).all()
+    centers = np.array([places[labels == n].mean(axis=0) for n in range(3)])
+    assert (np.linalg.norm(places[:, None] - centers, axis=2).argmin(axis=1) == labels).all()
     assert np.abs(places).max() == 1
 
 
@@ -223,14 +224,14 @@ def test_classes_without_names_have_their_numbers_and_a_name_of_other_bytes_is_e
     write_embeddings(tmp_path / "x.npz", names, np.eye(6, dtype=np.float32), labels)
     (tmp_path / "x.npz").rename(path)
     tool.run([str(path), str(tmp_path / "x.html"), "--method=pca", "--no-images", "--nearest=2",
-              f"--neighbours={tmp_path / 'x.png'}"])  # fmt: skip
+              f"--neighbors={tmp_path / 'x.png'}"])  # fmt: skip
     page = Page(tmp_path / "x.html")
     assert (page.data["label"], page.data["classes"]) == (labels.tolist(), [str(n) for n in range(12)])
     assert page.texts["title", None].rstrip() == "caf\\xe9.npz"
     assert (tmp_path / "x.png").exists()
 
 
-def test_neighbours_are_those_of_an_independent_search(made):
+def test_neighbors_are_those_of_an_independent_search(made):
     path, _, _, _, vectors = made
     queries = np.array([17, 2, 29])
     rows, similarities = tool.nearest_rows(path, queries, 6)
@@ -247,13 +248,13 @@ def test_queries_are_of_all_classes():
     assert len(set(tool.choose_queries(labels, 12))) == 12
 
 
-def test_the_sheet_shows_query_and_neighbours_framed_by_class(made, tmp_path, capsys):
+def test_the_sheet_shows_query_and_neighbors_framed_by_class(made, tmp_path, capsys):
     _, folder, names, labels, vectors = made
     labels = labels.copy()
     labels[5] = 2  # an image that lies among those of another class
     source = {"source": "folder", "path": str(folder), "split": "train", "heldout_fraction": 0.0}
     write_embeddings(tmp_path / "y.parquet", names, vectors, labels, CLASSES, source)
-    tool.run([str(tmp_path / "y.parquet"), f"--neighbours={tmp_path / 'x.png'}", "--queries=30", "--nearest=3"])
+    tool.run([str(tmp_path / "y.parquet"), f"--neighbors={tmp_path / 'x.png'}", "--queries=30", "--nearest=3"])
     sheet = np.asarray(Image.open(tmp_path / "x.png"))
     queries = tool.choose_queries(labels, 30)
     rows, _ = tool.nearest_rows(tmp_path / "y.parquet", queries, 3)
@@ -263,9 +264,9 @@ def test_the_sheet_shows_query_and_neighbours_framed_by_class(made, tmp_path, ca
     for n, query in enumerate(queries):
         for place, row in enumerate((query, *rows[n])):
             x, y = 8 + place * width + (8 if place else 0), 26 + n * height
-            colour = tuple(sheet[y, x].tolist())
-            seen.add(colour)
-            assert colour == ((0, 0, 0) if not place else tool.FRAMES[bool(labels[row] == labels[query])])
+            color = tuple(sheet[y, x].tolist())
+            seen.add(color)
+            assert color == ((0, 0, 0) if not place else tool.FRAMES[bool(labels[row] == labels[query])])
             tile = sheet[y + frame :, x + frame :][:side:6, :side:6]
             np.testing.assert_array_equal(tile, np.asarray(Image.open(folder / names[row])))
     assert len(seen) == 3
@@ -291,11 +292,11 @@ def test_pictures_of_other_images_are_not_shown(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (["x.parquet"], ConfigError, "give OUT.html, or --neighbours=OUT.png"),
+        (["x.parquet"], ConfigError, "give OUT.html, or --neighbors=OUT.png"),
         (["x.csv", "x.html"], ConfigError, "give a .parquet or .npz file"),
         (["caf\udce9.parquet", "x.html"], ConfigError, r"EMBEDDINGS is caf\\xe9.parquet .* a path that is UTF-8"),
         (["x.parquet", "x.png"], ConfigError, "ends in .html"),
-        (["x.parquet", "--neighbours=x.html"], ConfigError, "ends in .png"),
+        (["x.parquet", "--neighbors=x.html"], ConfigError, "ends in .png"),
         (["x.parquet", "x.html", "--method=tsen"], ConfigError, "did you mean tsne"),
         (["x.parquet", "x.html", "--limt=9"], ConfigError, "did you mean --limit"),
         (["x.parquet", "x.html", "--limit=20001"], ConfigError, "at most 20000"),

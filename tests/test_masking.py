@@ -9,30 +9,30 @@ import numpy as np
 import pytest
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.masking import average_distance, hidden_count, make_masks
-from simmim_jax.sharding import batch_sharding, make_mesh
+from simmim_jax.masking import average_distance, make_masks, num_masked
+from simmim_jax.runtime.sharding import batch_sharding, make_mesh
 
 KEY = jax.random.key(0)
 
 
 def draw(count, key=KEY, **options):
-    options = {"image_size": (192, 192), "token_stride": 4, "block_size": 32, "ratio": 0.6, **options}
-    return np.asarray(make_masks("aligned_blocks", **options)(key, jnp.arange(count)))
+    options = {"image_size": (192, 192), "token_stride": 4, "mask_patch_size": 32, "mask_ratio": 0.6, **options}
+    return np.asarray(make_masks("random", **options)(key, jnp.arange(count)))
 
 
 @pytest.mark.parametrize(
-    ("image_size", "block_size", "ratio"),
+    ("image_size", "mask_patch_size", "ratio"),
     [((192, 192), 32, 0.6), ((224, 224), 32, 0.6), ((64, 160), 32, 0.5), ((96, 32), 16, 0.75), ((32, 32), 8, 0.1)],
 )
-def test_exactly_the_ceiling_of_the_ratio_is_hidden_in_every_image(image_size, block_size, ratio):
-    blocks = image_size[0] // block_size * (image_size[1] // block_size)
-    masks = draw(50, image_size=image_size, block_size=block_size, ratio=ratio)
+def test_exactly_the_ceiling_of_the_ratio_is_hidden_in_every_image(image_size, mask_patch_size, ratio):
+    blocks = image_size[0] // mask_patch_size * (image_size[1] // mask_patch_size)
+    masks = draw(50, image_size=image_size, mask_patch_size=mask_patch_size, ratio=ratio)
     assert masks.shape == (50, image_size[0] // 4, image_size[1] // 4)
-    assert (masks.sum(axis=(1, 2)) == math.ceil(ratio * blocks) * (block_size // 4) ** 2).all()
+    assert (masks.sum(axis=(1, 2)) == math.ceil(ratio * blocks) * (mask_patch_size // 4) ** 2).all()
 
 
 def test_the_counts_of_the_official_recipes():
-    assert (hidden_count(36, 0.6), hidden_count(49, 0.6)) == (22, 30)
+    assert (num_masked(36, 0.6), num_masked(49, 0.6)) == (22, 30)
 
 
 def test_blocks_are_aligned_and_whole():
@@ -52,12 +52,12 @@ def test_every_block_is_hidden_equally_often():
 
 
 def test_a_mask_depends_on_the_image_s_place_and_not_on_the_batch_around_it():
-    masks = make_masks("aligned_blocks", image_size=(64, 64), token_stride=16, block_size=16, ratio=0.6)
+    masks = make_masks("random", image_size=(64, 64), token_stride=16, mask_patch_size=16, mask_ratio=0.6)
     chex.assert_trees_all_equal(masks(KEY, jnp.arange(8))[5:6], masks(KEY, jnp.array([5])))
 
 
 def test_masks_are_the_same_on_one_device_and_on_eight():
-    masks = make_masks("aligned_blocks", image_size=(64, 64), token_stride=16, block_size=16, ratio=0.6)
+    masks = make_masks("random", image_size=(64, 64), token_stride=16, mask_patch_size=16, mask_ratio=0.6)
     positions = jnp.arange(16)
     mesh = make_mesh()
     assert mesh.size == 8
@@ -74,13 +74,13 @@ def test_masks_do_not_change_with_a_new_jax_unnoticed():
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        ({"ratio": 0.0}, "not between 0 and 1"),
+        ({"mask_ratio": 0.0}, "not between 0 and 1"),
         ({"ratio": 1.0}, "not between 0 and 1"),
         ({"ratio": -0.1}, "not between 0 and 1"),
         ({"image_size": (200, 192)}, "try 192 or 224"),
         ({"image_size": (192, 16)}, "try 32"),
-        ({"block_size": 30}, "try 28 or 32"),
-        ({"block_size": 0}, "try 4"),
+        ({"mask_patch_size": 30}, "try 28 or 32"),
+        ({"mask_patch_size": 0}, "try 4"),
     ],
 )
 def test_sizes_and_ratios_that_do_not_work_are_refused_with_those_that_do(options, hint):
@@ -89,8 +89,8 @@ def test_sizes_and_ratios_that_do_not_work_are_refused_with_those_that_do(option
 
 
 def test_an_unknown_strategy_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match="did you mean aligned_blocks"):
-        make_masks("aligned_block", image_size=(64, 64), token_stride=16, block_size=16, ratio=0.6)
+    with pytest.raises(ConfigError, match="did you mean random"):
+        make_masks("aligned_block", image_size=(64, 64), token_stride=16, mask_patch_size=16, mask_ratio=0.6)
 
 
 # By block size, for the ratios 0.1, 0.2, ... 0.9 on 192 x 192 pixels. The project's specification computed them from
@@ -105,10 +105,10 @@ AVERAGE_DISTANCES = {
 }
 
 
-@pytest.mark.parametrize(("block_size", "count"), [(4, 2), (8, 8), (16, 16), (32, 120), (64, 200)])
-def test_hidden_pixels_are_as_far_from_visible_ones_as_the_specification_says(block_size, count):
-    for tenth, expected in enumerate(AVERAGE_DISTANCES[block_size], start=1):
-        masks = draw(count, block_size=block_size, ratio=tenth / 10).repeat(4, axis=1).repeat(4, axis=2)
+@pytest.mark.parametrize(("mask_patch_size", "count"), [(4, 2), (8, 8), (16, 16), (32, 120), (64, 200)])
+def test_hidden_pixels_are_as_far_from_visible_ones_as_the_specification_says(mask_patch_size, count):
+    for tenth, expected in enumerate(AVERAGE_DISTANCES[mask_patch_size], start=1):
+        masks = draw(count, mask_patch_size=mask_patch_size, ratio=tenth / 10).repeat(4, axis=1).repeat(4, axis=2)
         assert np.mean([average_distance(mask) for mask in masks]) == pytest.approx(expected, rel=0.05)
 
 

@@ -15,8 +15,8 @@ import pytest
 from scipy import stats
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.mixing import Mix, check_mixing, draw_mix, erase, mix, mix_targets, partner_of
-from simmim_jax.sharding import batch_sharding, make_mesh
+from simmim_jax.objectives.mixing import Mix, check_mixing, draw_mix, erase, mix, mix_targets, partner_of
+from simmim_jax.runtime.sharding import batch_sharding, make_mesh
 
 KEY = jax.random.key(0)
 SIZE = (24, 32)
@@ -44,12 +44,12 @@ def many() -> Mix:
 
 
 def cut_weights(shares: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """The weights that CutMix leaves, written down anew: a box of the other share, with its centre at any pixel."""
+    """The weights that CutMix leaves, written down anew: a box of the other share, with its center at any pixel."""
     box = np.ones_like(shares)
     for side in size:
         cut = np.floor(side * np.sqrt(1 - shares)).astype(int)
-        centre = rng.integers(0, side, len(shares))
-        box = box * (np.minimum(centre + (cut + 1) // 2, side) - np.maximum(centre - cut // 2, 0)) / side
+        center = rng.integers(0, side, len(shares))
+        box = box * (np.minimum(center + (cut + 1) // 2, side) - np.maximum(center - cut // 2, 0)) / side
     return 1 - box
 
 
@@ -213,23 +213,23 @@ def test_what_stands_in_a_box_is_noise_in_each_pixel_and_channel(scratched):
     pixels = images[hidden]  # n c
     assert stats.kstest(pixels.ravel()[:20_000], "norm").pvalue > LEAST
     assert abs(np.corrcoef(pixels.T)[0, 1]) < 5 / math.sqrt(len(pixels))
-    neighbours = (hidden[:, :, 1:] & hidden[:, :, :-1])[..., None] & np.array([True, False])
-    beside = np.corrcoef(images[:, :, 1:][neighbours], images[:, :, :-1][neighbours])[0, 1]
-    assert abs(beside) < 5 / math.sqrt(neighbours.sum())
+    neighbors = (hidden[:, :, 1:] & hidden[:, :, :-1])[..., None] & np.array([True, False])
+    beside = np.corrcoef(images[:, :, 1:][neighbors], images[:, :, :-1][neighbors])[0, 1]
+    assert abs(beside) < 5 / math.sqrt(neighbors.sum())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rand", "const"])
-def test_a_box_may_be_of_one_colour_or_of_the_mean_s(mode):
+def test_a_box_may_be_of_one_color_or_of_the_mean_s(mode):
     images, hidden = erased(1500, SIZE, channels=2, probability=1.0, mode=mode)
     boxes = [image[places] for image, places in zip(images, hidden, strict=True)]  # n c of each
     assert all((box == box[0]).all() for box in boxes)
-    colours = np.stack([box[0] for box in boxes])
+    colors = np.stack([box[0] for box in boxes])
     if mode == "const":
-        assert not colours.any()
+        assert not colors.any()
     else:
-        assert stats.kstest(colours.ravel(), "norm").pvalue > LEAST
-        assert abs(np.corrcoef(colours.T)[0, 1]) < 5 / math.sqrt(len(colours))
+        assert stats.kstest(colors.ravel(), "norm").pvalue > LEAST
+        assert abs(np.corrcoef(colors.T)[0, 1]) < 5 / math.sqrt(len(colors))
 
 
 @pytest.mark.slow
@@ -288,21 +288,21 @@ def test_what_becomes_of_an_image_depends_on_its_place_and_not_on_the_batch_arou
     chex.assert_trees_all_equal(np.asarray(again), scratched[0][places])
 
 
-def augmented(images, targets, partners, partner_targets, position, partner_position, *, mode):
+def augmented(images, targets, partners, partner_targets, batch_index, partner_batch_index, *, mode):
     """The whole chain, as an objective has it."""
     erase_key, mix_key = jax.random.split(KEY)
-    images = erase(images, erase_key, position, probability=0.5)
-    partners = erase(partners, erase_key, partner_position, probability=0.5)
-    drawn = draw_mix(mix_key, position, partner_position, image_size=SIZE, mode=mode, **OFFICIAL)
+    images = erase(images, erase_key, batch_index, probability=0.5)
+    partners = erase(partners, erase_key, partner_batch_index, probability=0.5)
+    drawn = draw_mix(mix_key, batch_index, partner_batch_index, image_size=SIZE, mode=mode, **OFFICIAL)
     return mix(images, partners, drawn), mix_targets(targets, partner_targets, drawn)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["batch", "pair"])
 def test_images_and_targets_are_the_same_on_eight_devices_and_in_parts_as_in_the_whole(mode):
-    position = jnp.arange(16)
-    batch = (images_of(16), jax.nn.one_hot(position % 5, 5))
-    batch = (*batch, *(values[::-1] for values in batch), position, position[::-1])
+    batch_index = jnp.arange(16)
+    batch = (images_of(16), jax.nn.one_hot(batch_index % 5, 5))
+    batch = (*batch, *(values[::-1] for values in batch), batch_index, batch_index[::-1])
     chain = jax.jit(partial(augmented, mode=mode), compiler_options=QUICKLY)
     whole = jax.tree.map(np.asarray, chain(*batch))
     for part in (slice(0, 4), slice(8, 4, -1)):
@@ -349,10 +349,10 @@ def test_draws_do_not_change_with_a_new_jax_unnoticed(many, scratched):
     ("options", "hint"),
     [
         ({"mixup": -0.1}, "objective.mixup"), ({"mixup": math.nan}, "objective.mixup"),
-        ({"cutmix": -1}, "objective.cutmix"), ({"probability": 1.5}, "mix_probability is 1.5"),
-        ({"switch": -0.5}, "mix_switch is -0.5"), ({"erase": 2}, "objective.erase"),
+        ({"cutmix": -1}, "objective.cutmix"), ({"probability": 1.5}, "mixup_prob is 1.5"),
+        ({"switch": -0.5}, "mixup_switch_prob is -0.5"), ({"erase": 2}, "objective.reprob"),
         ({"erase": math.nan}, "give a probability"), ({"mode": "element"}, "did you mean elem"),
-        ({"erase_mode": "pixels"}, "did you mean pixel"), ({"erase_count": 0}, "erase_count is 0"),
+        ({"remode": "pixels"}, "did you mean pixel"), ({"recount": 0}, "recount is 0"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_work_are_refused(options, hint):

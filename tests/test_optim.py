@@ -12,7 +12,7 @@ from tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.optim import freeze, make_frozen, make_optimizer, make_schedule, path_of
+from simmim_jax.optim import freeze, make_frozen, make_optimizer, make_schedule, path_name
 from simmim_jax.train_step import init_state, train_step
 
 KEY = jax.random.key(0)
@@ -50,9 +50,11 @@ def closed_form(schedule, t):
 
 @pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_global", "multistep", "linear", "constant"])
-def test_the_rate_of_every_step_equals_the_closed_form(schedule, late):
-    expected = [closed_form(schedule, max(step - late, 0)) for step in range(100)]
-    np.testing.assert_allclose(rates(schedule, milestones=(7.0,), late=late), expected, rtol=1e-5)  # float32
+def test_the_rate_of_every_step_equals_the_closed_form(schedule, lr_step_offset):
+    expected = [closed_form(schedule, max(step - lr_step_offset, 0)) for step in range(100)]
+    np.testing.assert_allclose(
+        rates(schedule, milestones=(7.0,), lr_step_offset=lr_step_offset), expected, rtol=1e-5
+    )  # float32
 
 
 def test_the_official_cosine_drops_at_the_end_of_the_warm_up():
@@ -76,7 +78,7 @@ def names_of_decayed(params, **options) -> set[str]:
         return tx.update(jax.tree.map(jnp.zeros_like, ones), tx.init(ones), ones, step=0)[0]
 
     updates = update()
-    return {path_of(path) for path, x in jax.tree_util.tree_leaves_with_path(updates) if (x != 0).any()}
+    return {path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(updates) if (x != 0).any()}
 
 
 def test_exactly_these_parameters_of_a_vit_decay():
@@ -95,8 +97,8 @@ def test_exactly_these_parameters_of_a_vit_decay():
 
 @pytest.mark.parametrize("name", ["swin", "swinv2"])
 def test_exactly_these_parameters_of_a_swin_decay(name):
-    encoder = make_encoder(name, "t", width=8, depths=(1, 1), stage_heads=(1, 2), absolute_position="learned")
-    params = jax.eval_shape(make_objective("simmim", encoder, **PIXELS, block_size=16).init, KEY)
+    encoder = make_encoder(name, "t", width=8, depths=(1, 1), num_heads=(1, 2), absolute_position="learned")
+    params = jax.eval_shape(make_objective("simmim", encoder, **PIXELS, mask_patch_size=16).init, KEY)
     layers = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
     kernels = {f"encoder/stage_{n}_block_0/{name}/kernel" for n in range(2) for name in layers}
     kernels |= {"encoder/patch_embed/kernel", "encoder/stage_0_merge/reduction/kernel", "head/kernel"}
@@ -109,7 +111,7 @@ def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
     params = jax.eval_shape(tiny_objective(encoder).init, KEY)
     tx, schedule = make_optimizer(
         "sgd", steps=100, steps_per_epoch=10, schedule="cosine", learning_rate=1.0, warmup_epochs=2.0,
-        warmup_learning_rate=0.1, min_learning_rate=0.01, weight_decay=0.0, betas=(0.0, 0.0), clip=0.0,
+        warmup_learning_rate=0.1, min_learning_rate=0.01, weight_decay=0.0, betas=(0.0, 0.0), grad_clip_norm=0.0,
         layer_decay=0.5, layer_of=encoder.layer_of, depth=encoder.depth,
     )  # fmt: skip
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
@@ -121,7 +123,7 @@ def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
     def rates(step):
         updates = update(step)
         leaves = jax.tree_util.tree_leaves_with_path(updates)
-        return {path_of(path): -float(x.ravel()[0]) for path, x in leaves}
+        return {path_name(path): -float(x.ravel()[0]) for path, x in leaves}
 
     scales = {"mask_token": 1 / 8, "encoder/patch_embed/kernel": 1 / 8, "encoder/cls_token": 1 / 8,
               "encoder/block_0/norm1/scale": 1 / 4, "encoder/block_1/mlp/fc2/bias": 1 / 2,
@@ -135,7 +137,13 @@ def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
 def test_adamw_equals_its_equations():
     """Decoupled decay times the rate, bias-corrected moments (torch.optim.AdamW), after clipping to the global norm."""
     tx, _ = make_optimizer(
-        "adamw", steps=10, steps_per_epoch=1, schedule="constant", learning_rate=0.1, weight_decay=0.05, clip=5.0
+        "adamw",
+        steps=10,
+        steps_per_epoch=1,
+        schedule="constant",
+        learning_rate=0.1,
+        weight_decay=0.05,
+        grad_clip_norm=5.0,
     )
     w, b = np.array([[3.0, -2.0]]), np.array([1.0])
     params = {"kernel": jnp.asarray(w), "bias": jnp.asarray(b)}
@@ -190,11 +198,11 @@ def test_what_frozen_layers_read_is_frozen_with_them(layers, frozen):
 
 def test_frozen_statistics_are_not_measured_anew():
     def loss_fn(params, batch, key, train):
-        return params["head"] * 1.0, {"statistics": {"encoder": {"mean": jnp.float32(5.0), "var": jnp.float32(6.0)}}}
+        return params["head"] * 1.0, {"batch_stats": {"encoder": {"mean": jnp.float32(5.0), "var": jnp.float32(6.0)}}}
 
     params = {"encoder": {"mean": jnp.float32(1.0), "var": jnp.float32(2.0)}, "head": jnp.float32(3.0)}
     _, metrics = freeze(loss_fn, make_frozen("encoder/mean"))(params, None, KEY, True)
-    assert metrics["statistics"]["encoder"] == {"mean": 1.0, "var": 6.0}
+    assert metrics["batch_stats"]["encoder"] == {"mean": 1.0, "var": 6.0}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import pytest
 from torch_files import MAGIC, STORAGE_OF, AsNumpy, Call, CfgNode, Global, Parameter, Storage, pack, pickled, write_pth
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.pickles import DEEPEST, Dropped, read_pth, state_dict
+from simmim_jax.interop.pickles import MAX_DEPTH, Dropped, read_pth, state_dict
 from simmim_jax.interop.reading import read_weights
 
 WAYS = [{}, {"protocol": 4}, {"protocol": 5}, {"legacy": True}]
@@ -532,9 +532,9 @@ def test_a_small_file_cannot_become_a_large_one(path, bomb):
 
 
 def test_nesting_has_a_bound_that_no_checkpoint_reaches(path):
-    write_pth(path, nested(DEEPEST - 1))
+    write_pth(path, nested(MAX_DEPTH - 1))
     read_pth(path)
-    write_pth(path, nested(DEEPEST))
+    write_pth(path, nested(MAX_DEPTH))
     refused(path, "unfolds")
 
 

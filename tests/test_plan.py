@@ -9,22 +9,23 @@ from pathlib import Path
 import jax
 import pytest
 
-from simmim_jax import costs, train
+from simmim_jax import train
 from simmim_jax.config import finetune_config, linear_config, pretrain_config
 from simmim_jax.errors import ConfigError
+from simmim_jax.runtime import costs
 from simmim_jax.tools import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "image_size": (32, 32), "batch_size": 64, "epochs": 2.0, "encoder.name": "vit", "encoder.size": "ti",
-    "encoder.width": 64, "encoder.depth": 1, "encoder.heads": 4, "encoder.patch_size": 8,
+    "encoder.width": 64, "encoder.depth": 1, "encoder.num_heads": 4, "encoder.patch_size": 8,
     "encoder.relative_position": "none", "encoder.absolute_position": "learned",
 }  # fmt: skip
 MACHINE = {"devices": 8, "kind": "h100", "images": 640}
 
 
 def tiny(make=pretrain_config, **settings):
-    own = {"objective.block_size": 16} if make is pretrain_config else {"objective.num_classes": 10}
+    own = {"objective.mask_patch_size": 16} if make is pretrain_config else {"objective.num_classes": 10}
     return train.with_settings(make(), TINY | own | settings)
 
 
@@ -102,7 +103,7 @@ def test_where_it_does_not_fit_each_setting_is_tried_alone_and_then_together(nee
 def test_a_convolutional_encoder_is_planned_without_what_it_does_not_have(needed):
     fields = dict.fromkeys((name for name in TINY if name.startswith("encoder.")), None)
     fields |= {"encoder.name": "resnet", "encoder.size": "50", "encoder.depths": (1, 1, 1, 1), "encoder.width": 16}
-    config = tiny(**fields, **{"objective.block_size": 32})
+    config = tiny(**fields, **{"objective.mask_patch_size": 32})
     encoder = train.build(config, 10, 1)["encoder"]
     assert [each["settings"] for each in train.try_settings(config, encoder, 10, 1, 32)] == [FSDP, {"microbatches": 2}]
 
@@ -132,8 +133,8 @@ def test_classification_is_planned_too_and_a_frozen_encoder_costs_a_third():
 
 
 def test_steps_need_no_images_but_epochs_do():
-    assert plan.length_of(tiny(steps=7), images=0) == (7, None)
-    assert plan.length_of(tiny(), images=640) == (20, 10)
+    assert plan.run_length(tiny(steps=7), images=0) == (7, None)
+    assert plan.run_length(tiny(), images=640) == (20, 10)
     with pytest.raises(ConfigError, match="--images"):
         plan.plan(tiny(), devices=8, kind="h100")
 

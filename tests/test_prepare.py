@@ -28,8 +28,8 @@ from tiny_tfds import TinyShades
 from simmim_jax.data.decode import BadImage, decode
 from simmim_jax.data.sources import make_source
 from simmim_jax.errors import BusyError, ConfigError, DataError, Preempted
-from simmim_jax.tools import prepare as command
-from simmim_jax.tools import prepared, shards
+from simmim_jax.tools.prepare import __main__ as command
+from simmim_jax.tools.prepare import prepared, shards
 
 SETTINGS = {"short_side": 32, "quality": 92, "subsampling": "420", "channels": 3, "max_pixels": 10**6}
 
@@ -101,7 +101,7 @@ def odd(tmp_path_factory):
         "a/1 large.jpg": encoded(size=(90, 60)),
         "a/2 small.jpg": encoded(size=(30, 20)),
         "a/3 turned.jpg": turned(),
-        "a/4 grey.jpg": encoded(mode="L", size=(20, 20)),
+        "a/4 gray.jpg": encoded(mode="L", size=(20, 20)),
         "a/5 cmyk.jpg": encoded(mode="CMYK", size=(20, 20)),
         "b/1.png": encoded("PNG", size=(20, 20)),
         "b/2 alpha.png": encoded("PNG", mode="RGBA", size=(20, 20)),
@@ -167,7 +167,7 @@ def test_images_look_as_pillow_reduces_them_and_are_never_enlarged(odd):
         wanted = np.asarray(original.resize(size, Image.Resampling.BICUBIC), np.float32)
         pixels = decode(record["image"], 3)
         assert pixels.shape == wanted.shape, record["name"]
-        # JPEG at quality 92 with half the colours' resolution; a flip, another crop or other colours make 40 and more
+        # JPEG at quality 92 with half the colors' resolution; a flip, another crop or other colors make 40 and more
         assert np.abs(pixels - wanted).mean() < 8, record["name"]
 
 
@@ -205,7 +205,7 @@ def test_names_in_refused_csv_are_the_bytes_on_disk(tmp_path):
         assert sorted(row[0] for row in csv.reader(file)) == sorted(["name", *names])
 
 
-def test_grey_and_many_channels_are_stored_as_the_config_will_ask_for_them(tmp_path):
+def test_gray_and_many_channels_are_stored_as_the_config_will_ask_for_them(tmp_path):
     write(tmp_path / "from" / "1.png", kind="PNG", mode="RGBA", size=(64, 48))
     prepare(tmp_path / "from", tmp_path / "raw", "--channels=4", "--short-side=12")
     record = records(tmp_path / "raw" / "train")[0]
@@ -216,10 +216,10 @@ def test_grey_and_many_channels_are_stored_as_the_config_will_ask_for_them(tmp_p
     assert record["label"] == -1
     told = manifest(tmp_path / "raw" / "train")
     np.testing.assert_allclose(told["mean"], pixels.mean((0, 1)) / 255)
-    prepare(tmp_path / "from", tmp_path / "grey", "--channels=1")
-    record = records(tmp_path / "grey" / "train")[0]
+    prepare(tmp_path / "from", tmp_path / "gray", "--channels=1")
+    record = records(tmp_path / "gray" / "train")[0]
     assert Image.open(io.BytesIO(record["image"])).mode == "L"
-    assert len(manifest(tmp_path / "grey" / "train")["mean"]) == 1
+    assert len(manifest(tmp_path / "gray" / "train")["mean"]) == 1
 
 
 def test_sources_that_are_no_files_are_prepared_too(tmp_path):

@@ -13,7 +13,7 @@ from tiny import PIXELS, tiny_encoder
 from simmim_jax.errors import CheckpointError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.pretrained import (
+from simmim_jax.runs.pretrained import (
     fit,
     progression,
     refuse_other_encoder,
@@ -96,7 +96,7 @@ def test_resized_positions_equal_pytorchs_bicubic_interpolation(golden, sides):
 
 def params_of(encoder, image_size=(32, 32)):
     """Random parameters of a pretraining, every one of them."""
-    objective = make_objective("simmim", encoder, **{**PIXELS, "image_size": image_size}, block_size=16)
+    objective = make_objective("simmim", encoder, **{**PIXELS, "image_size": image_size}, mask_patch_size=16)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(objective.init, KEY)
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
@@ -143,7 +143,7 @@ def test_positions_of_a_rectangle_follow_its_sides_even_where_their_number_is_th
 
 
 def test_a_swins_tables_follow_its_windows_and_its_positions_the_image():
-    sizes = {"width": 8, "depths": (1, 1), "stage_heads": (1, 2), "absolute_position": "learned"}
+    sizes = {"width": 8, "depths": (1, 1), "num_heads": (1, 2), "absolute_position": "learned"}
     saved = params_of(make_encoder("swin", "t", window=4, **sizes))
     taken, notes = fit(saved, params_of(make_encoder("swin", "t", window=6, **sizes), (48, 48)), "here")
     assert taken["encoder"]["stage_0_block_0"]["attn"]["rel_pos_bias"]["table"].shape == (121, 1)
@@ -172,11 +172,11 @@ def test_whatever_else_differs_is_refused_with_both_sides(options, message):
 
 
 def test_an_encoder_that_only_shares_its_shapes_is_refused():
-    saved = {"encoder": {"name": "vit", "heads": 2, "relative_position": "shared", "drop_path": 0.0}, "mean": [0.5]}
+    saved = {"encoder": {"name": "vit", "num_heads": 2, "relative_position": "shared", "drop_path": 0.0}, "mean": [0.5]}
     same = {"encoder": {**saved["encoder"], "relative_position": "per_block", "drop_path": 0.1}, "mean": [0.5]}
     refuse_other_encoder(saved, same, "here")
     refuse_other_encoder({}, same, "here")  # a run without config.json says nothing
-    for change in ({"encoder": {**saved["encoder"], "heads": 4}}, {"mean": [0.4]},
+    for change in ({"encoder": {**saved["encoder"], "num_heads": 4}}, {"mean": [0.4]},
                    {"encoder": {**saved["encoder"], "relative_position": "none"}}):  # fmt: skip
         with pytest.raises(CheckpointError, match="another encoder"):
             refuse_other_encoder(saved, {**saved, **change}, "here")
@@ -192,8 +192,8 @@ def test_swin_v2_wants_to_know_the_windows_it_was_trained_with():
 
 SMALL_SWIN = (
     "--config=configs/folder_vit_small.py", "--config.encoder.name=swinv2", "--config.encoder.size=t",
-    "--config.encoder.width=16", "--config.encoder.depths=1,1", "--config.encoder.stage_heads=1,2",
-    "--config.encoder.window=4", "--config.image_size=32,32", "--config.objective.block_size=8",
+    "--config.encoder.width=16", "--config.encoder.depths=1,1", "--config.encoder.num_heads=1,2",
+    "--config.encoder.window=4", "--config.image_size=32,32", "--config.objective.mask_patch_size=8",
 )  # fmt: skip
 DIGITS = (
     "--config.data.source=digits", "--config.data.heldout_split=test", "--config.mean=0.3,", "--config.std=0.4,",
@@ -239,7 +239,7 @@ def test_a_config_of_another_backbone_takes_a_new_name_and_leaves_its_own_number
     done = run(
         "--config=configs/digits_vit_tiny.py", "--config.encoder.name=resnet", "--config.encoder.size=50",
         "--config.encoder.depths=1,1,1,1", "--config.encoder.width=8", "--config.steps=2", "--config.probe_block=2",
-        "--config.evals.linear.inverse_regularisation=0.01", "--workdir", tmp_path / "run",
+        "--config.evals.linear.C=0.01", "--workdir", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     left = "absolute_position, class_token, depth, heads, patch_size"
@@ -259,6 +259,6 @@ def test_a_config_of_another_backbone_takes_a_new_name_and_leaves_its_own_number
 
 
 def test_an_option_of_another_backbone_is_refused_by_name():
-    done = run(*SMALL_SWIN, "--config.encoder.heads=3", "--workdir=unused")
-    assert "ERROR[config] unknown option of swinv2 'heads' - did you mean stage_heads?" in done.stderr
+    done = run(*SMALL_SWIN, "--config.encoder.num_heads=3", "--workdir=unused")
+    assert "ERROR[config] unknown option of swinv2 'heads' - did you mean num_heads?" in done.stderr
     assert done.returncode == 2

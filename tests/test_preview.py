@@ -23,7 +23,7 @@ START, IMAGES, SIDE = 1, 128, 32  # two batches of digits: steps 1 and 2
 def digits(name="digits_vit_tiny"):
     c = load(f"configs/{name}.py")
     c.encoder.name, c.encoder.size = "vit", "ti"
-    c.encoder.width, c.encoder.depth, c.encoder.heads = 32, 1, 2
+    c.encoder.width, c.encoder.depth, c.encoder.num_heads = 32, 1, 2
     c.probe_block, c.evals = 1, {}
     return c
 
@@ -117,7 +117,7 @@ def panels(picture, count, panels_of_each=2, side=SIDE):
     return np.array(tiles)[:, :, ::scale, ::scale], np.array(tiles)
 
 
-def test_the_picture_holds_the_crops_of_the_steps_and_greys_what_a_run_of_the_config_hides(fed, masks_of_a_run):
+def test_the_picture_holds_the_crops_of_the_steps_and_grays_what_a_run_of_the_config_hides(fed, masks_of_a_run):
     tiles, _ = panels(fed[1], IMAGES)
     _, batches = batches_of(digits(), (START, START + 1))
     crops = np.concatenate([batch["image"] for batch in batches])
@@ -141,7 +141,7 @@ def test_the_numbers_are_those_of_the_crops_and_masks(fed, masks_of_a_run):
     assert (numbers["images"], len(numbers["classes"])) == (1437, 10)
     for n, shown in enumerate(numbers["shown"]):
         batch, row = batches[n // 64], n % 64
-        assert (shown["step"], shown["position"]) == (START + n // 64, row)
+        assert (shown["step"], shown["batch_index"]) == (START + n // 64, row)
         assert (shown["index"], shown["label"]) == (batch["index"][row], batch["label"][row])
         assert shown["name"] == source.name(int(batch["index"][row]))
     assert numbers["masks"]["ratio"] == 10 / 16
@@ -189,7 +189,7 @@ def test_the_verdict_says_who_waits_and_what_to_do(data_rate, step_rate, words):
 
 @pytest.mark.parametrize(("distance", "word"), [(9.9, "below"), (10.0, "inside"), (20.0, "inside"), (20.1, "above")])
 def test_distances_are_told_beside_the_band_of_the_paper(distance, word):
-    masks = {"ratio": 0.5, "blocks": 4, "asked": 0.5, "average_distance": distance}
+    masks = {"mask_ratio": 0.5, "blocks": 4, "asked": 0.5, "average_distance": distance}
     assert f"{word} the 10 to 20" in preview.mask_lines(masks)[0][1]
 
 
@@ -222,7 +222,7 @@ def test_a_part_of_a_large_batch_holds_images_of_that_batch_under_their_own_mask
     _, (batch,) = batches_of(config, (START,))
     tiles, _ = panels(np.asarray(Image.open(tmp_path / "x.png")), 16)
     for shown, (crop, masked) in zip(numbers["shown"], tiles, strict=True):
-        row = shown["position"]
+        row = shown["batch_index"]
         assert shown["index"] == batch["index"][row]
         np.testing.assert_array_equal(crop[..., :1], batch["image"][row])
         hidden = masks_of_a_run[START][row].repeat(4, axis=0).repeat(4, axis=1)
@@ -288,7 +288,7 @@ def test_missing_data_and_places_that_cannot_be_written_are_told(tmp_path):
         with pytest.raises(ConfigError, match=str(out)):
             preview.preview(digits(), out=str(out), step=False)
     config = digits()
-    config.objective.ratio = 2.0
+    config.objective.mask_ratio = 2.0
     with pytest.raises(ConfigError, match="ratio"):
         preview.preview(config, out=str(tmp_path / "x.png"), step=False)
     assert not (tmp_path / "x.png").exists()

@@ -19,18 +19,19 @@ from PIL import Image
 from runs import command, run
 from tiny import tiny_encoder
 
-from simmim_jax import checkpoint
 from simmim_jax.data import make_source, share_images
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import feature_cache, probes
 from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
-from simmim_jax.tools import probe, probing
-from simmim_jax.trained import Trained
+from simmim_jax.runs import checkpoint
+from simmim_jax.runs.finished import Run
+from simmim_jax.tools.probe import __main__ as probe
+from simmim_jax.tools.probe import probing
 
 PROBE = ("-m", "simmim_jax.tools.probe")
 QUICK = ("--data=digits", "--limit=160", "--epochs=2", "--seeds=2", "--shots=1,50", "--fractions=0.2",
-         "--neighbours=5,10", "--learning-rates=0.1,0.3", "--weight-decays=0", "--regularisations=0.1,0.01",
-         "--inverse-regularisations=0.1,1")  # fmt: skip
+         "--neighbors=5,10", "--learning-rates=0.1,0.3", "--weight-decays=0", "--regularizations=0.1,0.01",
+         "--inverse-regularizations=0.1,1")  # fmt: skip
 
 
 def tool(*arguments):
@@ -47,12 +48,12 @@ def told(*arguments, kind=ConfigError) -> str:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A workdir of an untrained ViT of two blocks with a class token, of grey images."""
+    """A workdir of an untrained ViT of two blocks with a class token, of gray images."""
     return write_workdir(tmp_path_factory.mktemp("probed") / "workdir", seed=0)
 
 
 def write_workdir(folder, seed):
-    options = {"width": 16, "depth": 2, "heads": 2, "patch_size": 8, "class_token": True}
+    options = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "class_token": True}
     encoder = tiny_encoder(**options)
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
     rng = np.random.default_rng(seed)
@@ -88,7 +89,7 @@ def test_every_method_block_and_pooling_has_a_row_and_validation_images_choose(
     said = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in rows] == [row["method"] for row in said["rows"]]
     kinds = {(row["images"], row["setting"]) for row in said["rows"] if row["method"] == "knn"}
-    assert not few or {("all", "5 neighbours"), ("all", "10 neighbours"), ("1 per class", "1 neighbour")} <= kinds
+    assert not few or {("all", "5 neighbors"), ("all", "10 neighbors"), ("1 per class", "1 neighbor")} <= kinds
     assert ("no draws of 50 per class" in out) == few
     for method, count in rows_of.items():
         of_method = [row for row in said["rows"] if row["method"] == method]
@@ -123,7 +124,7 @@ def made_up(params, batch):
 def test_features_are_read_again_where_nothing_changed_and_made_anew_where_something_did(
     tmp_path, workdir, capsys, monkeypatch
 ):
-    monkeypatch.setattr(probing, "run_everywhere", lambda function, mesh: made_up)
+    monkeypatch.setattr(probing, "jit_on_mesh", lambda function, mesh: made_up)
     quick = ("--data=digits", "--limit=64", "--only=ridge")
 
     def extracted(run, *more):
@@ -148,12 +149,12 @@ def images_of(count, width=3, batch_size=8, stop_at=None, label=None):
         for n in range(start, -(-count // batch_size)):
             if n == stop_at:
                 raise KeyboardInterrupt
-            position = np.arange(n * batch_size, (n + 1) * batch_size)
-            labels = np.where(position == 5, -1, position % 4) if label is None else label
-            yield {"position": position, "valid": (position < count) & (position != 7), "label": labels}
+            batch_index = np.arange(n * batch_size, (n + 1) * batch_size)
+            labels = np.where(batch_index == 5, -1, batch_index % 4) if label is None else label
+            yield {"batch_index": batch_index, "valid": (batch_index < count) & (batch_index != 7), "label": labels}
 
     def extract(batch):
-        rows = np.repeat(batch["position"][:, None], width, axis=1).astype(np.float32)
+        rows = np.repeat(batch["batch_index"][:, None], width, axis=1).astype(np.float32)
         return batch | {"block_1": rows, "block_2": -rows}
 
     return Pass(count, batch_size, batches), extract
@@ -250,7 +251,7 @@ def test_features_that_replace_some_with_many_bad_images_are_never_mixed_with_th
     tmp_path, monkeypatch, labels_first
 ):
     whole, extract = images_of(43)
-    lost = lambda batch: extract(batch | {"valid": (batch["position"] >= 30) | (batch["position"] == 7)})  # noqa: E731
+    lost = lambda batch: extract(batch | {"valid": (batch["batch_index"] >= 30) | (batch["batch_index"] == 7)})  # noqa: E731
     lax = partial(open_cache, tmp_path, {}, {"train": whole}, blocks=[1], max_bad_fraction=0.9, say=[].append)
     lax(lost)
     glob, replace, moved = Path.glob, Path.replace, []
@@ -268,8 +269,8 @@ def test_features_that_replace_some_with_many_bad_images_are_never_mixed_with_th
         with pytest.raises(KeyboardInterrupt):
             open_cache(tmp_path, {}, {"train": whole}, extract, [1], say=[].append)
     cache = lax(extract)
-    labelled = np.flatnonzero(cache.labels("train") >= 0)
-    np.testing.assert_array_equal(cache.features("train", 1)[labelled, 0], labelled)
+    labeled = np.flatnonzero(cache.labels("train") >= 0)
+    np.testing.assert_array_equal(cache.features("train", 1)[labeled, 0], labeled)
 
 
 def test_a_few_shot_fraction_is_drawn_of_all_training_images_from_those_that_do_not_validate():
@@ -294,7 +295,7 @@ def test_images_that_a_disk_lost_for_a_while_are_read_again(tmp_path, monkeypatc
     whole, extract = images_of(200)
 
     def lost(batch):
-        return extract(batch | {"valid": batch["valid"] & (batch["position"] < 100)})
+        return extract(batch | {"valid": batch["valid"] & (batch["batch_index"] < 100)})
 
     with pytest.raises(DataError, match="5 of the first 104 images cannot be read - the train images"):
         open_cache(tmp_path, {}, {"train": whole}, lost, [1])
@@ -303,7 +304,7 @@ def test_images_that_a_disk_lost_for_a_while_are_read_again(tmp_path, monkeypatc
     few = open_cache(tmp_path, {}, {"train": whole}, extract, [1], say=said.append)
     assert said[0] == "features: train goes on at image 96 of 200"
     assert np.flatnonzero(few.labels("train") < 0).tolist() == [5, 7]
-    mended = lambda batch: extract(batch | {"valid": batch["position"] < 200})  # noqa: E731
+    mended = lambda batch: extract(batch | {"valid": batch["batch_index"] < 200})  # noqa: E731
     more = open_cache(tmp_path, {}, {"train": whole}, mended, [1, 2], say=said.append)
     assert np.flatnonzero(more.labels("train") < 0).tolist() == [5, 7]  # of 7, block 1 is not there
     many = open_cache(tmp_path, {"b": 1}, {"train": whole}, lost, [1], max_bad_fraction=0.6, say=said.append)
@@ -333,7 +334,7 @@ def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(
         for split, of in (("train", labels["train"]), ("test", test_labels)):
             np.save(tmp_path / f"{split}_labels.npy", of)
         cache = FeatureCache(tmp_path)
-        sets = probing.labelled(cache, {"train": source, "test": source}, options)
+        sets = probing.labeled(cache, {"train": source, "test": source}, options)
         assert len(sets["train"]) == (labels["train"] >= 0).sum()
         block = probing.Block(
             *(arrays[split][sets[split]] for split in arrays), (np.zeros(6, np.float32), np.ones(6, np.float32))
@@ -357,7 +358,7 @@ def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(
         (("a",), "the following arguments are required: OUT - command line"),
         (("a", "b", "c"), "unknown argument 'c' - command line"),
         (("a", "b", "--crop-fraction=1.5"), "--crop-fraction=1.5 - command line - give one above 0, up to 1"),
-        (("a", "b", "--regularisations=0"), "regularisations is 0.0 - --regularisations - give a number above 0"),
+        (("a", "b", "--regularizations=0"), "regularizations is 0.0 - --regularizations - give a number above 0"),
         (("a", "b", "--max-bad-fraction=2"), "--max-bad-fraction=2 - command line - give one of 0 to 1"),
         (("a", "b", "--blcks=1"), "unknown argument '--blcks=1' - command line - did you mean --blocks"),
         (("a", "b", "--pool=token"), "unknown pool 'token'"),
@@ -374,7 +375,7 @@ def test_the_test_images_choose_nothing_and_images_without_a_label_are_left_out(
         (("a", "b", "--fractions=0.95"), "--fractions=0.95 and --validation-fraction=0.1 are more than all images"),
         (("a", "b", "--seed=18446744073709551616"), "18446744073709551616 - command line - give a number of 0 to"),
         (("a", "b", "--learning-rates=inf"), "--learning-rates=inf - command line - give finite numbers"),
-        (("a", "b", "--neighbours="), "--neighbours is empty"),
+        (("a", "b", "--neighbors="), "--neighbors is empty"),
         (("a", "b", "--image-size=1,2,3"), "--image-size=1,2,3 - command line - give height,width"),
     ],
 )
@@ -416,10 +417,10 @@ def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
 
 
 def test_a_class_without_images_in_one_part_is_told_and_probed_without(tmp_path, workdir, capsys, monkeypatch):
-    monkeypatch.setattr(probing, "run_everywhere", lambda function, mesh: made_up)
+    monkeypatch.setattr(probing, "jit_on_mesh", lambda function, mesh: made_up)
     lacking = os.fsdecode(b"lacking\xff")  # no UTF-8
     images = folder_of(tmp_path / lacking, {"train/a": 12, "train/b": 12, "test/a": 3, "test/b": 3, "test/c\udcff": 2})
-    tool(workdir, tmp_path / "out", f"--data={images}", "--only=knn", "--neighbours=3", "--blocks=1")
+    tool(workdir, tmp_path / "out", f"--data={images}", "--only=knn", "--neighbors=3", "--blocks=1")
     assert "classes without train images (1): c\\xff\n" in capsys.readouterr().out
     text = (tmp_path / "out" / "results.json").read_text()
     assert "\\udc" not in text
@@ -457,7 +458,7 @@ def test_images_with_names_of_classes_and_without_labels_are_told_before_they_ar
 
     sources = {"train": Images([{"label": 0}] * 3), "test": Images([{"label": -1}] * 2)}
     monkeypatch.setattr(probing, "open_source", lambda trained, path, split: sources[split])
-    trained = Trained({}, {}, None, tmp_path, (16, 16))
+    trained = Run({}, {}, None, tmp_path, (16, 16))
     with pytest.raises(DataError, match=r"images without labels, .* - a test set - give .* as another --test-split"):
         probing.open_sources(trained, probe.parse(["RUN", "OUT", "--data=DIR"]))
 
@@ -498,11 +499,11 @@ def test_the_fit_to_all_images_begins_at_the_classifier_that_was_chosen():
 @pytest.fixture
 def probe_made_up(tmp_path, workdir, monkeypatch):
     """Probes digits by features without a model; gives the rows of OUT."""
-    monkeypatch.setattr(probing, "run_everywhere", lambda function, mesh: made_up)
+    monkeypatch.setattr(probing, "jit_on_mesh", lambda function, mesh: made_up)
     monkeypatch.setattr(probing, "draw_curves", lambda panels, ticks: np.zeros((8, 8, 3), np.uint8))
 
     def probed(*more):
-        tool(workdir, tmp_path, "--data=digits", "--limit=64", "--neighbours=5", *more)
+        tool(workdir, tmp_path, "--data=digits", "--limit=64", "--neighbors=5", *more)
         return json.loads((tmp_path / "results.json").read_text())["rows"]
 
     return probed
@@ -564,9 +565,9 @@ def test_only_results_of_a_probe_that_is_asked_for_with_other_options_are_moved_
     assert not (tmp_path / "earlier_1").exists()
     said = json.loads((tmp_path / "results.json").read_text())
     assert said["options_of"] == {
-        "knn": {"seed": 1, "validation_fraction": 0.1, "neighbours": [5], "temperature": 0.5},
-        "logistic": {"seed": 2, "validation_fraction": 0.1, "inverse_regularisations": [10.0**n for n in range(-4, 5)]},
-        "ridge": {"seed": 0, "validation_fraction": 0.1, "regularisations": [10.0**-n for n in range(9)]},
+        "knn": {"seed": 1, "validation_fraction": 0.1, "neighbors": [5], "temperature": 0.5},
+        "logistic": {"seed": 2, "validation_fraction": 0.1, "inverse_regularizations": [10.0**n for n in range(-4, 5)]},
+        "ridge": {"seed": 0, "validation_fraction": 0.1, "regularizations": [10.0**-n for n in range(9)]},
     }  # fmt: skip
     assert computed_by("--only=knn", "--seed=1") == (["logistic", "ridge", "knn"], ["knn"])
     assert "1 earlier results are of other weights, images or options" in capsys.readouterr().out
@@ -578,7 +579,7 @@ def test_only_results_of_a_probe_that_is_asked_for_with_other_options_are_moved_
     assert "1 earlier results are of other" in capsys.readouterr().out
 
 
-def test_the_line_of_a_block_tells_the_neighbours_that_the_validation_images_choose(capsys):
+def test_the_line_of_a_block_tells_the_neighbors_that_the_validation_images_choose(capsys):
     rows = [
         {"block": 1, "pool": "patches", "method": "knn", "images": "all", "seconds": 1.0,
          "validation_top1": validation, "top1": test}
@@ -646,7 +647,7 @@ def test_the_images_of_a_run_are_tested_on_those_that_it_was_not_trained_on(tmp_
     images = folder_of(tmp_path / "images", {"a": 40, "b": 40})
     own = {"source": "auto", "path": str(images), "name": "", "data_dir": "", "split": "train"}
     own |= {"heldout_split": "validation", "heldout_fraction": 0.05}
-    trained = Trained({}, {"data": own}, None, tmp_path, (16, 16))
+    trained = Run({}, {"data": own}, None, tmp_path, (16, 16))
     options = [probe.parse(["RUN", "OUT", f"--data={path}"]) for path in ("", f"{images}/")]
     names = []
     for each_way in options:
@@ -696,7 +697,7 @@ def test_a_kill_while_features_are_read_costs_no_more_than_what_was_not_on_the_d
 KILLED = """
 import sys
 from simmim_jax.evals import feature_cache
-from simmim_jax.tools import probe
+from simmim_jax.tools.probe import __main__ as probe
 feature_cache.FLUSH = 0.0
 probe.run(sys.argv[1:])
 """

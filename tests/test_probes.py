@@ -8,19 +8,19 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from simmim_jax.evals import draws, probes
-from simmim_jax.evals.curves import scale_of
+from simmim_jax.evals import probes, subsets
+from simmim_jax.evals.plot import scale_of
 
 CLASSES = 6
 
 
 def clusters(count, spread=2.0, width=12, seed=0):
-    """Standardised, correlated features of six classes around six centres, float32, and labels."""
+    """Standardized, correlated features of six classes around six centers, float32, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(CLASSES), rng.integers(0, CLASSES, count - CLASSES)])
     fixed = np.random.default_rng(7)
-    centres, mix = fixed.normal(size=(CLASSES, width)), fixed.normal(size=(width, width))
-    features = (centres[labels] + spread * rng.normal(size=(count, width))) @ mix
+    centers, mix = fixed.normal(size=(CLASSES, width)), fixed.normal(size=(width, width))
+    features = (centers[labels] + spread * rng.normal(size=(count, width))) @ mix
     return ((features - features.mean(0)) / features.std(0)).astype(np.float32), labels
 
 
@@ -95,10 +95,10 @@ def test_every_product_of_a_sweep_is_exact_in_float32():
     assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
-def test_nearest_neighbours_equal_those_of_scikit_learn_whatever_the_parts(small_parts):
+def test_nearest_neighbors_equal_those_of_scikit_learn_whatever_the_parts(small_parts):
     (x, labels), (queries, _) = clusters(150), clusters(70, seed=1)  # seven parts of keys, three of queries
     numbers = (1, 7, 20, 500)
-    found = probes.nearest_classes(x + 0.3, labels, queries, classes=CLASSES, neighbours=numbers, temperature=0.2)
+    found = probes.nearest_classes(x + 0.3, labels, queries, classes=CLASSES, neighbors=numbers, temperature=0.2)
     assert found.shape == (4, 70, 5)
     for n, number in enumerate(numbers):
         theirs = KNeighborsClassifier(
@@ -113,7 +113,7 @@ def test_nearest_neighbours_equal_those_of_scikit_learn_whatever_the_parts(small
 def test_of_equal_votes_the_lowest_class_is_first_and_a_class_without_votes_is_not_found():
     train, labels = np.float32([[1, 0], [1, 0], [0, 1], [-1, 0]]), np.array([3, 1, 0, 2])
     query = np.float32([[2, 0]])
-    found = probes.nearest_classes(train, labels, query, classes=4, neighbours=(2, 4), temperature=0.001)
+    found = probes.nearest_classes(train, labels, query, classes=4, neighbors=(2, 4), temperature=0.001)
     assert found[:, 0].tolist() == [[1, 3, -1, -1, -1], [1, 3, -1, -1, -1]]  # exp(-1000) is no vote in float32
     assert probes.found_ranks(found[0], np.array([3])).tolist() == [1]
     assert probes.found_ranks(found[0], np.array([2])).tolist() == [5]
@@ -157,11 +157,11 @@ def test_an_epoch_of_a_sweep_takes_every_image_once():
     assert not np.array_equal(again.weights, found.weights)
 
 
-def test_features_are_standardised_as_by_scikit_learn_and_one_that_does_not_vary_becomes_zero():
+def test_features_are_standardized_as_by_scikit_learn_and_one_that_does_not_vary_becomes_zero():
     x = (3 * np.random.default_rng(0).normal(size=(50, 4)) + [0, 1000, 5, 7]).astype(np.float32)
     x[:, 2] = 5.1
     mean, scale = probes.statistics(x)
-    ours = np.asarray(probes.standardise(x, mean, scale))
+    ours = np.asarray(probes.standardize(x, mean, scale))
     np.testing.assert_allclose(ours, StandardScaler().fit_transform(x.astype(np.float64)), atol=1e-4)  # of 1000
     assert np.abs(ours[:, 2]).max() < 1e-6
 
@@ -177,23 +177,23 @@ def test_a_class_that_only_ties_is_not_found_nor_is_any_by_nan():
 
 def test_validation_images_are_of_every_class_and_apart_from_the_others():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [1, 2, 30, 101]))
-    fit, validation = draws.split_by_class(labels, 0.1, seed=0)
+    fit, validation = subsets.split_by_class(labels, 0.1, seed=0)
     assert sorted([*fit, *validation]) == list(range(134))
     assert np.bincount(labels[validation], minlength=4).tolist() == [0, 1, 3, 10]
-    np.testing.assert_array_equal(validation, draws.split_by_class(labels, 0.1, seed=0)[1])
-    assert not np.array_equal(validation, draws.split_by_class(labels, 0.1, seed=1)[1])
+    np.testing.assert_array_equal(validation, subsets.split_by_class(labels, 0.1, seed=0)[1])
+    assert not np.array_equal(validation, subsets.split_by_class(labels, 0.1, seed=1)[1])
 
 
 def test_few_shot_draws_are_of_every_class_and_differ_by_seed():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [40, 200, 6]))
-    assert np.bincount(labels[draws.draw_per_class(labels, 5, 0)]).tolist() == [5, 5, 5]
-    assert np.bincount(labels[draws.draw_fraction(labels, 0.1, 0, of=labels)]).tolist() == [4, 20, 1]
-    sets = {tuple(draws.draw_per_class(labels, 5, seed)) for seed in range(4)}
+    assert np.bincount(labels[subsets.draw_per_class(labels, 5, 0)]).tolist() == [5, 5, 5]
+    assert np.bincount(labels[subsets.draw_fraction(labels, 0.1, 0, of=labels)]).tolist() == [4, 20, 1]
+    sets = {tuple(subsets.draw_per_class(labels, 5, seed)) for seed in range(4)}
     assert len(sets) == 4
-    assert draws.spread([0.1, 0.3]) == pytest.approx(
-        {"mean": 0.2, "std": np.std([0.1, 0.3], ddof=1), "least": 0.1, "greatest": 0.3}
+    assert subsets.spread([0.1, 0.3]) == pytest.approx(
+        {"mean": 0.2, "std": np.std([0.1, 0.3], ddof=1), "least": 0.1, "process_max": 0.3}
     )
-    assert draws.spread([0.5]) == {"mean": 0.5, "std": None, "least": 0.5, "greatest": 0.5}
+    assert subsets.spread([0.5]) == {"mean": 0.5, "std": None, "least": 0.5, "process_max": 0.5}
 
 
 def test_a_draw_is_a_permutation_of_each_class_in_the_order_of_the_images():
@@ -201,16 +201,16 @@ def test_a_draw_is_a_permutation_of_each_class_in_the_order_of_the_images():
     rng, drawn = np.random.default_rng(7), []
     for label in range(0, 15, 3):
         drawn += rng.permutation(np.flatnonzero(labels == label))[:4].tolist()
-    assert draws.draw_per_class(labels, 4, 7).tolist() == sorted(drawn)
+    assert subsets.draw_per_class(labels, 4, 7).tolist() == sorted(drawn)
 
 
 @pytest.mark.parametrize("validation_fraction", [0.1, 0.5, 0.9])
 def test_a_fraction_is_one_of_all_images_of_a_class_however_many_of_them_validate(validation_fraction):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [500, 1000, 20]))
-    fit, _ = draws.split_by_class(labels, validation_fraction, seed=0)
-    drawn = draws.draw_fraction(labels[fit], 0.1, 0, of=labels)
+    fit, _ = subsets.split_by_class(labels, validation_fraction, seed=0)
+    drawn = subsets.draw_fraction(labels[fit], 0.1, 0, of=labels)
     assert np.bincount(labels[fit[drawn]]).tolist() == [50, 100, 2]
-    assert len(draws.draw_fraction(labels[fit], 0.95, 0, of=labels)) == len(fit)  # no more than there are
+    assert len(subsets.draw_fraction(labels[fit], 0.95, 0, of=labels)) == len(fit)  # no more than there are
 
 
 @pytest.mark.parametrize("values", [[0.0], [100.0], [12.34, 12.35], [3.0, 97.2], [50.0, 50.0, 61.0]])

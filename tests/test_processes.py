@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from runs import DIGITS, assert_same_run, command, rows, run, run_until
 
-from simmim_jax import processes
 from simmim_jax.errors import ConfigError
+from simmim_jax.runtime import processes
 
 # SGD: Adam turns the rounding of the first steps' tiny gradients into differences of its own size.
 SGD = ("--config.optim.name=sgd", "--config.optim.warmup_epochs=0.0")
@@ -67,9 +67,9 @@ def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     processes.join()
     processes.join("127.0.0.1:1", 1, 0)
-    assert processes.is_first()
-    assert processes.greatest(7) == 7
-    assert processes.on_first(lambda: {"a": 1}) == {"a": 1}
+    assert processes.is_process_0()
+    assert processes.process_max(7) == 7
+    assert processes.on_process_0(lambda: {"a": 1}) == {"a": 1}
 
 
 @pytest.mark.slow

@@ -11,17 +11,17 @@ from tiny import relative_difference
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.models.blocks import drop_of, drops
-from simmim_jax.stacking import stack, unstack
+from simmim_jax.runtime.scanning import stack, unstack
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(KEY, (2, 32, 32, 3))
 ENCODERS = {
-    "vit": {"width": 16, "depth": 3, "heads": 2, "patch_size": 8},
+    "vit": {"width": 16, "depth": 3, "num_heads": 2, "patch_size": 8},
     "vit, a bias in each block": {
-        "width": 16, "depth": 2, "heads": 2, "patch_size": 8, "relative_position": "per_block", "class_token": False,
+        "width": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "relative_position": "per_block", "class_token": False,
     },
-    "swin": {"width": 8, "depths": (1, 5), "stage_heads": (1, 2), "window": 2},
-    "swinv2": {"width": 8, "depths": (4,), "stage_heads": (1,), "window": 4},
+    "swin": {"width": 8, "depths": (1, 5), "num_heads": (1, 2), "window": 2},
+    "swinv2": {"width": 8, "depths": (4,), "num_heads": (1,), "window": 4},
     "convnext": {"depths": (2, 1, 1, 1), "widths": (8, 8, 8, 8), "layer_scale": 0.5},
 }  # fmt: skip
 
@@ -54,7 +54,7 @@ def run(encoder, params):
 @pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_initial_values_are_the_same_to_the_bit_with_scan(name):
     loop, scan = (jax.jit(tiny(name, scan=scan).init)(KEY, IMAGES)["params"] for scan in (False, True))
-    stacked = stack(loop, tiny(name, scan=True).stacks)
+    stacked = stack(loop, tiny(name, scan=True).scanned_layers)
     assert jax.tree.structure(scan) == jax.tree.structure(stacked)
     jax.tree.map(np.testing.assert_array_equal, scan, stacked)
 
@@ -63,17 +63,17 @@ def test_initial_values_are_the_same_to_the_bit_with_scan(name):
 def test_scan_has_the_stacks_that_it_says_and_no_others(name):
     loop, scan = tiny(name), tiny(name, scan=True)
     shapes, stacked = (jax.eval_shape(encoder.init, KEY, IMAGES)["params"] for encoder in (loop, scan))
-    assert loop.stacks == {}
-    assert jax.tree.structure(unstack(stacked, scan.stacks)) == jax.tree.structure(shapes)
-    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), unstack(stacked, scan.stacks), shapes)
+    assert loop.scanned_layers == {}
+    assert jax.tree.structure(unstack(stacked, scan.scanned_layers)) == jax.tree.structure(shapes)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), unstack(stacked, scan.scanned_layers), shapes)
 
 
 def test_the_stacks_of_a_swin_are_its_plain_and_its_shifted_blocks_where_a_stage_has_two_pairs():
-    assert make_encoder("swin", "t", scan=True).stacks == {
+    assert make_encoder("swin", "t", scan=True).scanned_layers == {
         "stage_2_blocks_0": ("stage_2_block_0", "stage_2_block_2", "stage_2_block_4"),
         "stage_2_blocks_1": ("stage_2_block_1", "stage_2_block_3", "stage_2_block_5"),
     }
-    odd = tiny("swin", scan=True).stacks
+    odd = tiny("swin", scan=True).scanned_layers
     assert odd["stage_1_blocks_1"] == ("stage_1_block_1", "stage_1_block_3")
     assert "stage_1_block_4" not in sum(odd.values(), ())
 
@@ -101,12 +101,12 @@ def _compare(name, **options):
     plain, other = tiny(name), tiny(name, **options)
     params = at_random(plain)
     features, blocks, grads = run(plain, params)
-    features_2, blocks_2, grads_2 = run(other, stack(params, other.stacks))
+    features_2, blocks_2, grads_2 = run(other, stack(params, other.scanned_layers))
     # float32 rounding, in the sums of another order that another program makes
     assert relative_difference(features_2, features) < 1e-5
     assert [x.shape for x in blocks_2] == [x.shape for x in blocks]
     assert relative_difference(blocks_2, blocks) < 1e-5
-    assert relative_difference(unstack(grads_2, other.stacks), grads) < 1e-4
+    assert relative_difference(unstack(grads_2, other.scanned_layers), grads) < 1e-4
 
 
 def test_a_loss_is_the_same_within_a_millionth_and_dropped_branches_are_the_same_ones():
@@ -119,7 +119,7 @@ def test_a_loss_is_the_same_within_a_millionth_and_dropped_branches_are_the_same
     expected = loss(plain, params)
     for scan, remat in ((False, "dots"), (True, "attention")):
         encoder = tiny("vit", scan=scan, remat=remat)
-        np.testing.assert_allclose(loss(encoder, stack(params, encoder.stacks)), expected, rtol=1e-6)
+        np.testing.assert_allclose(loss(encoder, stack(params, encoder.scanned_layers)), expected, rtol=1e-6)
 
 
 def test_the_first_block_drops_nothing_and_each_block_draws_for_itself():
@@ -136,7 +136,7 @@ def test_a_deep_encoder_by_scan_is_no_longer_a_program_than_a_shallow_one():
     """Counted in the lines of what is handed to the compiler: its time goes by them."""
 
     def lines(depth, scan):
-        encoder = make_encoder("vit", None, width=16, depth=depth, heads=2, patch_size=8, scan=scan)
+        encoder = make_encoder("vit", None, width=16, depth=depth, num_heads=2, patch_size=8, scan=scan)
         init = partial(encoder.init, images=IMAGES)
         grad = jax.grad(lambda params: encoder.apply(params, IMAGES).sum())
         lowered = jax.jit(init).lower(KEY), jax.jit(grad).lower(jax.eval_shape(init, KEY))

@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, rec
 from tiny import PIXELS, tiny_batch, tiny_encoder
 from tiny_trained import ENCODER, SIZE, random_weights
 
-from simmim_jax import checkpoint, data, processes, sharding, train
+from simmim_jax import data, train
 from simmim_jax.config import load
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import make_evaluator, segmentation
@@ -37,11 +37,16 @@ from simmim_jax.evals.segmentation import (
 from simmim_jax.models import make_encoder
 from simmim_jax.models.pyramid import Rescale, pyramid_blocks, pyramid_factors
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.segment import masked_cross_entropy, mean_labelled, pooling_weights, tell_other_rates
-from simmim_jax.tools import convert, evaluate, predict, segments
-from simmim_jax.tools.weights import abstract_model
+from simmim_jax.objectives.segment import masked_cross_entropy, mean_labeled, pooling_weights, warn_other_head
+from simmim_jax.runs import checkpoint
+from simmim_jax.runs.finished import load_run
+from simmim_jax.runtime import processes, sharding
+from simmim_jax.tools import predict
+from simmim_jax.tools.convert import __main__ as convert
+from simmim_jax.tools.convert.weights import abstract_model
+from simmim_jax.tools.evaluate import __main__ as evaluate
+from simmim_jax.tools.evaluate import segments
 from simmim_jax.train_step import mean_grads
-from simmim_jax.trained import open_trained
 
 RNG = np.random.default_rng(0)
 STATE = SimpleNamespace(step=4, params=None)
@@ -60,7 +65,7 @@ def batch_with_maps(size=4, num_classes=5):
 
 def test_pixels_without_a_class_do_not_count():
     def loss_of(logits, maps):
-        return masked_cross_entropy(logits, maps, mean_labelled(maps, 3))
+        return masked_cross_entropy(logits, maps, mean_labeled(maps, 3))
 
     measure = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
     logits = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -80,7 +85,7 @@ def test_pixels_without_a_class_do_not_count():
 def test_an_update_does_not_depend_on_microbatches_however_few_pixels_of_an_image_have_a_class():
     maps = np.array(batch_with_maps()["label_map"])
     maps[1], maps[2, 1:] = 255, 255
-    objective, key = segment(MeanColours()), jax.random.key(0)
+    objective, key = segment(MeanColors()), jax.random.key(0)
     batch, shapes = batch_with_maps() | {"label_map": jnp.asarray(maps)}, jax.eval_shape(objective.init, key)
     params = jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), jnp.float32), shapes)
     whole, parts = (
@@ -92,13 +97,13 @@ def test_an_update_does_not_depend_on_microbatches_however_few_pixels_of_an_imag
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), whole, parts)
 
 
-class MeanColours(nn.Module):
-    """An encoder that compiles soon: a linear map of each square's mean colour."""
+class MeanColors(nn.Module):
+    """An encoder that compiles soon: a linear map of each square's mean color."""
 
     depth, feature_stride, dtype, stages = 1, 8, "float32", ()
 
     @nn.compact
-    def __call__(self, images, train=False, position=None):
+    def __call__(self, images, train=False, batch_index=None):
         out = nn.Dense(4)(nn.avg_pool(images, (8, 8), (8, 8)))
         self.sow("intermediates", "blocks", out)
         return out
@@ -117,9 +122,9 @@ def test_adaptive_pooling_averages_the_parts_that_pytorch_names():
 @pytest.mark.parametrize(
     ("name", "options", "blocks"),
     [
-        ("vit", {"width": 32, "depth": 12, "heads": 2, "patch_size": 16}, (3, 6, 9, 12)),
-        ("vit", {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}, (1, 1, 2, 2)),
-        ("swin", {"width": 16, "depths": (1, 1, 2, 1), "stage_heads": (1, 2, 2, 4), "window": 4}, (1, 2, 4, 5)),
+        ("vit", {"width": 32, "depth": 12, "num_heads": 2, "patch_size": 16}, (3, 6, 9, 12)),
+        ("vit", {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}, (1, 1, 2, 2)),
+        ("swin", {"width": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "window": 4}, (1, 2, 4, 5)),
         ("convnext", {"depths": (1, 1, 2, 1), "widths": (8, 16, 24, 32)}, (1, 2, 4, 5)),
         ("resnet", {"depths": (1, 1, 1, 1), "width": 8}, (1, 2, 3, 4)),
     ],
@@ -165,7 +170,8 @@ def test_every_parameter_learns_and_what_is_dropped_follows_an_images_place(head
     step = jax.jit(jax.value_and_grad(lambda *args: objective.loss_fn(*args, True)[0]))
     turned = jax.tree.map(lambda x: x[::-1], batch)
     steps = [
-        step(params, each, jax.random.key(1)) for each in (batch, turned, turned | {"position": batch["position"]})
+        step(params, each, jax.random.key(1))
+        for each in (batch, turned, turned | {"batch_index": batch["batch_index"]})
     ]
     paths = jax.tree_util.tree_leaves_with_path(steps[0][1])
     idle = {jax.tree_util.keystr(path) for path, x in paths if not x.any()}
@@ -188,7 +194,7 @@ def test_windows_reach_the_end_and_leave_no_gap(size, step):
 
 
 def of_pixel(params, windows):
-    """Logits that say, for each pixel by itself, the class that its grey value is."""
+    """Logits that say, for each pixel by itself, the class that its gray value is."""
     return np.eye(6, dtype=np.float32)[np.minimum(windows[..., 0], 5)] * 3
 
 
@@ -198,7 +204,7 @@ def pictures(shapes, num_classes=5):
         yield {"image": truth[..., None].repeat(3, axis=2), "label_map": truth, "index": index}
 
 
-def supplies(records, **more):
+def eval_inputs(records, **more):
     given = {"whole": records, "window": WINDOW, "window_batch": 4, "fill": np.zeros(3, np.uint8), "folder": ""}
     return given | {"read_windows": of_pixel} | more
 
@@ -206,7 +212,7 @@ def supplies(records, **more):
 def test_windows_together_say_what_each_pixel_says_whatever_the_size_of_an_image_and_of_a_batch():
     records = list(pictures([(16, 16), (5, 40), (33, 21), (50, 70), (1, 1)]))
     for batch, step in ((1, 0), (3, 5), (64, 16)):
-        result = make_evaluator("segmentation", supplies(records, window_batch=batch), step=step)(STATE)
+        result = make_evaluator("segmentation", eval_inputs(records, window_batch=batch), step=step)(STATE)
         assert result == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_accuracy": 1.0, "images": 5.0}
 
 
@@ -245,7 +251,7 @@ def test_the_measures_equal_those_of_scikit_learn(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segmentation, "segment_all", keep)
-        given = supplies(records, read_windows=noisy, folder=str(tmp_path), classes=tuple("abcde"))
+        given = eval_inputs(records, read_windows=noisy, folder=str(tmp_path), classes=tuple("abcde"))
         result = make_evaluator("segmentation", given, pictures=2)(STATE)
     truth = np.concatenate([record["label_map"].ravel() for record in records])
     predicted = np.concatenate([prediction.ravel() for prediction in predictions])[truth < 6]
@@ -269,17 +275,17 @@ def test_an_evaluation_that_cannot_be_is_told():
     records = list(pictures([(16, 16)]))
     for options in ({"step": 17}, {"step": -1}, {"pictures": -1}):
         with pytest.raises(ConfigError):
-            make_evaluator("segmentation", supplies(records), **options)
+            make_evaluator("segmentation", eval_inputs(records), **options)
     with pytest.raises(NonFiniteError):
-        make_evaluator("segmentation", supplies(records, read_windows=lambda _, x: of_pixel(_, x) * np.nan))(STATE)
+        make_evaluator("segmentation", eval_inputs(records, read_windows=lambda _, x: of_pixel(_, x) * np.nan))(STATE)
     records[0]["label_map"] = np.full((16, 16), 255, np.uint8)
     with pytest.raises(DataError, match="no held-out pixel"):
-        make_evaluator("segmentation", supplies(records))(STATE)
+        make_evaluator("segmentation", eval_inputs(records))(STATE)
 
 
 def test_classes_that_no_map_has_are_named_once(caplog):
     records = list(pictures([(16, 16), (16, 16)], num_classes=4))
-    run = make_evaluator("segmentation", supplies(records, classes=("a", "b", "c", "d", "car")))
+    run = make_evaluator("segmentation", eval_inputs(records, classes=("a", "b", "c", "d", "car")))
     assert run(STATE) == run(STATE)
     said = [record.message for record in caplog.records if "no pixel" in record.message]
     assert [line.split(": ")[-1] for line in said] == ["4 (car), 5"]
@@ -290,7 +296,7 @@ def test_an_evaluation_of_what_is_left_is_none_where_much_is_left_out(allowed):
     class Lacking:
         __len__, __iter__ = lambda self: 5, lambda self: pictures([(16, 16)] * 3)
 
-    run = make_evaluator("segmentation", supplies(Lacking(), most_bad=allowed))
+    run = make_evaluator("segmentation", eval_inputs(Lacking(), most_bad=allowed))
     if allowed == 1:
         with pytest.raises(DataError, match="2 of 5 images to evaluate on cannot be used"):
             run(STATE)
@@ -304,7 +310,7 @@ def test_windows_come_back_in_order_however_many_processes_share_them():
             whole = np.concatenate([all_windows[share::shares] for share in range(shares)])
             places = np.concatenate([np.arange(8)[share::shares] for share in range(shares)])
             np.testing.assert_array_equal(batch["image"], all_windows[0::shares])
-            return {"logits": whole[:, :2, :2].astype(np.float32), "position": places}
+            return {"logits": whole[:, :2, :2].astype(np.float32), "batch_index": places}
 
         return predict
 
@@ -336,17 +342,17 @@ def test_the_next_windows_are_read_while_predictions_are_worked_out_and_order_st
 
 
 def greatest_of(count):
-    """(`processes.greatest` of so many threads, a place where each says which it is)."""
+    """(`processes.process_max` of so many threads, a place where each says which it is)."""
     barrier, place, given = threading.Barrier(count, timeout=30), threading.local(), [0] * count
 
-    def greatest(number):
+    def process_max(number):
         given[place.process] = number
         barrier.wait()
         most = max(given)
         barrier.wait()
         return most
 
-    return greatest, place
+    return process_max, place
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -356,11 +362,11 @@ def test_a_pass_that_leaves_out_too_much_ends_in_all_processes_with_the_same_wor
     for n in (3, 6, 7):  # of three processes, the last has none of them
         (tmp_path / f"{n:02}.png").write_bytes(b"")
     source = data.make_source("folder", path=str(tmp_path), split="train", heldout_fraction=0.0)
-    greatest, place = greatest_of(count)
+    process_max, place = greatest_of(count)
 
     def told(process, fraction):
         place.process = process
-        split = {"process": process, "processes": count, "agree": greatest}
+        split = {"process": process, "processes": count, "agree": process_max}
         epoch = data.make_epoch(source, batch_size=6, image_size=(8, 8), max_bad_fraction=fraction, **split)
         try:
             return sum(int(batch["valid"].sum()) for batch in epoch)
@@ -378,22 +384,22 @@ def test_what_evaluators_see_is_bounded_as_training_images_are(monkeypatch):
     config, asked = load(str(ROOT / "configs/digits_vit_tiny.py")), []
     monkeypatch.setattr(data, "make_epoch", lambda _, **options: asked.append(options) or [])
     mesh, stop = sharding.make_mesh(), checkpoint.StopSignal()
-    given = (of_pixel, segment(MeanColours()), [], [], mesh, jax.random.key(0), "", stop)
+    given = (of_pixel, segment(MeanColors()), [], [], mesh, jax.random.key(0), "", stop)
     train.make_evaluators(config, {"knn": {}}, *given)
-    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.greatest}
+    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.process_max}
     assert [{name: options[name] for name in bound} for options in asked] == [bound, bound]
 
 
 def test_what_one_process_cannot_read_is_left_out_by_all(monkeypatch):
     there = ([0, 1, 2, 4, 7], [1, 2, 3, 4, 5, 7, 8], [0, 2, 3, 4, 7, 9])
-    greatest, place = greatest_of(3)
+    process_max, place = greatest_of(3)
 
     def take(process):
         place.process = process
         return [record["index"] for record in agreed({"index": index} for index in there[process])]
 
     assert [record["index"] for record in agreed({"index": index} for index in there[0])] == there[0]
-    monkeypatch.setattr(processes, "greatest", greatest)
+    monkeypatch.setattr(processes, "process_max", process_max)
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(take, range(3))) == [[2, 4, 7]] * 3
 
@@ -404,12 +410,12 @@ def test_a_picture_shows_image_truth_and_prediction():
     truth[:, 20:] = 255
     sheet = draw([(image, truth, prediction)] * 2, 2)
     assert sheet.shape == (16 + 2 * (112 + 4), 3 * 228 + 4, 3)
-    colours = palette(2)
-    assert len({tuple(colour) for colour in palette(150).tolist()} | {(0, 0, 0)}) == 151
-    shade = lambda colour: (0.4 * 100 + 0.6 * colour).round().tolist()  # noqa: E731
+    colors = palette(2)
+    assert len({tuple(color) for color in palette(150).tolist()} | {(0, 0, 0)}) == 151
+    shade = lambda color: (0.4 * 100 + 0.6 * color).round().tolist()  # noqa: E731
     at = lambda column, x: sheet[16 + 50, 4 + column * 228 + x].tolist()  # noqa: E731
-    assert (at(0, 10), at(1, 10), at(1, 200)) == ([100] * 3, shade(colours[0]), [100] * 3)
-    assert at(2, 10) == at(2, 200) == shade(colours[1])
+    assert (at(0, 10), at(1, 10), at(1, 200)) == ([100] * 3, shade(colors[0]), [100] * 3)
+    assert at(2, 10) == at(2, 200) == shade(colors[1])
     assert (painted(image, np.full((20, 40), 255), 2) == image).all()
 
 
@@ -443,7 +449,7 @@ def test_a_config_opens_its_images_with_maps(config):
     assert (len(source), len(heldout)) == (6, 6)
     what, _ = train.batch_options(config)
     assert what["maps"].fill == (124, 116, 104)
-    supplied = train.segmentation_supplies(config, of_pixel, heldout, 0, 1)
+    supplied = train.segmentation_inputs(config, of_pixel, heldout, 0, 1)
     assert (supplied["most_bad"], len(supplied["whole"])) == (1, 6)  # a hundredth, rounded up
     batch = train.abstract_batch(config)
     assert (batch["label_map"].shape, batch["label_map"].dtype) == ((16, 512, 512), np.uint8)
@@ -463,8 +469,8 @@ def test_evaluators_that_do_not_fit_the_objective_are_refused(config):
 
 @pytest.mark.parametrize(("head", "trained"), [("linear", False), ("linear", True), ("upernet", False)])
 def test_a_head_over_an_encoder_that_the_other_configs_rates_are_for_is_told(head, trained, caplog):
-    tell_other_rates.cache_clear()
-    objective = segment(MeanColours(), head=head, channels=16, train_encoder=trained)
+    warn_other_head.cache_clear()
+    objective = segment(MeanColors(), head=head, channels=16, train_encoder=trained)
     jax.eval_shape(objective.init, jax.random.key(0))
     assert (f"configs/folder_segment.py:{head} sets them all" in caplog.text) == (trained != (head == "upernet"))
 
@@ -478,7 +484,13 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segments")
     maps = {"reduce_zero_label": False, "ignore": 255, "channel": -1, "short_side": 0, "scale": (0.5, 2.0)}
     own = {"source": "auto", "path": str(folder / "data"), "name": "", "data_dir": "", "heldout_fraction": 0.1}
-    how = {"interpolation": "bilinear", "threads": 2, "on_error": "skip", "max_bad_fraction": 0.01, "max_pixels": 10**6}
+    how = {
+        "interpolation": "bilinear",
+        "threads": 2,
+        "on_error": "replace",
+        "max_bad_fraction": 0.01,
+        "max_pixels": 10**6,
+    }
     told = {"eval_batch_size": 6, "eval_images": 0, "evals": {"segmentation": {"pictures": 2, "step": 0}}}
     told |= {"encoder": ENCODER, "objective": TRAINED, "data": own | how | {"maps": maps}, "classes": list("abcde")}
     _, abstract = abstract_model(ENCODER, TRAINED, SIZE, {"mean": PIXELS["mean"], "std": PIXELS["std"]})
@@ -488,13 +500,13 @@ def workdir(tmp_path_factory):
 
 
 def photographs(folder, shapes):
-    """PNGs of a few large colours, one of them stored on its side; their paths."""
+    """PNGs of a few large colors, one of them stored on its side; their paths."""
     folder.mkdir(parents=True)
     for n, (height, width) in enumerate(shapes):
-        colours = Image.fromarray(RNG.integers(0, 256, (4, 5, 3)).astype(np.uint8))
+        colors = Image.fromarray(RNG.integers(0, 256, (4, 5, 3)).astype(np.uint8))
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6 if n == 1 else 1
-        colours.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{n}.png", exif=exif)
+        colors.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{n}.png", exif=exif)
     return sorted(map(str, folder.iterdir()))
 
 
@@ -539,7 +551,7 @@ def test_what_a_segmentation_run_cannot_be_evaluated_on_is_told(workdir, tmp_pat
 
 def test_images_with_maps_that_a_run_was_trained_on_are_told(workdir, tmp_path, capsys):
     write_squares(tmp_path / "data", 4)
-    run = open_trained(workdir)
+    run = load_run(workdir)
     run = run._replace(config=run.config | {"data": run.config["data"] | {"path": str(tmp_path / "data")}})
     for split, told in (("train", "trained on some of these images, like 0.png"), ("val", "")):
         for kind in ("images", "masks"):
@@ -559,7 +571,7 @@ def test_the_heads_of_a_segmentation_run_have_no_place_in_a_backbone(workdir, tm
 
 ARGUMENTS = (
     "--config.encoder.name=vit", "--config.encoder.size=ti", "--config.encoder.width=32", "--config.encoder.depth=2",
-    "--config.encoder.heads=2", "--config.encoder.patch_size=4", "--config.image_size=32,32",
+    "--config.encoder.num_heads=2", "--config.encoder.patch_size=4", "--config.image_size=32,32",
     "--config.objective.num_classes=2", "--config.objective.channels=16", "--config.batch_size=8",
     "--config.optim.layer_decay=1", "--config.optim.warmup_epochs=0", "--config.log_every=1",
     "--config.data.maps.short_side=-1", "--config.save_every=10",
@@ -579,7 +591,7 @@ def test_a_run_learns_where_things_are(tmp_path, head, rate, steps):
     assert summary["miou"] > 0.8 > summary["start"]["miou"] + 0.2
     assert (whole / "figures" / f"segmentation_{steps}.png").exists()
     options = evaluate.parse([str(whole), f"--out={tmp_path}/again"])  # here on eight devices, there on one
-    found = segments.evaluate(open_trained(str(whole)), options)
+    found = segments.evaluate(load_run(str(whole)), options)
     assert found == {name: summary[name] for name in ("miou", "pixel_accuracy", "mean_accuracy", "images")}
     for name in ("segmentation.csv", f"segmentation_{steps}.png"):
         assert (tmp_path / "again" / name).read_bytes() == (whole / "figures" / name).read_bytes()

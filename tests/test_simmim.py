@@ -9,7 +9,7 @@ from tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.pixels import denormalise, from_patches, local_moments, normalise, to_patches
+from simmim_jax.objectives.pixels import denormalize, from_patches, local_moments, normalize, to_patches
 from simmim_jax.objectives.simmim import make_forward, masked_l1
 
 KEY = jax.random.key(1)
@@ -22,7 +22,7 @@ ENCODERS = (
 
 @pytest.fixture
 def setting():
-    """(forward, params, images, mask) with images normalised and half of the tokens hidden."""
+    """(forward, params, images, mask) with images normalized and half of the tokens hidden."""
     encoder = tiny_encoder()
     params = jax.jit(tiny_objective(encoder).init)(KEY)
     images = jax.random.normal(KEY, (4, 32, 32, 3))
@@ -89,10 +89,10 @@ def test_patches_are_cut_and_joined_in_the_order_of_pixel_shuffle(height, width,
     np.testing.assert_array_equal(patches[1, 1, 0, c * 64 + row * 8 + column], images[1, 8 + row, column, c])
 
 
-def test_pixels_return_from_normalisation():
+def test_pixels_return_from_normalization():
     images = tiny_batch()["image"]
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-    np.testing.assert_allclose(denormalise(normalise(images, mean, std), mean, std) * 255, images, atol=1e-3)
+    np.testing.assert_allclose(denormalize(normalize(images, mean, std), mean, std) * 255, images, atol=1e-3)
 
 
 def test_local_moments_equal_those_counted_pixel_by_pixel():
@@ -105,20 +105,20 @@ def test_local_moments_equal_those_counted_pixel_by_pixel():
         np.testing.assert_allclose(deviation[:, row, column], expected, rtol=1e-5)
 
 
-def test_a_normalised_target_is_learnt_and_its_prediction_shown_as_an_image():
+def test_a_normalized_target_is_learnt_and_its_prediction_shown_as_an_image():
     """A head that says 0 everywhere predicts the local mean of the image."""
-    objective, batch = tiny_objective(norm_target=9), tiny_batch()
+    objective, batch = tiny_objective(norm_window=9), tiny_batch()
     params = jax.jit(objective.init)(KEY)
     params = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
     out = objective.predict(params, batch, KEY)
-    images = normalise(batch["image"], PIXELS["mean"], PIXELS["std"])
+    images = normalize(batch["image"], PIXELS["mean"], PIXELS["std"])
     mean, deviation = local_moments(images, 9)
     expected = np.abs(np.asarray((images - mean) / deviation))[np.asarray(out["mask"])].mean()
     np.testing.assert_allclose(out["loss"].mean(), expected, rtol=1e-5)
-    np.testing.assert_allclose(out["prediction"], denormalise(mean, PIXELS["mean"], PIXELS["std"]), atol=1e-5)
+    np.testing.assert_allclose(out["prediction"], denormalize(mean, PIXELS["mean"], PIXELS["std"]), atol=1e-5)
     for size in (8, 1, -3):
         with pytest.raises(ConfigError, match="give an odd side"):
-            tiny_objective(norm_target=size)
+            tiny_objective(norm_window=size)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from simmim_jax.objectives.simmim import make_forward
 
 KEY = jax.random.key(0)
 NAMES = ("swin", "swinv2")
-TINY = {"width": 8, "depths": (2, 2), "stage_heads": (1, 2), "window": 4}
+TINY = {"width": 8, "depths": (2, 2), "num_heads": (1, 2), "window": 4}
 
 
 def tiny_swin(name, **options):
@@ -74,7 +74,7 @@ def test_no_hidden_pixel_reaches_a_feature(name, image_size):
     """Also where maps are padded (48 x 80 pixels: 12 x 20 and 6 x 10 tokens, windows of 5), in training mode too."""
     encoder = tiny_swin(name, window=5, absolute_position="learned", drop_path=0.2)
     images = jax.random.normal(KEY, (2, *image_size, 3))
-    objective = make_objective("simmim", encoder, **{**PIXELS, "image_size": image_size}, block_size=16)
+    objective = make_objective("simmim", encoder, **{**PIXELS, "image_size": image_size}, mask_patch_size=16)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), jax.eval_shape(objective.init, KEY)
@@ -88,8 +88,8 @@ def test_no_hidden_pixel_reaches_a_feature(name, image_size):
 
 
 @pytest.mark.parametrize("name", [pytest.param("swin", marks=pytest.mark.slow), "swinv2"])
-def test_rematerialisation_changes_no_value_and_bfloat16_few(name):
-    images, sizes = jax.random.normal(KEY, (2, 16, 24, 3)), {"depths": (2,), "stage_heads": (2,), "window": 2}
+def test_rematerialization_changes_no_value_and_bfloat16_few(name):
+    images, sizes = jax.random.normal(KEY, (2, 16, 24, 3)), {"depths": (2,), "num_heads": (2,), "window": 2}
     plain = tiny_swin(name, drop_path=0.3, **sizes)
     params = random_params(plain, images)
 
@@ -156,7 +156,7 @@ def test_layers_are_counted_as_official_code_counts_them(name):
 
 def test_a_swin_v2_starts_with_silent_branches_and_the_temperature_of_ten():
     images = jnp.zeros((1, 32, 32, 3))
-    one = {"depths": (1,), "stage_heads": (1,)}
+    one = {"depths": (1,), "num_heads": (1,)}
     params = jax.jit(tiny_swin("swinv2", **one).init)(KEY, images)["params"]
     block = params["stage_0_block_0"]
     for norm in ("norm1", "norm2"):
@@ -186,12 +186,12 @@ def test_a_vector_of_zeros_has_a_direction_without_nan():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage_heads": (3, 2)}, "width 8 is no multiple of 3 heads"),
+        ({"num_heads": (3, 2)}, "width 8 is no multiple of 3 heads"),
         ({"depths": (2, 2, 2)}, "one number above 0 per stage"),
         ({"window": 0}, "window is 0"),
         ({"absolute_position": "sincos"}, "choose one of none, learned"),
         ({"qkv_bias": "all"}, "unknown qkv_bias"),
-        ({"heads": 3}, "unknown option of swin(v2)? 'heads' - did you mean stage_heads"),
+        ({"num_heads": 3}, "unknown option of swin(v2)? 'heads' - did you mean num_heads"),
         ({"drop_path": 1.5}, r"not in \[0, 1\)"),
     ],
 )

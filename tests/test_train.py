@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from simmim_jax import compilation, costs, train
-from simmim_jax.checkpoint import StopSignal
+from simmim_jax import train
 from simmim_jax.config import load
 from simmim_jax.errors import ConfigError, Preempted
 from simmim_jax.models import make_encoder
+from simmim_jax.runs.checkpoint import StopSignal
+from simmim_jax.runtime import compilation, costs
 
 
 def digits(**changes):
     c = load("configs/digits_vit_tiny.py")
-    c.encoder.width, c.encoder.depth, c.encoder.heads = 32, 1, 2
+    c.encoder.width, c.encoder.depth, c.encoder.num_heads = 32, 1, 2
     c.probe_block, c.evals, c.batch_size = 1, {}, 32
     for name, value in changes.items():
         c[name] = value
@@ -52,16 +53,16 @@ def test_a_step_that_does_not_fit_is_refused_with_settings_that_do():
 
 def test_probes_join_the_evaluators_where_both_sides_have_the_same_classes():
     images = lambda *classes: SimpleNamespace(classes=classes)  # noqa: E731
-    config = digits(evals={"reconstruction": {"pictures": 2}, "knn": {"neighbours": 5}})
-    names = lambda *sides: set(train.evals_of(config, *sides))  # noqa: E731
-    assert train.evals_of(config, images("a", "b"), images("a", "b"))["knn"] == {"neighbours": 5}
+    config = digits(evals={"reconstruction": {"pictures": 2}, "knn": {"neighbors": 5}})
+    names = lambda *sides: set(train.resolve_evals(config, *sides))  # noqa: E731
+    assert train.resolve_evals(config, images("a", "b"), images("a", "b"))["knn"] == {"neighbors": 5}
     assert names(images("a", "b"), images("a", "b")) == {"reconstruction", "knn", "linear"}
     config.evals = {"reconstruction": {}}
     for sides in ((images(), images()), (images("a"), images("a")), (images("a", "b"), images("a"))):
         assert names(*sides) == {"reconstruction"}
     config.objective.name = "segment"
     assert names(images("a", "b"), images("a", "b")) == {"reconstruction"}
-    config.objective.name, config.probes = "simmim", False
+    config.objective.name, config.online_probes = "simmim", False
     assert names(images("a", "b"), images("a", "b")) == {"reconstruction"}
 
 
@@ -118,10 +119,10 @@ def test_a_pattern_that_freezes_nothing_or_everything_is_refused(frozen, message
 def test_an_average_that_would_be_of_the_start_is_told_of(monkeypatch):
     told = []
     monkeypatch.setattr(train.logging, "warning", lambda what, *values: told.append(what % values))
-    train.warn_of_length(digits(ema_decay=0.9999), 100_000, 100)
-    train.warn_of_length(digits(ema_decay=0.0), 660, 100)
+    train.warn_about_length(digits(ema_decay=0.9999), 100_000, 100)
+    train.warn_about_length(digits(ema_decay=0.0), 660, 100)
     assert told == []
-    train.warn_of_length(digits(ema_decay=0.9999), 660, 100)
+    train.warn_about_length(digits(ema_decay=0.9999), 660, 100)
     assert len(told) == 1
     assert "94 % those at the start" in told[0]
 
@@ -137,7 +138,7 @@ def test_images_that_are_trained_on_do_not_judge(name):
     with pytest.raises(ConfigError, match="held-out images are among those trained on"):
         train.make_sources(config)
     if name == "vit_tiny":
-        config.probes = False
+        config.online_probes = False
         train.make_sources(config)
 
 
@@ -182,10 +183,10 @@ def test_a_size_that_is_not_that_of_the_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"encoder": {"name": "vit", "size": "b"}}')
     for size in (None, "", "b"):
         config.encoder.size = size
-        assert train.whole_encoder(config, str(tmp_path))["size"] == "b"
+        assert train.resolve_encoder(config, str(tmp_path))["size"] == "b"
     config.encoder.size = "s"
     with pytest.raises(ConfigError, match=r"encoder\.size is 's', and init_from has 'b' - encoder.size - leave it out"):
-        train.whole_encoder(config, str(tmp_path))
+        train.resolve_encoder(config, str(tmp_path))
 
 
 def test_what_a_config_sets_for_pretrained_weights_is_told_of_random_ones():
@@ -213,10 +214,10 @@ def test_evaluations_cost_less_than_the_share_that_is_theirs(names, steps, heldo
     forward = min(heldout, 2000) * ("reconstruction" in names)
     forward += (2000 + min(heldout, 2000)) * bool({"knn", "linear"} & set(names))
     count = (steps - 1) // period
-    assert 1 <= count <= train.MOST_EVALUATIONS
-    assert (count + 2) * forward / 3 <= train.EVALUATION_SHARE * steps * config.batch_size
+    assert 1 <= count <= train.MAX_EVALUATIONS
+    assert (count + 2) * forward / 3 <= train.MAX_EVALUATION_FRACTION * steps * config.batch_size
     if steps == 100_000:
-        assert count == train.MOST_EVALUATIONS
+        assert count == train.MAX_EVALUATIONS
 
 
 def test_a_period_that_is_given_is_kept():

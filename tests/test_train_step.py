@@ -10,16 +10,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tiny import relative_difference, tiny_batch, tiny_encoder, tiny_objective
 
-from simmim_jax import costs, sharding
 from simmim_jax.errors import ConfigError
 from simmim_jax.optim import make_frozen, make_optimizer, train_labels
-from simmim_jax.stacking import stack, unstack
-from simmim_jax.train import compile_step, place_state
-from simmim_jax.train_step import digest_samples, init_state, train_step
+from simmim_jax.runtime import costs, sharding
+from simmim_jax.runtime.scanning import stack, unstack
+from simmim_jax.train import compile_step, shard_state
+from simmim_jax.train_step import hash_samples, init_state, train_step
 
 KEY = jax.random.key(0)
 # Wide enough that fsdp splits something; with stochastic depth, whose draws must not depend on the split either.
-OPTIONS = {"width": 128, "heads": 4, "drop_path": 0.3}
+OPTIONS = {"width": 128, "num_heads": 4, "drop_path": 0.3}
 ENCODER = tiny_encoder(**OPTIONS)
 OBJECTIVE = tiny_objective(ENCODER)
 # SGD: Adam divides a gradient that is nothing but rounding by its own size, and would show no more than that.
@@ -33,9 +33,9 @@ def run(devices=1, fsdp=1, tensor=1, microbatches=1, steps=3, **options):
     shape = (devices // fsdp // tensor, fsdp, tensor)
     mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices])
     encoder = tiny_encoder(**OPTIONS, **options)
-    objective, (tx, _) = tiny_objective(encoder), make_optimizer("sgd", **SGD, stacks=encoder.stacks)
+    objective, (tx, _) = tiny_objective(encoder), make_optimizer("sgd", **SGD, scanned_layers=encoder.scanned_layers)
     make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=0.9)
-    abstract = place_state(jax.eval_shape(make_state, KEY), mesh, encoder)
+    abstract = shard_state(jax.eval_shape(make_state, KEY), mesh, encoder)
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(KEY)
     step = partial(train_step, loss_fn=objective.loss_fn, tx=tx, microbatches=microbatches, ema_decay=0.9)
     abstract_batch = jax.eval_shape(partial(tiny_batch, 32))
@@ -46,7 +46,7 @@ def run(devices=1, fsdp=1, tensor=1, microbatches=1, steps=3, **options):
         batch = sharding.to_global(jax.tree.map(np.asarray, tiny_batch(32, seed=n)), mesh)
         state, metrics = compiled(state, batch, key)
         losses.append(float(metrics["loss"]))
-    return losses, unstack(jax.device_get((state.params, state.ema)), encoder.stacks)
+    return losses, unstack(jax.device_get((state.params, state.ema)), encoder.scanned_layers)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_tensor_splits_heads_and_hidden_units_of_parameters_moments_and_average_
     tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     make_state = partial(init_state, init=OBJECTIVE.init, tx=tx, ema_decay=0.9)
-    state = place_state(jax.eval_shape(make_state, KEY), mesh, ENCODER)
+    state = shard_state(jax.eval_shape(make_state, KEY), mesh, ENCODER)
     place = lambda x: x.sharding.spec  # noqa: E731
     params = jax.tree.map(place, state.params)
     moments = state.opt_state[1]
@@ -108,11 +108,11 @@ def test_tensor_splits_heads_and_hidden_units_of_parameters_moments_and_average_
 
 def test_the_axis_of_stacked_blocks_is_not_split():
     shapes = {"encoder": {f"block_{n}": {"mlp": {"fc1": {"kernel": np.zeros((512, 256))}}} for n in range(8)}}
-    stacks = {"blocks": tuple(shapes["encoder"])}
-    abstract = jax.eval_shape(lambda: stack(shapes, stacks))
-    placed = sharding.place(abstract, sharding.make_mesh(fsdp=4, tensor=2), tuple(stacks))
+    scanned_layers = {"blocks": tuple(shapes["encoder"])}
+    abstract = jax.eval_shape(lambda: stack(shapes, scanned_layers))
+    placed = sharding.place(abstract, sharding.make_mesh(fsdp=4, tensor=2), tuple(scanned_layers))
     assert placed["encoder"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
-    one = unstack(placed, stacks)["encoder"]["block_3"]["mlp"]["fc1"]["kernel"]
+    one = unstack(placed, scanned_layers)["encoder"]["block_3"]["mlp"]["fc1"]["kernel"]
     assert (one.shape, one.sharding.spec) == ((512, 256), P("fsdp", "tensor"))
 
 
@@ -122,7 +122,7 @@ def test_fsdp_sends_weights_and_their_gradients_and_no_maps(scan):
     objective = tiny_objective(encoder)
     mesh = sharding.make_mesh(fsdp=-1)
     make_state = partial(init_state, init=objective.init, tx=TX)
-    abstract = place_state(jax.eval_shape(make_state, KEY), mesh, encoder)
+    abstract = shard_state(jax.eval_shape(make_state, KEY), mesh, encoder)
     step = partial(train_step, loss_fn=objective.loss_fn, tx=TX)
     batch = jax.eval_shape(partial(tiny_batch, 512))  # so large that maps are larger than all weights together
     sent = costs.collectives(compile_step(step, abstract, batch, KEY, mesh))
@@ -134,7 +134,7 @@ def test_fsdp_sends_weights_and_their_gradients_and_no_maps(scan):
 def test_a_tensor_size_that_does_not_divide_the_heads_is_refused_with_those_that_do():
     state = jax.eval_shape(partial(init_state, init=OBJECTIVE.init, tx=TX), KEY)
     with pytest.raises(ConfigError, match=r"tensor=8 does not divide the 4 of .*attn.* - give 1 or 2 or 4"):
-        place_state(state, sharding.make_mesh(tensor=8), ENCODER)
+        shard_state(state, sharding.make_mesh(tensor=8), ENCODER)
     with pytest.raises(ConfigError, match="without attention"):
         sharding.check_tensor({"conv": {"kernel": np.zeros((3, 3))}}, sharding.make_mesh(tensor=8))
 
@@ -143,18 +143,18 @@ def test_stacking_is_undone_by_unstacking_wherever_the_parameters_stand():
     params = jax.jit(OBJECTIVE.init)(KEY)
     tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
     tree = {"params": params, "moments": tx.init(params)}
-    stacks = {"blocks": ("block_0", "block_1")}
-    stacked = stack(tree, stacks)
+    scanned_layers = {"blocks": ("block_0", "block_1")}
+    stacked = stack(tree, scanned_layers)
     assert "block_0" not in stacked["params"]["encoder"]
-    jax.tree.map(np.testing.assert_array_equal, unstack(stacked, stacks), tree)
+    jax.tree.map(np.testing.assert_array_equal, unstack(stacked, scanned_layers), tree)
 
 
 def test_a_part_of_a_stack_cannot_be_frozen():
     encoder = tiny_encoder(**OPTIONS, scan=True)
     params = jax.eval_shape(tiny_objective(encoder).init, KEY)
     with pytest.raises(ConfigError, match=r"--config.encoder.scan=false"):
-        train_labels(params, make_frozen("encoder/block_0/"), encoder.stacks)
-    labels = train_labels(params, make_frozen("encoder/"), encoder.stacks)
+        train_labels(params, make_frozen("encoder/block_0/"), encoder.scanned_layers)
+    labels = train_labels(params, make_frozen("encoder/"), encoder.scanned_layers)
     assert set(jax.tree.leaves(labels["encoder"])) == {"frozen"}
     assert labels["head"]["kernel"] == "trained"
 
@@ -227,7 +227,7 @@ def test_what_the_loss_measures_is_written_over_the_parameter_and_never_learnt(m
         labels = batch["label"].astype(jnp.float32)
         new = 0.9 * params["encoder"]["norm"]["mean"] + 0.1 * labels.mean()
         loss = (params["kernel"] * labels).sum() / jnp.where(batch["label"][0] == 99, 0.0, 1.0)
-        return loss, {"statistics": {"encoder": {"norm": {"mean": new}}}}
+        return loss, {"batch_stats": {"encoder": {"norm": {"mean": new}}}}
 
     params = {"encoder": {"norm": {"mean": jnp.ones(()), "scale": jnp.ones(())}}, "kernel": jnp.ones(())}
     state = init_state(KEY, init=lambda key: params, tx=TX)
@@ -237,7 +237,7 @@ def test_what_the_loss_measures_is_written_over_the_parameter_and_never_learnt(m
     np.testing.assert_allclose(after.params["encoder"]["norm"]["mean"], 0.9 + 0.1 * batch["label"].mean(), rtol=1e-6)
     assert after.params["encoder"]["norm"]["scale"] == 1.0
     assert after.params["kernel"] < 1.0
-    assert "statistics" not in metrics
+    assert "batch_stats" not in metrics
     failed, _ = step(state, batch | {"label": batch["label"].at[0].set(99)}, KEY)
     assert failed.params["encoder"]["norm"]["mean"] == 1.0
 
@@ -258,12 +258,12 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
 
 
 def test_the_digest_of_samples_tells_which_stand_where_and_not_how_they_are_split():
-    index, position = jnp.arange(32, dtype=jnp.uint32) * 7, jnp.arange(32, dtype=jnp.int32)
-    digest = int(digest_samples(index, position))
+    index, batch_index = jnp.arange(32, dtype=jnp.uint32) * 7, jnp.arange(32, dtype=jnp.int32)
+    digest = int(hash_samples(index, batch_index))
     order = np.random.default_rng(0).permutation(32)
-    assert int(digest_samples(index[order], position[order])) == digest
-    assert int(digest_samples(index[order], position)) != digest
-    assert int(digest_samples(index.at[3].add(1), position)) != digest
+    assert int(hash_samples(index[order], batch_index[order])) == digest
+    assert int(hash_samples(index[order], batch_index)) != digest
+    assert int(hash_samples(index.at[3].add(1), batch_index)) != digest
     mesh = sharding.make_mesh()
-    placed = sharding.to_global({"index": np.asarray(index), "position": np.asarray(position)}, mesh)
-    assert int(jax.jit(digest_samples)(placed["index"], placed["position"])) == digest
+    placed = sharding.to_global({"index": np.asarray(index), "batch_index": np.asarray(batch_index)}, mesh)
+    assert int(jax.jit(hash_samples)(placed["index"], placed["batch_index"])) == digest

@@ -52,7 +52,7 @@ def test_every_block_sows_its_map_before_the_final_norm():
 
 
 def test_initial_kernels_are_cut_at_one_sigma_and_rescaled_by_depth():
-    encoder = make_encoder("vit", "ti", width=192, depth=3, heads=3)
+    encoder = make_encoder("vit", "ti", width=192, depth=3, num_heads=3)
     params = jax.jit(encoder.init)(KEY, jnp.zeros((1, 32, 32, 3)))["params"]
     deviation = 0.02 * 0.5395  # of a normal cut at one sigma: 0.0108
     for n in range(3):
@@ -118,9 +118,9 @@ def test_sincos_positions_are_distinct_and_bounded():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 100, "heads": 3}, "try 99 or 102"),
+        ({"width": 100, "num_heads": 3}, "try 99 or 102"),
         ({"relative_position": "both"}, "choose one of none, shared, per_block"),
-        ({"absolute_position": "sincos", "width": 6, "heads": 2}, "in fours"),
+        ({"absolute_position": "sincos", "width": 6, "num_heads": 2}, "in fours"),
         ({"drop_path": 1.0}, r"not in \[0, 1\)"),
         ({"depth": 0}, "at least 1"),
         ({"dtype": "float16"}, "choose one of float32, bfloat16"),

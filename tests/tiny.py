@@ -11,11 +11,11 @@ PIXELS = {"image_size": (32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2
 
 
 def tiny_encoder(**options):
-    return make_encoder("vit", "ti", **{"width": 32, "depth": 2, "heads": 2, "patch_size": 8, **options})
+    return make_encoder("vit", "ti", **{"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, **options})
 
 
 def tiny_objective(encoder=None, **options):
-    options = {**PIXELS, "block_size": 16, "ratio": 0.5, **options}
+    options = {**PIXELS, "mask_patch_size": 16, "mask_ratio": 0.5, **options}
     return make_objective("simmim", encoder or tiny_encoder(), **options)
 
 
@@ -24,7 +24,7 @@ def tiny_batch(size=16, shape=(32, 32, 3), seed=0):
     return {
         "image": jnp.asarray(rng.integers(0, 256, (size, *shape), dtype=np.uint8)),
         "label": jnp.asarray(rng.integers(0, 10, size, dtype=np.int32)),
-        "position": jnp.arange(size, dtype=jnp.int32),
+        "batch_index": jnp.arange(size, dtype=jnp.int32),
     }
 
 

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from simmim_jax import checkpoint
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
+from simmim_jax.runs import checkpoint
 
 PIXELS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
 SIZE = (16, 16)
 ENCODER = {
-    "name": "vit", "size": "ti", "width": 16, "depth": 2, "heads": 2, "patch_size": 8, "class_token": True,
+    "name": "vit", "size": "ti", "width": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "class_token": True,
     "absolute_position": "learned", "relative_position": "none",
 }  # fmt: skip
-SIMMIM = {"name": "simmim", "strategy": "aligned_blocks", "block_size": 8, "ratio": 0.5}
+SIMMIM = {"name": "simmim", "mask": "random", "mask_patch_size": 8, "mask_ratio": 0.5}
 CLASSES = ("cat", "dog", "owl")
 
 

@@ -2,7 +2,7 @@
 
 The chain is source -> shuffle -> repeat -> random map -> this process's slice -> batch -> start -> prefetch. The random
 map comes before the slice, so that the images of step s and their augmentations are the same for any number of
-processes, workers and threads. Every random number is a function of (seed, position), so that to start at step s takes
+processes, workers and threads. Every random number is a function of (seed, batch_index), so that to start at step s takes
 no stored state. What must be stored is the `fingerprint`: grain accepts a changed data set, and yields other images.
 
 Letters of shapes: b images in one process's batch, h height, w width, c channels. No JAX here: workers load this.
@@ -20,19 +20,26 @@ from absl import logging
 
 from simmim_jax.data.augment import make_augment
 from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode, leave_out
-from simmim_jax.data.label_maps import Maps, Whole, check_maps, check_pair, make_mapped_source, read_random_crop
+from simmim_jax.data.label_maps import (
+    LabelMapSpec,
+    SegmentationSet,
+    check_maps,
+    check_pair,
+    make_label_map_source,
+    read_random_crop,
+)
 from simmim_jax.data.sources import SOURCES, make_source, share_images
-from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_centre_crop
+from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_center_crop
 from simmim_jax.data.workers import check_main, close, init_worker, let_grain_run_without_flags, watched
 from simmim_jax.errors import ConfigError, DataError
 
 __all__ = [
-    "MEND", "SOURCES", "Epoch", "Maps", "Whole", "advice", "check_batches", "check_maps", "cores", "fingerprint",
-    "make_batches", "make_epoch", "make_mapped_source", "make_source", "most_bad", "share_images",
+    "MEND", "SOURCES", "Epoch", "LabelMapSpec", "SegmentationSet", "advice", "check_batches", "check_maps", "cores", "fingerprint",
+    "make_batches", "make_epoch", "make_label_map_source", "make_source", "most_bad", "share_images",
 ]  # fmt: skip
 
-ON_ERROR = ("skip", "raise")  # what becomes of a bad image
-MEND = "mend or remove the files, or set data.on_error=skip and data.max_bad_fraction higher"
+ON_ERROR = ("replace", "raise")  # what becomes of a bad image
+MEND = "mend or remove the files, or set data.on_error=replace and data.max_bad_fraction higher"
 TRIES = 64  # substitutes for one bad image, before the data as a whole are held to be bad
 
 
@@ -48,23 +55,23 @@ def make_batches(
     flip: float = 0.5,
     interpolation: str = "bilinear",
     augment: str = "",
-    colour_jitter: int | float = 0.0,
+    color_jitter: int | float = 0.0,
     mean: tuple[int | float, ...] = (),
-    maps: Maps | None = None,
+    maps: LabelMapSpec | None = None,
     start_step: int = 0,
     process: int = 0,
     processes: int = 1,
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 2,
-    on_error: str = "skip",
+    on_error: str = "replace",
     max_bad_fraction: float = 0.01,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's batches from `start_step` on, without end.
 
     Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "replaced": bool [b],
-    "position": int32 [b]} with b = batch_size / processes. "index" is the image's in the source, "position" its place
+    "batch_index": int32 [b]} with b = batch_size / processes. "index" is the image's in the source, "batch_index" its place
     in the whole batch: row r of process p has r * processes + p. An epoch is a permutation of the source, and batches
     run on from one to the next.
 
@@ -75,13 +82,13 @@ def make_batches(
       batch_size: over all processes.
       crop_scale, crop_ratio: of the random crop (`transforms.random_resized_crop`).
       flip: the probability of a mirror image.
-      augment, colour_jitter, mean: what is done after crop and flip, and the channels' means, 0..1, that it takes
+      augment, color_jitter, mean: what is done after crop and flip, and the channels' means, 0..1, that it takes
         (`augment.make_augment`).
       maps: of a source with label maps, how these are read and crops are drawn, in place of crop_scale, crop_ratio and
         what is done after the flip; a batch then has "label_map" [b, h, w], of `maps.dtype`.
       start_step: the step that the first batch is for.
       workers: processes that decode; 0 for this one. In each, `threads` make a batch each and `prefetch` batches wait.
-      on_error: "skip", as above, or "raise": the first bad image ends the run.
+      on_error: "replace", as above, or "raise": the first bad image ends the run.
       max_bad_fraction: of the source's images, rounded up: if more than these prove bad, the data are refused. Not
         here where there are several `processes`: each knows its own alone.
 
@@ -91,13 +98,13 @@ def make_batches(
     """
     check_batches(
         source, batch_size=batch_size, seed=seed, image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio,
-        flip=flip, interpolation=interpolation, channels=channels, augment=augment, colour_jitter=colour_jitter,
+        flip=flip, interpolation=interpolation, channels=channels, augment=augment, color_jitter=color_jitter,
         mean=mean, maps=maps, start_step=start_step, process=process, processes=processes, workers=workers,
         threads=threads, prefetch=prefetch, on_error=on_error, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
     crop = functools.partial(
         _random_crop, size=image_size, scale=crop_scale, ratio=crop_ratio, flip=flip, interpolation=interpolation,
-        augment=make_augment(augment, colour_jitter=colour_jitter, mean=mean, interpolation=interpolation),
+        augment=make_augment(augment, color_jitter=color_jitter, mean=mean, interpolation=interpolation),
     )  # fmt: skip
     of_images = {"channels": channels, "max_pixels": max_pixels}
     read = functools.partial(_read_image, crop=crop, **of_images)
@@ -151,16 +158,16 @@ def check_batches(
     interpolation: str,
     channels: int = 3,
     augment: str = "",
-    colour_jitter: int | float = 0.0,
+    color_jitter: int | float = 0.0,
     mean: tuple[int | float, ...] = (),
-    maps: Maps | None = None,
+    maps: LabelMapSpec | None = None,
     start_step: int = 0,
     process: int = 0,
     processes: int = 1,
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 2,
-    on_error: str = "skip",
+    on_error: str = "replace",
     max_bad_fraction: float = 0.0,
     **_,
 ) -> None:
@@ -173,12 +180,12 @@ def check_batches(
     _check(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "must be (low, high), above 0")
     _check(0 <= flip <= 1, "flip", flip, "must be in [0, 1]")
     _check(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1]")
-    if augment or colour_jitter:
+    if augment or color_jitter:
         _check(len(mean) == channels, "mean", mean, f"must have {channels} numbers, one for each channel")
-    make_augment(augment, colour_jitter=colour_jitter, mean=mean, interpolation=interpolation)
+    make_augment(augment, color_jitter=color_jitter, mean=mean, interpolation=interpolation)
     if maps:
         maps.check()
-        _check(not augment and not colour_jitter, "augment", augment, "must be empty where images have label maps")
+        _check(not augment and not color_jitter, "augment", augment, "must be empty where images have label maps")
     choices = ", ".join(ON_ERROR)
     _check(on_error in ON_ERROR, "on_error", on_error, f"must be one of {choices}")
     for key, value in {"start_step": start_step, "workers": workers, "threads": threads}.items():
@@ -201,23 +208,23 @@ def make_epoch(
     process: int = 0,
     processes: int = 1,
     threads: int = 2,
-    on_error: str = "skip",
+    on_error: str = "replace",
     max_bad_fraction: int | float = 1.0,
     agree: Callable[[int], int] = int,
     max_pixels: int = MAX_PIXELS,
 ) -> "Epoch":
-    """Each image once, in order, centre-cropped: this process's batches, all full, and as many for every process.
+    """Each image once, in order, center-cropped: this process's batches, all full, and as many for every process.
 
-    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "position": int32 [b], "valid": bool
-    [b]}, where "position" counts through the whole pass. The last batch is filled up with zero images (label and index
+    Each is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "batch_index": int32 [b], "valid": bool
+    [b]}, where "batch_index" counts through the whole pass. The last batch is filled up with zero images (label and index
     -1) that are not valid; nor is an image that does not decode.
 
     Args:
-      crop_fraction: the part of the resized image's side that the crop keeps (`transforms.resize_and_centre_crop`).
-      on_error: "skip", as above, or "raise".
+      crop_fraction: the part of the resized image's side that the crop keeps (`transforms.resize_and_center_crop`).
+      on_error: "replace", as above, or "raise".
       limit: so many records, evenly spread over the source; 0 for all.
       max_bad_fraction: of these records, rounded up: if more cannot be read, a pass ends with DataError.
-      agree: gives the greatest of the numbers that all processes give, so that this ends them all.
+      agree: gives the process_max of the numbers that all processes give, so that this ends them all.
     """
     _check_shapes(batch_size, processes, process, image_size, interpolation)
     _check(0 < crop_fraction <= 1, "crop_fraction", crop_fraction, "must be in (0, 1]")
@@ -225,17 +232,17 @@ def make_epoch(
     count = min(limit or len(source), len(source))
     batches = -(-count // batch_size)
     crop = functools.partial(
-        resize_and_centre_crop, size=image_size, crop_fraction=crop_fraction, interpolation=interpolation
+        resize_and_center_crop, size=image_size, crop_fraction=crop_fraction, interpolation=interpolation
     )
     blank = np.zeros((*image_size, channels), np.uint8)
     load = functools.partial(
         _load_or_blank, source=source, crop=crop, channels=channels, max_pixels=max_pixels, blank=blank,
-        reported=set(), allowed=on_error == "skip",
+        reported=set(), allowed=on_error == "replace",
     )  # fmt: skip
 
-    def place(position: int) -> dict:
-        index = position * len(source) // count if position < count else -1
-        return load(index) | {"position": np.int32(position)}
+    def place(batch_index: int) -> dict:
+        index = batch_index * len(source) // count if batch_index < count else -1
+        return load(index) | {"batch_index": np.int32(batch_index)}
 
     def refuse_many(missing: int) -> None:
         if max_bad_fraction == 1 or not agree(missing):
@@ -279,14 +286,14 @@ def fingerprint(
     flip: float = 0.5,
     interpolation: str = "bilinear",
     augment: str = "",
-    colour_jitter: int | float = 0.0,
+    color_jitter: int | float = 0.0,
     mean: tuple[int | float, ...] = (),
-    maps: Maps | None = None,
+    maps: LabelMapSpec | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> dict:
     """What decides the samples that `make_batches` yields at a step, as JSON; not how many processes compute them."""
     augmenting = {"augment": augment, "mean": list(mean)} if augment else {}
-    augmenting |= {"colour_jitter": colour_jitter} if colour_jitter else {}
+    augmenting |= {"color_jitter": color_jitter} if color_jitter else {}
     augmenting |= {"maps": maps.as_json()} if maps else {}
     return {
         "source": source.fingerprint(),
@@ -305,7 +312,7 @@ def fingerprint(
 
 def most_bad(source, on_error: str, max_bad_fraction: float) -> int:
     """How many images may be bad, of those of an epoch."""
-    return math.ceil(max_bad_fraction * len(source)) if on_error == "skip" else 0
+    return math.ceil(max_bad_fraction * len(source)) if on_error == "replace" else 0
 
 
 def cores() -> int:
@@ -369,7 +376,7 @@ def _load_or_blank(index: int, *, source, crop, channels, max_pixels, blank, rep
 
 @functools.cache
 def _stride(count: int) -> int:
-    """About 0.618 of the count and coprime to it: steps that reach every record, and never soon a neighbour's."""
+    """About 0.618 of the count and coprime to it: steps that reach every record, and never soon a neighbor's."""
     stride = max(1, int(count * 0.618))
     while math.gcd(stride, count) != 1:
         stride += 1
@@ -388,7 +395,7 @@ def _count_bad(batches, source, check, allowed: int, positions: np.ndarray, *, a
             if alone and len(bad) > allowed:
                 what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
                 raise DataError(what, source.describe(), MEND)
-        yield batch | {"replaced": asked >= 0, "position": positions}
+        yield batch | {"replaced": asked >= 0, "batch_index": positions}
 
 
 def _reason(source, index: int, check) -> str:

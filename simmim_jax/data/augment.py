@@ -1,8 +1,8 @@
-"""RandAugment and colour jitter on the host: timm's choices and strengths, Pillow's operations, one image at a time.
+"""RandAugment and color jitter on the host: timm's choices and strengths, Pillow's operations, one image at a time.
 
 RandAugment (Cubuk et al. 2019, arXiv 1909.13719) as `rand_augment_transform` of timm 1.0.31 has it, which is what
 official fine-tuning trains with (data_finetune.py, "rand-m9-mstd0.5-inc1"): operations are drawn, each is done with a
-probability, its magnitude is a draw around m, of 10. Colour jitter as torchvision's ColorJitter, without hue.
+probability, its magnitude is a draw around m, of 10. Color jitter as torchvision's ColorJitter, without hue.
 
 Each operation is Pillow's own, so that its pixels are too. No JAX here: worker processes load this.
 Letters of shapes: h height, w width, c channels, 1 or 3.
@@ -25,7 +25,7 @@ RESAMPLING = {  # what Pillow turns and shears with
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # what colour jitter changes
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # what color jitter changes
 
 Argument = int | float | None
 Strength = Callable[[int | float, np.random.Generator], Argument]
@@ -159,39 +159,39 @@ class RandAugment(NamedTuple):
 
 
 def make_augment(
-    augment: str, *, colour_jitter: int | float, mean: tuple[int | float, ...], interpolation: str
+    augment: str, *, color_jitter: int | float, mean: tuple[int | float, ...], interpolation: str
 ) -> Callable[[UInt8[np.ndarray, "h w c"], np.random.Generator], UInt8[np.ndarray, "h w c"]] | None:
     """A function (image, rng) -> image that augments; None where there is nothing to do.
 
     Args:
       augment: RandAugment as `parse` reads it; empty: none.
-      colour_jitter: by how much brightness, contrast and saturation are changed at most, in either direction and in
+      color_jitter: by how much brightness, contrast and saturation are changed at most, in either direction and in
         random order; 0: not at all. timm's recipes have 0.4, and none of it where there is RandAugment, save that of
         three operations (t3a, t3aw), which it follows.
-      mean: of the channels, 0..1. This colour fills what is moved in from outside of the image.
+      mean: of the channels, 0..1. This color fills what is moved in from outside of the image.
       interpolation: one of `RESAMPLING`, of operations that move pixels.
 
-    Raises ConfigError for what cannot work: a string that is none, images that are neither grey nor RGB.
+    Raises ConfigError for what cannot work: a string that is none, images that are neither gray nor RGB.
     """
-    check_minimum("data.colour_jitter", colour_jitter, 0)
-    if not augment and not colour_jitter:
+    check_minimum("data.color_jitter", color_jitter, 0)
+    if not augment and not color_jitter:
         return None
     if len(mean) not in (1, 3):
-        fix = "set data.augment='' and data.colour_jitter=0: Pillow's operations are for 1 or 3 channels"
+        fix = "set data.augment='' and data.color_jitter=0: Pillow's operations are for 1 or 3 channels"
         raise ConfigError(f"images of {len(mean)} channels cannot be augmented", "data.augment", fix)
     if not augment:
-        return functools.partial(_jittered, strength=colour_jitter)
+        return functools.partial(_jittered, strength=color_jitter)
     policy = parse(augment)
-    if colour_jitter and "t3a" not in augment:
-        what = f"colour_jitter={colour_jitter} and RandAugment together"
+    if color_jitter and "t3a" not in augment:
+        what = f"color_jitter={color_jitter} and RandAugment together"
         fix = "set it to 0 (timm leaves it out there, but with t3a), or data.augment to ''"
-        raise ConfigError(what, "data.colour_jitter", fix)
+        raise ConfigError(what, "data.color_jitter", fix)
     if not set(MOVES).isdisjoint(policy.operations) and interpolation not in RESAMPLING:
         fix = f"choose one of {', '.join(RESAMPLING)}, or set data.augment=''"
         raise ConfigError(f"images cannot be turned by {interpolation}", "data.interpolation", fix)
     fill = tuple(min(255, max(0, round(255 * value))) for value in mean)
     move = {"resample": RESAMPLING.get(interpolation), "fillcolor": fill if len(fill) == 3 else fill[0]}
-    jitter = functools.partial(_jittered, strength=colour_jitter) if colour_jitter else None
+    jitter = functools.partial(_jittered, strength=color_jitter) if color_jitter else None
     return functools.partial(_rand_augmented, policy=policy, move=move, jitter=jitter)
 
 

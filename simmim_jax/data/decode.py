@@ -37,7 +37,7 @@ class BadImage(ValueError):
 def leave_out(source, index: int, error: Exception, *, reported: set, allowed: bool) -> None:
     """Name a bad record of an evaluation on the log, once: `reported` has those that were. DataError if not allowed."""
     if not allowed:
-        fix = "mend or remove the file, or set data.on_error=skip"
+        fix = "mend or remove the file, or set data.on_error=replace"
         raise DataError(f"a bad image: {source.name(index)}: {error}", source.describe(), fix) from error
     if index not in reported:
         logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
@@ -47,8 +47,8 @@ def leave_out(source, index: int, error: Exception, *, reported: set, allowed: b
 class Picture:
     """An image whose header alone has been read: `height` and `width` are those of what `read` gives.
 
-    Colours are converted as torchvision's loader does, by Pillow's `convert`: alpha is dropped and not composited, grey
-    is repeated, palettes and CMYK are looked up. 16-bit grey is scaled to 8 bits (`convert` would clip it). EXIF
+    Colors are converted as torchvision's loader does, by Pillow's `convert`: alpha is dropped and not composited, gray
+    is repeated, palettes and CMYK are looked up. 16-bit gray is scaled to 8 bits (`convert` would clip it). EXIF
     orientation is applied; an animation gives its first frame. Other channel counts than 1 and 3 are taken as they
     are stored, never converted.
 
@@ -93,12 +93,12 @@ class Picture:
     def _read_jpeg(self, reduce: int) -> np.ndarray | None:
         """What libjpeg-turbo gives without Pillow in between, to the same bits; None where it has a doubt."""
         width, height = self._file.size
-        colours = "GRAY" if (self._file.mode, self._channels) == ("L", 1) else "RGB"
+        colors = "GRAY" if (self._file.mode, self._channels) == ("L", 1) else "RGB"
         least = {} if reduce == 1 else {"min_height": -(-height // reduce), "min_width": -(-width // reduce)}
         try:
             if simplejpeg.decode_jpeg_header(self._jpeg, strict=False)[:2] != (height, width):
                 return None
-            pixels = simplejpeg.decode_jpeg(self._jpeg, colours, min_factor=reduce, **least)
+            pixels = simplejpeg.decode_jpeg(self._jpeg, colors, min_factor=reduce, **least)
             if pixels.shape[:2] != (-(-height // reduce), -(-width // reduce)):
                 return None
         except ValueError:  # any warning of libjpeg's: Pillow forgives some of them, and its word counts
@@ -156,7 +156,7 @@ def _from_array(pixels: np.ndarray, channels: int, max_pixels: int) -> np.ndarra
 
 
 def _converted(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """From grey to RGB, or from RGB to grey."""
+    """From gray to RGB, or from RGB to gray."""
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     return np.atleast_3d(np.asarray(picture.convert(MODES[channels])))
 

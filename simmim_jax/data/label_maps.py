@@ -46,14 +46,14 @@ KINDS = ("auto", "folder", "tfds")
 TRIES = 10  # crops that are drawn until one is not nearly all of one class
 LONGEST = 4  # times its shorter side that an image's longer side may be before both are scaled by the longer
 GLANCE, LONG_LOOK = 8, 256  # maps that are looked at before a run begins, and where these show one class alone
-STEPS_OF_GREY = {2: 85, 4: 17}  # Pillow spreads the values of a grey PNG of so few bits over 0..255
+STEPS_OF_GRAY = {2: 85, 4: 17}  # Pillow spreads the values of a gray PNG of so few bits over 0..255
 
 
 class WrongLabel(BadImage):
     """A map with a value that is no class, which is most often a mistake in the config."""
 
 
-class Maps(NamedTuple):
+class LabelMapSpec(NamedTuple):
     """How maps are read, and crops drawn; as `make_batches` takes it.
 
     num_classes: labels are 0 to that less one. ignore: the value in a file that has no class.
@@ -103,7 +103,7 @@ class Maps(NamedTuple):
         return np.dtype(np.uint8 if self.num_classes <= 254 else np.uint16)
 
 
-def make_mapped_source(
+def make_label_map_source(
     source: str, *, path: str = "", name: str = "", data_dir: str = "", split: str = "train", heldout_fraction: float
 ):
     """The records of one split, as `data.sources` has them, with "map" beside each "image": a file's bytes, or pixels.
@@ -122,7 +122,7 @@ def make_mapped_source(
         raise ConfigError(f"source {source!r} has no label maps", "data.source", f"choose one of {', '.join(KINDS)}")
     prepared = path and prepared_directory(os.path.abspath(os.path.expanduser(path)))
     if source == "tfds" or (source == "auto" and (prepared or not path) and name + path):
-        return MappedTfds(make_tfds(name=name, data_dir=data_dir, split=split, path=path))
+        return LabelMapTfds(make_tfds(name=name, data_dir=data_dir, split=split, path=path))
     if not path:
         raise ConfigError("data.path is empty", "data.path", LAYOUT)
     path = os.path.abspath(os.path.expanduser(path))
@@ -249,7 +249,7 @@ def _maps_below(root: str, below: str = "") -> Iterator[str]:
         yield from _maps_below(root, f"{below}{name}/")
 
 
-class MappedTfds:
+class LabelMapTfds:
     """A TFDS data set's images, each with its map out of another feature of its record."""
 
     FEATURES = ("annotation", "segmentation_mask", "label_map")
@@ -279,10 +279,10 @@ class MappedTfds:
         return self.images.fingerprint() | {"source": "label_maps", "map": self.map}
 
 
-def read_map(stored: bytes | np.ndarray, maps: Maps, max_pixels: int = MAX_PIXELS) -> UInt[np.ndarray, "h w"]:
+def read_map(stored: bytes | np.ndarray, maps: LabelMapSpec, max_pixels: int = MAX_PIXELS) -> UInt[np.ndarray, "h w"]:
     """The classes of an index image's pixels, in `maps.dtype`, whose largest value stands for none.
 
-    stored: a file's bytes, of one value for each pixel (grey, palette or 16 bits), or pixels [h, w] or [h, w, 1].
+    stored: a file's bytes, of one value for each pixel (gray, palette or 16 bits), or pixels [h, w] or [h, w, 1].
     Raises BadImage, also for a label that is no class.
     """
     raw = _read_values(stored, maps, max_pixels)
@@ -293,7 +293,7 @@ def read_map(stored: bytes | np.ndarray, maps: Maps, max_pixels: int = MAX_PIXEL
     return classes
 
 
-def _read_values(stored: bytes | np.ndarray, maps: Maps, max_pixels: int) -> UInt[np.ndarray, "h w"]:
+def _read_values(stored: bytes | np.ndarray, maps: LabelMapSpec, max_pixels: int) -> UInt[np.ndarray, "h w"]:
     """What a map's pixels are in its file."""
     raw = stored if isinstance(stored, np.ndarray) else _decode_map(stored, max_pixels, maps.channel >= 0)
     if raw.ndim == 3 and (raw.shape[2] == 1 or 0 <= maps.channel < raw.shape[2]):
@@ -313,7 +313,7 @@ def _table(num_classes: int, ignore: int, reduce_zero_label: bool, to: str, of: 
     return table
 
 
-def _decode_map(file: bytes, max_pixels: int, colours: bool) -> np.ndarray:
+def _decode_map(file: bytes, max_pixels: int, colors: bool) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(file), formats=FORMATS)
         if picture.width * picture.height > max_pixels:
@@ -328,16 +328,16 @@ def _decode_map(file: bytes, max_pixels: int, colours: bool) -> np.ndarray:
         if pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
             raise BadImage("its map has 32-bit values")
         return pixels.astype(np.uint16)
-    if colours and picture.mode in ("RGB", "RGBA"):
+    if colors and picture.mode in ("RGB", "RGBA"):
         return np.asarray(picture)
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I;16"):
-        raise BadImage(f"its map has colours (mode {picture.mode}), not an index for each pixel")
+        raise BadImage(f"its map has colors (mode {picture.mode}), not an index for each pixel")
     pixels = np.asarray(picture).astype(np.uint16 if picture.mode.startswith("I") else np.uint8)
-    few_bits = picture.format == "PNG" and file[25:26] == b"\0" and STEPS_OF_GREY.get(file[24])
+    few_bits = picture.format == "PNG" and file[25:26] == b"\0" and STEPS_OF_GRAY.get(file[24])
     return pixels // few_bits if few_bits else pixels
 
 
-def read_pair(record: dict, maps: Maps, channels: int, max_pixels: int) -> tuple[Picture, np.ndarray]:
+def read_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) -> tuple[Picture, np.ndarray]:
     """The image and the map of a record, upright.
 
     Raises BadImage, also where they differ in size, or the map may lie otherwise than the image.
@@ -374,12 +374,12 @@ def upright(label_map: UInt[np.ndarray, "h w"], orientation: int) -> UInt[np.nda
     return label_map[:, ::-1] if orientation in (6, 7) else label_map
 
 
-def check_pair(record: dict, maps: Maps, channels: int, max_pixels: int) -> None:
+def check_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) -> None:
     """Raise BadImage unless both decode whole and fit together."""
     read_pair(record, maps, channels, max_pixels)[0].read()
 
 
-def check_maps(source, maps: Maps, channels: int, max_pixels: int = MAX_PIXELS) -> None:
+def check_maps(source, maps: LabelMapSpec, channels: int, max_pixels: int = MAX_PIXELS) -> None:
     """Look at a few records, spread evenly, and at the class names, before a run begins.
 
     Raises ConfigError where the names are not `num_classes`, and DataError where none of these records can be used, a
@@ -426,7 +426,7 @@ def read_random_crop(
     rng: np.random.Generator,
     *,
     size: tuple[int, int],
-    maps: Maps,
+    maps: LabelMapSpec,
     flip: float,
     interpolation: str,
     channels: int,
@@ -469,7 +469,7 @@ def read_random_crop(
 
 
 def fitting_factor(shape: tuple[int, int], size: tuple[int, int], short_side: int) -> float:
-    """By what an image is scaled before it is cropped, or cut into windows: see `Maps.short_side`."""
+    """By what an image is scaled before it is cropped, or cut into windows: see `LabelMapSpec.short_side`."""
     if short_side < 0:
         return 1.0
     short = short_side or min(size)
@@ -497,14 +497,14 @@ def distort_photometrically(image: UInt8[np.ndarray, "h w c"], rng: np.random.Ge
         saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
         hue = rng.integers(-18, 19) if rng.random() < 0.5 else 0
         if saturation != 1 or hue:
-            colours = np.array(Image.fromarray(image).convert("HSV"))
-            colours[..., 1] = line(colours[..., 1], factor=saturation)
-            colours[..., 0] += np.uint8(round(hue * 256 / 180) % 256)  # a circle: it wraps
-            image = np.asarray(Image.fromarray(colours, "HSV").convert("RGB"))
+            colors = np.array(Image.fromarray(image).convert("HSV"))
+            colors[..., 1] = line(colors[..., 1], factor=saturation)
+            colors[..., 0] += np.uint8(round(hue * 256 / 180) % 256)  # a circle: it wraps
+            image = np.asarray(Image.fromarray(colors, "HSV").convert("RGB"))
     return image if early else contrast(image)
 
 
-class Whole:
+class SegmentationSet:
     """Each image of a source once, in order, whole, with its map, as often as it is iterated over.
 
     Each is {"image": uint8 [h, w, c], scaled as for training but not at random; "label_map": [y, x], as large as its
@@ -515,8 +515,8 @@ class Whole:
     """
 
     def __init__(
-        self, source, *, size: tuple[int, int], maps: Maps, channels: int, interpolation: str = "bilinear",
-        limit: int = 0, threads: int = 2, on_error: str = "skip", max_bad_fraction: int | float = 1.0,
+        self, source, *, size: tuple[int, int], maps: LabelMapSpec, channels: int, interpolation: str = "bilinear",
+        limit: int = 0, threads: int = 2, on_error: str = "replace", max_bad_fraction: int | float = 1.0,
         max_pixels: int = MAX_PIXELS,
     ):  # fmt: skip
         self.classes, self.count = source.classes, min(limit or len(source), len(source))
@@ -524,7 +524,7 @@ class Whole:
         self.threads = max(threads, 1)
         self.load = functools.partial(
             _load_whole, source=source, size=size, maps=maps, channels=channels, interpolation=interpolation,
-            max_pixels=max_pixels, skips=on_error == "skip", reported=set(),
+            max_pixels=max_pixels, skips=on_error == "replace", reported=set(),
         )  # fmt: skip
         self.total = len(source)
 
@@ -537,7 +537,7 @@ class Whole:
 
 
 def _load_whole(
-    index: int, *, source, size, maps: Maps, channels, interpolation, max_pixels, skips: bool, reported: set
+    index: int, *, source, size, maps: LabelMapSpec, channels, interpolation, max_pixels, skips: bool, reported: set
 ) -> dict | None:
     try:
         record = source[index]

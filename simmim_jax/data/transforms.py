@@ -3,7 +3,7 @@
 What torchvision makes of Pillow images: Pillow's filters, antialiased, run by the SIMD code of cykooz_resizer in
 Pillow's order, across before down. Bilinear differs from Pillow's own by at most 1 of 255, in about one value of a
 hundred; bicubic and lanczos by a little more where they overshoot; a large JPEG that is decoded at a fraction by up to
-20 (bounds: tests/test_data_transforms.py; on photographs: benchmarks/input.py --greatest-difference).
+20 (bounds: tests/test_data_transforms.py; on photographs: benchmarks/input.py --process_max-difference).
 
 Letters of shapes: h height, w width, c channels. Sizes are (height, width) in pixels.
 """
@@ -69,13 +69,13 @@ def random_flip(
     return flipped
 
 
-def resize_and_centre_crop(
+def resize_and_center_crop(
     picture: Picture,
     size: tuple[int, int],
     crop_fraction: float = 1.0,
     interpolation: str = "bilinear",
 ) -> UInt8[np.ndarray, "h w c"]:
-    """The centre of the image: resized until it just covers `size / crop_fraction`, then cropped to `size`.
+    """The center of the image: resized until it just covers `size / crop_fraction`, then cropped to `size`.
 
     Source: torchvision's Resize and CenterCrop, to the rounding; 0.875 is the usual resize to 256 for a crop of 224.
     Only the part that is kept is computed, so that an image of 1 x 5000 costs no more than another.
@@ -137,7 +137,7 @@ def _seen(low: int | float, high: int | float, wanted: int, there: int, interpol
 
 
 def _random_box(rng, width, height, scale, ratio) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom: of ten tries the first that fits, else the largest centred box of an allowed ratio."""
+    """Left, top, right, bottom: of ten tries the first that fits, else the largest centerd box of an allowed ratio."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

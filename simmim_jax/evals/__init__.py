@@ -1,13 +1,13 @@
 """Evaluators: how good it is.
 
-The contract. `make_evaluator(name, supplies, **options)` returns `run(state) -> {metric: float}`. An evaluator receives
+The contract. `make_evaluator(name, eval_inputs, **options)` returns `run(state) -> {metric: float}`. An evaluator receives
 what it evaluates (a compiled function, the images of one pass) and knows neither config nor model. Its metrics are the
 same for any batch size and device count. Supplies, of which each evaluator's signature picks what it needs:
 
     heldout     one pass over the held-out images: iterable of batches
     spread      (count) -> a pass over so many of them, spread evenly
     predict     (params, batch) -> dict of numpy arrays: what the objective makes of the batch, and of the same images
-                "label", "position" and "valid" (false where a batch is filled up); of all processes' images
+                "label", "batch_index" and "valid" (false where a batch is filled up); of all processes' images
     features    (state) -> evals.features.Features of training and held-out images
     folder      where figures go: <folder>/<name>_<step>.png
 
@@ -33,9 +33,9 @@ EVALUATORS = {
 }
 
 
-def make_evaluator(name: str, supplies: dict, **options) -> Callable:
+def make_evaluator(name: str, eval_inputs: dict, **options) -> Callable:
     """The evaluator `name`. Raises ConfigError for an unknown name."""
     make = choose("evaluator", name, EVALUATORS)
     wanted = inspect.signature(make).parameters
     check_options(f"{name} evaluator", make, options)
-    return make(**{supply: value for supply, value in supplies.items() if supply in wanted}, **options)
+    return make(**{supply: value for supply, value in eval_inputs.items() if supply in wanted}, **options)

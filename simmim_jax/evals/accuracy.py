@@ -12,13 +12,13 @@ TOP = 5
 
 
 class Answers(NamedTuple):
-    """What a classifier says of n labelled images.
+    """What a classifier says of n labeled images.
 
-    position: in the pass. rank: of the right class among the logits, 0 for the highest. predicted: the class with the
+    batch_index: in the pass. rank: of the right class among the logits, 0 for the highest. predicted: the class with the
     highest logit; where the right one only ties with it, the other. confidence: its probability, 0..1.
     """
 
-    position: Int[np.ndarray, " n"]
+    batch_index: Int[np.ndarray, " n"]
     label: Int[np.ndarray, " n"]
     rank: Int[np.ndarray, " n"]
     predicted: Int[np.ndarray, " n"]
@@ -26,9 +26,9 @@ class Answers(NamedTuple):
 
 
 def answers_of(out: dict) -> tuple[Answers, Bool[np.ndarray, " b"]]:
-    """(the answers to the valid, labelled images of a batch, which those are).
+    """(the answers to the valid, labeled images of a batch, which those are).
 
-    out: "logits" [b, c], "label", "valid" and, where positions matter, "position" [b]. Raises NonFiniteError, and
+    out: "logits" [b, c], "label", "valid" and, where positions matter, "batch_index" [b]. Raises NonFiniteError, and
     DataError for a label that is none of the c.
     """
     use = out["valid"] & (out["label"] >= 0)
@@ -48,8 +48,8 @@ def answers_of(out: dict) -> tuple[Answers, Bool[np.ndarray, " b"]]:
     predicted = np.where(rank == 0, label, others.argmax(axis=1))
     highest = logits.max(axis=1, keepdims=True)
     confidence = 1 / np.exp(logits - highest).sum(axis=1)  # predicted has the highest logit, alone or beside others
-    position = out["position"][use] if "position" in out else np.arange(len(use))[use]
-    return Answers(position, label, rank, predicted, confidence), use
+    batch_index = out["batch_index"][use] if "batch_index" in out else np.arange(len(use))[use]
+    return Answers(batch_index, label, rank, predicted, confidence), use
 
 
 def join(parts: Iterable[Answers]) -> Answers:

@@ -89,7 +89,7 @@ def draw_confusion(
     picture = Image.new("RGB", (margin + side + list_width, height), "white")
 
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    picture.paste(Image.fromarray(colours(shares)).resize((side, side), Image.Resampling.NEAREST), (margin, margin))
+    picture.paste(Image.fromarray(colors(shares)).resize((side, side), Image.Resampling.NEAREST), (margin, margin))
     pen = ImageDraw.Draw(picture)
     pen.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline="black")
     ticks = range(0, count, 1 if few else next((s for s in (10, 20, 50, 100, 200, 500, 1000) if s * 12 > count), count))
@@ -124,7 +124,7 @@ def most_confused(matrix: Int[np.ndarray, "c c"], names: Sequence[str], pairs: i
     ]
 
 
-def colours(shares: Float[np.ndarray, "c c"]) -> UInt8[np.ndarray, "c c 3"]:
+def colors(shares: Float[np.ndarray, "c c"]) -> UInt8[np.ndarray, "c c 3"]:
     """White for nothing; blue on the diagonal and red beside it, by the square root, so that little is seen too."""
     depth = np.sqrt(shares)[..., None]
     deepest = np.where(np.eye(len(shares), dtype=bool)[..., None], (20, 60, 160), (170, 0, 20))
@@ -156,7 +156,7 @@ class Mistake(NamedTuple):
     """An image that was taken for another class. image: as the model saw it. confidence: in that class, 0..1."""
 
     confidence: float
-    position: int
+    batch_index: int
     label: int
     predicted: int
     image: UInt8[np.ndarray, "y x _"]
@@ -171,9 +171,9 @@ class Mistakes:
     def see(self, images: UInt8[np.ndarray, "n y x _"], answers: Answers) -> None:
         """images: those of `answers`."""
         for n in np.flatnonzero(answers.rank > 0):
-            what = (float(answers.confidence[n]), int(answers.position[n]), int(answers.label[n]))
+            what = (float(answers.confidence[n]), int(answers.batch_index[n]), int(answers.label[n]))
             self.kept.append(Mistake(*what, int(answers.predicted[n]), images[n].copy()))  # a view holds its batch
-        self.kept = sorted(self.kept, key=lambda mistake: (-mistake.confidence, mistake.position))[: self.most]
+        self.kept = sorted(self.kept, key=lambda mistake: (-mistake.confidence, mistake.batch_index))[: self.most]
 
 
 def draw_mistakes(mistakes: Sequence[Mistake], names: Sequence[str]) -> UInt8[np.ndarray, "height width 3"]:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from simmim_jax.errors import DataError, NonFiniteError
-from simmim_jax.metrics import write_atomically
+from simmim_jax.runs.records import write_atomically
 
 FLUSH = 20.0  # seconds between the places from which an extraction that was killed goes on
 
@@ -61,13 +61,13 @@ def open_cache(
     extract: Callable[[dict], dict],
     blocks: list[int],
     dtype: str = "float32",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     max_bad_fraction: int | float = 0.01,
 ) -> FeatureCache:
     """The cache in `folder` of what `identity`, JSON, names; blocks that it has not yet are extracted from `passes`.
 
-    extract(batch) -> {"block_N" [b, d] for each of the blocks, "label", "position", "valid" [b]}. Other identities in
-    the folder stay; what does not is told by `say`. Raises NonFiniteError, DataError where more than
+    extract(batch) -> {"block_N" [b, d] for each of the blocks, "label", "batch_index", "valid" [b]}. Other identities in
+    the folder stay; what does not is told by `log`. Raises NonFiniteError, DataError where more than
     `max_bad_fraction` of a pass's images cannot be read, and OSError where the disk is full.
     """
     final = Path(folder) / key_of(identity | {"dtype": dtype})
@@ -76,15 +76,15 @@ def open_cache(
     whole, bad_before = _whole(final, counts, allowed)
     missing = [block for block in blocks if block not in whole]
     if not missing:
-        say(f"features: {len(blocks)} blocks are there already, in {final}")
+        log(f"features: {len(blocks)} blocks are there already, in {final}")
         return FeatureCache(final)
     if not whole and (final / "meta.json").exists():
-        say(f"features: those in {final} are damaged, or lack more images than are allowed to: all are read again")
+        log(f"features: those in {final} are damaged, or lack more images than are allowed to: all are read again")
     partial = final.with_name(f"{final.name}.partial")
     plan = {"blocks": sorted(missing)}
-    done, bad = _progress(partial, plan, say)
+    done, bad = _progress(partial, plan, log)
     for split, each in passes.items():
-        _extract(partial, plan, done, bad, split, each, extract, np.dtype(dtype), say, allowed[split])
+        _extract(partial, plan, done, bad, split, each, extract, np.dtype(dtype), log, allowed[split])
         if whole:  # a row is there only if all its blocks are
             path = partial / f"{split}_labels.npy"
             if path.exists():  # else it is merged, and in its place, since before a kill
@@ -123,7 +123,7 @@ def _whole(final: Path, counts: dict[str, int], allowed: dict[str, int]) -> tupl
     return blocks, bad
 
 
-def _progress(partial: Path, plan: dict, say: Callable[[str], None]) -> tuple[dict[str, int], dict[str, int]]:
+def _progress(partial: Path, plan: dict, log: Callable[[str], None]) -> tuple[dict[str, int], dict[str, int]]:
     """How many images of each split lie in `partial`, and how many of these could not be read.
 
     None where it is of another plan, and then it is emptied.
@@ -137,14 +137,14 @@ def _progress(partial: Path, plan: dict, say: Callable[[str], None]) -> tuple[di
     except (OSError, ValueError, KeyError):
         pass
     if any(partial.glob("*.npy")):
-        say(f"features: an unfinished extraction, {partial}, {why}: it is discarded, and all is read anew")
+        log(f"features: an unfinished extraction, {partial}, {why}: it is discarded, and all is read anew")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return {}, {}
 
 
 def _extract(
-    partial: Path, plan: dict, done: dict, bad: dict, split: str, images: Pass, extract, dtype, say, allowed: int
+    partial: Path, plan: dict, done: dict, bad: dict, split: str, images: Pass, extract, dtype, log, allowed: int
 ) -> None:
     """Fill the files of one split, from the image on that `done` says, and count there what is on the disk.
 
@@ -157,7 +157,7 @@ def _extract(
         return
     files: dict[str, np.memmap] = {}
     if start:
-        say(f"features: {split} goes on at image {start} of {images.count}")
+        log(f"features: {split} goes on at image {start} of {images.count}")
         files = {name: np.lib.format.open_memmap(partial / file, mode="r+") for name, file in names.items()}
         files["label"] = np.lib.format.open_memmap(partial / f"{split}_labels.npy", mode="r+")
     begin = said = time.monotonic()
@@ -173,7 +173,9 @@ def _extract(
             }
             files["label"] = _allocate(partial / f"{split}_labels.npy", (images.count,), np.dtype(np.int32))
             files["label"][:] = -1
-        new = (out["position"] >= start) & (out["position"] < images.count)  # the first batch may begin before `start`
+        new = (out["batch_index"] >= start) & (
+            out["batch_index"] < images.count
+        )  # the first batch may begin before `start`
         use = new & out["valid"]
         faults += int((new & ~out["valid"]).sum())
         if faults > allowed:
@@ -190,7 +192,7 @@ def _extract(
                 if np.isfinite(values).all():
                     fix = "give --dtype=float32"
                 raise NonFiniteError(f"features are not finite as {file.dtype}", f"{name} of the {split} images", fix)
-            file[out["position"][use]] = rows
+            file[out["batch_index"][use]] = rows
         now = time.monotonic()
         if read == images.count or now - said > FLUSH:
             for file in files.values():
@@ -198,7 +200,7 @@ def _extract(
             done[split], bad[split] = read, faults
             write_atomically(partial / "progress.json", json.dumps(plan | {"images": done, "bad": bad}))
             rate = (read - start) / max(now - begin, 1e-9)
-            say(f"features: {split} {read}/{images.count} images, {rate:.0f} images/s")
+            log(f"features: {split} {read}/{images.count} images, {rate:.0f} images/s")
             said = now
 
 

@@ -1,4 +1,4 @@
-"""What a model makes of images, on all devices: features of two labelled sets, extracted once for all their readers."""
+"""What a model makes of images, on all devices: features of two labeled sets, extracted once for all their readers."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -8,17 +8,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from simmim_jax import sharding
 from simmim_jax.errors import DataError, NonFiniteError
+from simmim_jax.runtime import sharding
 
-OF_IMAGES = ("label", "position", "valid")
+OF_IMAGES = ("label", "batch_index", "valid")
 
 
-def run_everywhere(function: Callable, mesh: Mesh) -> Callable:
+def jit_on_mesh(function: Callable, mesh: Mesh) -> Callable:
     """`function` (params, batch) -> dict, compiled for batches that are split over `mesh`.
 
     The result is called with (params, this process's numpy batch) and gives what `function` and the batch itself
-    ("label", "position", "valid") say of all processes' images, as numpy arrays.
+    ("label", "batch_index", "valid") say of all processes' images, as numpy arrays.
     """
     jitted = jax.jit(
         lambda params, batch: function(params, batch) | {name: batch[name] for name in OF_IMAGES},
@@ -62,7 +62,7 @@ def make_feature_reader(*, extract: Callable, train: Iterable[dict], heldout: It
 
 
 def _collect(images: str, extract: Callable, params, batches: Iterable[dict]):
-    """Features and labels of the valid, labelled images of `batches`."""
+    """Features and labels of the valid, labeled images of `batches`."""
     features, labels = [], []
     for batch in batches:
         out = extract(params, batch)
@@ -72,7 +72,7 @@ def _collect(images: str, extract: Callable, params, batches: Iterable[dict]):
     if not any(map(len, labels)):
         raise DataError(
             f"no {images} image with a label could be read", "evaluation by knn or linear",
-            "give a split with labels, or set config.probes to False and leave both out of config.evals",
+            "give a split with labels, or set config.online_probes to False and leave both out of config.evals",
         )  # fmt: skip
     features = np.concatenate(features)
     if not np.isfinite(features).all():

@@ -2,11 +2,11 @@
 
 Letters of shapes: m training images, n images to classify, d feature width, k classes, g settings of a grid, s sets of
 features (blocks) that are fitted at once. Labels are 0 to k - 1. A linear classifier is (weights [d, k], bias [k]) of
-features that are standardised by the mean and scale of the training images, as by a batch norm without affine
+features that are standardized by the mean and scale of the training images, as by a batch norm without affine
 parameters (MAE, arXiv 2111.06377, appendix A).
 
 All is on one device, one set of features at a time: ImageNet's 1.28 million of 768 numbers are 3.9 GB there, and about
-twice that while they are standardised or filled up. Logits are computed in parts of `ROWS` images. Ridge regression
+twice that while they are standardized or filled up. Logits are computed in parts of `ROWS` images. Ridge regression
 alone is solved on the host, in float64.
 """
 
@@ -49,7 +49,7 @@ def statistics(features: Float[np.ndarray, "m d"]) -> tuple[Float[np.ndarray, " 
 
 
 @jax.jit
-def standardise(
+def standardize(
     features: Float[Anywhere, "m d"], mean: Float[Anywhere, " d"], scale: Float[Anywhere, " d"]
 ) -> Float[Array, "m d"]:
     return (features.astype(jnp.float32) - mean) / scale
@@ -87,7 +87,7 @@ def sweep(
     batch_size: int = 1024,
     epochs: int = 100,
 ) -> Linear:
-    """Linear classifiers [s, g] of standardised features, one for each setting of each set, all trained at once.
+    """Linear classifiers [s, g] of standardized features, one for each setting of each set, all trained at once.
 
     SGD with momentum 0.9 and a cosine from learning_rates x batch / 256 to zero; from weights of zero; decay of the
     weights, not of the bias. Every epoch is a permutation of the images by `key`, the same for all; what is left of
@@ -126,16 +126,16 @@ def sweep(
 def logistic_path(
     features: Float[Anywhere, "m d"],
     labels: Int[Anywhere, " m"],
-    inverse_regularisations: Float[Anywhere, " g"],
+    inverse_regularizations: Float[Anywhere, " g"],
     start: Linear | None = None,
     *,
     classes: int,
     iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Linear:
-    """Multinomial logistic regression of standardised features: the classifier [g] of each `inverse_regularisation` C.
+    """Multinomial logistic regression of standardized features: the classifier [g] of each `C` C.
 
-    What is minimised is scikit-learn's: the sum over images of cross entropy, times C, and half the squared weights
+    What is minimized is scikit-learn's: the sum over images of cross entropy, times C, and half the squared weights
     (the bias is free). By L-BFGS, the first C from `start`, by default zero, each other from where the one before it
     ended, until no derivative of that sum, divided by C and m, is above `tolerance`, the loss does not fall any more in
     float32, or so many iterations are done.
@@ -159,14 +159,14 @@ def logistic_path(
             total, _ = jax.lax.scan(lambda total, part: (add(total, part, p), None), jnp.float32(0), (x, y))
             return total / count + 0.5 * (p[:-1] ** 2).sum() / (strength * count)
 
-        return minimise(objective, start, iterations, tolerance)
+        return minimize(objective, start, iterations, tolerance)
 
     first = jnp.zeros((width + 1, classes)) if start is None else jnp.vstack(start)
-    _, found = jax.lax.scan(lambda p, strength: (fit(p, strength),) * 2, first, inverse_regularisations)
+    _, found = jax.lax.scan(lambda p, strength: (fit(p, strength),) * 2, first, inverse_regularizations)
     return Linear(found[:, :-1], found[:, -1])
 
 
-def minimise(objective: Callable, start: Float[Array, "..."], iterations: int, tolerance: float) -> Float[Array, "..."]:
+def minimize(objective: Callable, start: Float[Array, "..."], iterations: int, tolerance: float) -> Float[Array, "..."]:
     """Where a smooth `objective` is least, by L-BFGS from `start`.
 
     It ends when no derivative is above `tolerance`, when the objective does not fall any more in float32, or after so
@@ -188,13 +188,13 @@ def minimise(objective: Callable, start: Float[Array, "..."], iterations: int, t
 
 
 def ridge_path(
-    features: Float[Anywhere, "m d"], labels: Int[Anywhere, " m"], regularisations: tuple[float, ...], *, classes: int
+    features: Float[Anywhere, "m d"], labels: Int[Anywhere, " m"], regularizations: tuple[float, ...], *, classes: int
 ) -> Linear:
-    """Ridge regression of one-hot targets on standardised features: the classifier [g] of each regularisation.
+    """Ridge regression of one-hot targets on standardized features: the classifier [g] of each regularization.
 
-    The squared errors' mean over images and `regularisation` times the squared weights are minimised; the bias is free.
+    The squared errors' mean over images and `regularization` times the squared weights are minimized; the bias is free.
     In closed form, all by one eigendecomposition of the features' covariance, which is summed in float64: its least
-    eigenvalues are below what float32 tells apart, and a regularisation may be too.
+    eigenvalues are below what float32 tells apart, and a regularization may be too.
     """
     (count, width), labels = features.shape, np.asarray(labels)
     gram, sums = np.zeros((width, width)), np.zeros((classes, width))  # sums: of the features of each class
@@ -205,11 +205,11 @@ def ridge_path(
         x = np.asarray(features[start : start + ROWS], np.float64)[order]
         gram += x.T @ x
         sums[there] += np.add.reduceat(x, first)
-    centre, shares = sums.sum(axis=0) / count, np.bincount(labels, minlength=classes) / count
-    values, vectors = np.linalg.eigh(gram / count - np.outer(centre, centre))
-    turned = vectors.T @ (sums.T / count - np.outer(centre, shares))
-    weights = np.stack([vectors @ (turned / (np.maximum(values, 0) + r)[:, None]) for r in regularisations])
-    return Linear(jnp.float32(weights), jnp.float32(shares - centre @ weights))
+    center, shares = sums.sum(axis=0) / count, np.bincount(labels, minlength=classes) / count
+    values, vectors = np.linalg.eigh(gram / count - np.outer(center, center))
+    turned = vectors.T @ (sums.T / count - np.outer(center, shares))
+    weights = np.stack([vectors @ (turned / (np.maximum(values, 0) + r)[:, None]) for r in regularizations])
+    return Linear(jnp.float32(weights), jnp.float32(shares - center @ weights))
 
 
 def nearest_classes(
@@ -218,28 +218,28 @@ def nearest_classes(
     queries: Float[Anywhere, "n d"],
     *,
     classes: int,
-    neighbours: tuple[int, ...] = (10, 20, 100, 200),
+    neighbors: tuple[int, ...] = (10, 20, 100, 200),
     temperature: int | float = 0.07,
 ) -> Int[np.ndarray, "g n 5"]:
-    """The five classes with the most votes among an image's nearest neighbours, for each number of them; -1 for none.
+    """The five classes with the most votes among an image's nearest neighbors, for each number of them; -1 for none.
 
-    Cosine similarity; each neighbour votes for its class with weight exp(similarity / temperature) (Wu et al. 2018,
+    Cosine similarity; each neighbor votes for its class with weight exp(similarity / temperature) (Wu et al. 2018,
     arXiv 1805.01978; numbers and temperature are DINO's). Of equal votes the lowest class is first. At most so many
-    similarities as `ROWS` x `KEYS` are held at once. More neighbours than there are images are all images.
+    similarities as `ROWS` x `KEYS` are held at once. More neighbors than there are images are all images.
     """
-    count = tuple(min(number, len(labels)) for number in neighbours)
+    count = tuple(min(number, len(labels)) for number in neighbors)
     return np.asarray(
-        _nearest_classes(train, labels, queries, jnp.float32(temperature), classes=classes, neighbours=count)
+        _nearest_classes(train, labels, queries, jnp.float32(temperature), classes=classes, neighbors=count)
     )
 
 
-@partial(jax.jit, static_argnames=("classes", "neighbours"))
-def _nearest_classes(train, labels, queries, temperature, *, classes, neighbours):
+@partial(jax.jit, static_argnames=("classes", "neighbors"))
+def _nearest_classes(train, labels, queries, temperature, *, classes, neighbors):
     def unit(x):
         x = x.astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-    most, (count, width) = max(neighbours), train.shape
+    most, (count, width) = max(neighbors), train.shape
     parts = -(-count // KEYS)
     size = max(-(-count // parts), most)
     pad = parts * size - count
@@ -271,10 +271,10 @@ def _nearest_classes(train, labels, queries, temperature, *, classes, neighbours
             first = jnp.where(votes > 0, first, -1)
             return jnp.pad(first, ((0, 0), (0, 5 - first.shape[1])), constant_values=-1)
 
-        return jnp.stack([vote(number) for number in neighbours])
+        return jnp.stack([vote(number) for number in neighbors])
 
     found = jax.lax.map(classes_of, unit_queries.reshape(blocks, rows, width))  # blocks g rows 5
-    return jnp.moveaxis(found, 1, 0).reshape(len(neighbours), -1, 5)[:, : len(queries)]
+    return jnp.moveaxis(found, 1, 0).reshape(len(neighbors), -1, 5)[:, : len(queries)]
 
 
 def found_ranks(found: Int[np.ndarray, "n 5"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

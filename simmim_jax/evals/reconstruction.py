@@ -20,9 +20,9 @@ def make_reconstruction(
     folder: str,
     pictures: int = 8,
 ):
-    """predict(params, batch) -> "loss", "valid", "position" [b], "image", "prediction" [b, y, x, c], "mask" [b, y, x].
+    """predict(params, batch) -> "loss", "valid", "batch_index" [b], "image", "prediction" [b, y, x, c], "mask" [b, y, x].
 
-    Images and predictions are in 0..1; masks depend on an image's "position" alone. Metric: "masked_loss", the mean
+    Images and predictions are in 0..1; masks depend on an image's "batch_index" alone. Metric: "masked_loss", the mean
     over the held-out images. As many as `pictures` (0: none), spread evenly over them, are drawn to
     `folder`/reconstruction_<step>.png; no `folder`, no picture.
     """
@@ -34,15 +34,15 @@ def make_reconstruction(
         losses = np.concatenate([out["loss"][out["valid"]] for out in outs])
         if not losses.size:
             raise DataError("none of the held-out images could be read", "config.data", "look at what is said of each")
-        shown = {}  # by position
+        shown = {}  # by batch_index
         for batch in spread(pictures) if pictures else ():
             out = predict(state.params, batch)
             rows = zip(out["image"], out["mask"], out["prediction"], strict=True)
-            shown |= {p: row for p, row, valid in zip(out["position"], rows, out["valid"], strict=True) if valid}
+            shown |= {p: row for p, row, valid in zip(out["batch_index"], rows, out["valid"], strict=True) if valid}
         if shown and folder:
             path = Path(folder) / f"reconstruction_{int(state.step)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw([shown[position] for position in sorted(shown)])).save(path)
+            Image.fromarray(draw([shown[batch_index] for batch_index in sorted(shown)])).save(path)
         return {"masked_loss": float(losses.mean(dtype=np.float64))}
 
     return run
@@ -71,5 +71,5 @@ def draw(
 
 
 def to_rgb(image: Float[np.ndarray, "y x c"]) -> Float[np.ndarray, "y x 3"]:
-    """Three channels of any number: the first three, or the first one as grey."""
+    """Three channels of any number: the first three, or the first one as gray."""
     return image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 
-from simmim_jax import processes
 from simmim_jax.data.sources.listing import warn_once
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum
 from simmim_jax.evals.reconstruction import to_rgb
+from simmim_jax.runtime import processes
 
 COLUMNS = ("image", "truth", "prediction")
 TILE = 224  # pixels of a picture's longer side, at least and at most
@@ -31,18 +31,18 @@ END = np.iinfo(np.int32).max  # the index of no image
 def make_windows_reader(predict: Callable, batch_size: int, share: int, shares: int) -> Callable:
     """A function (params, windows uint8 [m, y, x, c]) -> logits [m, k, l, n], for m up to `batch_size`.
 
-    predict(params, this process's batch) -> {"logits", "position"} of all processes. All of them give the same windows.
+    predict(params, this process's batch) -> {"logits", "batch_index"} of all processes. All of them give the same windows.
     """
 
     def read(params, windows: UInt8[np.ndarray, "m y x c"]) -> Float[np.ndarray, "m k l n"]:
         count = len(windows)
         whole = np.concatenate([windows, np.zeros((batch_size - count, *windows.shape[1:]), np.uint8)])
-        position = np.arange(batch_size, dtype=np.int32)
+        batch_index = np.arange(batch_size, dtype=np.int32)
         batch = {
-            "image": whole, "position": position, "label": np.full(batch_size, -1, np.int32), "valid": position < count,
+            "image": whole, "batch_index": batch_index, "label": np.full(batch_size, -1, np.int32), "valid": batch_index < count,
         }  # fmt: skip
         out = predict(params, {name: x[share::shares] for name, x in batch.items()})
-        return out["logits"][np.argsort(out["position"])][:count]
+        return out["logits"][np.argsort(out["batch_index"])][:count]
 
     return read
 
@@ -125,7 +125,7 @@ def make_segmentation(
 def tell_absent(counts: Int[np.ndarray, "n n"], classes: tuple[str, ...]) -> None:
     """Warn, once, of the classes that no pixel has."""
     absent = [str(n) if n >= len(classes) else f"{n} ({classes[n]})" for n in np.flatnonzero(counts.sum(axis=1) == 0)]
-    if absent and processes.is_first():
+    if absent and processes.is_process_0():
         more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
         warn_once(
             f"{len(absent)} of {len(counts)} classes have no pixel in the evaluation's maps, and count in mIoU, as 0,"
@@ -168,7 +168,7 @@ def agreed(whole: Iterable[dict]) -> Iterator[dict]:
     record = next(records, None)
     while True:
         own = END if record is None else int(record["index"])
-        first, last = -processes.greatest(-own), processes.greatest(own)
+        first, last = -processes.process_max(-own), processes.process_max(own)
         if first == last:
             if record is None:
                 return
@@ -288,21 +288,21 @@ def taps(wanted: int, extent: float, there: int) -> tuple[np.ndarray, np.ndarray
 
 
 def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
-    """A colour for each class, always the same: those of PASCAL VOC from its first object on."""
-    numbers, colours = np.arange(1, num_classes + 1), np.zeros((num_classes, 3), np.int64)
+    """A color for each class, always the same: those of PASCAL VOC from its first object on."""
+    numbers, colors = np.arange(1, num_classes + 1), np.zeros((num_classes, 3), np.int64)
     for bit in range(8):
         for channel in range(3):
-            colours[:, channel] |= (numbers >> channel & 1) << (7 - bit)
+            colors[:, channel] |= (numbers >> channel & 1) << (7 - bit)
         numbers = numbers >> 3
-    return colours.astype(np.uint8)
+    return colors.astype(np.uint8)
 
 
 def painted(
     image: UInt8[np.ndarray, "h w 3"], classes: np.ndarray, num_classes: int, share: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """An image under the colours of its classes, which have this share; where there is no class, the image alone."""
-    colours = palette(num_classes)[np.minimum(classes, num_classes - 1)]
-    mixed = (1 - share) * image + share * colours
+    """An image under the colors of its classes, which have this share; where there is no class, the image alone."""
+    colors = palette(num_classes)[np.minimum(classes, num_classes - 1)]
+    mixed = (1 - share) * image + share * colors
     return np.where((classes < num_classes)[..., None], mixed, image).round().astype(np.uint8)
 
 
@@ -312,10 +312,10 @@ def draw(
     """A sheet with a row for each (image, truth, prediction), which may differ in size from the image."""
     gap, header, tiles = 4, 16, []
     for image, truth, prediction in rows:
-        colours = Image.fromarray((to_rgb(image / 255) * 255).round().astype(np.uint8))
-        factor = TILE / max(colours.size)
-        size = tuple(max(1, round(side * factor)) for side in colours.size)
-        small = np.asarray(colours.resize(size, Image.Resampling.BILINEAR if factor < 1 else Image.Resampling.NEAREST))
+        colors = Image.fromarray((to_rgb(image / 255) * 255).round().astype(np.uint8))
+        factor = TILE / max(colors.size)
+        size = tuple(max(1, round(side * factor)) for side in colors.size)
+        small = np.asarray(colors.resize(size, Image.Resampling.BILINEAR if factor < 1 else Image.Resampling.NEAREST))
         maps = (
             np.asarray(Image.fromarray(x.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
             for x in (truth, prediction)

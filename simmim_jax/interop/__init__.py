@@ -2,8 +2,8 @@
 
 The contract. A format is a module with
 
-    recognise(weights) -> encoder               its name if the names in the file are this format's; else None
-    describe(encoder, weights) -> Found         options, objective and image size as far as the file tells them
+    recognize(weights) -> encoder               its name if the names in the file are this format's; else None
+    describe(encoder, weights) -> WeightSpec         options, objective and image size as far as the file tells them
     rules(encoder, objective, prefix, image_size) -> [Rule]
                                                 which array of ours is which of theirs: one table, read both ways
 and, where we write it too,
@@ -13,9 +13,9 @@ and, where we write it too,
     export_prefix(objective) -> prefix          what the encoder's names begin with
     export_notes(encoder) -> notes              what whoever reads the file must say, as the file does not
 
-where `encoder` is a module of `simmim_jax.models` (in `recognise` and `describe`, its name), and `objective` a dict
+where `encoder` is a module of `simmim_jax.models` (in `recognize` and `describe`, its name), and `objective` a dict
 {"name": "simmim", "classify" or "none", options}. A file that has been read is `Weights` (`reading`), what it is is
-`Found` (`found`), and how arrays are laid out is in `rules`. Nothing in a file is ever run; see `pickles`.
+`WeightSpec` (`found`), and how arrays are laid out is in `rules`. Nothing in a file is ever run; see `pickles`.
 
 A new format is one file, and one line in `FORMATS`; they are asked in this order, those with the most telling names
 first.
@@ -25,17 +25,17 @@ import dataclasses
 
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import backbone, huggingface, mae, official, timm
-from simmim_jax.interop.found import Found
 from simmim_jax.interop.reading import Weights, read_weights
 from simmim_jax.interop.rules import Rule, skip, to_ours, to_theirs
+from simmim_jax.interop.weight_spec import WeightSpec
 from simmim_jax.models import convnext, resnet, swin, swinv2, vit
 from simmim_jax.models.windows import stage_windows
 
 __all__ = [
     "EXPORTS",
     "FORMATS",
-    "LARGEST_IMAGE",
-    "Found",
+    "MAX_IMAGE",
+    "WeightSpec",
     "Weights",
     "describe",
     "fields_of",
@@ -56,7 +56,7 @@ CLASSES = {
     "swinv2": swinv2.SwinV2,
     "vit": vit.ViT,
 }
-LARGEST_IMAGE = 16384  # pixels of a side
+MAX_IMAGE = 16384  # pixels of a side
 FORMATS = {"huggingface": huggingface, "mae": mae, "official": official, "timm": timm}
 EXPORTS = {"backbone": backbone} | {name: FORMATS[name] for name in ("huggingface", "official", "timm")}
 SUPPORTED = (
@@ -65,11 +65,11 @@ SUPPORTED = (
 )
 
 
-def describe(weights: Weights) -> Found:
+def describe(weights: Weights) -> WeightSpec:
     """What `weights` are. Raises CheckpointError, with some of the names, if no format knows them."""
     formats = [FORMATS.get(weights.made["names"])] if weights.made else FORMATS.values()
     for format in filter(None, formats):
-        if encoder := format.recognise(weights):
+        if encoder := format.recognize(weights):
             try:
                 found = format.describe(encoder, weights)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -87,7 +87,7 @@ def describe(weights: Weights) -> Found:
     )  # fmt: skip
 
 
-def _as_made(found: Found, weights: Weights) -> Found:
+def _as_made(found: WeightSpec, weights: Weights) -> WeightSpec:
     """`found`, of a file of ours, with all that its metadata says in place of what was taken or guessed."""
     made, name = weights.made, found.encoder["name"]
     said = {field: tuple(x) if isinstance(x, list) else x for field, x in made["encoder"].items()}
@@ -113,8 +113,8 @@ def why_not(value, default) -> str:
         return f"give a {type(default).__name__}, like {default!r}"
     least = 0 if default == () else 1  # Swin V2's windows of pretraining may be 0, which is none
     numbers = value if isinstance(value, tuple) else (value,) if type(value) is int and type(default) is int else ()
-    if not all(type(n) is int and least <= n <= LARGEST_IMAGE for n in numbers):
-        return f"give whole numbers from {least} to {LARGEST_IMAGE}"
+    if not all(type(n) is int and least <= n <= MAX_IMAGE for n in numbers):
+        return f"give whole numbers from {least} to {MAX_IMAGE}"
     return "give a number from 0 to 1000" if isinstance(default, float) and not 0 <= value <= 1000 else ""  # nor NaN
 
 
@@ -151,7 +151,7 @@ def rules_of(format: str, encoder, objective: dict, prefix: str, image_size: tup
     return FORMATS[format].rules(encoder, objective, prefix, image_size)
 
 
-def settle(found: Found, given: dict, image_size: tuple[int, int] | None, where: str) -> Found:
+def settle(found: WeightSpec, given: dict, image_size: tuple[int, int] | None, where: str) -> WeightSpec:
     """`found` with the encoder's fields and the image size that the user gives, which have the last word.
 
     Raises CheckpointError if something is still unknown, with the options that say it, or if the windows of a Swin in
@@ -166,9 +166,9 @@ def settle(found: Found, given: dict, image_size: tuple[int, int] | None, where:
     unknown += ["--image_size=HEIGHT,WIDTH (like 224,224)"] if image_size is None else []
     if unknown:
         raise CheckpointError("these weights do not tell all that the model needs", where, f"give {', '.join(unknown)}")
-    if not all(type(side) is int and 0 < side <= LARGEST_IMAGE for side in image_size) or len(image_size) != 2:
+    if not all(type(side) is int and 0 < side <= MAX_IMAGE for side in image_size) or len(image_size) != 2:
         raise ConfigError(
-            f"image size {str(tuple(image_size))[:100]}", where, f"give two whole numbers from 1 to {LARGEST_IMAGE}"
+            f"image size {str(tuple(image_size))[:100]}", where, f"give two whole numbers from 1 to {MAX_IMAGE}"
         )
     if reason := next((f"{f}={encoder[f]!r}: {why}" for f, why in _misfits(encoder)), ""):
         raise CheckpointError(f"a field that no {encoder['name']} has, {reason}", where, "see --encoder.FIELD")

@@ -174,7 +174,7 @@ def config_of(encoder, image_size: tuple[int, int], channels: int) -> dict:
         return config | {
             "hidden_size": encoder.width,
             "num_hidden_layers": encoder.depth,
-            "num_attention_heads": encoder.heads,
+            "num_attention_heads": encoder.num_heads,
             "mlp_ratio": int(encoder.mlp_ratio),
             "patch_size": encoder.patch_size,
             "hidden_act": "gelu",

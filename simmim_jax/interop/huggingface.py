@@ -10,16 +10,6 @@ import json
 import math
 
 from simmim_jax.errors import CheckpointError, choose
-from simmim_jax.interop.found import (
-    Found,
-    Shapes,
-    prefix_of,
-    ratio_of,
-    refuse_disagreement,
-    side_of_table,
-    square,
-    without_prefix,
-)
 from simmim_jax.interop.official import of_class_token, position_of, positions, reads_class_token, under_encoder
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import (
@@ -36,6 +26,16 @@ from simmim_jax.interop.rules import (
     one,
     three_dense,
 )
+from simmim_jax.interop.weight_spec import (
+    Shapes,
+    WeightSpec,
+    prefix_of,
+    ratio_of,
+    refuse_disagreement,
+    side_of_table,
+    square,
+    without_prefix,
+)
 from simmim_jax.models.windows import stage_grids, window_and_shift
 
 NAME = "huggingface"
@@ -44,7 +44,7 @@ PATCHES = "embeddings.patch_embeddings.projection"
 TABLE = "relative_position_bias_table"
 
 
-def recognise(weights: Weights) -> str | None:
+def recognize(weights: Weights) -> str | None:
     """The encoder that config.json names. Raises CheckpointError for a model type that has no place here."""
     if not weights.config and prefix_of(weights.arrays, f"{PATCHES}.weight") is not None:
         raise CheckpointError(
@@ -67,7 +67,7 @@ def recognise(weights: Weights) -> str | None:
     return MODEL_TYPES[model_type]
 
 
-def describe(name: str, weights: Weights) -> Found:
+def describe(name: str, weights: Weights) -> WeightSpec:
     """The model, by config.json; what the weights say of it must be the same."""
     prefix = prefix_of(weights.arrays, f"{PATCHES}.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
@@ -122,7 +122,7 @@ def _patch_size(weights: Weights, shapes: Shapes, default: int) -> int:
     return square(patch, weights.where)
 
 
-def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> Found:
+def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
     beit = weights.config["model_type"] == "beit"
     width, depth = _whole(weights, "hidden_size", 768), _whole(weights, "num_hidden_layers", 12)
     heads = _whole(weights, "num_attention_heads", 12)
@@ -149,7 +149,7 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> F
         "name": "vit",
         "width": width,
         "depth": depth,
-        "heads": heads,
+        "num_heads": heads,
         "mlp_ratio": ratio_of(_whole(weights, "intermediate_size", 3072), width),
         "patch_size": patch_size,
         "class_token": "embeddings.cls_token" in shapes,
@@ -166,15 +166,15 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> F
     elif "classifier.weight" in weights.arrays:
         classes = weights.arrays["classifier.weight"].shape[0]
         of_patches = "pooler.layernorm.weight" in shapes
-        objective = {"name": "classify", "num_classes": classes, "pool_norm": True}
+        objective = {"name": "classify", "num_classes": classes, "fc_norm": True}
         if not of_patches:
             objective = of_class_token(classes)
         elif encoder["norm_epsilon"] != 1e-6:
             notes.append(f"the norm after pooling has epsilon 1e-6 here, {encoder['norm_epsilon']:g} there")
-    return Found(NAME, encoder, objective, None, 3, prefix, tuple(notes))
+    return WeightSpec(NAME, encoder, objective, None, 3, prefix, tuple(notes))
 
 
-def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> Found:
+def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
     depths, heads = tuple(_of(weights, "depths")), tuple(_of(weights, "num_heads"))
     width, window = _whole(weights, "embed_dim", 96), _whole(weights, "window_size", 7)
     epsilon = _real(weights, "layer_norm_eps", 1e-5)
@@ -200,7 +200,7 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
         "name": name,
         "width": width,
         "depths": depths,
-        "stage_heads": heads,
+        "num_heads": heads,
         "window": window,
         "patch_size": _patch_size(weights, shapes, 4),
         "mlp_ratio": _real(weights, "mlp_ratio", 4.0),
@@ -221,8 +221,10 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
         objective = {"name": "simmim"}
     elif "classifier.weight" in weights.arrays:
         classes = weights.arrays["classifier.weight"].shape[0]
-        objective = {"name": "classify", "num_classes": classes, "pool_norm": False}
-    return Found(NAME, encoder, objective, None, 3, prefix, windows=tuple(windows) if None not in windows else None)
+        objective = {"name": "classify", "num_classes": classes, "fc_norm": False}
+    return WeightSpec(
+        NAME, encoder, objective, None, 3, prefix, windows=tuple(windows) if None not in windows else None
+    )
 
 
 ROUNDED_DOWN = (
@@ -303,12 +305,12 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
         return f"the classifier reads {read}, that of transformers the class token; timm's can; {hint}"
     if objective.get("pool", "patches") != "patches":
         return f"the classifier reads {objective['pool']}, theirs the class token after one final norm; {hint}"
-    if kind == "beit" and (encoder.final_norm or not objective["pool_norm"]):
-        return f"BEiT's classifier has one norm, after pooling: final_norm=False and pool_norm=True; {hint}"
+    if kind == "beit" and (encoder.final_norm or not objective["fc_norm"]):
+        return f"BEiT's classifier has one norm, after pooling: final_norm=False and fc_norm=True; {hint}"
     if kind == "beit" and encoder.norm_epsilon != 1e-6:
         return f"the norm after pooling has epsilon 1e-6 here, and {encoder.norm_epsilon:g} there; {hint}"
-    if kind.startswith("swin") and objective["pool_norm"]:
-        return f"the {kind} of transformers has no norm after pooling (pool_norm); {hint}"
+    if kind.startswith("swin") and objective["fc_norm"]:
+        return f"the {kind} of transformers has no norm after pooling (fc_norm); {hint}"
     return ""
 
 
@@ -332,7 +334,7 @@ def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) ->
             table + one("mask_token", f"{prefix}embeddings.mask_token", TOKEN) + dense("head", "decoder.0", POINTWISE)
         )
     if objective["name"] == "classify":
-        if objective["pool_norm"]:
+        if objective["fc_norm"]:
             table += norm("head/norm", f"{prefix}pooler.layernorm")
         return table + dense("head/logits", "classifier")
     return table
@@ -429,7 +431,7 @@ def config_of(encoder, objective: dict, image_size: tuple[int, int], channels: i
         config |= {
             "hidden_size": encoder.width,
             "num_hidden_layers": encoder.depth,
-            "num_attention_heads": encoder.heads,
+            "num_attention_heads": encoder.num_heads,
             "intermediate_size": int(encoder.width * encoder.mlp_ratio),
         }
     if kind == "vit":
@@ -448,7 +450,7 @@ def config_of(encoder, objective: dict, image_size: tuple[int, int], channels: i
         config |= {
             "embed_dim": encoder.width,
             "depths": list(encoder.depths),
-            "num_heads": list(encoder.stage_heads),
+            "num_heads": list(encoder.num_heads),
             "window_size": encoder.window,
             "mlp_ratio": encoder.mlp_ratio,
             "qkv_bias": encoder.qkv_bias != "none",
@@ -471,7 +473,7 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's
 def preprocessor_config_of(
     image_size: tuple[int, int], mean: tuple, std: tuple, interpolation: str, crop_fraction: int | float = 1.0
 ) -> dict:
-    """preprocessor_config.json: of a decoded image the pixels that `resize_and_centre_crop` gives here, normalised.
+    """preprocessor_config.json: of a decoded image the pixels that `resize_and_center_crop` gives here, normalized.
 
     But for rounding (1 of 255; nearest may take another pixel, and lanczos is bicubic where transformers resizes by an
     older torchvision), and for a shift by a pixel where what is cut off on a side is 1.5, 3.5, ... pixels: transformers
@@ -517,7 +519,7 @@ def model_card(
     it, and because the user said so. notes: what else its reader should know.
     """
     imported, parts = config.get("imported"), []
-    what = {"simmim": "pretrained by masked image modelling", "classify": "an image classifier", "none": "an encoder"}
+    what = {"simmim": "pretrained by masked image modeling", "classify": "an image classifier", "none": "an encoder"}
     parts.append(f"A {type(encoder).__name__}, {what[objective['name']]}, as simmim_jax exported it.")
     if isinstance(imported, dict):
         parts.append(

@@ -5,18 +5,18 @@ out by name: the error says how. Bare encoders and fine-tuned models, without a 
 """
 
 from simmim_jax.interop import official, timm
-from simmim_jax.interop.found import Found
 from simmim_jax.interop.reading import Weights
+from simmim_jax.interop.weight_spec import WeightSpec
 
 NAME = "mae"
 rules = timm.rules
 
 
-def recognise(weights: Weights) -> str | None:
+def recognize(weights: Weights) -> str | None:
     """ "vit" if a MAE's decoder is there."""
     return "vit" if any(name.startswith(("decoder_embed.", "decoder_blocks.")) for name in weights.arrays) else None
 
 
-def describe(name: str, weights: Weights) -> Found:
+def describe(name: str, weights: Weights) -> WeightSpec:
     """The encoder."""
     return official.describe_vit(weights, NAME)._replace(objective={"name": "none"})

@@ -11,16 +11,6 @@ import math
 import numpy as np
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.found import (
-    Found,
-    Shapes,
-    prefix_of,
-    ratio_of,
-    side_of_table,
-    square,
-    whole_root,
-    without_prefix,
-)
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import (
     PER_HEAD,
@@ -35,6 +25,16 @@ from simmim_jax.interop.rules import (
     norm,
     one,
 )
+from simmim_jax.interop.weight_spec import (
+    Shapes,
+    WeightSpec,
+    prefix_of,
+    ratio_of,
+    side_of_table,
+    square,
+    whole_root,
+    without_prefix,
+)
 from simmim_jax.models.vit import SIZES, sincos_position
 
 NAME = "official"
@@ -42,7 +42,7 @@ BEIT = ("gamma_1", "attn.q_bias", "relative_position_bias_table")  # what timm's
 LAYER_SCALE = 0.1  # its initial value in every official ViT; trained weights do not tell it
 
 
-def recognise(weights: Weights) -> str | None:
+def recognize(weights: Weights) -> str | None:
     """The encoder that these names are of; None if they are not official."""
     names = weights.arrays.keys()
     prefix = prefix_of(names, "patch_embed.proj.weight")
@@ -59,14 +59,14 @@ def recognise(weights: Weights) -> str | None:
     return None
 
 
-def describe(name: str, weights: Weights) -> Found:
+def describe(name: str, weights: Weights) -> WeightSpec:
     """The model that these weights are, as far as they tell."""
     return {"vit": describe_vit, "swin": describe_swin, "swinv2": describe_swin, "convnext": describe_convnext}[name](
         weights, NAME, name
     )
 
 
-def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: float = LAYER_SCALE) -> Found:
+def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: float = LAYER_SCALE) -> WeightSpec:
     """A ViT, or BEiT, with blocks named `blocks.0`."""
     prefix = prefix_of(weights.arrays, "patch_embed.proj.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
@@ -76,13 +76,13 @@ def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: 
     depth, heads = shapes.count("blocks."), table[1] if table else None
     if heads is None:
         heads = heads_of(width, depth)
-        notes += [f"took {heads} heads, which these weights do not tell: see --encoder.heads"] if heads else []
+        notes += [f"took {heads} heads, which these weights do not tell: see --encoder.num_heads"] if heads else []
     class_token = "cls_token" in shapes
     encoder = {
         "name": "vit",
         "width": width,
         "depth": depth,
-        "heads": heads,
+        "num_heads": heads,
         "mlp_ratio": ratio_of(shapes["blocks.0.mlp.fc1.weight"][0], width),
         "patch_size": square(patch, weights.where),
         "class_token": class_token,
@@ -99,12 +99,12 @@ def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: 
         side = whole_root(shapes["pos_embed"][1] - class_token)
     image_size = (side * encoder["patch_size"],) * 2 if side else None
     objective = objective_of(weights, shapes, prefix, encoder["final_norm"], of_patches="fc_norm.weight")
-    return Found(format, encoder, objective, image_size, patch[1], prefix, tuple(notes))
+    return WeightSpec(format, encoder, objective, image_size, patch[1], prefix, tuple(notes))
 
 
 def heads_of(width: int, depth: int) -> int | None:
     """The heads of the known ViT of this width and depth; else one for every 64 channels; None where that fails."""
-    known = [size["heads"] for size in SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
+    known = [size["num_heads"] for size in SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
     return known[0] if known else width // 64 if width % 64 == 0 else None
 
 
@@ -138,20 +138,20 @@ def objective_of(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool
             "the classifier in this file reads neither fc_norm of the mean of the patches nor the class token after "
             "the final norm, as ours can", weights.where, "leave it out with --allow 'head.*'",
         )  # fmt: skip
-    return {"name": "classify", "num_classes": classes, "pool_norm": bool(of_patches)}
+    return {"name": "classify", "num_classes": classes, "fc_norm": bool(of_patches)}
 
 
 def of_class_token(classes: int) -> dict:
     """The objective of a classifier that reads the class token of the output."""
-    return {"name": "classify", "num_classes": classes, "pool_norm": False, "pool": "class_token"}
+    return {"name": "classify", "num_classes": classes, "fc_norm": False, "pool": "class_token"}
 
 
 def reads_class_token(encoder, objective: dict) -> bool:
     """Whether a classifier reads the class token of a ViT, after the final norm and no other."""
-    return objective.get("pool") == "class_token" and encoder.final_norm and not objective["pool_norm"]
+    return objective.get("pool") == "class_token" and encoder.final_norm and not objective["fc_norm"]
 
 
-def describe_swin(weights: Weights, format: str, name: str) -> Found:
+def describe_swin(weights: Weights, format: str, name: str) -> WeightSpec:
     """A Swin or Swin V2 with stages named `layers.0`."""
     prefix = prefix_of(weights.arrays, "patch_embed.proj.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
@@ -173,10 +173,10 @@ def describe_swin(weights: Weights, format: str, name: str) -> Found:
     if name == "swin":
         tables = [shapes[f"{first}.attn.relative_position_bias_table"] for first in firsts]
         windows = [side_of_table(table[0]) for table in tables]
-        encoder["stage_heads"] = tuple(table[1] for table in tables)
+        encoder["num_heads"] = tuple(table[1] for table in tables)
         encoder["qkv_bias"] = "qkv" if shapes.any("attn.qkv.bias") else "none"
     else:
-        encoder["stage_heads"] = tuple(shapes[f"{first}.attn.logit_scale"][0] for first in firsts)
+        encoder["num_heads"] = tuple(shapes[f"{first}.attn.logit_scale"][0] for first in firsts)
         encoder["qkv_bias"] = "qv" if shapes.any("attn.q_bias") else "none"
         coordinates = [derived.get(f"{first}.attn.relative_coords_table") for first in firsts]
         indices = [derived.get(f"{first}.attn.relative_position_index") for first in firsts]
@@ -196,7 +196,7 @@ def describe_swin(weights: Weights, format: str, name: str) -> Found:
         stage = next(s for s in range(stages) if windows[s] < encoder["window"])
         grid = windows[stage] * 2**stage  # a window shrinks to its map
     objective = objective_of(weights, shapes, prefix, encoder["final_norm"])
-    return Found(
+    return WeightSpec(
         format, encoder, objective, (grid * patch_size,) * 2 if grid else None, patch[1], prefix,
         windows=tuple(windows) if known else None,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def pretrained_windows(coordinates: list[np.ndarray | None], windows: list[int |
     return () if sides == windows else tuple(sides)
 
 
-def describe_convnext(weights: Weights, format: str, name: str = "convnext") -> Found:
+def describe_convnext(weights: Weights, format: str, name: str = "convnext") -> WeightSpec:
     """A ConvNeXt under the names of facebookresearch/ConvNeXt."""
     prefix = prefix_of(weights.arrays, "downsample_layers.0.0.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
@@ -236,8 +236,8 @@ def describe_convnext(weights: Weights, format: str, name: str = "convnext") -> 
     classes = weights.arrays.get("head.weight")
     objective = {"name": "simmim"} if "decoder.0.weight" in weights.arrays else {"name": "none"}
     if classes is not None:
-        objective = {"name": "classify", "num_classes": classes.shape[0], "pool_norm": True}
-    return Found(format, encoder, objective, None, shapes["downsample_layers.0.0.weight"][1], prefix)
+        objective = {"name": "classify", "num_classes": classes.shape[0], "fc_norm": True}
+    return WeightSpec(format, encoder, objective, None, shapes["downsample_layers.0.0.weight"][1], prefix)
 
 
 def exported_objective(encoder, objective: dict) -> dict:
@@ -295,12 +295,12 @@ def refusal_of_head(name: str, encoder, objective: dict) -> str:
         return ""
     if objective.get("pool", "patches") != "patches":
         return f"the classifier reads {objective['pool']}, theirs the class token after one final norm; {hint}"
-    if name == "ViT" and (encoder.final_norm or not objective["pool_norm"]):
-        return f"theirs has one norm, after pooling: final_norm=False and pool_norm=True; {hint}"
-    if name in ("Swin", "SwinV2", "ResNet") and objective["pool_norm"]:
-        return f"theirs has no norm after pooling (pool_norm); {hint}"
-    if name == "ConvNeXt" and not objective["pool_norm"]:
-        return f"theirs has a norm after pooling (pool_norm); {hint}"
+    if name == "ViT" and (encoder.final_norm or not objective["fc_norm"]):
+        return f"theirs has one norm, after pooling: final_norm=False and fc_norm=True; {hint}"
+    if name in ("Swin", "SwinV2", "ResNet") and objective["fc_norm"]:
+        return f"theirs has no norm after pooling (fc_norm); {hint}"
+    if name == "ConvNeXt" and not objective["fc_norm"]:
+        return f"theirs has a norm after pooling (fc_norm); {hint}"
     return ""
 
 
@@ -312,7 +312,7 @@ def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) ->
         return encoder_rules + one("mask_token", f"{prefix}mask_token", TOKEN) + dense("head", "decoder.0", POINTWISE)
     if objective["name"] == "classify":
         norm_name = f"{prefix}norm" if type(encoder).__name__ == "ConvNeXt" else f"{prefix}fc_norm"
-        head_norm = norm("head/norm", norm_name) if objective["pool_norm"] else []
+        head_norm = norm("head/norm", norm_name) if objective["fc_norm"] else []
         return encoder_rules + head_norm + dense("head/logits", "head")
     return encoder_rules
 

@@ -17,7 +17,7 @@ What becomes of a global, first rule that fits:
 - only mentioned: a `Dropped`.
 
 A Dropped swallows the state, items and entries that the pickle gives it. What is read is bounded by the file: sizes are
-checked before memory is taken, copies are counted, and content that unfolds beyond MOST_OBJECTS is refused.
+checked before memory is taken, copies are counted, and content that unfolds beyond MAX_OBJECTS is refused.
 
 Sources: torch/serialization.py, torch/_utils.py, torch/_tensor.py and _weights_only_unpickler.py of PyTorch 2.13,
 CPython's pickletools and its table of Python 2's names, and what NumPy 1 and 2 pickle.
@@ -42,10 +42,10 @@ from simmim_jax.errors import CheckpointError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a legacy stream
 PROTOCOL = 1001  # the second
-MOST_OBJECTS = 10_000_000  # opcodes of a pickle, and objects of its content with shared ones counted as often as used
-DEEPEST = 200  # containers within containers
-LARGEST_EXPANDED = 2**26  # bytes of an array with strides of 0 that is larger than its storage
-LARGEST_TOTAL = 8, 2**28  # as float32 a state dict may take so many times the file's bytes (1 of float8 is 4), and more
+MAX_OBJECTS = 10_000_000  # opcodes of a pickle, and objects of its content with shared ones counted as often as used
+MAX_DEPTH = 200  # containers within containers
+MAX_EXPANDED = 2**26  # bytes of an array with strides of 0 that is larger than its storage
+MAX_TOTAL = 8, 2**28  # as float32 a state dict may take so many times the file's bytes (1 of float8 is 4), and more
 
 AGAIN = "download or copy it again"
 DISTRUST = "do not open it with PyTorch either; take the weights from a source that you trust"
@@ -123,7 +123,7 @@ def read_pth(path: str | os.PathLike) -> object:
 
     Dicts, lists, tuples, sets, str, bytes, numbers, None, and NumPy arrays of the tensors' shapes and dtypes (bfloat16
     and float8 by ml_dtypes). Arrays of a zip archive view the file, which must stay as it is while they are in use, and
-    cannot be written to. Sparse, quantised, nested and meta tensors, and NumPy arrays of strings or objects, are
+    cannot be written to. Sparse, quantized, nested and meta tensors, and NumPy arrays of strings or objects, are
     Dropped; bytearrays become bytes, NumPy scalars numbers, ordered and default dicts dicts.
     Reads zip archives (PyTorch 1.6 and later) and the stream before them (0.1.10 and later), whichever device they were
     saved from. Checksums are verified where the file has them. Raises CheckpointError if the file is missing, damaged,
@@ -182,7 +182,7 @@ def refuse_expanded(arrays: dict[str, np.ndarray], file: Path) -> None:
     """Raise CheckpointError if the arrays, which may share storages or have strides of 0, need far more memory than
     `file` has bytes."""
     needed = sum(array.size * max(4, array.itemsize) for array in arrays.values())
-    times, more = LARGEST_TOTAL
+    times, more = MAX_TOTAL
     if needed > times * file.stat().st_size + more:
         raise CheckpointError(
             f"its {len(arrays)} arrays share memory, and would take {needed / 2**30:.1f} GiB without",
@@ -407,8 +407,8 @@ def _unpickle(stream: io.BytesIO | mmap.mmap, file_size: int, storage_of: Callab
         return values
 
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if number > MOST_OBJECTS:
-            raise ValueError(f"its pickle has more than {MOST_OBJECTS} operations")
+        if number > MAX_OBJECTS:
+            raise ValueError(f"its pickle has more than {MAX_OBJECTS} operations")
         match opcode.name:
             case "PROTO" | "FRAME" | "STOP":
                 pass
@@ -602,8 +602,8 @@ def _refuse_bombs(content: object) -> None:
             parts = [measures.get(id(x), (1, 0)) for x in inner]
             measures[id(value)] = 1 + sum(n for n, _ in parts), 1 + max((depth for _, depth in parts), default=0)
             within.discard(id(value))
-            if measures[id(value)][0] > MOST_OBJECTS or measures[id(value)][1] > DEEPEST:
-                raise ValueError(f"its content unfolds into over {MOST_OBJECTS} objects or {DEEPEST} levels")
+            if measures[id(value)][0] > MAX_OBJECTS or measures[id(value)][1] > MAX_DEPTH:
+                raise ValueError(f"its content unfolds into over {MAX_OBJECTS} objects or {MAX_DEPTH} levels")
         elif id(value) in within:
             raise ValueError("its content contains itself")
         else:
@@ -640,7 +640,7 @@ def _view(storage: np.ndarray, dtype: np.dtype, offset: object, size: object, st
     elements = 1
     for n in size:
         elements *= n
-    too_large = elements * dtype.itemsize > max(storage.nbytes, LARGEST_EXPANDED)
+    too_large = elements * dtype.itemsize > max(storage.nbytes, MAX_EXPANDED)
     if (last + 1) * dtype.itemsize > storage.nbytes or too_large:
         raise ValueError("a tensor is larger than its storage")
     steps = tuple(step * dtype.itemsize for step in stride)

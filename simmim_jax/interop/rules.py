@@ -127,7 +127,7 @@ def to_ours(rules: list[Rule], arrays: dict[str, np.ndarray], abstract: dict, wh
     if whole := [name for name in sorted(arrays) if arrays[name].dtype.kind in "biuc"]:
         raise CheckpointError(
             f"{len(whole)} arrays are {arrays[whole[0]].dtype}, no real numbers: {_examples(whole)}", where,
-            "give the weights as they were before they were quantised",
+            "give the weights as they were before they were quantized",
         )  # fmt: skip
     out = {}
     for rule in rules:

@@ -1,7 +1,7 @@
 """An encoder as a StableHLO program, by `jax.export`: it runs without this code, for any batch size.
 
 `jax.export.deserialize(file)` gives a function of uint8 images [b, y, x, c]; `.call(images)` is float32 features
-[b, k, l, d]. Weights and normalisation are inside.
+[b, k, l, d]. Weights and normalization are inside.
 """
 
 from pathlib import Path
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.objectives.pixels import normalise
+from simmim_jax.objectives.pixels import normalize
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LARGEST = 2**31 - 2**24  # bytes of weights: the file format counts in 32 bits, with a sign
 
 
-def serialise(
+def serialize(
     encoder: nn.Module, params: dict, *, image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> bytes:
     """The program, for images of `image_size` on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder.
@@ -30,7 +30,7 @@ def serialise(
     params = jax.tree.map(jnp.asarray, params)
 
     def simmim_jax_features(images):  # its name is in the file, and is the mark of ours
-        return encoder.apply({"params": params}, normalise(images, mean, std))
+        return encoder.apply({"params": params}, normalize(images, mean, std))
 
     (batch,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *image_size, len(mean)), jnp.uint8)
@@ -38,7 +38,7 @@ def serialise(
 
 
 def is_ours(path: Path) -> bool:
-    """Whether `serialise` made this file."""
+    """Whether `serialize` made this file."""
     try:
         return jax.export.deserialize(bytearray(path.read_bytes())).fun_name == "simmim_jax_features"
     except Exception:  # whatever the readers of its format say of other bytes

@@ -9,10 +9,10 @@ import re
 
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop import official
-from simmim_jax.interop.found import Found, prefix_of, without_prefix
 from simmim_jax.interop.official import under_encoder
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import Rule, batch_norm, convolution, dense, norm
+from simmim_jax.interop.weight_spec import WeightSpec, prefix_of, without_prefix
 from simmim_jax.models.windows import stage_grids, stage_windows
 
 NAME = "timm"
@@ -31,7 +31,7 @@ OTHER_KINDS = {  # what timm's `architecture` may say of models that have the na
 }
 
 
-def recognise(weights: Weights) -> str | None:
+def recognize(weights: Weights) -> str | None:
     """The encoder that these names are of; None if they are not timm's."""
     names = weights.arrays.keys()
     if prefix_of(names, "layer1.0.conv1.weight") is not None:
@@ -46,7 +46,7 @@ def recognise(weights: Weights) -> str | None:
     return "vit" if any(name.startswith(f"{prefix}blocks.0.") for name in names) else None
 
 
-def describe(name: str, weights: Weights) -> Found:
+def describe(name: str, weights: Weights) -> WeightSpec:
     """The model that these weights are, as far as they tell."""
     refuse_other_kinds(weights)
     if name == "vit":
@@ -81,9 +81,9 @@ def pads(image_size: tuple[int, int], patch_size: int, window: int, stages: int)
     return any(size % side for grid, side in zip(grids, windows, strict=True) for size in grid)
 
 
-def _describe_swin(name: str, weights: Weights) -> Found:
+def _describe_swin(name: str, weights: Weights) -> WeightSpec:
     found = official.describe_swin(weights, NAME, name)
-    found = found._replace(objective=_classifier(weights, "head.fc", pool_norm=False))
+    found = found._replace(objective=_classifier(weights, "head.fc", fc_norm=False))
     if name == "swinv2":
         note = "took the windows for those of pretraining, which timm's weights do not tell: after fine-tuning with "
         note += "others give --encoder.pretrained_windows, like 12,12,12,6"
@@ -91,13 +91,13 @@ def _describe_swin(name: str, weights: Weights) -> Found:
     return found
 
 
-def _classifier(weights: Weights, name: str, *, pool_norm: bool) -> dict:
+def _classifier(weights: Weights, name: str, *, fc_norm: bool) -> dict:
     if f"{name}.weight" not in weights.arrays:
         return {"name": "none"}
-    return {"name": "classify", "num_classes": weights.arrays[f"{name}.weight"].shape[0], "pool_norm": pool_norm}
+    return {"name": "classify", "num_classes": weights.arrays[f"{name}.weight"].shape[0], "fc_norm": fc_norm}
 
 
-def _describe_resnet(weights: Weights) -> Found:
+def _describe_resnet(weights: Weights) -> WeightSpec:
     prefix = prefix_of(weights.arrays, "layer1.0.conv1.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     if "layer1.0.conv3.weight" not in shapes or "conv1.weight" not in shapes:
@@ -111,10 +111,10 @@ def _describe_resnet(weights: Weights) -> Found:
         "width": stem[0],
         "norm_epsilon": 1e-5,
     }
-    return Found(NAME, encoder, _classifier(weights, "fc", pool_norm=False), None, stem[1], prefix)
+    return WeightSpec(NAME, encoder, _classifier(weights, "fc", fc_norm=False), None, stem[1], prefix)
 
 
-def _describe_convnext(weights: Weights) -> Found:
+def _describe_convnext(weights: Weights) -> WeightSpec:
     prefix = prefix_of(weights.arrays, "stages.0.blocks.0.conv_dw.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     stages = shapes.count("stages.")
@@ -125,8 +125,8 @@ def _describe_convnext(weights: Weights) -> Found:
         "layer_scale": 1e-6 if shapes.any("gamma") else 0.0,
         "norm_epsilon": 1e-6,
     }
-    objective = _classifier(weights, "head.fc", pool_norm=True)
-    return Found(NAME, encoder, objective, None, shapes["stem.0.weight"][1], prefix)
+    objective = _classifier(weights, "head.fc", fc_norm=True)
+    return WeightSpec(NAME, encoder, objective, None, shapes["stem.0.weight"][1], prefix)
 
 
 def exported_objective(encoder, objective: dict) -> dict:
@@ -196,7 +196,7 @@ def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) ->
     head, head_norm = {"ViT": ("head", "fc_norm"), "ResNet": ("fc", ""), "ConvNeXt": ("head.fc", "head.norm")}.get(
         name, ("head.fc", "")
     )
-    if objective["pool_norm"]:
+    if objective["fc_norm"]:
         table += norm("head/norm", f"{prefix}{head_norm}")
     return table + dense("head/logits", f"{prefix}{head}")
 

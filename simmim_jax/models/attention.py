@@ -2,7 +2,7 @@
 
 Three forms compute the same. "cudnn": the fused kernel of cuDNN, through `jax.nn.dot_product_attention`, on NVIDIA GPUs
 in bfloat16; it never writes the weights to memory. "xla": matrix products with a gradient of their own, which keeps
-the unnormalised weights, or computes them again. "auto": cudnn where it can, else xla.
+the unnormalized weights, or computes them again. "auto": cudnn where it can, else xla.
 
 Shape letters: b images, n tokens of one sequence, "..." images and windows, h heads, c width of a head, d of a token.
 """
@@ -24,7 +24,7 @@ MASKED = -1e9  # added to the logits of keys that only pad
 class QueryKeyValue(nn.Module):
     """Queries, keys and values of all heads, each a linear map of the tokens."""
 
-    heads: int
+    num_heads: int
     use_bias: bool
     dtype: str
     kernel_init: jax.nn.initializers.Initializer
@@ -32,7 +32,7 @@ class QueryKeyValue(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... n d"]) -> tuple[Float[Array, "... n h c"], ...]:
         width = x.shape[-1]
-        features = (3, self.heads, width // self.heads)
+        features = (3, self.num_heads, width // self.num_heads)
         kernel = self.param("kernel", self.kernel_init, (width, *features))
         bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)

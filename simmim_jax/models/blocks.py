@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from simmim_jax.sharding import along_batch
+from simmim_jax.runtime.sharding import along_batch
 
 REMAT = ("none", "full", "dots")
 
@@ -29,10 +29,12 @@ class Drop(NamedTuple):
 
     keep: np.ndarray | np.float32 | Array
     key: Array
-    position: Int[Array, " b"]
+    batch_index: Int[Array, " b"]
 
 
-def drops(encoder: nn.Module, train: bool, position: Int[Array, " b"] | None, x: Float[Array, "b ..."]) -> Drop | None:
+def drops(
+    encoder: nn.Module, train: bool, batch_index: Int[Array, " b"] | None, x: Float[Array, "b ..."]
+) -> Drop | None:
     """What all blocks of an encoder drop by, from its rng stream "drop_path"; None where none drops.
 
     The rate grows linearly from 0 in the first block to the encoder's `drop_path` in the last. x: what they are of.
@@ -40,27 +42,27 @@ def drops(encoder: nn.Module, train: bool, position: Int[Array, " b"] | None, x:
     if not train or encoder.drop_path == 0.0:
         return None
     rates = [encoder.drop_path * n / max(encoder.depth - 1, 1) for n in range(encoder.depth)]
-    position = jnp.arange(x.shape[0]) if position is None else position
-    return Drop(1 - np.asarray(rates, np.float32), encoder.make_rng("drop_path"), position)
+    batch_index = jnp.arange(x.shape[0]) if batch_index is None else batch_index
+    return Drop(1 - np.asarray(rates, np.float32), encoder.make_rng("drop_path"), batch_index)
 
 
 def drop_of(drop: Drop | None, number: int) -> Drop | None:
     """Of an encoder's `drops` those of block `number`; None where it keeps everything."""
     if drop is None or drop.keep[number] == 1.0:
         return None
-    return Drop(drop.keep[number], jax.random.fold_in(drop.key, number), drop.position)
+    return Drop(drop.keep[number], jax.random.fold_in(drop.key, number), drop.batch_index)
 
 
 def drop_path(x: Float[Array, "b ..."], drop: Drop | None, branch: int) -> Float[Array, "b ..."]:
     """Residual branch number `branch` of a block, all zero for some images, and scaled up for the others.
 
-    Each image draws by its position in the whole batch, so that no draw depends on how the batch is split (Huang et al.
+    Each image draws by its batch_index in the whole batch, so that no draw depends on how the batch is split (Huang et al.
     2016, arXiv 1603.09382).
     """
     if drop is None:
         return x
     key = jax.random.fold_in(drop.key, branch)
-    kept = jax.vmap(lambda place: jax.random.bernoulli(jax.random.fold_in(key, place), drop.keep))(drop.position)
+    kept = jax.vmap(lambda place: jax.random.bernoulli(jax.random.fold_in(key, place), drop.keep))(drop.batch_index)
     return jnp.where(jnp.expand_dims(kept, range(1, x.ndim)), x / drop.keep, 0.0)
 
 
@@ -86,7 +88,7 @@ def run_blocks(
     names: tuple[str, ...],
     *,
     first: int = 0,
-    stacks: tuple[str, ...] = (),
+    scanned_layers: tuple[str, ...] = (),
     key: Array | None,
     drop: Drop | None,
     given: tuple = (),
@@ -97,29 +99,29 @@ def run_blocks(
 
     kinds: the modules of the blocks, in turns. A module is called with (x, its Drop, *given).
     first: the number of the first of these blocks in the encoder, by which keys are folded and `drop` is indexed.
-    stacks: the subtree of the encoder's parameters for each kind, where its blocks are stacked and scanned over; else
+    scanned_layers: the subtree of the encoder's parameters for each kind, where its blocks are stacked and scanned over; else
         each block's parameters have its own name.
-    key: which initial values are drawn from; None but while the encoder is initialised. They are the same however
+    key: which initial values are drawn from; None but while the encoder is initialized. They are the same however
         the blocks run. `adapt` makes them out of a module's own and the block's number.
     seen: what is sown of an output, by name.
     """
     numbers = np.arange(first, first + len(names), dtype=np.int32)
     by_kind = [numbers[kind :: len(kinds)] for kind in range(len(kinds))]
     if key is not None:
-        _init_blocks(encoder, x, kinds, names, by_kind, stacks, key, given, adapt)
+        _init_blocks(encoder, x, kinds, names, by_kind, scanned_layers, key, given, adapt)
 
     def apply(block, params, x, drop):
         return along_batch(block.apply({"params": params}, along_batch(x), drop, *given))
 
     steps = [partial(apply, block) for block in kinds]
     if encoder.remat in ("full", "dots"):
-        steps = [jax.checkpoint(step, **remat_options(encoder.remat, bool(stacks))) for step in steps]
+        steps = [jax.checkpoint(step, **remat_options(encoder.remat, bool(scanned_layers))) for step in steps]
 
     def sow(x):
         for collection, value in seen(x).items():
             encoder.sow("intermediates", collection, value)
 
-    if not stacks:
+    if not scanned_layers:
         for n, name in enumerate(names):
             params = encoder.get_variable("params", name)
             x = steps[n % len(kinds)](params, x, drop_of(drop, first + n))
@@ -131,14 +133,14 @@ def run_blocks(
     def turn(x, scanned):  # a block of each kind
         outputs = []
         for step, (params, number, keep) in zip(steps, scanned, strict=True):
-            own = None if drop is None else Drop(keep, jax.random.fold_in(drop.key, number), drop.position)
+            own = None if drop is None else Drop(keep, jax.random.fold_in(drop.key, number), drop.batch_index)
             x = step(params, x, own)
             outputs.append(x)
         return x, outputs if sows else None
 
     scanned = [
         (encoder.get_variable("params", stack), of_kind, None if drop is None else drop.keep[of_kind])
-        for stack, of_kind in zip(stacks, by_kind, strict=True)
+        for stack, of_kind in zip(scanned_layers, by_kind, strict=True)
     ]
     x, outputs = jax.lax.scan(turn, x, scanned)
     for n in range(len(names)) if sows else ():
@@ -146,10 +148,10 @@ def run_blocks(
     return x
 
 
-def _init_blocks(encoder, x, kinds, names, by_kind, stacks, key, given, adapt) -> None:
+def _init_blocks(encoder, x, kinds, names, by_kind, scanned_layers, key, given, adapt) -> None:
     """Put the initial parameters of the blocks into the encoder's.
 
-    Always as stacks, of which single blocks are cut: one program, whatever the depth, and the same values.
+    Always as scanned_layers, of which single blocks are cut: one program, whatever the depth, and the same values.
     """
     for kind, (block, numbers) in enumerate(zip(kinds, by_kind, strict=True)):
         if not len(numbers):
@@ -160,8 +162,8 @@ def _init_blocks(encoder, x, kinds, names, by_kind, stacks, key, given, adapt) -
             return adapt(params, number)
 
         stack = jax.lax.map(initial, numbers)
-        if stacks:
-            encoder.param(stacks[kind], lambda _, stack=stack: stack)
+        if scanned_layers:
+            encoder.param(scanned_layers[kind], lambda _, stack=stack: stack)
             continue
         for n, name in enumerate(names[kind :: len(kinds)]):
             encoder.param(name, lambda _, stack=stack, n=n: jax.tree.map(lambda leaf: leaf[n], stack))

@@ -5,13 +5,13 @@ Source: Liu et al. 2022, arXiv 2201.03545; facebookresearch/ConvNeXt models/conv
 
 How a ConvNeXt is masked. Its first convolution is 4x4 with stride 4: tokens of 4x4 pixels that share none, so the
 learned token can take their place between `embed` and `trunk`, as in SimMIM's Swin, and no hidden pixel reaches a
-feature. Whole squares of 32 pixels, the stride of the features, should be hidden, as for Swin.
+feature. SegmentationSet squares of 32 pixels, the stride of the features, should be hidden, as for Swin.
 
 This is SimMIM applied as it is; the literature on convolutions goes other ways, because a dense convolution also works
-on the hidden places: A2MIM (Li et al. 2022, arXiv 2205.13943) fills hidden pixels with the mean colour and adds its
+on the hidden places: A2MIM (Li et al. 2022, arXiv 2205.13943) fills hidden pixels with the mean color and adds its
 learned token to a feature map further up; SparK (Tian et al. 2023, arXiv 2301.03580) computes on the visible places
 alone, by sparse convolutions; so does ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808), which found a masked autoencoder
-on a plain ConvNeXt to fall short and changed the block too (global response normalisation, which is not built here).
+on a plain ConvNeXt to fall short and changed the block too (global response normalization, which is not built here).
 """
 
 import re
@@ -97,10 +97,10 @@ class ConvNeXt(Encoder):
     init_truncation: cut of the initial normals, in standard deviations; the official one, an absolute 2, is at 100.
     remat: what the backward pass computes again: "none"; "full", all but each block's input; "dots", all but those and
         the products with weights and convolutions.
-    scan: run the blocks of each stage by `lax.scan`; their parameters are then stacks, like "stage_2_blocks".
+    scan: run the blocks of each stage by `lax.scan`; their parameters are then scanned_layers, like "stage_2_blocks".
     dtype: of the convolutions and matmuls, "float32" or "bfloat16".
 
-    The last map is not normalised: a classifier's LayerNorm comes after pooling (`pool_norm` of its objective).
+    The last map is not normalized: a classifier's LayerNorm comes after pooling (`fc_norm` of its objective).
     """
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
@@ -128,7 +128,7 @@ class ConvNeXt(Encoder):
         check_minimum("encoder.layer_scale", self.layer_scale, 0)
 
     @property
-    def pool_norm(self) -> bool:
+    def fc_norm(self) -> bool:
         return True
 
     @property
@@ -144,7 +144,7 @@ class ConvNeXt(Encoder):
         return sum(self.depths)
 
     @property
-    def stacks(self) -> dict[str, tuple[str, ...]]:
+    def scanned_layers(self) -> dict[str, tuple[str, ...]]:
         return {f"stage_{stage}_blocks": self._blocks(stage) for stage in range(4)} if self.scan else {}
 
     def _blocks(self, stage: int) -> tuple[str, ...]:
@@ -172,16 +172,16 @@ class ConvNeXt(Encoder):
         self.patch_norm = layer_norm(self.norm_epsilon)
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
-        """One token for each 4x4 pixels: a linear map of them, normalised."""
+        """One token for each 4x4 pixels: a linear map of them, normalized."""
         return self.patch_norm(self.patch_embed(images).astype(jnp.float32))
 
     @nn.compact
     def trunk(
-        self, tokens: Float[Array, "b i j d1"], train: bool = False, position: Int[Array, " b"] | None = None
+        self, tokens: Float[Array, "b i j d1"], train: bool = False, batch_index: Int[Array, " b"] | None = None
     ) -> Float[Array, "b k l d2"]:
-        """The map of the last stage, not normalised. Each block's output is sown as `intermediates/blocks`."""
+        """The map of the last stage, not normalized. Each block's output is sown as `intermediates/blocks`."""
         x = tokens
-        drop = drops(self, train, position, x)
+        drop = drops(self, train, batch_index, x)
         key = self.make_rng("params") if self.is_initializing() else None
         block = Block(self.layer_scale, self.norm_epsilon, self.init_truncation, self.dtype, parent=None)
         for stage, width in enumerate(self.widths):
@@ -189,7 +189,9 @@ class ConvNeXt(Encoder):
                 x = Downsample(
                     width, self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_down"
                 )(x)  # fmt: skip
-            stacks = (f"stage_{stage}_blocks",) if self.scan else ()
+            scanned_layers = (f"stage_{stage}_blocks",) if self.scan else ()
             first = sum(self.depths[:stage])
-            x = run_blocks(self, x, (block,), self._blocks(stage), first=first, stacks=stacks, key=key, drop=drop)
+            x = run_blocks(
+                self, x, (block,), self._blocks(stage), first=first, scanned_layers=scanned_layers, key=key, drop=drop
+            )
         return x

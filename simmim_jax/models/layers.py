@@ -1,4 +1,4 @@
-"""What encoders share: how they are called, initialisers, Mlp, LayerScale, relative position bias.
+"""What encoders share: how they are called, initializers, Mlp, LayerScale, relative position bias.
 
 Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid; "..."
 stands for n tokens or for a map of them.
@@ -105,23 +105,23 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalise_channels(
+def normalize_channels(
     x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
 ) -> Float[Array, "... d"]:
     """x less its mean over the channels, over their standard deviation, times `scale`, plus `bias`.
 
     The variance is the mean square of what is left of x, as PyTorch has it, plus `epsilon`.
     """
-    return _normalise(x, scale, bias, epsilon)[0]
+    return _normalize(x, scale, bias, epsilon)[0]
 
 
-def _normalise(x, scale, bias, epsilon):
+def _normalize(x, scale, bias, epsilon):
     mean = x.mean(axis=-1, keepdims=True)
     over = jax.lax.rsqrt(jnp.square(x - mean).mean(axis=-1, keepdims=True) + epsilon)
     return (x - mean) * over * scale + bias, (x, scale, mean, over)
 
 
-def _normalise_gradient(epsilon, kept, grad):
+def _normalize_gradient(epsilon, kept, grad):
     x, scale, mean, over = kept
     normal, inner = (x - mean) * over, grad * scale
     along = (inner * normal).mean(axis=-1, keepdims=True)
@@ -130,7 +130,7 @@ def _normalise_gradient(epsilon, kept, grad):
     return grad_x, (grad * normal).sum(axis=leading), grad.sum(axis=leading)
 
 
-normalise_channels.defvjp(_normalise, _normalise_gradient)
+normalize_channels.defvjp(_normalize, _normalize_gradient)
 
 
 class LayerNorm(nn.Module):
@@ -143,7 +143,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return normalise_channels(x.astype(jnp.float32), scale, bias, self.epsilon)
+        return normalize_channels(x.astype(jnp.float32), scale, bias, self.epsilon)
 
 
 def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -> LayerNorm:
@@ -160,18 +160,18 @@ class Encoder(nn.Module):
         return tuple(itertools.accumulate(getattr(self, "depths", (self.depth,))))
 
     @property
-    def stacks(self) -> dict[str, tuple[str, ...]]:
+    def scanned_layers(self) -> dict[str, tuple[str, ...]]:
         """The names of its parameters' stacks of blocks, each with the blocks in it, in order."""
         return {}
 
     def __call__(
-        self, images: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
+        self, images: Float[Array, "b y x c"], train: bool = False, batch_index: Int[Array, " b"] | None = None
     ) -> Float[Array, "b k l d"]:
-        return self.trunk(self.embed(images), train, position)
+        return self.trunk(self.embed(images), train, batch_index)
 
 
 class PatchEmbed(nn.Module):
-    """One token for each square of `patch_size` pixels: a convolution without overlap, initialised as PyTorch does."""
+    """One token for each square of `patch_size` pixels: a convolution without overlap, initialized as PyTorch does."""
 
     width: int
     patch_size: int
@@ -234,12 +234,12 @@ def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.
 class RelativePositionBias(nn.Module):
     """A learned number per head and displacement, added to the attention logits."""
 
-    heads: int
+    num_heads: int
     class_token: bool = False
     initializer: jax.nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, grid: tuple[int, int]) -> Float[Array, "h n n"]:
         index = relative_position_index(grid, self.class_token)
-        table = self.param("table", self.initializer, (int(index.max()) + 1, self.heads))
+        table = self.param("table", self.initializer, (int(index.max()) + 1, self.num_heads))
         return table[index].transpose(2, 0, 1)  # h n n

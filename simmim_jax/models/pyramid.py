@@ -57,7 +57,7 @@ def pyramid_factors(encoder: nn.Module) -> tuple[int | float, ...]:
 
 
 class ConvNormRelu(nn.Module):
-    """A convolution without bias, a group norm and a ReLU. kernel: its side, odd. He initialisation by fan out."""
+    """A convolution without bias, a group norm and a ReLU. kernel: its side, odd. He initialization by fan out."""
 
     channels: int
     kernel: int

@@ -7,11 +7,11 @@ Source: He et al. 2015, arXiv 1512.03385; the names of the layers in torchvision
 How a ResNet is masked. Its stem is a 7x7 convolution of stride 2: no group of its outputs belongs to one square of the
 image, so a token put in after it would come too late, with hidden pixels already in the visible outputs beside them. So
 `embed` is the identity, a token is a pixel, and a hidden pixel becomes the learned token, one value for each channel,
-before any convolution sees it: exact, and the same SimMIM as for a transformer. Pixels are normalised, so a token that
-starts near zero starts near the mean colour.
+before any convolution sees it: exact, and the same SimMIM as for a transformer. Pixels are normalized, so a token that
+starts near zero starts near the mean color.
 
 The SimMIM paper pretrains a ResNet-50x4 in an appendix, but the released code has no ResNet to follow. Others chose
-otherwise: A2MIM (Li et al. 2022, arXiv 2205.13943) fills hidden pixels with the mean colour and adds a learned token to
+otherwise: A2MIM (Li et al. 2022, arXiv 2205.13943) fills hidden pixels with the mean color and adds a learned token to
 a feature map further up; SparK (Tian et al. 2023, arXiv 2301.03580) and ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808)
 leave hidden places out by sparse convolutions. Here the network sees dense images with filled squares, and batch norm's
 running statistics are those of such images, until fine-tuning has moved them.
@@ -39,7 +39,7 @@ EXPANSION = 4  # a block's output channels for each of its inner ones
 
 
 def convolution(channels: int, size: int, stride: int, dtype: str, name: str) -> nn.Conv:
-    """A convolution without bias, padded by half its odd size on every side, with He initialisation by fan out."""
+    """A convolution without bias, padded by half its odd size on every side, with He initialization by fan out."""
     initial = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nn.Conv(
         channels, (size, size), stride, size // 2, use_bias=False, dtype=dtype, kernel_init=initial, name=name
@@ -47,13 +47,13 @@ def convolution(channels: int, size: int, stride: int, dtype: str, name: str) ->
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation in float32, over all axes but the last (Ioffe and Szegedy 2015, arXiv 1502.03167).
+    """Batch normalization in float32, over all axes but the last (Ioffe and Szegedy 2015, arXiv 1502.03167).
 
-    While `train` is true it normalises by the mean and the biased variance of the batch: under `jit` over a mesh the
+    While `train` is true it normalizes by the mean and the biased variance of the batch: under `jit` over a mesh the
     whole batch, whatever the number of devices; but of each microbatch by itself, so that their number changes the
     update, as of no other layer here. Otherwise it does by the running ones, the parameters "mean" and "var",
     which have no gradient. What training makes of these, (1 - momentum) * old + momentum * new with an unbiased
-    variance, as PyTorch counts, goes to the collection "statistics" where that is mutable.
+    variance, as PyTorch counts, goes to the collection "batch_stats" where that is mutable.
     """
 
     epsilon: float
@@ -74,12 +74,12 @@ class BatchNorm(nn.Module):
             axes = tuple(range(x.ndim - 1))
             mean = x.mean(axes)
             var = jnp.square(x - mean).mean(axes)
-            if self.is_mutable_collection("statistics") and not self.is_initializing():
+            if self.is_mutable_collection("batch_stats") and not self.is_initializing():
                 count = x.size // x.shape[-1]
                 batch = {"mean": mean, "var": var * (count / max(count - 1, 1))}
                 for name, old in running.items():
                     new = (1.0 - self.momentum) * old + self.momentum * jax.lax.stop_gradient(batch[name])
-                    self.put_variable("statistics", name, new)
+                    self.put_variable("batch_stats", name, new)
         else:
             mean, var = running["mean"], running["var"]
         return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
@@ -153,7 +153,7 @@ class ResNet(Encoder):
             check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
 
     @property
-    def pool_norm(self) -> bool:
+    def fc_norm(self) -> bool:
         return False
 
     @property
@@ -181,15 +181,15 @@ class ResNet(Encoder):
 
     @nn.compact
     def trunk(
-        self, tokens: Float[Array, "b y x c"], train: bool = False, position: Int[Array, " b"] | None = None
+        self, tokens: Float[Array, "b y x c"], train: bool = False, batch_index: Int[Array, " b"] | None = None
     ) -> Float[Array, "b k l d"]:
         """The map of the last stage, not pooled. Each block's output is sown as `intermediates/blocks`."""
         x = convolution(self.width, 7, 2, self.dtype, "stem_conv")(tokens)
         x = nn.relu(BatchNorm(self.norm_epsilon, self.norm_momentum, name="stem_norm")(x, train))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
-        drop, number = drops(self, train, position, x), itertools.count()
-        # `train` goes by position: remat traces keyword arguments.
+        drop, number = drops(self, train, batch_index, x), itertools.count()
+        # `train` goes by batch_index: remat traces keyword arguments.
         recomputed = self.remat != "none"
         block_class = nn.remat(Block, static_argnums=(2,), **remat_options(self.remat)) if recomputed else Block
         for stage, blocks in enumerate(self.depths):

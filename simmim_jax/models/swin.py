@@ -36,17 +36,17 @@ from simmim_jax.models.windows import (
 )
 
 SIZES = {
-    "t": {"width": 96, "depths": (2, 2, 6, 2), "stage_heads": (3, 6, 12, 24)},
-    "s": {"width": 96, "depths": (2, 2, 18, 2), "stage_heads": (3, 6, 12, 24)},
-    "b": {"width": 128, "depths": (2, 2, 18, 2), "stage_heads": (4, 8, 16, 32)},
-    "l": {"width": 192, "depths": (2, 2, 18, 2), "stage_heads": (6, 12, 24, 48)},
+    "t": {"width": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "s": {"width": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "b": {"width": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    "l": {"width": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
 }
 
 
 class WindowAttention(nn.Module):
     """Self-attention within windows, with a learned bias for each displacement and head."""
 
-    heads: int
+    num_heads: int
     qkv_bias: str
     recompute: bool
     init_truncation: float
@@ -57,8 +57,8 @@ class WindowAttention(nn.Module):
         self, x: Float[Array, "b m n d"], side: int, mask: Float[Array, "m n n"] | None
     ) -> Float[Array, "b m n d"]:
         initial = truncated_normal(self.init_truncation)
-        query, key, value = QueryKeyValue(self.heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
-        bias = RelativePositionBias(self.heads, initializer=initial, name="rel_pos_bias")((side, side))
+        query, key, value = QueryKeyValue(self.num_heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
+        bias = RelativePositionBias(self.num_heads, initializer=initial, name="rel_pos_bias")((side, side))
         out = attend_by_xla(query, key, value, with_mask(bias, mask), recompute=self.recompute)
         out = Linear(x.shape[-1], self.dtype, initial, axes=2, name="proj")(out)
         return out.astype(jnp.float32)
@@ -91,7 +91,7 @@ def in_windows(attention: Callable, x: Float[Array, "b i j d"], window: int, shi
 class Block(nn.Module):
     """Pre-norm attention in windows and MLP, each with stochastic depth."""
 
-    heads: int
+    num_heads: int
     window: int
     shifted: bool
     mlp_ratio: float
@@ -104,7 +104,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"], drop: Drop | None) -> Float[Array, "b i j d"]:
         attention = WindowAttention(
-            self.heads, self.qkv_bias, self.recompute, self.init_truncation, self.dtype, name="attn"
+            self.num_heads, self.qkv_bias, self.recompute, self.init_truncation, self.dtype, name="attn"
         )
         branch = in_windows(attention, layer_norm(self.norm_epsilon, "norm1")(x), self.window, self.shifted)
         x += drop_path(branch, drop, 0)
@@ -135,7 +135,7 @@ class PatchMerging(nn.Module):
 class Swin(Encoder):
     """A Swin Transformer under the encoder contract (see `simmim_jax.models`).
 
-    width: of the first stage; each later stage doubles it. depths, stage_heads: blocks and heads of each stage.
+    width: of the first stage; each later stage doubles it. depths, num_heads: blocks and heads of each stage.
     window: side of the attention windows in tokens; every second block shifts them by half. A stage whose map is no
         larger than that has one window of the map's shorter side, and no shift; maps that windows do not tile are
         padded.
@@ -145,14 +145,14 @@ class Swin(Encoder):
     init_truncation: cut of the initial normal in standard deviations (official: an absolute 2, which is 100 of them).
     remat: what the backward pass computes again, as of a ViT.
     scan: run the blocks of a stage with two pairs or more by `lax.scan`, each time a plain and a shifted one. Their
-        parameters are then two stacks, like "stage_2_blocks_0" (plain) and "stage_2_blocks_1".
+        parameters are then two scanned_layers, like "stage_2_blocks_0" (plain) and "stage_2_blocks_1".
     attention: "auto" or "xla", which are the same: windows are too small, and too many, for cuDNN's kernel.
     dtype: of the matmuls, "float32" or "bfloat16".
     """
 
     width: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
-    stage_heads: tuple[int, ...] = (3, 6, 12, 24)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
     window: int = 7
     patch_size: int = 4
     mlp_ratio: float = 4.0
@@ -183,15 +183,15 @@ class Swin(Encoder):
         check_choices(self, self.CHOICES)
         for field in ("width", "window", "patch_size"):
             check_minimum(f"encoder.{field}", getattr(self, field), 1)
-        numbers = (*self.depths, *self.stage_heads)
+        numbers = (*self.depths, *self.num_heads)
         whole = all(isinstance(number, int) for number in numbers) and min(numbers, default=0) > 0
-        if not whole or len(self.depths) != len(self.stage_heads):
+        if not whole or len(self.depths) != len(self.num_heads):
             raise ConfigError(
-                f"depths {self.depths} and stage_heads {self.stage_heads}", "encoder.depths, encoder.stage_heads",
+                f"depths {self.depths} and num_heads {self.num_heads}", "encoder.depths, encoder.num_heads",
                 "give one number above 0 per stage for each, like 2,2,6,2 and 3,6,12,24",
             )  # fmt: skip
-        for stage, heads in enumerate(self.stage_heads):
-            check_heads(self.width * 2**stage, heads, "encoder.stage_heads")
+        for stage, heads in enumerate(self.num_heads):
+            check_heads(self.width * 2**stage, heads, "encoder.num_heads")
         for field in ("mlp_ratio", "init_truncation", "norm_epsilon"):
             check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
 
@@ -200,7 +200,7 @@ class Swin(Encoder):
         return sum(self.depths)
 
     @property
-    def pool_norm(self) -> bool:
+    def fc_norm(self) -> bool:
         return not self.final_norm
 
     @property
@@ -212,7 +212,7 @@ class Swin(Encoder):
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
     @property
-    def stacks(self) -> dict[str, tuple[str, ...]]:
+    def scanned_layers(self) -> dict[str, tuple[str, ...]]:
         return {name: blocks for stage in range(len(self.depths)) for name, blocks in self._stacks(stage).items()}
 
     def _stacks(self, stage: int) -> dict[str, tuple[str, ...]]:
@@ -239,7 +239,7 @@ class Swin(Encoder):
 
     def of_stage(self, stage: int) -> dict:
         """What the blocks of one stage are given besides what all are."""
-        return {"heads": self.stage_heads[stage], "window": self.window}
+        return {"num_heads": self.num_heads[stage], "window": self.window}
 
     def setup(self):
         self.patch_embed = PatchEmbed(self.width, self.patch_size, self.dtype)
@@ -247,20 +247,20 @@ class Swin(Encoder):
             self.patch_norm_layer = layer_norm(self.norm_epsilon, "patch_norm")
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
-        """One token for each patch: a linear map of its normalised pixels, and a LayerNorm."""
+        """One token for each patch: a linear map of its normalized pixels, and a LayerNorm."""
         tokens = self.patch_embed(images)
         return self.patch_norm_layer(tokens) if self.patch_norm else tokens
 
     @nn.compact
     def trunk(
-        self, tokens: Float[Array, "b i j d"], train: bool = False, position: Int[Array, " b"] | None = None
+        self, tokens: Float[Array, "b i j d"], train: bool = False, batch_index: Int[Array, " b"] | None = None
     ) -> Float[Array, "b k l e"]:
         """The last stage's map. Each block's output is sown as `intermediates/blocks`, before merging and norm."""
         x, initial = tokens, truncated_normal(self.init_truncation)
         if self.absolute_position == "learned":
             _, i, j, d = x.shape
             x += self.param("pos_embed", initial, (i * j, d)).reshape(i, j, d)
-        drop = drops(self, train, position, x)
+        drop = drops(self, train, batch_index, x)
         key = self.make_rng("params") if self.is_initializing() else None
         first = 0
         for stage, depth in enumerate(self.depths):
@@ -278,11 +278,11 @@ class Swin(Encoder):
                 )
                 for shifted in (False, True)
             )
-            names, stacks = self._blocks(stage), self._stacks(stage)
-            paired = sum(map(len, stacks.values()))
-            if stacks:
+            names, scanned_layers = self._blocks(stage), self._stacks(stage)
+            paired = sum(map(len, scanned_layers.values()))
+            if scanned_layers:
                 x = run_blocks(
-                    self, x, kinds, names[:paired], first=first, stacks=tuple(stacks), key=key, drop=drop
+                    self, x, kinds, names[:paired], first=first, scanned_layers=tuple(scanned_layers), key=key, drop=drop
                 )  # fmt: skip
             x = run_blocks(self, x, kinds, names[paired:], first=first + paired, key=key, drop=drop)
             first += depth

@@ -22,12 +22,12 @@ from simmim_jax.models.windows import quarters, stage_windows
 
 DEPTHS = (2, 2, 18, 2)
 SIZES = {
-    "t": {"width": 96, "depths": (2, 2, 6, 2), "stage_heads": (3, 6, 12, 24)},
-    "s": {"width": 96, "depths": DEPTHS, "stage_heads": (3, 6, 12, 24)},
-    "b": {"width": 128, "depths": DEPTHS, "stage_heads": (4, 8, 16, 32)},
-    "l": {"width": 192, "depths": DEPTHS, "stage_heads": (6, 12, 24, 48)},
-    "h": {"width": 352, "depths": DEPTHS, "stage_heads": (11, 22, 44, 88)},
-    "giant": {"width": 448, "depths": DEPTHS, "stage_heads": (14, 28, 56, 112)},
+    "t": {"width": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "s": {"width": 96, "depths": DEPTHS, "num_heads": (3, 6, 12, 24)},
+    "b": {"width": 128, "depths": DEPTHS, "num_heads": (4, 8, 16, 32)},
+    "l": {"width": 192, "depths": DEPTHS, "num_heads": (6, 12, 24, 48)},
+    "h": {"width": 352, "depths": DEPTHS, "num_heads": (11, 22, 44, 88)},
+    "giant": {"width": 448, "depths": DEPTHS, "num_heads": (14, 28, 56, 112)},
 }
 
 
@@ -46,7 +46,7 @@ def log_displacements(side: int, pretrained_window: int) -> Float[np.ndarray, "r
 class ContinuousPositionBias(nn.Module):
     """The bias of each displacement and head, between 0 and 16, from two linear layers with ReLU between."""
 
-    heads: int
+    num_heads: int
     pretrained_window: int
     init_truncation: float
 
@@ -54,7 +54,7 @@ class ContinuousPositionBias(nn.Module):
     def __call__(self, side: int) -> Float[Array, "h n n"]:
         initial = truncated_normal(self.init_truncation)
         x = nn.relu(nn.Dense(512, kernel_init=initial, name="fc1")(log_displacements(side, self.pretrained_window)))
-        table = nn.Dense(self.heads, use_bias=False, kernel_init=initial, name="fc2")(x)
+        table = nn.Dense(self.num_heads, use_bias=False, kernel_init=initial, name="fc2")(x)
         index = relative_position_index((side, side), class_token=False)
         return 16 * nn.sigmoid(table[index].transpose(2, 0, 1))
 
@@ -62,7 +62,7 @@ class ContinuousPositionBias(nn.Module):
 class WindowAttention(nn.Module):
     """Scaled cosine attention within windows; biases on queries and values alone."""
 
-    heads: int
+    num_heads: int
     qkv_bias: str
     pretrained_window: int
     recompute: bool
@@ -73,15 +73,15 @@ class WindowAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b m n d"], side: int, mask: Float[Array, "m n n"] | None
     ) -> Float[Array, "b m n d"]:
-        initial, head_width = truncated_normal(self.init_truncation), x.shape[-1] // self.heads
-        query, key, value = QueryKeyValue(self.heads, False, self.dtype, initial, name="qkv")(x)
+        initial, head_width = truncated_normal(self.init_truncation), x.shape[-1] // self.num_heads
+        query, key, value = QueryKeyValue(self.num_heads, False, self.dtype, initial, name="qkv")(x)
         if self.qkv_bias == "qv":
-            query += self.param("q_bias", nn.initializers.zeros, (self.heads, head_width)).astype(query.dtype)
-            value += self.param("v_bias", nn.initializers.zeros, (self.heads, head_width)).astype(value.dtype)
-        scale = self.param("logit_scale", nn.initializers.constant(np.log(10.0)), (self.heads,))
+            query += self.param("q_bias", nn.initializers.zeros, (self.num_heads, head_width)).astype(query.dtype)
+            value += self.param("v_bias", nn.initializers.zeros, (self.num_heads, head_width)).astype(value.dtype)
+        scale = self.param("logit_scale", nn.initializers.constant(np.log(10.0)), (self.num_heads,))
         query, key = (unit_length(x.astype(jnp.float32)) for x in (query, key))
         query *= jnp.exp(jnp.minimum(scale, np.log(100.0)))[:, None]
-        bias = ContinuousPositionBias(self.heads, self.pretrained_window, self.init_truncation, name="cpb")(side)
+        bias = ContinuousPositionBias(self.num_heads, self.pretrained_window, self.init_truncation, name="cpb")(side)
         out = attend_by_xla(
             query.astype(self.dtype), key.astype(self.dtype), value, with_mask(bias, mask),
             scale=1.0, recompute=self.recompute,
@@ -105,7 +105,7 @@ class Block(swin.Block):
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"], drop: Drop | None) -> Float[Array, "b i j d"]:
         attention = WindowAttention(
-            self.heads, self.qkv_bias, self.pretrained_window, self.recompute, self.init_truncation, self.dtype,
+            self.num_heads, self.qkv_bias, self.pretrained_window, self.recompute, self.init_truncation, self.dtype,
             name="attn",
         )  # fmt: skip
         branch = in_windows(attention, x, self.window, self.shifted)

@@ -35,11 +35,11 @@ from simmim_jax.models.layers import (
 )
 
 SIZES = {
-    "ti": {"width": 192, "depth": 12, "heads": 3},
-    "s": {"width": 384, "depth": 12, "heads": 6},
-    "b": {"width": 768, "depth": 12, "heads": 12},
-    "l": {"width": 1024, "depth": 24, "heads": 16},
-    "h": {"width": 1280, "depth": 32, "heads": 16},
+    "ti": {"width": 192, "depth": 12, "num_heads": 3},
+    "s": {"width": 384, "depth": 12, "num_heads": 6},
+    "b": {"width": 768, "depth": 12, "num_heads": 12},
+    "l": {"width": 1024, "depth": 24, "num_heads": 16},
+    "h": {"width": 1280, "depth": 32, "num_heads": 16},
 }
 
 
@@ -59,7 +59,7 @@ def sincos_position(grid: tuple[int, int], width: int, class_token: bool) -> Flo
 class Attention(nn.Module):
     """Multi-head self-attention with biases on queries and values alone (`qkv_bias="qv"`), on all three, or on none."""
 
-    heads: int
+    num_heads: int
     qkv_bias: str
     form: str
     recompute: bool
@@ -69,14 +69,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "h n n"] | None) -> Float[Array, "b n d"]:
         tokens, width = x.shape[1:]
-        initial, head_width = truncated_normal(self.init_truncation), width // self.heads
+        initial, head_width = truncated_normal(self.init_truncation), width // self.num_heads
         cudnn = choose_attention(self.form, self.dtype, head_width) == "cudnn"
         if cudnn and (more := cudnn_padding(tokens)):
             x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
-        query, key, value = QueryKeyValue(self.heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
+        query, key, value = QueryKeyValue(self.num_heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
         if self.qkv_bias == "qv":  # a bias on the keys shifts all logits of a query alike: softmax does not see it
-            query += self.param("q_bias", nn.initializers.zeros, (self.heads, head_width)).astype(query.dtype)
-            value += self.param("v_bias", nn.initializers.zeros, (self.heads, head_width)).astype(value.dtype)
+            query += self.param("q_bias", nn.initializers.zeros, (self.num_heads, head_width)).astype(query.dtype)
+            value += self.param("v_bias", nn.initializers.zeros, (self.num_heads, head_width)).astype(value.dtype)
         if cudnn:
             x = attend_by_cudnn(query, key, value, bias, tokens)
         else:
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with LayerScale and stochastic depth."""
 
-    heads: int
+    num_heads: int
     mlp_ratio: float
     qkv_bias: str
     per_block_bias: bool
@@ -108,9 +108,9 @@ class Block(nn.Module):
             return LayerScale(self.layer_scale, name=name)(branch) if self.layer_scale else branch
 
         if self.per_block_bias:
-            bias = RelativePositionBias(self.heads, self.class_token, name="rel_pos_bias")(grid)
+            bias = RelativePositionBias(self.num_heads, self.class_token, name="rel_pos_bias")(grid)
         attention = Attention(
-            self.heads, self.qkv_bias, self.attention, self.recompute, self.init_truncation, self.dtype, name="attn"
+            self.num_heads, self.qkv_bias, self.attention, self.recompute, self.init_truncation, self.dtype, name="attn"
         )
         branch = attention(layer_norm(self.norm_epsilon, "norm1")(x), bias)
         x += drop_path(scale(branch, "scale_attn"), drop, 0)
@@ -137,7 +137,7 @@ def rescale(params: PyTree, number: Int[Array, ""]) -> PyTree:
 class ViT(Encoder):
     """A plain Vision Transformer under the encoder contract (see `simmim_jax.models`).
 
-    width, depth, heads: of the transformer; width must be a multiple of heads.
+    width, depth, num_heads: of the transformer; width must be a multiple of heads.
     patch_size: side of a patch in pixels, which is both strides.
     class_token: whether one learned token joins the patches. Features never contain it.
     absolute_position: "none", "learned", or "sincos" (fixed); added to all tokens after the class token joins.
@@ -159,7 +159,7 @@ class ViT(Encoder):
 
     width: int = 768
     depth: int = 12
-    heads: int = 12
+    num_heads: int = 12
     mlp_ratio: float = 4.0
     patch_size: int = 16
     class_token: bool = True
@@ -190,9 +190,9 @@ class ViT(Encoder):
     def check(self) -> None:
         """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
         check_choices(self, self.CHOICES)
-        for field in ("width", "depth", "heads", "patch_size"):
+        for field in ("width", "depth", "num_heads", "patch_size"):
             check_minimum(f"encoder.{field}", getattr(self, field), 1)
-        check_heads(self.width, self.heads, "encoder.width")
+        check_heads(self.width, self.num_heads, "encoder.width")
         if self.absolute_position == "sincos" and self.width % 4:
             raise ConfigError(f"sincos positions need a width in fours, not {self.width}", "encoder.width")
         for field in ("mlp_ratio", "init_truncation", "norm_epsilon"):
@@ -200,7 +200,7 @@ class ViT(Encoder):
         check_minimum("encoder.layer_scale", self.layer_scale, 0)
 
     @property
-    def pool_norm(self) -> bool:
+    def fc_norm(self) -> bool:
         return not self.final_norm
 
     @property
@@ -212,7 +212,7 @@ class ViT(Encoder):
         return self.patch_size
 
     @property
-    def stacks(self) -> dict[str, tuple[str, ...]]:
+    def scanned_layers(self) -> dict[str, tuple[str, ...]]:
         return {"blocks": self._blocks()} if self.scan else {}
 
     def _blocks(self) -> tuple[str, ...]:
@@ -235,12 +235,12 @@ class ViT(Encoder):
         )
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
-        """One token for each patch: a linear map of its normalised pixels."""
+        """One token for each patch: a linear map of its normalized pixels."""
         return self.patch_embed(images).astype(jnp.float32)
 
     @nn.compact
     def trunk(
-        self, tokens: Float[Array, "b i j d"], train: bool = False, position: Int[Array, " b"] | None = None
+        self, tokens: Float[Array, "b i j d"], train: bool = False, batch_index: Int[Array, " b"] | None = None
     ) -> Float[Array, "b i j d"]:
         """The features of the patches. Each block's output is sown as `intermediates/blocks`, before the final norm.
 
@@ -257,7 +257,7 @@ class ViT(Encoder):
             x += sincos_position((i, j), d, self.class_token)
         bias = None
         if self.relative_position == "shared":
-            bias = RelativePositionBias(self.heads, self.class_token, name="rel_pos_bias")((i, j))
+            bias = RelativePositionBias(self.num_heads, self.class_token, name="rel_pos_bias")((i, j))
 
         def to_map(x):
             return x[:, int(self.class_token) :].reshape(b, i, j, d)
@@ -266,7 +266,7 @@ class ViT(Encoder):
             return {"blocks": to_map(x)} | ({"class_tokens": x[:, 0]} if self.class_token else {})
 
         block = Block(
-            heads=self.heads,
+            num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
             qkv_bias=self.qkv_bias,
             per_block_bias=self.relative_position == "per_block",
@@ -284,9 +284,9 @@ class ViT(Encoder):
             x,
             (block,),
             self._blocks(),
-            stacks=tuple(self.stacks),
+            scanned_layers=tuple(self.scanned_layers),
             key=self.make_rng("params") if self.is_initializing() else None,
-            drop=drops(self, train, position, x),
+            drop=drops(self, train, batch_index, x),
             given=(bias, (i, j)),
             adapt=rescale,
             seen=seen,

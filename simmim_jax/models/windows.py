@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-MASKED = -100.0  # added to the logits of tokens that are no neighbours; the official number, not minus infinity
+MASKED = -100.0  # added to the logits of tokens that are no neighbors; the official number, not minus infinity
 
 
 def window_and_shift(grid: tuple[int, int], window: int, shifted: bool) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def join_windows(windows: Float[Array, "b m n d"], grid: tuple[int, int]) -> Flo
 
 
 def shift_mask(grid: tuple[int, int], side: int, shift: int) -> Float[np.ndarray, "m n n"]:
-    """What to add to the logits in windows of a map rolled by `shift`: 0 between tokens that were neighbours before the
+    """What to add to the logits in windows of a map rolled by `shift`: 0 between tokens that were neighbors before the
     roll, `MASKED` between others."""
 
     def regions(size):  # along one axis: what stayed together, and the last window's part on either side of the seam

@@ -3,18 +3,18 @@
 The contract. `make_objective(name, encoder, **options)` returns an `Objective` of pure functions:
 
     init(key) -> params                                    float32; the encoder's own under "encoder"
-    loss_fn(params, batch, key, train) -> (loss, metrics)  a float32 scalar to minimise; a dict of float32 scalars, and
-                                                           "statistics": those of params that training measures and
+    loss_fn(params, batch, key, train) -> (loss, metrics)  a float32 scalar to minimize; a dict of float32 scalars, and
+                                                           "batch_stats": those of params that training measures and
                                                            does not learn, new (batch norm's; most often none)
     predict(params, batch, key) -> dict                    for evaluators: what it makes of a batch; see each file
     prepare(batch) -> batch                                of a whole batch for training, before it is worked off in
                                                            parts: each image with what its loss needs of others; most
                                                            objectives have none
 
-A batch is a dict of arrays with b in front: "image" uint8 [b, h, w, c], "label" int32 [b] (-1: unlabelled), and
-"position" int32 [b], each image's place in the whole batch as the data pipeline has it; of images with label maps also
+A batch is a dict of arrays with b in front: "image" uint8 [b, h, w, c], "label" int32 [b] (-1: unlabeled), and
+"batch_index" int32 [b], each image's place in the whole batch as the data pipeline has it; of images with label maps also
 "label_map" [b, y, x]. Randomness of one image comes
-from `key` and its position, so that it does not depend on how the batch is split. `key` is already folded with the
+from `key` and its batch_index, so that it does not depend on how the batch is split. `key` is already folded with the
 step.
 
 A new objective is one file, and one line in `OBJECTIVES`.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from simmim_jax.errors import ConfigError, choose
-from simmim_jax.objectives.pixels import normalise
+from simmim_jax.objectives.pixels import normalize
 
 POOLS = ("patches", "class_token", "both")  # mean of the patches; the class token; the two side by side
 
@@ -37,9 +37,9 @@ def pooled(features: Float[Array, "b k l d"], class_tokens: Float[Array, "b d"] 
 def make_features(
     encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0, pool: str = "patches"
 ) -> Callable:
-    """A function (params, images, train, key, position) -> (pooled, statistics).
+    """A function (params, images, train, key, batch_index) -> (pooled, statistics).
 
-    images: uint8, or float32 that are normalised already.
+    images: uint8, or float32 that are normalized already.
 
     pooled: [b, d] of one block. statistics: the encoder's new running ones, where it has them and is trained; else
     empty.
@@ -55,21 +55,21 @@ def make_features(
         images: UInt8[Array, "b y x c"] | Float[Array, "b y x c"],
         train: bool = False,
         key: Key[Array, ""] | None = None,
-        position: Int[Array, " b"] | None = None,
+        batch_index: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b d"], PyTree]:
         reads = block or pool != "patches"
         out, seen = encoder.apply(
             {"params": params},
-            normalise(images, mean, std) if images.dtype == jnp.uint8 else images,
+            normalize(images, mean, std) if images.dtype == jnp.uint8 else images,
             train,
-            position,
+            batch_index,
             rngs=None if key is None else {"drop_path": key},
-            mutable=["statistics", "intermediates"] if reads else ["statistics"],
+            mutable=["batch_stats", "intermediates"] if reads else ["batch_stats"],
         )
         if block:
             out = seen["intermediates"]["blocks"][block - 1]  # later blocks are dead code to XLA
         class_tokens = seen["intermediates"]["class_tokens"][block - 1] if pool != "patches" else None
-        return pooled(out, class_tokens, pool), seen.get("statistics", {})
+        return pooled(out, class_tokens, pool), seen.get("batch_stats", {})
 
     return features
 
@@ -84,7 +84,7 @@ def make_all_features(
     check_readable(encoder, 0, pool, "pool")
 
     def features(params, images: UInt8[Array, "b y x c"]) -> dict[int, Float[Array, "b _"]]:
-        out, seen = encoder.apply({"params": params}, normalise(images, mean, std), mutable=["intermediates"])
+        out, seen = encoder.apply({"params": params}, normalize(images, mean, std), mutable=["intermediates"])
         maps = [*seen["intermediates"]["blocks"], out]
         class_tokens = seen["intermediates"].get("class_tokens", [None] * len(maps))
         return {

@@ -1,4 +1,4 @@
-"""Pixels as objectives see them: normalised, and cut into the squares that one feature predicts.
+"""Pixels as objectives see them: normalized, and cut into the squares that one feature predicts.
 
 Shape letters: b images, y x pixels, c channels, k l the grid of squares, p = c * stride**2 values of one square.
 """
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 
-def normalise(images: UInt8[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
+def normalize(images: UInt8[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
     """Pixels 0..255 to float32 with `mean` and `std` per channel, both given on the scale 0..1."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def denormalise(images: Float[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
-    """The inverse of `normalise` on the scale 0..1, clipped to it: fit to look at."""
+def denormalize(images: Float[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
+    """The inverse of `normalize` on the scale 0..1, clipped to it: fit to look at."""
     return jnp.clip(images * jnp.asarray(std) + jnp.asarray(mean), 0, 1)
 
 

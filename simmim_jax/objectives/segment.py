@@ -18,7 +18,7 @@ from simmim_jax.masking import check_multiple
 from simmim_jax.models.layers import Linear, layer_norm, truncated_normal
 from simmim_jax.models.pyramid import ConvNormRelu, Rescale, pyramid_blocks, pyramid_factors
 from simmim_jax.objectives.features import check_readable
-from simmim_jax.objectives.pixels import normalise
+from simmim_jax.objectives.pixels import normalize
 
 HEADS = ("linear", "upernet")
 BINS = (1, 2, 3, 6)
@@ -42,13 +42,13 @@ def pooling_weights(size: int, bins: int) -> Float[np.ndarray, "m n"]:
 
 
 def drop_channels(
-    x: Float[Array, "b k l d"], key: Key[Array, ""] | None, position: Int[Array, " b"] | None
+    x: Float[Array, "b k l d"], key: Key[Array, ""] | None, batch_index: Int[Array, " b"] | None
 ) -> Float[Array, "b k l d"]:
-    """Whole channels of an image at zero, the others scaled up; drawn by the image's position. No key: nothing."""
+    """SegmentationSet channels of an image at zero, the others scaled up; drawn by the image's batch_index. No key: nothing."""
     if key is None:
         return x
     draw = lambda place: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - DROPPED, x.shape[-1:])  # noqa: E731
-    kept: Bool[Array, "b d"] = jax.vmap(draw)(position)
+    kept: Bool[Array, "b d"] = jax.vmap(draw)(batch_index)
     return jnp.where(kept[:, None, None], x / (1 - DROPPED), 0.0)
 
 
@@ -86,7 +86,7 @@ class UPerNet(nn.Module):
         self,
         maps: list[Float[Array, "b _ _ _"]],
         key: Key[Array, ""] | None = None,
-        position: Int[Array, " b"] | None = None,
+        batch_index: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b k l n"], Float[Array, "b k2 l2 n"] | None]:
         keys = (None, None) if key is None else jax.random.split(key)
         levels = [
@@ -96,7 +96,7 @@ class UPerNet(nn.Module):
         auxiliary = None
         if key is not None or self.is_initializing():
             x = self.block(3, "auxiliary", AUXILIARY)(levels[min(AUXILIARY_LEVEL, len(levels) - 1)])
-            auxiliary = logits_layer(self.num_classes, "auxiliary_logits")(drop_channels(x, keys[1], position))
+            auxiliary = logits_layer(self.num_classes, "auxiliary_logits")(drop_channels(x, keys[1], batch_index))
         *finer, last = levels
         laterals = [self.block(1, f"lateral_{n}")(x) for n, x in enumerate(finer)]
         laterals.append(self.block(3, "pooled")(jnp.concatenate([last, *self.pool(last)], axis=-1)))
@@ -105,7 +105,7 @@ class UPerNet(nn.Module):
         outputs = [self.block(3, f"output_{n}")(x) for n, x in enumerate(laterals[:-1])] + laterals[-1:]
         size = outputs[0].shape[1:3]
         x = jnp.concatenate([outputs[0], *(resized(x, size) for x in outputs[1:])], axis=-1)
-        x = drop_channels(self.block(3, "together")(x), keys[0], position)
+        x = drop_channels(self.block(3, "together")(x), keys[0], batch_index)
         return logits_layer(self.num_classes, "logits")(x), auxiliary
 
     def pool(self, x: Float[Array, "b k l d"]) -> list[Float[Array, "b k l _"]]:
@@ -118,19 +118,19 @@ class UPerNet(nn.Module):
         return pooled
 
 
-def mean_labelled(label_map: UInt[Array, "b y x"], num_classes: int) -> Float[Array, " b"]:
+def mean_labeled(label_map: UInt[Array, "b y x"], num_classes: int) -> Float[Array, " b"]:
     """How many pixels of an image have a class, in the mean over the images: the same for each, and never 0."""
     counts = (label_map < num_classes).sum(axis=(1, 2), dtype=jnp.float32)
     return jnp.full(counts.shape, jnp.maximum(counts.mean(), 1 / len(counts)))
 
 
 def masked_cross_entropy(
-    logits: Float[Array, "b k l n"], label_map: UInt[Array, "b y x"], labelled: Float[Array, " b"]
+    logits: Float[Array, "b k l n"], label_map: UInt[Array, "b y x"], labeled: Float[Array, " b"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(cross entropy, share of right pixels), each summed over the pixels that have a class and divided by how many of
     them the whole batch has for so many images.
 
-    Labels from n on are no class. labelled: `mean_labelled` of the whole batch, so that the mean over the equal parts
+    Labels from n on are no class. labeled: `mean_labeled` of the whole batch, so that the mean over the equal parts
     of a batch is that over the pixels of all its images. The logits are brought to the map's size.
     """
     logits = resized(logits, label_map.shape[1:])
@@ -139,13 +139,13 @@ def masked_cross_entropy(
     chosen = jnp.where(valid, labels, 0)
     right = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - right
-    count = labelled.sum()
+    count = labeled.sum()
     hits = (logits.argmax(axis=-1) == chosen) & valid
     return jnp.where(valid, loss, 0.0).sum() / count, hits.sum(dtype=jnp.float32) / count
 
 
-@functools.cache  # a run that begins is initialised twice
-def tell_other_rates(head: str, train_encoder: bool) -> None:
+@functools.cache  # a run that begins is initialized twice
+def warn_other_head(head: str, train_encoder: bool) -> None:
     """Warn of a head that was chosen without its config."""
     logging.warning(
         "head %s over an encoder that is %s: rates and schedule are those for the other head; "
@@ -196,42 +196,44 @@ def make_segment(
 
     def see(params, images, *mode):
         """(the maps that the head takes, the encoder's new running statistics)."""
-        train, key, position = mode or (False, None, None)
+        train, key, batch_index = mode or (False, None, None)
         out, seen = encoder.apply(
             {"params": params},
-            normalise(images, mean, std),
+            normalize(images, mean, std),
             train,
-            position,
+            batch_index,
             rngs=None if key is None else {"drop_path": key},
-            mutable=["statistics", "intermediates"],
+            mutable=["batch_stats", "intermediates"],
         )
         blocks_seen = seen["intermediates"]["blocks"]
-        return [blocks_seen[n - 1] if n else out for n in taken], seen.get("statistics", {})
+        return [blocks_seen[n - 1] if n else out for n in taken], seen.get("batch_stats", {})
 
     def init(key):
         if train_encoder != (head == "upernet"):
-            tell_other_rates(head, train_encoder)
+            warn_other_head(head, train_encoder)
         encoder_key, head_key = jax.random.split(key)
         images = jnp.zeros((1, *image_size, len(mean)), jnp.uint8)
-        encoder_params = encoder.init(encoder_key, normalise(images, mean, std))["params"]
+        encoder_params = encoder.init(encoder_key, normalize(images, mean, std))["params"]
         maps, _ = jax.eval_shape(see, encoder_params, images)
         head_params = decoder.init(head_key, [jnp.zeros(x.shape) for x in maps])["params"]
         return {"encoder": encoder_params, "head": head_params}
 
     def prepare(batch):
-        return batch | {"mean_labelled": mean_labelled(batch["label_map"], num_classes)}
+        return batch | {"mean_labeled": mean_labeled(batch["label_map"], num_classes)}
 
     def loss_fn(params, batch, key, train):
         drop_key, head_key = jax.random.split(key)
-        maps, statistics = see(params["encoder"], batch["image"], train and train_encoder, drop_key, batch["position"])
-        logits, auxiliary = decoder.apply(
-            {"params": params["head"]}, maps, *((head_key, batch["position"]) if train else ())
+        maps, statistics = see(
+            params["encoder"], batch["image"], train and train_encoder, drop_key, batch["batch_index"]
         )
-        truth = batch["label_map"], batch["mean_labelled"]
+        logits, auxiliary = decoder.apply(
+            {"params": params["head"]}, maps, *((head_key, batch["batch_index"]) if train else ())
+        )
+        truth = batch["label_map"], batch["mean_labeled"]
         loss, accuracy = masked_cross_entropy(logits, *truth)
         if auxiliary is not None and auxiliary_weight:
             loss += auxiliary_weight * masked_cross_entropy(auxiliary, *truth)[0]
-        return loss, {"pixel_accuracy": accuracy, "statistics": {"encoder": statistics}}
+        return loss, {"pixel_accuracy": accuracy, "batch_stats": {"encoder": statistics}}
 
     def predict(params, batch, key):
         maps, _ = see(params["encoder"], batch["image"])

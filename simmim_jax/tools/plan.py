@@ -16,7 +16,7 @@ from functools import partial
 from absl import app, flags, logging
 
 from simmim_jax.config import define_config_flag, parse_flags
-from simmim_jax.errors import ConfigError, UserError, check_minimum, choose, told_in_one_line
+from simmim_jax.errors import ConfigError, UserError, check_minimum, choose, exit_with_message
 
 JPEG = 110_000  # bytes of an image that are assumed for the rate of reading
 TAKEN = 0.75  # of a GPU's memory, that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -30,7 +30,7 @@ def define_flags() -> None:
     flags.declare_key_flag("config")
     flags.DEFINE_integer("devices", 8, "of the machine, all hosts together")
     flags.DEFINE_string("kind", "h100", "of these devices, like h100, a100-40 or tpu-v5e")
-    flags.DEFINE_integer("devices-per-host", 8, "neighbours by number")
+    flags.DEFINE_integer("devices-per-host", 8, "neighbors by number")
     flags.DEFINE_float("mfu", 0.45, "part of the published peak that the matmuls of a step are assumed to reach")
     flags.DEFINE_integer("images", 0, "of the training set; 0: those that the config's data have")
     flags.DEFINE_bool("json", False, "print the numbers as JSON instead")
@@ -84,7 +84,7 @@ def plan(
             f"give a multiple of {per_host}, or another --devices-per-host",
         )  # fmt: skip
     train.check_numbers(config)
-    steps, steps_per_epoch = length_of(config, images)
+    steps, steps_per_epoch = run_length(config, images)
     if config.encoder.attention == "cudnn":  # which is not here; the other form has the same operations
         config = train.with_settings(config, {"encoder.attention": "xla"})
     built = train.build(config, steps, steps_per_epoch, devices)
@@ -138,7 +138,7 @@ def plan(
     return numbers
 
 
-def length_of(config, images: int) -> tuple[int, int | None]:
+def run_length(config, images: int) -> tuple[int, int | None]:
     """(steps, steps of an epoch): None where the number of images is not given, cannot be found, and is not needed.
 
     Raises ConfigError where it is needed.
@@ -155,7 +155,7 @@ def length_of(config, images: int) -> tuple[int, int | None]:
                 f"how many images there are is not known ({error.what})", "--images",
                 "give --images=N, ImageNet-1K has 1281167, or --config.steps",
             ) from error  # fmt: skip
-    return train.length_of(config, images)
+    return train.run_length(config, images)
 
 
 def size_of(tree) -> int:
@@ -211,7 +211,7 @@ def lines_of(numbers: dict) -> list[tuple[str, str]]:
 def run() -> None:
     """Run `main`; end as `errors` promises: one line and an exit code for what the user can mend."""
     define_flags()
-    with told_in_one_line():
+    with exit_with_message():
         app.run(main, flags_parser=partial(parse_flags, needs_workdir=False))
 
 

@@ -19,8 +19,8 @@ from simmim_jax.errors import (
     Parser,
     check_minimum,
 )
-from simmim_jax.tools.files import write_whole
-from simmim_jax.tools.options import check_seed, parse_known, sides, start
+from simmim_jax.files import write_whole
+from simmim_jax.tools.cli import check_seed, parse_known, sides, start
 
 EXAMPLES = """\
 examples:
@@ -28,7 +28,7 @@ examples:
     python -m simmim_jax.tools.predict runs/finetuned cat.jpg dog.jpg
   as JSON, a list with an object for each image:
     python -m simmim_jax.tools.predict runs/finetuned cat.jpg --top=1 --json
-  which part of an image each class has, by a segmentation run; in colours beside the image in street_classes.png, and
+  which part of an image each class has, by a segmentation run; in colors beside the image in street_classes.png, and
   as numbers from 0 on, as the run has them, in street_classes_mask.png:
     python -m simmim_jax.tools.predict runs/segments street.jpg --out=street_classes.png
   what a pretraining run makes of the hidden parts of an image:
@@ -107,10 +107,11 @@ class Files:
 def run(argv: list[str]) -> None:
     """Predict, as the command line says."""
     options = parse(argv)
-    from simmim_jax import compilation, trained  # JAX comes in here: help and mistakes are told without it
+    from simmim_jax.runs import finished  # JAX comes in here: help and mistakes are told without it
+    from simmim_jax.runtime import compilation
 
     compilation.keep_compiled()
-    model = trained.open_trained(options.run, options.image_size)
+    model = finished.load_run(options.run, options.image_size)
     name = (model.config.get("objective") or {"name": "none"})["name"]
     if name == "classify":
         if options.out:
@@ -123,7 +124,7 @@ def run(argv: list[str]) -> None:
             raise CheckpointError("a pretraining run, which knows no classes", str(model.folder), NEXT)
         reconstruct(model, options)
     else:
-        trained.objective_of(model)  # which refuses an encoder alone
+        finished.objective_of(model)  # which refuses an encoder alone
         raise CheckpointError(f"a run of {name}, which gives no classes", str(model.folder), "give one of classify")
 
 
@@ -131,9 +132,9 @@ def classify(model, options: argparse.Namespace) -> None:
     """Print the likeliest classes of each image. Raises DataError in the end if some cannot be read."""
     import numpy as np
 
-    from simmim_jax import trained
+    from simmim_jax.runs import finished
 
-    classes = trained.class_names(model)
+    classes = finished.class_names(model)
     if not classes:
         print("classes are told by number: neither config.json nor the run's images name them", file=sys.stderr)
     answers = []
@@ -180,7 +181,7 @@ def segment(model, options: argparse.Namespace) -> None:
 
     from simmim_jax.data.decode import decode
     from simmim_jax.evals.segmentation import palette
-    from simmim_jax.tools import segments
+    from simmim_jax.tools.evaluate import segments
 
     names = model.config.get("classes") or ()
     answers = []
@@ -189,9 +190,9 @@ def segment(model, options: argparse.Namespace) -> None:
     make_folder_of(options.out)
     for position, prediction, num_classes in segments.segment_images(model, Files(options.images)):
         image, shares = options.images[position], np.bincount(prediction.ravel()) / prediction.size
-        colours = ["#" + bytes(colour).hex() for colour in palette(num_classes)]
+        colors = ["#" + bytes(color).hex() for color in palette(num_classes)]
         ranked = [
-            {"class": names[n] if names else n, "label": n, "share": float(shares[n]), "colour": colours[n]}
+            {"class": names[n] if names else n, "label": n, "share": float(shares[n]), "color": colors[n]}
             for n in np.argsort(-shares, kind="stable")[: options.top].tolist() if shares[n]
         ]  # fmt: skip
         answers.append({"image": image, "classes": ranked})
@@ -203,7 +204,7 @@ def segment(model, options: argparse.Namespace) -> None:
         if not options.json:
             print(image)
             for each in ranked:
-                print(f"  {each['share']:7.2%}  {each['class']}  {each['colour']}")
+                print(f"  {each['share']:7.2%}  {each['class']}  {each['color']}")
             print("".join(f"  {file}\n" for file in written), end="", flush=True)
     if options.json:
         print(json.dumps(answers, indent=2))
@@ -269,17 +270,18 @@ def outputs(model, options: argparse.Namespace):
     """(place in `options.images`, what the objective makes of it) of each image that can be read."""
     import jax
 
-    from simmim_jax import sharding, trained
-    from simmim_jax.evals.features import run_everywhere
+    from simmim_jax.evals.features import jit_on_mesh
+    from simmim_jax.runs import finished
+    from simmim_jax.runtime import sharding
 
-    objective = trained.objective_of(model)
+    objective = finished.objective_of(model)
     key, mesh = jax.random.key(options.seed), sharding.make_mesh()
-    run_batch = run_everywhere(lambda params, batch: objective.predict(params, batch, key), mesh)
+    run_batch = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
     params = jax.device_put(model.params, sharding.replicated(mesh))
     source = Files(options.images)
-    for batch in trained.make_pass(model, source, mesh, batch_size=min(BATCH, len(source))):
+    for batch in finished.make_pass(model, source, mesh, batch_size=min(BATCH, len(source))):
         out = run_batch(params, batch)
-        for row, (position, valid) in enumerate(zip(out["position"].tolist(), out["valid"], strict=True)):
+        for row, (position, valid) in enumerate(zip(out["batch_index"].tolist(), out["valid"], strict=True)):
             if valid:
                 yield position, {name: value[row] for name, value in out.items()}
 

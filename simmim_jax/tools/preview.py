@@ -19,9 +19,9 @@ from absl import app, flags, logging
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from simmim_jax import files
 from simmim_jax.config import define_config_flag, parse_flags
-from simmim_jax.errors import ConfigError, check_minimum, told_in_one_line
-from simmim_jax.tools import files
+from simmim_jax.errors import ConfigError, check_minimum, exit_with_message
 
 BAND = (10.0, 20.0)  # pixels of AvgDist that serve best, on images of 192 (paper section 4.1.2, figure 3)
 MEASURED = 128  # crops, at least, that means, deviations and masks are measured on
@@ -73,14 +73,14 @@ def preview(
     from simmim_jax.objectives import make_objective
 
     train.check_numbers(config)
-    encoder = make_encoder(**train.whole_encoder(config, ""))
+    encoder = make_encoder(**train.resolve_encoder(config, ""))
     objective = make_objective(
         encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
     )
     source, _ = train.make_sources(config)
     of_batches, loading = train.batch_options(config)
     data.check_batches(source, **of_batches, **loading, start_step=start_step)
-    _, step_key, _ = train.keys_of(config.seed)
+    _, step_key, _ = train.make_keys(config.seed)
     classes = tuple(source.classes)
     tell("source", f"{source.describe()}; {of_classes(classes)}")
 
@@ -157,13 +157,13 @@ def make_mask(objective, key) -> Callable[[dict, int], Bool[np.ndarray, "b y x"]
     import jax.numpy as jnp
 
     @jax.jit
-    def mask(key, image, position):
+    def mask(key, image, batch_index):
         shapes = jax.eval_shape(objective.init, key)
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # no mask depends on them: dead code
-        return objective.predict(params, {"image": image, "position": position}, key)["mask"]
+        return objective.predict(params, {"image": image, "batch_index": batch_index}, key)["mask"]
 
     def mask_of_step(batch, step):
-        return np.asarray(mask(jax.random.fold_in(key, step), batch["image"], batch["position"]))
+        return np.asarray(mask(jax.random.fold_in(key, step), batch["image"], batch["batch_index"]))
 
     return mask_of_step
 
@@ -172,7 +172,7 @@ def samples_of(batches: list[dict], hidden_by_step: list, start_step: int) -> It
     """The rows of the batches one by one: "image" uint8 [y, x, c], "hidden" bool [y, x] or None, and who they are."""
     for n, (batch, hidden) in enumerate(zip(batches, hidden_by_step, strict=True)):
         for row in range(len(batch["image"])):
-            whole = {name: int(batch[name][row]) for name in ("index", "position", "label")}
+            whole = {name: int(batch[name][row]) for name in ("index", "batch_index", "label")}
             whole |= {"step": start_step + n, "replaced": bool(batch["replaced"][row])}
             yield whole | {"image": batch["image"][row], "hidden": None if hidden is None else hidden[row]}
 
@@ -183,13 +183,13 @@ def mask_numbers(hidden: list, objective) -> dict | None:
 
     if hidden[0] is None:
         return None
-    block = objective.block_size
+    block = objective.mask_patch_size
     blocks = (hidden[0].shape[0] // block) * (hidden[0].shape[1] // block)
     distances = [average_distance(mask) for mask in hidden if not mask.all()]
     ratio = float(np.mean([mask.mean() for mask in hidden]))
     return {
         "count": len(hidden),
-        "asked": objective.ratio,
+        "asked": objective.mask_ratio,
         "ratio": ratio,
         "blocks": blocks,
         "average_distance": float(np.mean(distances)) if distances else None,
@@ -208,7 +208,7 @@ def mask_lines(masks: dict | None) -> list[tuple[str, str]]:
     line = f"{ratio:.4f} hidden, {ratio * blocks:.4g} of {blocks} blocks (asked: {masks['asked']:g})"
     distance = masks["average_distance"]
     if distance is None:
-        return [("masks", line), ("warning", "nothing is left visible: give a lower --config.objective.ratio")]
+        return [("masks", line), ("warning", "nothing is left visible: give a lower --config.objective.mask_ratio")]
     band = f"{band_of(distance)} the {BAND[0]:g} to {BAND[1]:g} that the paper found good, on images of 192 px"
     return [("masks", f"{line}, AvgDist {distance:.1f} px: {band}")]
 
@@ -286,12 +286,12 @@ def time_step(config, images: int, seconds: float) -> dict:
 
     from simmim_jax import train
 
-    built = train.build(config, *train.length_of(config, images))
+    built = train.build(config, *train.run_length(config, images))
     mesh, abstract, step_key = built["mesh"], built["abstract"], built["key"]
     shapes = train.abstract_batch(config)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["image"] = np.random.default_rng(0).integers(0, 256, shapes["image"].shape, np.uint8)
-    batch["position"] = np.arange(config.batch_size, dtype=np.int32)
+    batch["batch_index"] = np.arange(config.batch_size, dtype=np.int32)
     try:
         start = time.perf_counter()
         step = train.compile_training(
@@ -451,7 +451,7 @@ def run() -> None:
 
         jax.config.config_with_absl()
     define_flags()
-    with told_in_one_line():
+    with exit_with_message():
         app.run(main, flags_parser=partial(parse_flags, needs_workdir=False))
 
 

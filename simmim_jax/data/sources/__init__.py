@@ -24,7 +24,7 @@ from simmim_jax.data.sources.parquet import PARQUETS, make_parquet
 from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, cases, existing_part
 from simmim_jax.data.sources.tar import COMPRESSED, TARS, make_tar
 from simmim_jax.data.sources.tfds import make_tfds, prepared_directory
-from simmim_jax.errors import ConfigError, DataError, nearest_of
+from simmim_jax.errors import ConfigError, DataError, suggest
 
 __all__ = ["SOURCES", "make_source", "share_images"]
 
@@ -59,7 +59,7 @@ def make_source(
       DataError: where there are no such images.
     """
     if source not in SOURCES:
-        raise ConfigError(f"unknown source {source!r}", "data.source", nearest_of(source, SOURCES))
+        raise ConfigError(f"unknown source {source!r}", "data.source", suggest(source, SOURCES))
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction={heldout_fraction}", "data.heldout_fraction", "must be in [0, 1)")
     return SOURCES[source](path=path, name=name, data_dir=data_dir, split=split, heldout_fraction=heldout_fraction)

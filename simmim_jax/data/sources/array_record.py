@@ -25,7 +25,7 @@ PREPARE = "prepare the folder again: python -m simmim_jax.tools.prepare"
 IMAGE_NAMES = ("image/encoded", "image", "jpg", "jpeg", "png", "webp", "img", "image_raw", "encoded", "image_bytes")
 LABEL_NAMES = ("image/class/label", "label", "labels", "cls", "class", "fine_label", "target")
 # Shards are read at random: nothing is read ahead, and no threads are woken for one record.
-OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+OPTIONS = "readahead_buffer_size:0,max_parallelizm:0"
 BUFFER = 2**15  # bytes that are read at a time
 KEPT = 2**22  # places of records, of 8 bytes each, that a process holds
 TAIL = 2**16  # bytes at a file's end, which say where its records are

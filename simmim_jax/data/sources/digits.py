@@ -16,7 +16,7 @@ def make_digits(*, split: str, **_) -> "Digits":
 
 
 class Digits:
-    """scikit-learn's digits: 8 x 8 grey, 1,437 to train on and 360 to test on, drawn once and for ever."""
+    """scikit-learn's digits: 8 x 8 gray, 1,437 to train on and 360 to test on, drawn once and for ever."""
 
     def __init__(self, split: str):
         from sklearn.datasets import load_digits

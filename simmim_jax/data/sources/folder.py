@@ -28,7 +28,7 @@ def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Fold
     `path/<split>` is taken where it exists, an evaluation split by any of its names. Otherwise the images to evaluate
     on are a fixed part (of `path/train`, if there is one), drawn by a hash of the name: no file changes sides when
     others come or go (but in a folder so small that the part would be no image, where it is one). The class is the
-    first directory below that root; a folder with images outside of such directories, or with only one, is unlabelled.
+    first directory below that root; a folder with images outside of such directories, or with only one, is unlabeled.
     Links are followed, no directory is visited twice, and hidden names are skipped. `path` may have {split} in it.
 
     Raises:

@@ -24,7 +24,7 @@ LISTS = (".txt", ".lst", ".list", ".csv", ".tsv")
 EVERY = 64  # records from one whose place is known to the next
 BLOCK = 2**22  # bytes that are read at a time
 LONGEST = 2**16  # bytes of a line
-MOST_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 # The path reaches to the last image extension that ends it: names have spaces, and directories may be called x.jpg.
 PATH = rb"[^\n]*\.(?:jpe?g|png|webp|bmp|tiff?|gif)"
 REST = rb"(?:(?:[ \t]*,[ \t]*|[ \t]+)([^\s,][^\n]*?)?)?[ \t\r]*$"
@@ -63,7 +63,7 @@ class ListFile:
         if not self.ends[-1]:
             fix = "give a line `path[ label]` for each image"
             raise DataError(f"{paths[0]} lists 0 images", f"split {split!r}", fix)
-        self.classes, self.labelled = _classes([*scans, *rest], [*paths, *selection.absolute(others=True)])
+        self.classes, self.labeled = _classes([*scans, *rest], [*paths, *selection.absolute(others=True)])
         self.integers = not any(scan["named"] for scan in [*scans, *rest])
         sides = [
             selection.own,
@@ -105,7 +105,7 @@ class ListFile:
         return which, os.fsdecode(found[rest][0]), self._label(found[rest][1])
 
     def _label(self, text: bytes) -> int:
-        if not self.labelled:
+        if not self.labeled:
             return -1
         return int(text) if self.integers else self._numbers[os.fsdecode(text)]
 
@@ -131,7 +131,7 @@ class ListFile:
 def _scan(path: str, size: int, time: int) -> dict:
     """What a list has: count, the places of every 64th record, its labels and on which line each is first."""
     starts, digest = Column(np.int64), hashlib.sha256()
-    count, first, line, labelled, without, labels = 0, None, 1, 0, None, {}
+    count, first, line, labeled, without, labels = 0, None, 1, 0, None, {}
     for offset, block in _blocks(path):
         if b"\0" in block:
             number = line + block.count(b"\n", 0, block.index(b"\0"))
@@ -156,13 +156,13 @@ def _scan(path: str, size: int, time: int) -> dict:
             firsts = dict(zip(reversed(found), reversed(numbers), strict=True))
             labels.update((label, firsts[label]) for label in sorted(new, key=firsts.get))
         count, line = count + len(found), line + len(ends)
-        labelled += len(found) - found.count(b"")
-        if without is None and labelled < count:
+        labeled += len(found) - found.count(b"")
+        if without is None and labeled < count:
             without = labels[b""]
-        if len(labels) > MOST_CLASSES:
-            what = f"more than {MOST_CLASSES} classes"
+        if len(labels) > MAX_CLASSES:
+            what = f"more than {MAX_CLASSES} classes"
             raise DataError(what, f"{path}, line {numbers[-1]}", "give the class after each path, or nothing")
-    if 0 < labelled < count:
+    if 0 < labeled < count:
         number = next(number for label, number in labels.items() if label)
         what = f"line {without} has no label, and line {number} has one"
         raise DataError(what, path, "label every line, or none")
@@ -171,13 +171,13 @@ def _scan(path: str, size: int, time: int) -> dict:
     largest = -1
     for label, number in labels.items() if not named else ():
         value = int(label[:20])
-        if not 0 <= value < MOST_CLASSES:
-            fix = f"number the classes from 0, to {MOST_CLASSES - 1} at most"
+        if not 0 <= value < MAX_CLASSES:
+            fix = f"number the classes from 0, to {MAX_CLASSES - 1} at most"
             raise DataError(f"label {os.fsdecode(label[:20])}", f"{path}, line {number}", fix)
         largest = max(largest, value)
     return {
         "count": count, "starts": starts, "digest": digest.digest(), "first": first, "named": named,
-        "largest": largest, "labelled": labelled > 0, "names": sorted(map(os.fsdecode, labels)) if named else [],
+        "largest": largest, "labeled": labeled > 0, "names": sorted(map(os.fsdecode, labels)) if named else [],
     }  # fmt: skip
 
 
@@ -256,11 +256,11 @@ def _leaves(name: bytes) -> bool:
 def _classes(scans: list[dict], paths: list[str]) -> tuple[tuple[str, ...], bool]:
     """(names of the classes in all these lists, whether there are any)."""
     scans = [scan | {"path": path} for scan, path in zip(scans, paths, strict=True) if scan["count"]]
-    labelled = [scan["labelled"] for scan in scans]
-    if any(labelled) != all(labelled):
-        with_label, without = scans[labelled.index(True)]["path"], scans[labelled.index(False)]["path"]
+    labeled = [scan["labeled"] for scan in scans]
+    if any(labeled) != all(labeled):
+        with_label, without = scans[labeled.index(True)]["path"], scans[labeled.index(False)]["path"]
         raise DataError(f"{without} has no labels, and {with_label} has", "data.source=list", "label all, or none")
-    if not any(labelled):
+    if not any(labeled):
         return (), False
     if not any(scan["named"] for scan in scans):
         return natural_classes(max(scan["largest"] for scan in scans)), True

@@ -28,8 +28,8 @@ LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "class
 KEPT = 2**27  # bytes of decoded row groups that a process keeps
 MANY_ROWS, MANY_BYTES = 200, 2**26  # in a row group: shuffled reading is slow beyond
 SAMPLE = 2**12  # bytes of each column's part that the fingerprint looks at
-MOST_CLASSES = 1_000_000
-MOST_NAMES = 100_000  # of classes, in a column of strings; beyond they are captions
+MAX_CLASSES = 1_000_000
+MAX_NAMES = 100_000  # of classes, in a column of strings; beyond they are captions
 
 
 def make_parquet(*, path: str, split: str, heldout_fraction: float, **_):
@@ -113,8 +113,8 @@ class Parquet:
             found |= new
             if path not in others and missing:
                 without, first_without = without + missing, first_without or path
-            if len(found) > MOST_NAMES:
-                warn_once(f"{self.path}: column {self.label!r} has more than {MOST_NAMES} different texts, not used")
+            if len(found) > MAX_NAMES:
+                warn_once(f"{self.path}: column {self.label!r} has more than {MAX_NAMES} different texts, not used")
                 return ()
         if 0 < without < self.count:
             what = f"{first_without} has rows without a label"
@@ -266,7 +266,7 @@ def _label_names(opened, label: str, path: str) -> tuple[set[str], int]:
             raise DataError(f"{path} is damaged", f"row group {number}: {reason}", "fetch the file again") from error
         found.update(name for name in new if name is not None)
         without += column.null_count
-        if len(found) > MOST_NAMES:
+        if len(found) > MAX_NAMES:
             break
     return found, without
 
@@ -333,8 +333,8 @@ def _classes(ranges: list[tuple[int, int] | None], names: tuple[str, ...], path:
     if not ranges or all(each == (-1, -1) for each in ranges):
         return ()
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-    if low < 0 or high >= (len(names) or MOST_CLASSES):
-        bound = len(names) or MOST_CLASSES
+    if low < 0 or high >= (len(names) or MAX_CLASSES):
+        bound = len(names) or MAX_CLASSES
         raise DataError(f"labels from {low} to {high}", path, f"number the classes from 0 to {bound - 1}")
     return names or natural_classes(high)
 

@@ -18,10 +18,10 @@ import re
 from collections.abc import Callable, Collection, Iterable
 
 from simmim_jax.data.sources.listing import folders, glance, is_file, nearest_path, warn_once
-from simmim_jax.errors import ConfigError, DataError, nearest_of
+from simmim_jax.errors import ConfigError, DataError, suggest
 
 EVALUATION = ("val", "valid", "validation", "test")  # one thing, by four names
-MOST_FILES = 1_000_000  # that braces may name
+MAX_FILES = 1_000_000  # that braces may name
 WILDCARDS = re.compile(r"[*?\[{]")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 LOOKED_INTO = 100  # sub-folders of a folder of shards, for shards that are left out
@@ -94,7 +94,7 @@ def own_split(path: str, split: str, there: Collection[str], slash: str = "") ->
         return next((side for side in (split, *evaluation) if side in there), ""), evaluation
     own = split if split in there else ""
     if split != "train" and not own:
-        hint = nearest_of(split, {"train", "val", *list(there)[:10]})
+        hint = suggest(split, {"train", "val", *list(there)[:10]})
         raise ConfigError(f"{path} has no {split!r}", "data.split", hint)
     if not own and evaluation:
         fix = "name the images to train on train/, or point data.path one level down"
@@ -213,10 +213,10 @@ def natural_classes(largest: int) -> tuple[str, ...]:
     return tuple(str(label) for label in range(largest + 1))
 
 
-def require_labels_of_all(labelled: int, count: int, path: str, first_without: Callable[[], str]) -> None:
+def require_labels_of_all(labeled: int, count: int, path: str, first_without: Callable[[], str]) -> None:
     """Raise DataError where some records have a label and others do not."""
-    if 0 < labelled < count:
-        what = f"{labelled} of {count} images have a label, and {first_without()} has none"
+    if 0 < labeled < count:
+        what = f"{labeled} of {count} images have a label, and {first_without()} has none"
         raise DataError(what, path, "label all of them, or none")
 
 
@@ -333,8 +333,8 @@ def _without_braces(pattern: str) -> list[str]:
 
 
 def _check_count(count: int, pattern: str) -> None:
-    if count > MOST_FILES:
-        raise ConfigError(f"{pattern} names {count} files", "data.path", f"give at most {MOST_FILES}")
+    if count > MAX_FILES:
+        raise ConfigError(f"{pattern} names {count} files", "data.path", f"give at most {MAX_FILES}")
 
 
 def _fixed_folder(pattern: str) -> str:

@@ -36,8 +36,8 @@ COMPRESSED = {
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.zst": "zstd -d", ".tar.bz2": "bunzip2", ".tar.xz": "xz -d",
     ".tar.lz4": "lz4 -d",
 }  # fmt: skip
-MOST_CLASSES = 1_000_000
-LARGEST_JSON = 2**20  # bytes of a member that is looked into for a label
+MAX_CLASSES = 1_000_000
+MAX_JSON = 2**20  # bytes of a member that is looked into for a label
 STRETCH = 4096  # bytes that are read at a place to tell whether others stand there now
 FETCH = "fetch the file again"
 VERSION = "2"  # of the files in the cache
@@ -103,11 +103,11 @@ class Tar:
         if passed:
             told = ", ".join(f"{count} {why} (the first {first!r})" for why, (count, first) in passed.items())
             logging.warning("%s: passed over are %s", self.describe(), told)
-        labelled = sum(each[1] for each in summaries)
-        unlabelled = lambda: self.name(int(np.flatnonzero(self.labels.array < 0)[0]))  # noqa: E731
-        require_labels_of_all(labelled, len(self), self.path, unlabelled)
+        labeled = sum(each[1] for each in summaries)
+        unlabeled = lambda: self.name(int(np.flatnonzero(self.labels.array < 0)[0]))  # noqa: E731
+        require_labels_of_all(labeled, len(self), self.path, unlabeled)
         largest = [each[2] for each in summaries]
-        if labelled:
+        if labeled:
             others = selection.absolute(others=True)
             largest += [_summary(_index(path, stat_file(path)[0]))[2] for path in others]
         self.classes = natural_classes(max(largest))
@@ -146,7 +146,7 @@ class Tar:
 
 
 def _summary(shard: dict[str, np.ndarray]) -> tuple[int, int, int]:
-    """(count, how many are labelled, the largest label or -1)."""
+    """(count, how many are labeled, the largest label or -1)."""
     labels = shard["labels"]
     return len(labels), int((labels >= 0).sum()), int(labels.max(initial=-1))
 
@@ -375,7 +375,7 @@ def _label(descriptor: int, sidecars: list[Member], path: str) -> int:
     for member in sidecars:
         kind = member.kind.rpartition(".")[2]
         if kind in ("cls", "json"):
-            text = os.pread(descriptor, min(member.size, LARGEST_JSON), member.offset)
+            text = os.pread(descriptor, min(member.size, MAX_JSON), member.offset)
             labels[kind] = (_label_of_cls if kind == "cls" else _label_of_json)(text, f"{path}, member {member.name!r}")
     return labels.get("cls", labels.get("json", -1))
 
@@ -387,7 +387,7 @@ def _holds_label(descriptor: int, member: Member, path: str) -> bool:
 
 
 def _label_of_cls(text: bytes, where: str) -> int:
-    if not re.fullmatch(rb"\s*\d{1,18}\s*", text) or int(text) >= MOST_CLASSES:
+    if not re.fullmatch(rb"\s*\d{1,18}\s*", text) or int(text) >= MAX_CLASSES:
         raise _no_class(repr(os.fsdecode(text[:40])), where)
     return int(text)
 
@@ -401,11 +401,11 @@ def _label_of_json(text: bytes, where: str) -> int:
     value = value.get("label", -1) if isinstance(value, dict) else -1
     if isinstance(value, bool) or not isinstance(value, int):
         return -1
-    if not -1 <= value < MOST_CLASSES:
+    if not -1 <= value < MAX_CLASSES:
         raise _no_class(str(value), where)
     return value
 
 
 def _no_class(shown: str, where: str) -> DataError:
-    fix = f"give a number from 0 to {MOST_CLASSES - 1}"
+    fix = f"give a number from 0 to {MAX_CLASSES - 1}"
     return DataError(f"label {shown} is not the number of a class", where, fix)

@@ -1,0 +1,188 @@
+"""The processes of one run: how they find each other, and how they agree.
+
+A run on one host is one process and needs none of this. On several hosts every process runs the same command; the first
+one, `is_process_0`, holds the workdir and writes what is written once.
+"""
+
+import contextlib
+import faulthandler
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from simmim_jax import errors
+from simmim_jax.errors import ConfigError, PeerError, UserError
+
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # within `srun`
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, heartbeat: int = 100
+) -> None:
+    """Join the other processes of this run, if there are any; to be called before anything else of JAX.
+
+    coordinator: HOST:PORT of the first process, processes: how many, process: which of them is this, from 0 on; or in
+    the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Without them, what SLURM, Open MPI or a
+    TPU slice says of itself is used. heartbeat: seconds of silence after which a process counts as lost, and all others
+    end. Raises ConfigError if only some are given, or the others cannot be reached.
+    """
+    given = {
+        "--coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "--processes": _number("JAX_NUM_PROCESSES") if processes is None else processes,
+        "--process": _number("JAX_PROCESS_ID") if process is None else process,
+    }
+    if given["--processes"] == 1 and not given["--process"]:
+        return
+    missing = [name for name, value in given.items() if value is None]
+    options = {}
+    if not missing:
+        address, count, own = given.values()
+        if not 0 <= own < count:
+            raise ConfigError(f"--process={own} of --processes={count}", "command line", f"give 0 to {count - 1}")
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"--coordinator={address}", "command line", "give HOST:PORT of the first process")
+        options = {"coordinator_address": address, "num_processes": count, "process_id": own}
+        options["cluster_detection_method"] = "deactivate"
+    elif len(missing) < 3:
+        raise ConfigError(f"{' and '.join(missing)} not given", "command line", "give all of --coordinator, "
+                          "--processes and --process, or none of them")  # fmt: skip
+    elif not _is_cluster():
+        return
+    elif _one_task_for_each_node():  # else JAX takes one of its GPUs
+        options["local_device_ids"] = list(range(int(os.environ["SLURM_GPUS_ON_NODE"])))
+    # It would take SIGTERM for itself; a run agrees on its own, in the step.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        where = given["--coordinator"] or "what the cluster says of itself"
+        fix = "start all with the same command; the first one's port must be open and free; or, alone, --processes=1"
+        raise ConfigError(f"cannot join the other processes: {reason}", where, fix) from error
+    if not os.environ.get("SIMMIM_TRACEBACK"):
+        # Where another process is lost, JAX aborts this one and says so: not to be buried under the stacks of threads.
+        faulthandler.disable()
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable)
+    if value is not None and not value.isdigit():
+        raise ConfigError(f"{variable}={value}", "environment", "give a number")
+    return None if value is None else int(value)
+
+
+def _is_cluster() -> bool:
+    """Whether the environment is one of several processes that JAX knows how to read."""
+    environment = os.environ
+    if all(name in environment for name in SLURM):
+        return int(environment["SLURM_NTASKS"]) > 1
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return True
+    on_tpu = importlib.util.find_spec("libtpu") and environment.get("JAX_PLATFORMS", "tpu") != "cpu"
+    return bool(on_tpu) and any(any(Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*"))
+
+
+def _one_task_for_each_node() -> bool:
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES")
+    return nodes == os.environ.get("SLURM_NTASKS") and os.environ.get("SLURM_GPUS_ON_NODE", "").isdigit()
+
+
+def is_process_0() -> bool:
+    return jax.process_index() == 0
+
+
+def log0(line: str) -> None:
+    """Print a line, once for all processes."""
+    if is_process_0():
+        print(line, flush=True)
+
+
+def process_max(number: int) -> int:
+    """The process_max of the numbers that the processes give; all must call this, and wait for each other."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def process_min(number: int) -> int:
+    """The process_min of the numbers that the processes give; all must call this, and wait for each other."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(number)).min())
+
+
+def on_process_0(action: Callable[[], object]):
+    """What `action` gives, as JSON data, in the first process, where alone it runs; its UserError is raised in all."""
+    if jax.process_count() == 1:
+        return action()
+    told, value, failed = {}, None, None
+    if is_process_0():
+        try:
+            value = action()
+            told = {"value": value if _is_json(value) else None}
+        except UserError as error:
+            failed, told = error, {"error": [type(error).__name__, error.what, error.where, error.fix]}
+    words = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(words))))
+    if not is_process_0():
+        words = np.zeros(length, np.uint8)
+    words = multihost_utils.broadcast_one_to_all(words)
+    if failed:
+        raise failed
+    if is_process_0():
+        return value
+    told = json.loads(bytes(np.asarray(words, np.uint8)))
+    if "error" in told:
+        name, *what = told["error"]
+        raise getattr(errors, name)(*what)
+    return told["value"]
+
+
+def _is_json(value) -> bool:
+    return isinstance(value, str | int | float | bool | list | dict | None)
+
+
+def check_same(text: str, what: str, where: str, fix: str) -> None:
+    """Raise ConfigError in all processes unless all give the same text."""
+    if jax.process_count() > 1:
+        own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+        others = multihost_utils.process_allgather(own)
+        different = [n for n, digest in enumerate(others) if not np.array_equal(digest, others[0])]
+        if different:
+            raise ConfigError(f"{what}: process {different[0]} differs from process 0", where, fix)
+
+
+def leave(*, agreed: bool) -> None:
+    """To be called before a process ends itself without the interpreter's own end.
+
+    agreed: whether a signal ends all of them, with their state saved. Then they wait for each other, so that none is
+    taken for lost. Else it stays for a moment: if it is the first, with which the others are connected, these can say
+    why they end too.
+    """
+    if not jax.distributed.is_initialized():  # without asking for a device, which may be what is missing
+        return
+    with contextlib.suppress(Exception):  # whatever the others do: this process keeps its own end
+        if agreed:
+            jax.distributed.shutdown()
+        else:
+            time.sleep(2)
+
+
+def translate_error(error: Exception) -> Exception:
+    """What stopped a computation of all processes: PeerError if another process is gone; else `error` itself."""
+    if jax.process_count() == 1 or isinstance(error, UserError):
+        return error
+    reason = " ".join(str(error).split())
+    lost = ("connection closed", "connection reset", "connection refused", "heartbeat", "coordination service")
+    lost += ("broken pipe", "remote process exited", "another task died")
+    if any(word in reason.lower() for word in lost):
+        return PeerError(
+            f"another process of this run is gone: {reason[:160]}", f"process {jax.process_index()}",
+            "its own last words say why; start all again with the same command",
+        )  # fmt: skip
+    return error
