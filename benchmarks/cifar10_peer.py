@@ -36,8 +36,9 @@ from step import CORES, ROOT, describe
 
 sys.path.insert(0, str(ROOT))
 from simmim_jax import data, train
-from simmim_jax.config import define_config_flag, parse_flags, read_json, refuse_change, to_dict
+from simmim_jax.config import read_json, refuse_change, to_dict
 from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, exit_with_message
+from simmim_jax.flags import define_config_flag, parse_flags
 from simmim_jax.interop.huggingface import preprocessor_config_of
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective

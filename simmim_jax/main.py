@@ -8,8 +8,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from simmim_jax.config import parse_flags
 from simmim_jax.errors import exit_with_message
+from simmim_jax.flags import parse_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", required=True)
@@ -23,7 +23,8 @@ HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "seconds of silence after whi
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at the level below
-    from simmim_jax import compilation, processes, train  # a mistake on the command line is told without JAX
+    from simmim_jax import train  # late, so that mistakes on the command line are reported without importing JAX
+    from simmim_jax.runtime import compilation, processes
 
     compilation.keep_compiled()
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, heartbeat=HEARTBEAT.value)

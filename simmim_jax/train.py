@@ -327,7 +327,7 @@ def check_numbers(config: ConfigDict) -> None:
         raise ConfigError(
             f"mean {config.mean} and std {config.std}", "mean, std", "give one positive number per channel for each"
         )
-    for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "keep"):
+    for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "max_to_keep"):
         check_minimum(name, config[name], 1)
     for name in ("steps", "epochs", "eval_images", "keep_period", "max_nonfinite_steps", "ema_decay"):
         check_minimum(name, config[name], 0)

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from simmim_jax.config import _leave_to_the_encoder, load, pretrain_config, refuse_change, to_dict
+from simmim_jax.config import load, pretrain_config, refuse_change, to_dict
 from simmim_jax.errors import ConfigError
+from simmim_jax.flags import _leave_to_the_encoder
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.optim import make_optimizer

@@ -15,8 +15,8 @@ from functools import partial
 
 from absl import app, flags, logging
 
-from simmim_jax.config import define_config_flag, parse_flags
 from simmim_jax.errors import ConfigError, UserError, check_minimum, choose, exit_with_message
+from simmim_jax.flags import define_config_flag, parse_flags
 
 JPEG = 110_000  # bytes of an image that are assumed for the rate of reading
 TAKEN = 0.75  # of a GPU's memory, that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise

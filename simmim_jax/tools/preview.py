@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from simmim_jax import files
-from simmim_jax.config import define_config_flag, parse_flags
 from simmim_jax.errors import ConfigError, check_minimum, exit_with_message
+from simmim_jax.flags import define_config_flag, parse_flags
 
 BAND = (10.0, 20.0)  # pixels of AvgDist that serve best, on images of 192 (paper section 4.1.2, figure 3)
 MEASURED = 128  # crops, at least, that means, deviations and masks are measured on
