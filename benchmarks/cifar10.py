@@ -41,13 +41,14 @@ from step import ROOT, describe, markdown
 
 sys.path.insert(0, str(ROOT))
 from simmim_jax import train
-from simmim_jax.config import read_json, refuse_change
+from simmim_jax.config import refuse_change
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, exit_with_message
 from simmim_jax.evals.subsets import spread
+from simmim_jax.files import read_json, write_atomically
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.runs import checkpoint, pretrained
-from simmim_jax.runs.records import read_rows, write_atomically
+from simmim_jax.runs.records import read_rows
 from simmim_jax.tools.probe import probing
 
 ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # names of runs, and in tables

@@ -36,8 +36,9 @@ from step import CORES, ROOT, describe
 
 sys.path.insert(0, str(ROOT))
 from simmim_jax import data, train
-from simmim_jax.config import read_json, refuse_change, to_dict
+from simmim_jax.config import refuse_change, to_dict
 from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, exit_with_message
+from simmim_jax.files import lock_folder, read_json
 from simmim_jax.flags import define_config_flag, parse_flags
 from simmim_jax.interop.huggingface import preprocessor_config_of
 from simmim_jax.models import make_encoder
@@ -167,7 +168,7 @@ def pretrain(config, workdir: str) -> dict:
 
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.hold(workdir), checkpoint.StopSignal() as stop:
+    with lock_folder(Path(workdir)), checkpoint.StopSignal() as stop:
         saved = read_json(folder / "config.json")
         if saved and (folder / "checkpoint.pt").exists():
             refuse_change(saved, to_dict(config), workdir)

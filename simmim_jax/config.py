@@ -9,12 +9,11 @@ propagate. Only `train.py` reads a config; nothing below it has seen one.
 import importlib.util
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from simmim_jax.errors import ConfigError, UserError
+from simmim_jax.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -240,21 +239,6 @@ def segment_config(head: str = "linear") -> ConfigDict:
 def to_dict(config: ConfigDict) -> dict:
     """The config as plain JSON data, references resolved: what config.json holds."""
     return json.loads(config.copy_and_resolve_references().to_json())
-
-
-def read_json(
-    path: Path, error: type[UserError] = ConfigError, fix: str = "remove it, or give another --workdir"
-) -> dict:
-    """What a JSON file holds; empty where there is none. Raises `error` if it holds no object, or cannot be read."""
-    try:
-        content = json.loads(path.read_text()) if path.exists() else {}
-    except OSError as reason:
-        raise error(f"cannot read: {reason.strerror}", str(path), fix) from reason
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise error("not a JSON object", str(path), fix)
-    return content
 
 
 def refuse_change(saved: dict, now: dict, where: str) -> None:

@@ -12,11 +12,14 @@ This module imports nothing of ours, and nothing heavy: it is needed before JAX 
 import argparse
 import contextlib
 import difflib
+import functools
 import inspect
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+
+from absl import logging
 
 
 class UserError(Exception):
@@ -115,6 +118,20 @@ def check_minimum(where: str, value: int | float, minimum: int, *, strict: bool 
     if not (value > minimum if strict else value >= minimum):  # so that NaN is refused
         bound = "above" if strict else "of at least"
         raise ConfigError(f"{where.split('.')[-1]} is {value}", where, f"give a number {bound} {minimum}")
+
+
+def check_multiple(size: int, unit: int, where: str, of_what: str) -> None:
+    """Raise ConfigError unless `size` is a positive multiple of `unit`; suggest the nearest multiples."""
+    if size < 1 or size % unit:
+        below = size // unit * unit
+        near = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+        raise ConfigError(f"{size} is not a multiple of {of_what}, {unit}", where, f"try {near}")
+
+
+@functools.lru_cache(1000)
+def warn_once(line: str) -> None:
+    """Log a warning, once per process for equal lines."""
+    logging.warning("%s", " ".join(line.split()).encode(errors="backslashreplace").decode())
 
 
 def _end_processes() -> None:

@@ -1,22 +1,89 @@
-"""Files that tools write: whole, or not at all; and the names of files in them."""
+"""Files on disk: atomic writes, JSON, names of files as text, and the lock on a folder."""
 
+import contextlib
+import fcntl
+import json
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
+from simmim_jax.errors import BusyError, ConfigError, UserError
 
-def printable(name: str) -> str:
-    """A file's name as UTF-8 can hold it: bytes that are none become \\xNN."""
+
+def utf8_name(name: str) -> str:
+    r"""A file's name as text that UTF-8 can encode: bytes that are not UTF-8 become \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`path` holds all that `write` (partial path) writes, on the disk, or what it held before. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
+def printable(name: str) -> str:
+    """A file's name on one line of a terminal: `utf8_name` with "?" for control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in utf8_name(name))
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file as a whole: after a crash `path` holds all of the new content or all of the old.
+
+    content: text, bytes, or a function that writes the file at the path it is given. The data is synced to the disk
+    before the rename. Raises OSError.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON object atomically, indented."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(
+    path: Path, error: type[UserError] = ConfigError, fix: str = "remove it, or give another --workdir"
+) -> dict:
+    """The object in a JSON file; {} if the file does not exist. Raises `error` if it holds no object or is unreadable."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except OSError as reason:
+        raise error(f"cannot read: {reason.strerror}", str(path), fix) from reason
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise error("not a JSON object", str(path), fix)
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; "" if it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, name: str = "LOCK", what: str = "workdir is in use") -> Iterator[None]:
+    """Hold an exclusive lock on `folder`, which ends with the process. Raises BusyError if another process holds it.
+
+    name: the lock file in the folder. what: the first part of the error message.
+    """
+    with open(folder / name, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise BusyError(what, f"{folder} by {owner}", "wait for it, or give another folder") from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        lock.flush()
+        os.fsync(lock.fileno())  # other hosts must see the owner
+        yield

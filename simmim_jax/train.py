@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from simmim_jax import data, optim
-from simmim_jax.config import read_json, to_dict
+from simmim_jax.config import to_dict
 from simmim_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -33,6 +33,7 @@ from simmim_jax.errors import (
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import jit_on_mesh, make_feature_reader
 from simmim_jax.evals.segmentation import make_windows_reader
+from simmim_jax.files import read_json
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.features import make_features

@@ -89,7 +89,7 @@ def test_an_average_that_was_not_saved_begins_at_the_parameters(saved):
 
 
 def test_the_newest_and_every_nth_are_kept(tmp_path):
-    manager = checkpoint.make_manager(str(tmp_path), keep=2, keep_period=3)
+    manager = checkpoint.make_manager(str(tmp_path), max_to_keep=2, keep_period=3)
     for step in range(1, 9):
         checkpoint.save(manager, make_state(step), {"data": {}})
     checkpoint.finish(manager)

@@ -21,9 +21,10 @@ from simmim_jax.data.decode import Picture
 from simmim_jax.data.sources.folder import Folder
 from simmim_jax.data.transforms import resize_and_center_crop
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError, UserError
+from simmim_jax.files import lock_folder
 from simmim_jax.objectives.features import make_features
 from simmim_jax.objectives.pixels import normalize
-from simmim_jax.runs import checkpoint, finished
+from simmim_jax.runs import finished
 from simmim_jax.tools.embed import __main__ as embed
 from simmim_jax.tools.embed import embeddings
 
@@ -287,7 +288,7 @@ def test_what_embed_has_not_written_is_never_replaced(made, quick, tmp_path):
 def test_two_at_once_are_refused(made, quick, tmp_path):
     folder = tmp_path / "x.npz.parts"
     folder.mkdir()
-    with checkpoint.hold(str(folder)), pytest.raises(BusyError):
+    with lock_folder(folder), pytest.raises(BusyError):
         tool(made, tmp_path / "x.npz")
 
 

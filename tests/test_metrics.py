@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from simmim_jax.runs.records import Clock, Progress, Records, duration, read_rows, write_atomically
+from simmim_jax.files import write_atomically
+from simmim_jax.runs.records import Clock, Progress, Records, duration, read_rows
 
 
 def test_rows_after_the_restored_step_are_cut_and_a_torn_line_is_dropped(tmp_path):

@@ -23,6 +23,7 @@ from simmim_jax.data import make_source, share_images
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import feature_cache, probes
 from simmim_jax.evals.feature_cache import FeatureCache, Pass, open_cache
+from simmim_jax.files import lock_folder
 from simmim_jax.runs import checkpoint
 from simmim_jax.runs.finished import Run
 from simmim_jax.tools.probe import __main__ as probe
@@ -410,7 +411,7 @@ def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, workdir):
     assert "no class has training and test images" in told(workdir, out, f"--data={other}", kind=DataError)
     single = folder_of(tmp_path / "single", {"train/a": 1, "train/b": 1, "test/a": 2, "test/b": 2})
     assert "none to choose settings by" in told(workdir, out, f"--data={single}", "--only=ridge", kind=DataError)
-    with checkpoint.hold(str(out)):
+    with lock_folder(out):
         assert "OUT is in use" in told(workdir, out, "--data=digits", kind=BusyError)
     (tmp_path / "file").write_text("")
     assert "cannot read or write: File exists" in told(workdir, tmp_path / "file", "--data=digits")

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from simmim_jax.errors import DataError, NonFiniteError
-from simmim_jax.runs.records import write_atomically
+from simmim_jax.files import write_atomically
 
 FLUSH = 20.0  # seconds between the places from which an extraction that was killed goes on
 

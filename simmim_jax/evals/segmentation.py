@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 
-from simmim_jax.data.sources.listing import warn_once
-from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum
+from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum, warn_once
 from simmim_jax.evals.reconstruction import to_rgb
 from simmim_jax.runtime import processes
 

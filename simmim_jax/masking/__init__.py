@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 from scipy.ndimage import distance_transform_edt
 
-from simmim_jax.errors import ConfigError, choose
+from simmim_jax.errors import ConfigError, check_multiple, choose
 
 
 def random_patches(
@@ -71,11 +71,3 @@ def average_distance(hidden: Bool[np.ndarray, "y x"]) -> float:
     if hidden.all() or not hidden.any():
         raise ValueError("a mask that hides all or nothing has no distances")
     return float(distance_transform_edt(hidden)[hidden].mean())
-
-
-def check_multiple(size: int, unit: int, where: str, of_what: str) -> None:
-    """Raise ConfigError unless `size` is a positive multiple of `unit`; name the nearest that are."""
-    if size < 1 or size % unit:
-        below = size // unit * unit
-        near = f"{below} or {below + unit}" if below > 0 else f"{unit}"
-        raise ConfigError(f"{size} is no multiple of {of_what}, {unit}", where, f"try {near}")

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError
-from simmim_jax.masking import check_multiple
+from simmim_jax.errors import ConfigError, check_multiple
 from simmim_jax.models.layers import layer_norm, truncated_normal
 from simmim_jax.objectives import mixing
 from simmim_jax.objectives.features import make_features

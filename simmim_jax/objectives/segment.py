@@ -13,8 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from simmim_jax.errors import ConfigError, check_minimum, choose
-from simmim_jax.masking import check_multiple
+from simmim_jax.errors import ConfigError, check_minimum, check_multiple, choose
 from simmim_jax.models.layers import Linear, layer_norm, truncated_normal
 from simmim_jax.models.pyramid import ConvNormRelu, Rescale, pyramid_blocks, pyramid_factors
 from simmim_jax.objectives.features import check_readable

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from simmim_jax.errors import ConfigError
-from simmim_jax.masking import check_multiple, make_masks
+from simmim_jax.errors import ConfigError, check_multiple
+from simmim_jax.masking import make_masks
 from simmim_jax.models.layers import Linear, truncated_normal, uniform_by_fan_in
 from simmim_jax.objectives.pixels import denormalize, from_patches, local_moments, normalize, to_patches
 

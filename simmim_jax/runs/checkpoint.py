@@ -28,7 +28,8 @@ from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from simmim_jax.runtime import processes
-from simmim_jax.config import read_json
+from simmim_jax.files import read_json
+
 from simmim_jax.errors import BusyError, CheckpointError, PeerError
 from simmim_jax.runtime.scanning import path_name
 from simmim_jax.train_step import TrainState
@@ -370,22 +371,3 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def hold(workdir: str) -> Iterator[None]:
-    """Hold `workdir` for this process; the lock dies with it. Raises BusyError if another process holds it."""
-    with open(Path(workdir) / "LOCK", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            raise BusyError(
-                "workdir is in use", f"{workdir} by {owner}", "wait for it, or give another --workdir"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        lock.flush()
-        os.fsync(lock.fileno())  # so that other hosts see it
-        yield

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import tensorboardX
 
+from simmim_jax.files import write_atomically
 from simmim_jax.runtime.processes import log0
 
 STARVED = 0.2  # the share of a run's time that may go into waiting for data before the run says what to change
@@ -81,13 +82,6 @@ def read_rows(path: Path) -> list[dict]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """`path` holds all of `text`, or what it held before: never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 class Clock:

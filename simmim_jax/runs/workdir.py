@@ -13,7 +13,8 @@ from pathlib import Path
 
 from simmim_jax.runs import checkpoint, records
 from simmim_jax.runtime import processes
-from simmim_jax.config import read_json, refuse_change
+from simmim_jax.files import lock_folder, read_json, read_text, write_atomically
+from simmim_jax.config import refuse_change
 from simmim_jax.errors import ConfigError
 
 SHARED_SOON = 60  # seconds within which other hosts see a file that the first has written
@@ -29,7 +30,7 @@ def hold(config: dict, workdir: str) -> Iterator[None]:
     def take(held: contextlib.ExitStack) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(checkpoint.hold(workdir))
+            held.enter_context(lock_folder(Path(workdir)))
             saved = read_json(folder / "config.json")
             if saved.get("objective", {}).get("name") == "none":  # imported without a head
                 fix = f"give it as --config.init_from={workdir}, and another --workdir"
@@ -37,7 +38,7 @@ def hold(config: dict, workdir: str) -> Iterator[None]:
             if saved and checkpoint.has_steps(workdir):  # else there is nothing yet to go on from
                 refuse_change(saved, config, workdir)
             origin = {"imported": saved["imported"]} if "imported" in saved else {}  # stays known when a run goes on
-            records.write_atomically(folder / "config.json", json.dumps({**config, **origin}, indent=2) + "\n")
+            write_atomically(folder / "config.json", json.dumps({**config, **origin}, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
@@ -60,14 +61,6 @@ def hold(config: dict, workdir: str) -> Iterator[None]:
         yield
 
 
-def read_text(path: Path) -> str:
-    """What a file holds; empty where it cannot be read."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
 def versions() -> dict[str, str]:
     """The versions of what decides a run's numbers."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
@@ -77,4 +70,4 @@ def versions() -> dict[str, str]:
 
 def write_versions(workdir: str) -> None:
     """What runs in `workdir`, in versions.json."""
-    records.write_atomically(Path(workdir) / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    write_atomically(Path(workdir) / "versions.json", json.dumps(versions(), indent=2) + "\n")

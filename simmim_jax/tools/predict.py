@@ -19,7 +19,7 @@ from simmim_jax.errors import (
     Parser,
     check_minimum,
 )
-from simmim_jax.files import write_whole
+from simmim_jax.files import write_atomically
 from simmim_jax.tools.cli import check_seed, parse_known, sides, start
 
 EXAMPLES = """\
@@ -254,7 +254,7 @@ def write_picture(path: Path, pixels) -> None:
     about = PngInfo()
     about.add_text(*MARK)
     with told_unwritten(str(path)):
-        write_whole(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about))
+        write_atomically(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about))
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from absl import app, flags, logging
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from simmim_jax import files
 from simmim_jax.errors import ConfigError, check_minimum, exit_with_message
+from simmim_jax.files import printable, write_atomically
 from simmim_jax.flags import define_config_flag, parse_flags
 
 BAND = (10.0, 20.0)  # pixels of AvgDist that serve best, on images of 192 (paper section 4.1.2, figure 3)
@@ -347,12 +347,6 @@ def caption_of(sample: dict, classes: tuple[str, ...]) -> str:
     return printable(classes[sample["label"]]) if 0 <= sample["label"] < len(classes) else "no class"
 
 
-def printable(name: str) -> str:
-    """A name in one line, whatever bytes it came from."""
-    text = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def tile_size(height: int, width: int) -> tuple[int, int]:
     """(height, width) of an image on the sheet: small ones enlarged by a whole number, large ones reduced."""
     short = min(height, width)
@@ -436,7 +430,7 @@ def check_writable(path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """`path` holds all of `content`, or what it held before."""
     try:
-        files.write_whole(path, lambda partial: partial.write_bytes(content))
+        write_atomically(path, content)
     except OSError as error:
         raise ConfigError(
             f"cannot write: {error.strerror}", str(path), "mend the disk, or give another path"

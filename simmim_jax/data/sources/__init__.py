@@ -19,12 +19,12 @@ from simmim_jax.data.sources.array_record import ARRAY_RECORDS, make_array_recor
 from simmim_jax.data.sources.digits import make_digits
 from simmim_jax.data.sources.folder import EXTENSIONS, make_folder
 from simmim_jax.data.sources.list_file import LISTS, make_list
-from simmim_jax.data.sources.listing import glance, is_folder, nearest_path, warn_once
+from simmim_jax.data.sources.listing import glance, is_folder, nearest_path
 from simmim_jax.data.sources.parquet import PARQUETS, make_parquet
 from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, cases, existing_part
 from simmim_jax.data.sources.tar import COMPRESSED, TARS, make_tar
 from simmim_jax.data.sources.tfds import make_tfds, prepared_directory
-from simmim_jax.errors import ConfigError, DataError, suggest
+from simmim_jax.errors import ConfigError, DataError, suggest, warn_once
 
 __all__ = ["SOURCES", "make_source", "share_images"]
 

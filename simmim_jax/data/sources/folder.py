@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from simmim_jax.data.sources.listing import folders, is_file, is_folder, nearest_folder, warn_once
+from simmim_jax.data.sources.listing import folders, is_file, is_folder, nearest_folder
 from simmim_jax.data.sources.names import Names
 from simmim_jax.data.sources.splits import EVALUATION, both_sides, by_side, cases, own_split, side_of
-from simmim_jax.errors import ConfigError, DataError
+from simmim_jax.errors import ConfigError, DataError, warn_once
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PART = 200_000  # entries of one directory that are sorted in memory; more are sorted in parts, on disk

@@ -1,9 +1,7 @@
 """What lies in a folder, and what a path that leads nowhere may have meant."""
 
 import difflib
-import functools
 import itertools
-import logging
 import os
 
 GLANCE = 10_000  # entries of a directory that are looked at where not all need be
@@ -50,12 +48,6 @@ def nearest_path(path: str) -> str:
     parent, missing = _last_folder(path)
     near = difflib.get_close_matches(missing, [entry.name for entry in glance(parent)], n=1)
     return f"did you mean {os.path.join(parent, near[0])}?" if near else f"{parent} is there, but it has no {missing}"
-
-
-@functools.lru_cache(1000)
-def warn_once(line: str) -> None:
-    """Logs a warning, of several sources that give the same only one."""
-    logging.warning("%s", " ".join(line.split()).encode(errors="backslashreplace").decode())
 
 
 def _last_folder(path: str) -> tuple[str, str]:

@@ -17,10 +17,9 @@ import numpy as np
 
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.sources.files import changed, opener, stat_file
-from simmim_jax.data.sources.listing import warn_once
 from simmim_jax.data.sources.names import Column
 from simmim_jax.data.sources.splits import Selection, natural_classes, part_of, select
-from simmim_jax.errors import DataError
+from simmim_jax.errors import DataError, warn_once
 
 PARQUETS = (".parquet",)
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")

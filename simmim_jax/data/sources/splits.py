@@ -17,8 +17,8 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from simmim_jax.data.sources.listing import folders, glance, is_file, nearest_path, warn_once
-from simmim_jax.errors import ConfigError, DataError, suggest
+from simmim_jax.data.sources.listing import folders, glance, is_file, nearest_path
+from simmim_jax.errors import ConfigError, DataError, suggest, warn_once
 
 EVALUATION = ("val", "valid", "validation", "test")  # one thing, by four names
 MAX_FILES = 1_000_000  # that braces may name

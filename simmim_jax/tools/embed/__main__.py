@@ -36,7 +36,7 @@ from simmim_jax.errors import (
     check_minimum,
     choose,
 )
-from simmim_jax.files import printable
+from simmim_jax.files import lock_folder, utf8_name
 from simmim_jax.tools.cli import add_context, check_fraction, parse_known, sides, start
 
 EXAMPLES = """\
@@ -100,8 +100,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.out = Path(out)
     if options.out.suffix not in (".parquet", ".npz"):
         raise ConfigError(f"OUT is {out}", "command line", "give a file that ends in .parquet or .npz")
-    if printable(out) != out:  # Arrow's limit
-        raise ConfigError(f"OUT is {printable(out)}", "command line", "give a path that is UTF-8")
+    if utf8_name(out) != out:  # Arrow's limit
+        raise ConfigError(f"OUT is {utf8_name(out)}", "command line", "give a path that is UTF-8")
     choose("pool", options.pool, set(POOLS))
     choose("dtype", options.dtype, {"float32", "float16"})
     options.image_size = sides(options.image_size)
@@ -158,7 +158,7 @@ def embed(options: argparse.Namespace) -> None:
     from simmim_jax import data  # JAX comes in here: help and mistakes are told without it
     from simmim_jax.data.transforms import INTERPOLATIONS
     from simmim_jax.objectives.features import check_readable
-    from simmim_jax.runs import checkpoint, finished
+    from simmim_jax.runs import finished
     from simmim_jax.runtime import compilation, sharding
     from simmim_jax.tools.embed import embeddings
 
@@ -184,7 +184,7 @@ def embed(options: argparse.Namespace) -> None:
         embeddings.refuse_difference(finished.get("made_from", {}), made_from, str(options.out))
     folder = options.out.with_name(options.out.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.hold(str(folder)):
+    with lock_folder(folder):
         if options.overwrite:
             forget(folder, made_from)
         elif finished:
@@ -406,10 +406,10 @@ def description(
         "std": list(model.config["std"]),
         "data": source.describe(),
         "source": where,
-        "classes": [printable(name) for name in source.classes],
+        "classes": [utf8_name(name) for name in source.classes],
         "count": count - len(left_out),
         "left_out": len(left_out),
-        "left_out_names": [printable(each.name) for each in left_out[: embeddings.MAX_NAMED]],
+        "left_out_names": [utf8_name(each.name) for each in left_out[: embeddings.MAX_NAMED]],
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from simmim_jax.errors import ConfigError, DataError
-from simmim_jax.files import printable, write_whole
+from simmim_jax.files import utf8_name, write_atomically
 
 KEY = b"simmim_jax"  # of our JSON in a Parquet file's metadata
 ENDINGS = (".parquet", ".npz")
@@ -57,7 +57,7 @@ def begin(folder: Path, made_from: dict, part_rows: int) -> int:
     if any(child.name != "LOCK" and not child.name.endswith(".partial") for child in folder.iterdir()):
         raise ConfigError("a folder that embed has not begun", str(folder), "move it away, or give another OUT")
     text = json.dumps({"made_from": made_from, "part_rows": part_rows}, indent=2)
-    write_whole(path, lambda partial: partial.write_text(text + "\n"))
+    write_atomically(path, lambda partial: partial.write_text(text + "\n"))
     return part_rows
 
 
@@ -100,7 +100,7 @@ def write_part(folder: Path, number: int, rows: Rows, classes: tuple[str, ...], 
     import pyarrow.parquet
 
     table = table_of(rows, classes).replace_schema_metadata({KEY: json.dumps(left_out)})
-    write_whole(part_path(folder, number), lambda partial: pyarrow.parquet.write_table(table, partial))
+    write_atomically(part_path(folder, number), lambda partial: pyarrow.parquet.write_table(table, partial))
 
 
 def left_out_of(path: Path) -> list[LeftOut]:
@@ -116,12 +116,12 @@ def table_of(rows: Rows, classes: tuple[str, ...]):
     import pyarrow
 
     columns = {"index": pyarrow.array(rows.index, pyarrow.int64())}
-    columns["name"] = pyarrow.array([printable(name) for name in rows.names], pyarrow.string())
+    columns["name"] = pyarrow.array([utf8_name(name) for name in rows.names], pyarrow.string())
     if rows.labels is not None:
         columns["label"] = pyarrow.array(rows.labels, pyarrow.int32())
     if rows.labels is not None and classes:
         names = [classes[label] if 0 <= label < len(classes) else None for label in rows.labels.tolist()]
-        columns["class_name"] = pyarrow.array([name and printable(name) for name in names], pyarrow.string())
+        columns["class_name"] = pyarrow.array([name and utf8_name(name) for name in names], pyarrow.string())
     flat = pyarrow.array(np.ascontiguousarray(rows.embeddings).reshape(-1))
     width = int(np.prod(rows.embeddings.shape[1:]))
     columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(flat, width)
@@ -134,7 +134,7 @@ def table_of(rows: Rows, classes: tuple[str, ...]):
 def join(folder: Path, parts: int, out: Path, about: dict) -> None:
     """Write OUT of all parts, and `about` into it; a part at a time is in memory."""
     paths = [part_path(folder, number) for number in range(parts)]
-    write_whole(folder / "whole", lambda partial: JOINERS[out.suffix](paths, partial, about))
+    write_atomically(folder / "whole", lambda partial: JOINERS[out.suffix](paths, partial, about))
     (folder / "whole").replace(out)
     shutil.rmtree(folder)
 

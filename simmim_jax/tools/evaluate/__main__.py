@@ -31,7 +31,7 @@ from simmim_jax.errors import (
     Parser,
     check_minimum,
 )
-from simmim_jax.files import printable, write_whole
+from simmim_jax.files import utf8_name, write_atomically
 from simmim_jax.tools.cli import check_fraction, parse_known, sides, start
 
 EXAMPLES = """\
@@ -254,7 +254,7 @@ def evaluate_classifier(model, objective, source, told: str, heldout, mesh, opti
         append_row(Path(options.results), row_of(model, told, metrics, options))
         print(f"a row more in {options.results}")
     if options.out:
-        names = [printable(str(name)) for name in source.classes] or [str(n) for n in range(classes)]
+        names = [utf8_name(str(name)) for name in source.classes] or [str(n) for n in range(classes)]
         folder = Path(options.out)
         for name in ("mistakes.png", "confusion.csv", "confusion.png"):  # of an earlier evaluation
             (folder / name).unlink(missing_ok=True)
@@ -340,7 +340,7 @@ def png(pixels) -> bytes:
 def write(path: Path, content: bytes) -> None:
     """`path` holds all of `content`, or what it held before."""
     try:
-        write_whole(path, lambda partial: partial.write_bytes(content))
+        write_atomically(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
         raise DataError(
             f"cannot write: {error.strerror or error}", str(path), "make room, or give another --out"
@@ -407,7 +407,7 @@ def version() -> str:
 def line_of(values: Sequence[str]) -> str:
     """A line of CSV: what would break it becomes a space."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([" ".join(printable(value).split()) for value in values])
+    csv.writer(text, lineterminator="\n").writerow([" ".join(utf8_name(value).split()) for value in values])
     return text.getvalue()
 
 

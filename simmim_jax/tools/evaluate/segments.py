@@ -6,6 +6,7 @@ own evaluation does it. Shape letters: h w pixels of an image, c channels.
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

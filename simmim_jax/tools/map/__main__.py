@@ -28,7 +28,7 @@ from simmim_jax.errors import (
     check_minimum,
     choose,
 )
-from simmim_jax.files import printable, write_whole
+from simmim_jax.files import utf8_name, write_atomically
 from simmim_jax.tools.cli import check_seed, parse_known, start
 from simmim_jax.tools.embed import embeddings
 from simmim_jax.tools.map.map_page import make_page
@@ -80,7 +80,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         setattr(options, name, os.path.expanduser(getattr(options, name)))
     if Path(options.embeddings).suffix not in embeddings.ENDINGS:
         raise ConfigError(f"EMBEDDINGS is {options.embeddings}", "command line", "give a .parquet or .npz file")
-    told = printable(options.embeddings)
+    told = utf8_name(options.embeddings)
     if told != options.embeddings and not told.endswith(".npz"):  # Arrow's limit
         raise ConfigError(f"EMBEDDINGS is {told}", "command line", "move it to a path that is UTF-8")
     if not options.out and not options.neighbors:
@@ -182,7 +182,7 @@ def open_pictures(listing: embeddings.Listing, images: str) -> Callable:
 
     def picture(row: int, side: int):
         index = int(listing.index[row])
-        if index >= len(source) or printable(source.name(index)) != listing.names[row]:
+        if index >= len(source) or utf8_name(source.name(index)) != listing.names[row]:
             if not told:
                 told.append(row)
                 print(
@@ -232,10 +232,10 @@ def write_map(
         "method": {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[options.method],
         "what": f"{about['what']}, step {about['step']} of {about['run']}",
     }
-    page = make_page(data, make_sprite(rows, columns, picture), printable(options.title or path.name))
+    page = make_page(data, make_sprite(rows, columns, picture), utf8_name(options.title or path.name))
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_atomically(out, lambda partial: partial.write_text(page, encoding="utf-8"))
     print(f"{out}: {len(rows):,} of {len(listing.names):,} images, {out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -332,7 +332,7 @@ def write_neighbors(listing: embeddings.Listing, path: Path, options: argparse.N
     sheet = draw_neighbors(listing, queries, rows, similarities, picture)
     out = Path(options.neighbors)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda partial: sheet.save(partial, format="PNG"))
+    write_atomically(out, lambda partial: sheet.save(partial, format="PNG"))
     line = f"{out}: {len(queries)} images with {rows.shape[1]} nearest of {len(listing.names):,}"
     known = listing.labels[queries] >= 0
     if known.any():

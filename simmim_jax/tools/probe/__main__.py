@@ -5,8 +5,10 @@ How well classes can be read off the frozen features of each block: linear and r
 
 import argparse
 import os
+from pathlib import Path
 
 from simmim_jax.errors import BusyError, ConfigError, DataError, Parser, check_minimum, choose
+from simmim_jax.files import lock_folder
 from simmim_jax.tools.cli import check_fraction, check_seed, parse_known, sides, start
 
 EXAMPLES = """\
@@ -164,12 +166,11 @@ def run(argv: list[str]) -> None:
     options = parse(argv)
     import jax  # only here: help and mistakes are told without it
 
-    from simmim_jax.runs import checkpoint
     from simmim_jax.tools.probe import probing
 
     try:
         os.makedirs(options.out, exist_ok=True)
-        with checkpoint.hold(options.out):
+        with lock_folder(Path(options.out)):
             probing.probe(options)
     except BrokenPipeError:
         raise

@@ -31,7 +31,7 @@ from simmim_jax.evals import probes, subsets
 from simmim_jax.evals.feature_cache import FeatureCache, Pass, key_of, open_cache
 from simmim_jax.evals.features import jit_on_mesh
 from simmim_jax.evals.plot import Curve, Panel, draw_curves
-from simmim_jax.files import printable, write_whole
+from simmim_jax.files import utf8_name, write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
 from simmim_jax.runs import checkpoint
 from simmim_jax.runs.finished import (
@@ -45,7 +45,6 @@ from simmim_jax.runs.finished import (
     open_source,
     told_pixels,
 )
-from simmim_jax.runs.records import write_atomically
 from simmim_jax.runtime import compilation, sharding
 
 FEW_SHOT_C, FEW_SHOT_NEIGHBOURS = 1.0, 20  # where nothing is chosen
@@ -80,12 +79,12 @@ def probe(options: Namespace) -> list[dict]:
     sets = labeled(cache, sources, options)
     paper = round(depth * 2 / 3)
     said = {
-        "run": printable(str(trained.folder)), "step": trained.step, "image_size": list(trained.image_size),
+        "run": utf8_name(str(trained.folder)), "step": trained.step, "image_size": list(trained.image_size),
         **crop_as_asked(trained, options.crop_fraction, options.interpolation),
         "depth": depth, "classes": sets["classes"],
-        **{split: printable(source.describe()) for split, source in sources.items()},
+        **{split: utf8_name(source.describe()) for split, source in sources.items()},
         "validation_images": len(sets["validation"]), "features": features_of(cache),
-        "options": {name: printable(x) if isinstance(x, str) else x for name, x in vars(options).items()},
+        "options": {name: utf8_name(x) if isinstance(x, str) else x for name, x in vars(options).items()},
     }  # fmt: skip
     rows, said["options_of"] = earlier_rows(out, earlier, said, options.only)
     for pool in pools:
@@ -276,7 +275,7 @@ def labeled(cache: FeatureCache, sources: dict, options: Namespace) -> dict:
         if not len(sets[split]):
             raise DataError("no image with a label could be read", source.describe(), "look at what was said of each")
         counts = np.bincount(sets[f"{split}_labels"], minlength=sets["classes"])
-        if lacking := [printable(source.classes[n]) for n in np.flatnonzero(counts == 0)]:
+        if lacking := [utf8_name(source.classes[n]) for n in np.flatnonzero(counts == 0)]:
             more = ", ..." if len(lacking) > 5 else ""
             print(f"classes without {split} images ({len(lacking)}): {', '.join(lacking[:5])}{more}", flush=True)
     labels = sets["train_labels"]
@@ -655,4 +654,4 @@ def write_picture(path: Path, rows: list[dict], paper: int) -> None:
                 marked = blocks.index(paper) if paper in blocks and pool == "patches" else None
                 panels.append(Panel(f"top-1, {title}", drawn, marked))
     sheet = draw_curves(panels, ticks)
-    write_whole(path, lambda partial: Image.fromarray(sheet).save(partial, "PNG"))
+    write_atomically(path, lambda partial: Image.fromarray(sheet).save(partial, "PNG"))
