@@ -12,7 +12,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from simmim_jax.data import LabelMapSpec, SegmentationSet, check_maps, fingerprint, make_batches, make_label_map_source
 from simmim_jax.data.decode import BadImage
-from simmim_jax.data.label_maps import LabelMapTfds, distort_photometrically, fitting_factor, read_map, read_pair
+from simmim_jax.data.label_maps import distort_photometrically, read_map, read_pair, scale_factor
+from simmim_jax.data.sources.label_maps import LabelMapTfds
 from simmim_jax.errors import ConfigError, DataError
 
 CLASSES = 6
@@ -146,7 +147,7 @@ def test_a_map_lies_as_its_image_does_whether_it_was_drawn_before_it_was_turned_
     if orientation == 1:
         read_pair(square, LabelMapSpec(CLASSES), 3, 10_000)
     else:
-        with pytest.raises(BadImage, match="or the turned"):
+        with pytest.raises(BadImage, match="or the upright"):
             read_pair(square, LabelMapSpec(CLASSES), 3, 10_000)
 
 
@@ -368,10 +369,10 @@ def test_whole_images_come_each_once_scaled_with_maps_as_they_are(tmp_path, capl
 
 
 def test_an_image_is_scaled_by_its_shorter_side_unless_it_is_very_long():
-    assert fitting_factor((100, 200), (50, 60), 0) == 0.5
-    assert fitting_factor((200, 100), (50, 60), 25) == 0.25
-    assert fitting_factor((100, 1000), (50, 60), 0) == 0.2
-    assert fitting_factor((100, 1000), (50, 60), -1) == 1.0
+    assert scale_factor((100, 200), (50, 60), 0) == 0.5
+    assert scale_factor((200, 100), (50, 60), 25) == 0.25
+    assert scale_factor((100, 1000), (50, 60), 0) == 0.2
+    assert scale_factor((100, 1000), (50, 60), -1) == 1.0
 
 
 def test_colors_are_distorted_within_bounds_and_left_alone_at_times():

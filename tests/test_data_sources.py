@@ -1470,7 +1470,7 @@ def test_a_row_without_bytes_is_a_bad_image(tmp_path):
     assert source.classes == ()
 
 
-@pytest.mark.parametrize("batch_stats", [True, False])
+@pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize(
     ("labels", "says"),
     [

@@ -683,7 +683,7 @@ def test_mistakes_on_the_command_line_are_one_line(flags, message):
 
 
 def test_help_and_mistakes_are_told_before_anything_heavy_comes_in():
-    code = "import sys; from simmim_jax.tools import prepare\ntry: prepare.run(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from simmim_jax.tools.prepare import __main__ as prepare\ntry: prepare.run(['--help'])\nexcept SystemExit: pass\n"
     code += "print(sorted({'jax', 'grain', 'numpy', 'PIL'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("[]")

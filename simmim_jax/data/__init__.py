@@ -25,10 +25,10 @@ from simmim_jax.data.label_maps import (
     SegmentationSet,
     check_maps,
     check_pair,
-    make_label_map_source,
     read_random_crop,
 )
 from simmim_jax.data.sources import SOURCES, make_source, share_images
+from simmim_jax.data.sources.label_maps import make_label_map_source
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop, resize_and_center_crop
 from simmim_jax.data.workers import check_main, close, init_worker, let_grain_run_without_flags, watched
 from simmim_jax.errors import ConfigError, DataError

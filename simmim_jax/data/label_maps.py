@@ -1,22 +1,20 @@
-"""Images with a label for each pixel: where they lie, how maps are read, and the random crop that both share.
+"""Label maps: decoding, the random crop shared with the image, and whole images for evaluation.
 
-A map is an index PNG (or TIFF, BMP, GIF), as large as its image: a pixel's value is its class. Values that count
-nowhere become the largest of the map's type, IGNORED; whatever is not below `num_classes` is ignored by those who read
-the batches. A pair that cannot be used is a bad image (`simmim_jax.data.decode`).
+A map is an index PNG (or TIFF, BMP, GIF) of the size of its image. The value of a pixel is its class. Ignored pixels
+get the largest value of the dtype, and readers of batches ignore all values not below `num_classes`. A pair that
+cannot be used is a bad image (`simmim_jax.data.decode`).
 
-Of an image with an EXIF orientation a map may show the stored pixels, or the upright ones. Where only one of the two
-has the map's size, that is what it shows, and the map is turned if it must be; where both have it, the pair cannot be
-used, for its labels might be upside down.
+If the image has an EXIF orientation, its map may show either the stored or the upright pixels. If only one of them has
+the size of the map, the map is read that way, and turned upright if necessary. If both have it, the pair is a bad
+image, because the labels might be upside down.
 
-Letters of shapes: h height, w width, c channels. Sizes are (height, width) in pixels. No JAX here.
+Shapes: h height, w width, c channels. Sizes are (height, width) in pixels.
 """
 
 import contextlib
 import functools
-import hashlib
 import io
 import math
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,41 +25,32 @@ from PIL import ExifTags, Image
 
 from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
 from simmim_jax.data.decode import LYING, MAX_PIXELS, BadImage, Picture, leave_out
-from simmim_jax.data.sources.folder import Folder, make_folder
-from simmim_jax.data.sources.listing import folders, is_file, nearest_folder
-from simmim_jax.data.sources.names import Names
-from simmim_jax.data.sources.splits import EVALUATION
-from simmim_jax.data.sources.tfds import Tfds, make_tfds, prepared_directory
 from simmim_jax.data.transforms import resize
 from simmim_jax.errors import ConfigError, DataError, check_minimum
 
-IMAGES = ("images", "image", "imgs", "img")
-MAPS = ("annotations", "annotation", "masks", "mask", "labels", "label_maps", "segmentations")
-TRAINING = ("train", "training")
-VALIDATION = tuple(name for name in EVALUATION if name != "test")
-EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of files that keep each value as it is
-FORMATS = ("PNG", "TIFF", "BMP", "GIF")
-LAYOUT = "give images/train/a.jpg with masks/train/a.png (or annotations/, labels/), or train/images with train/masks"
-KINDS = ("auto", "folder", "tfds")
-TRIES = 10  # crops that are drawn until one is not nearly all of one class
-LONGEST = 4  # times its shorter side that an image's longer side may be before both are scaled by the longer
-GLANCE, LONG_LOOK = 8, 256  # maps that are looked at before a run begins, and where these show one class alone
-STEPS_OF_GRAY = {2: 85, 4: 17}  # Pillow spreads the values of a gray PNG of so few bits over 0..255
+FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # lossless
+MAX_TRIES = 10  # random crops drawn in search of one that `most_of_one` allows
+MAX_ASPECT = 4  # ratio of sides above which an image is scaled by its longer side
+CHECKED, MAX_CHECKED = 8, 256  # maps checked before a run; the second if the first show at most one class
+GRAY_STEPS = {2: 85, 4: 17}  # by bits per pixel: Pillow spreads the values of such gray PNGs over 0..255
 
 
 class WrongLabel(BadImage):
-    """A map with a value that is no class, which is most often a mistake in the config."""
+    """A map with a value that is not a class. Usually a mistake in the config."""
 
 
 class LabelMapSpec(NamedTuple):
-    """How maps are read, and crops drawn; as `make_batches` takes it.
+    """How maps are read and random crops are drawn.
 
-    num_classes: labels are 0 to that less one. ignore: the value in a file that has no class.
-    reduce_zero_label: in files 0 has no class, and every other value is one too high, as in ADE20K.
-    short_side: in pixels, to which images are scaled, training and evaluated; 0: the crop's shorter side; -1: not.
-    scale: bounds of a random factor beside that. most_of_one: the share of a crop that one class should not exceed.
-    photometric: random brightness, contrast, saturation and hue. fill: what pads an image, a number 0..255 by channel.
-    channel: of maps that are stored with several, the one that is the class; -1: such maps are refused.
+    num_classes: labels are 0 to num_classes - 1.
+    ignore: the value of pixels without a class in the file.
+    reduce_zero_label: in the file 0 has no class, and the other values are the class + 1, as in ADE20K.
+    short_side: images are scaled to this shorter side in pixels; 0: the crop's shorter side; -1: not scaled.
+    scale: bounds of a random factor on top of that.
+    most_of_one: largest fraction of a crop that one class should have.
+    photometric: random brightness, contrast, saturation and hue.
+    fill: value of padded pixels by channel, 0..255.
+    channel: the channel that has the class, for maps with several; -1: such maps are bad images.
     """
 
     num_classes: int
@@ -75,226 +64,55 @@ class LabelMapSpec(NamedTuple):
     channel: int = -1
 
     def check(self) -> None:
-        """Refuse values that cannot work. Raises ConfigError."""
+        """Raise ConfigError for values that cannot work."""
+        where = "objective.num_classes"
         if self.num_classes < 2:
-            raise ConfigError(
-                f"num_classes is {self.num_classes}", "objective.num_classes", "give the number of classes, 2 or more"
-            )
+            raise ConfigError(f"num_classes is {self.num_classes}", where, "give the number of classes, 2 or more")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ConfigError(f"scale {self.scale}", "data.maps.scale", "give two numbers above 0, like 0.5,2")
         if not 0 < self.most_of_one <= 1:
             raise ConfigError(f"most_of_one {self.most_of_one} is not in (0, 1]", "data.maps.most_of_one")
         check_minimum("data.maps.short_side", self.short_side, -1)
         if self.num_classes > 2**16 - 2:
-            raise ConfigError(f"num_classes {self.num_classes}", "objective.num_classes", "give at most 65534")
+            raise ConfigError(f"num_classes {self.num_classes}", where, "give at most 65534")
         if 0 <= self.ignore - self.reduce_zero_label < self.num_classes:
-            raise ConfigError(
-                f"ignore {self.ignore} is one of the {self.num_classes} classes", "data.maps.ignore",
-                "give a value that no class has, like 65535",
-            )  # fmt: skip
+            what = f"ignore {self.ignore} is one of the {self.num_classes} classes"
+            raise ConfigError(what, "data.maps.ignore", "give a value that no class has, like 65535")
 
     def as_json(self) -> dict:
-        """The same by name, with lists for tuples."""
+        """The fields by name, with lists instead of tuples."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in self._asdict().items()}
 
     @property
     def dtype(self) -> np.dtype:
-        """Of maps in batches."""
+        """The dtype of maps in batches."""
         return np.dtype(np.uint8 if self.num_classes <= 254 else np.uint16)
 
-
-def make_label_map_source(
-    source: str, *, path: str = "", name: str = "", data_dir: str = "", split: str = "train", heldout_fraction: float
-):
-    """The records of one split, as `data.sources` has them, with "map" beside each "image": a file's bytes, or pixels.
-
-    A folder has images/<split> and annotations/, masks/ or labels/<split>, or <split>/images and <split>/masks, or,
-    without splits, images/ and masks/, of which a part is held out; a map has the name of its image but for the
-    extension. <split> may be train or training, and an evaluation split any of its names. classes.txt, a name on each
-    line, may lie beside them. Of a TFDS data set, the map is its feature `annotation` or `segmentation_mask`, or its
-    only other image.
-
-    Raises:
-      ConfigError: for a source that has no maps.
-      DataError: where folders or maps are missing.
-    """
-    if source not in KINDS:
-        raise ConfigError(f"source {source!r} has no label maps", "data.source", f"choose one of {', '.join(KINDS)}")
-    prepared = path and prepared_directory(os.path.abspath(os.path.expanduser(path)))
-    if source == "tfds" or (source == "auto" and (prepared or not path) and name + path):
-        return LabelMapTfds(make_tfds(name=name, data_dir=data_dir, split=split, path=path))
-    if not path:
-        raise ConfigError("data.path is empty", "data.path", LAYOUT)
-    path = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isdir(path):
-        raise DataError(f"{path} is not a folder", "data.path", nearest_folder(path))
-    pairs, whole, without_maps = _find_pairs(path)
-    asked = next((each for each in (TRAINING, VALIDATION) if split in each), (split,))
-    missing = [without_maps[side] for side in asked if side in without_maps]
-    if missing and not any(side in pairs for side in asked):
-        raise DataError(f"{missing[0][0]} has no {missing[0][1]} beside it", path, LAYOUT)
-    names = TRAINING if split == "train" else (split, *EVALUATION) if split in EVALUATION else (split,)
-    own = next((pairs[side] for side in names if side in pairs), None)
-    evaluated = any(side in pairs for side in EVALUATION)
-    trained = next((pairs[side] for side in TRAINING if side in pairs), None)
-    if own and (split != "train" or evaluated):
-        images, maps, part, fraction = *own, "train", 0.0  # all that is there
-    elif (trained or whole) and split in ("train", *EVALUATION) and not (split == "train" and evaluated):
-        images, maps, part, fraction = *(trained or whole), split, heldout_fraction
-    else:
-        there = f"it has {', '.join(sorted(pairs) or folders(path)[:6]) or 'no folders'}"
-        raise DataError(f"{path} has no images with maps of split {split!r}", there, LAYOUT)
-    return MappedFolder(
-        make_folder(path=images, split=part, heldout_fraction=fraction), maps, _read_classes(path), split
-    )
+    @property
+    def ignored(self) -> int:
+        """The value of ignored pixels in batches."""
+        return np.iinfo(self.dtype).max
 
 
-def _find_pairs(
-    path: str,
-) -> tuple[dict[str, tuple[str, str]], tuple[str, str] | None, dict[str, tuple[str, str]]]:
-    """(the folders of images and of maps of each split, those of a folder without splits, those of splits without maps,
-    where the second is not there).
-    """
-    pairs, without_maps = {}, {}
-    for name in folders(path):
-        pair = _pair_in(os.path.join(path, name))
-        if pair and _is_split(name):
-            pairs[name.casefold()] = pair
-    both = _pair_in(path)
-    if not both:
-        return pairs, None, {}
-    images, maps = both
-    sides = {name.casefold(): name for name in folders(images) if _is_split(name)}
-    for side, name in sides.items():
-        of_maps = next((each for each in folders(maps) if each.casefold() == side), None)
-        found = without_maps if of_maps is None else pairs
-        found[side] = os.path.join(images, name), os.path.join(maps, of_maps or name)
-    return pairs, None if sides else both, without_maps
-
-
-def _is_split(name: str) -> bool:
-    return name.casefold() in (*TRAINING, *EVALUATION)
-
-
-def _pair_in(folder: str) -> tuple[str, str] | None:
-    """The folders of images and of maps in this one."""
-    there = {name.casefold(): os.path.join(folder, name) for name in folders(folder)}
-    images, maps = (next((there[name] for name in names if name in there), None) for names in (IMAGES, MAPS))
-    return (images, maps) if images and maps else None
-
-
-def _read_classes(path: str) -> tuple[str, ...]:
-    """The lines of classes.txt; none where there is no such file."""
-    try:
-        with open(os.path.join(path, "classes.txt"), encoding="utf-8") as file:
-            return tuple(line.strip() for line in file if line.strip())
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError) as error:
-        where = os.path.join(path, "classes.txt")
-        raise DataError(f"{where} cannot be read", str(error), "give a text file with a name on each line") from error
-
-
-class MappedFolder:
-    """A folder's images, each with its map in another folder."""
-
-    def __init__(self, images: Folder, map_root: str, classes: tuple[str, ...], split: str):
-        self.images, self.map_root, self.classes, self.split = images, map_root, classes, split
-        there = {os.path.splitext(name)[0]: name for name in _maps_below(map_root)}
-        missing, taken = [], []
-        for name in images.names:
-            found = there.get(os.path.splitext(name)[0])
-            (missing if found is None else taken).append(name if found is None else found)
-        if missing:
-            what = f"{len(missing)} of {len(images)} images have no map, like {', '.join(missing[:3])}"
-            raise DataError(what, f"{images.root}, {map_root}", "add the maps, index PNGs, or remove the images")
-        self.maps = Names(taken)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> dict:
-        record = self.images[i]
-        with open(os.path.join(self.map_root, self.maps[i]), "rb") as file:
-            return record | {"map": file.read(), "label": -1}
-
-    def name(self, i: int) -> str:
-        return self.images.name(i)
-
-    def describe(self) -> str:
-        return f"{self.images.root} with maps in {self.map_root} ({len(self)} images)"
-
-    def fingerprint(self) -> dict:
-        maps = {"map_names_sha256": self.maps.digest(), "map_sizes_sha256": self._sizes()}
-        return self.images.fingerprint() | maps | {"source": "label_maps", "split": self.split}
-
-    def _sizes(self) -> str:
-        """Of the sizes of at most a thousand maps, in bytes: a digest."""
-        count = min(len(self), 1000)
-        paths = (os.path.join(self.map_root, self.maps[place * len(self) // count]) for place in range(count))
-        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()
-
-
-def _maps_below(root: str, below: str = "") -> Iterator[str]:
-    """The maps below `root`, relative to it; hidden names are skipped."""
-    where = os.path.join(root, below)
-    try:
-        with os.scandir(where) as listing:
-            files = [entry.name for entry in listing if not entry.name.startswith(".") and is_file(entry)]
-    except OSError as error:
-        raise DataError(f"{where} cannot be read", error.strerror or "", "mend it, or change data.path") from error
-    yield from (below + name for name in sorted(files) if name.lower().endswith(EXTENSIONS))
-    for name in folders(where):
-        yield from _maps_below(root, f"{below}{name}/")
-
-
-class LabelMapTfds:
-    """A TFDS data set's images, each with its map out of another feature of its record."""
-
-    FEATURES = ("annotation", "segmentation_mask", "label_map")
-
-    def __init__(self, images: Tfds):
-        others = [name for name in images.images if name != images.image]
-        known = [name for name in self.FEATURES if name in others]
-        if not known and len(others) != 1:
-            what = f"{images.full_name} has {len(others)} images beside {images.image!r}, and none is a known map"
-            raise DataError(what, f"maps are named {', '.join(self.FEATURES)}", "choose another data.name")
-        self.images, self.map, self.classes = images, (known or others)[0], ()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> dict:
-        record = self.images.record(i)
-        return {"image": record[self.images.image], "map": record[self.map], "label": -1, "name": self.name(i)}
-
-    def name(self, i: int) -> str:
-        return self.images.name(i)
-
-    def describe(self) -> str:
-        return f"{self.images.describe()} with maps in {self.map!r}"
-
-    def fingerprint(self) -> dict:
-        return self.images.fingerprint() | {"source": "label_maps", "map": self.map}
+# --- decoding
 
 
 def read_map(stored: bytes | np.ndarray, maps: LabelMapSpec, max_pixels: int = MAX_PIXELS) -> UInt[np.ndarray, "h w"]:
-    """The classes of an index image's pixels, in `maps.dtype`, whose largest value stands for none.
+    """The class of each pixel as `maps.dtype`, with `maps.ignored` for pixels without a class.
 
-    stored: a file's bytes, of one value for each pixel (gray, palette or 16 bits), or pixels [h, w] or [h, w, 1].
-    Raises BadImage, also for a label that is no class.
+    stored: a file with one value per pixel (gray, palette or 16 bits), or pixels [h, w] or [h, w, 1].
+    Raises BadImage, and its subclass WrongLabel for a value that is not a class.
     """
     raw = _read_values(stored, maps, max_pixels)
-    classes = _table(maps.num_classes, maps.ignore, maps.reduce_zero_label, maps.dtype.name, raw.dtype.name)[raw]
-    if (classes == np.iinfo(maps.dtype).max - 1).any():
-        label = int(raw[classes == np.iinfo(maps.dtype).max - 1].max())
-        raise WrongLabel(f"its map has the value {label}, which is none of {maps.num_classes} classes")
+    classes = _table(maps.num_classes, maps.ignore, maps.reduce_zero_label, maps.ignored, raw.dtype.name)[raw]
+    wrong = classes == maps.ignored - 1
+    if wrong.any():
+        raise WrongLabel(f"its map has the value {raw[wrong].max()}, which is none of {maps.num_classes} classes")
     return classes
 
 
 def _read_values(stored: bytes | np.ndarray, maps: LabelMapSpec, max_pixels: int) -> UInt[np.ndarray, "h w"]:
-    """What a map's pixels are in its file."""
+    """The values of a map as they are in the file."""
     raw = stored if isinstance(stored, np.ndarray) else _decode_map(stored, max_pixels, maps.channel >= 0)
     if raw.ndim == 3 and (raw.shape[2] == 1 or 0 <= maps.channel < raw.shape[2]):
         raw = raw[..., max(maps.channel, 0)]
@@ -304,16 +122,16 @@ def _read_values(stored: bytes | np.ndarray, maps: LabelMapSpec, max_pixels: int
 
 
 @functools.cache
-def _table(num_classes: int, ignore: int, reduce_zero_label: bool, to: str, of: str) -> np.ndarray:
-    """The class of each value that a pixel may have: the type's largest for none, the one below for a wrong value."""
-    first, values, most = int(reduce_zero_label), np.iinfo(of).max + 1, np.iinfo(to).max
-    table = np.full(values, most - 1, to)
+def _table(num_classes: int, ignore: int, reduce_zero_label: bool, ignored: int, raw_dtype: str) -> np.ndarray:
+    """The class of each possible value: `ignored` for none, and one less for a wrong value."""
+    first, values = int(reduce_zero_label), np.iinfo(raw_dtype).max + 1
+    table = np.full(values, ignored - 1, np.min_scalar_type(ignored))
     table[first : first + num_classes] = np.arange(num_classes)[: values - first]
-    table[[value for value in (ignore, *range(first)) if value < values]] = most
+    table[[value for value in (ignore, *range(first)) if value < values]] = ignored
     return table
 
 
-def _decode_map(file: bytes, max_pixels: int, colors: bool) -> np.ndarray:
+def _decode_map(file: bytes, max_pixels: int, allow_colors: bool) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(file), formats=FORMATS)
         if picture.width * picture.height > max_pixels:
@@ -321,53 +139,53 @@ def _decode_map(file: bytes, max_pixels: int, colors: bool) -> np.ndarray:
         picture.load()
     except (BadImage, MemoryError):
         raise
-    except Exception as error:  # the bytes are anybody's, and parsers raise whatever they trip over
+    except Exception as error:  # the bytes are untrusted, and parsers raise exceptions of any type
         raise BadImage(f"its map is no {', '.join(FORMATS)} file, or damaged") from error
-    if picture.mode == "I":  # 16 bits that are kept in 32
+    if picture.mode == "I":  # 16-bit values in 32 bits
         pixels = np.asarray(picture)
         if pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
             raise BadImage("its map has 32-bit values")
         return pixels.astype(np.uint16)
-    if colors and picture.mode in ("RGB", "RGBA"):
+    if allow_colors and picture.mode in ("RGB", "RGBA"):
         return np.asarray(picture)
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I;16"):
-        raise BadImage(f"its map has colors (mode {picture.mode}), not an index for each pixel")
+        raise BadImage(f"its map has colors (mode {picture.mode}), not one index per pixel")
     pixels = np.asarray(picture).astype(np.uint16 if picture.mode.startswith("I") else np.uint8)
-    few_bits = picture.format == "PNG" and file[25:26] == b"\0" and STEPS_OF_GRAY.get(file[24])
-    return pixels // few_bits if few_bits else pixels
+    is_gray_png = picture.format == "PNG" and file[25:26] == b"\0"
+    step = GRAY_STEPS.get(file[24]) if is_gray_png else None
+    return pixels // step if step else pixels
 
 
 def read_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) -> tuple[Picture, np.ndarray]:
-    """The image and the map of a record, upright.
+    """The image and the map of a record, both upright.
 
-    Raises BadImage, also where they differ in size, or the map may lie otherwise than the image.
+    Raises BadImage, also if their sizes differ or the orientation of the map is ambiguous.
     """
     picture, label_map = Picture(record["image"], channels, max_pixels), read_map(record["map"], maps, max_pixels)
-    shape, orientation = (picture.height, picture.width), orientation_of(record["image"])
+    shape, orientation = (picture.height, picture.width), exif_orientation(record["image"])
     fits_stored = label_map.shape == (shape[::-1] if orientation in LYING else shape)
     if orientation != 1 and fits_stored and label_map.shape == shape:
-        raise BadImage(
-            f"its map may be of the stored or the turned pixels (EXIF orientation {orientation} of the image)"
-        )
+        what = "its map may show the stored or the upright pixels"
+        raise BadImage(f"{what} (EXIF orientation {orientation} of the image)")
     if orientation != 1 and fits_stored:
-        label_map = upright(label_map, orientation)
+        label_map = turn_upright(label_map, orientation)
     if label_map.shape != shape:
-        there, here = (f"{h} x {w}" for h, w in (label_map.shape, shape))
-        raise BadImage(f"its map has {there} pixels, and the image {here}")
+        map_size, image_size = (f"{h} x {w}" for h, w in (label_map.shape, shape))
+        raise BadImage(f"its map has {map_size} pixels, and the image {image_size}")
     return picture, label_map
 
 
-def orientation_of(image: bytes | np.ndarray) -> int:
-    """The EXIF orientation of a file that decodes, 1 to 8; 1 where it has none, or none that can be read."""
+def exif_orientation(image: bytes | np.ndarray) -> int:
+    """The EXIF orientation of an image file, 1 to 8; 1 if it has none or it cannot be read."""
     found = 1
     if isinstance(image, bytes):
-        with contextlib.suppress(Exception):  # of damaged EXIF parsers raise what they like, and `Picture` leaves it
+        with contextlib.suppress(Exception):  # parsers of damaged EXIF raise exceptions of any type
             found = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS).getexif().get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
 
 
-def upright(label_map: UInt[np.ndarray, "h w"], orientation: int) -> UInt[np.ndarray, "w h"]:
-    """A map that lies on its side, by one of the EXIF orientations `LYING`."""
+def turn_upright(label_map: UInt[np.ndarray, "h w"], orientation: int) -> UInt[np.ndarray, "w h"]:
+    """Turn a map by one of the EXIF orientations in `LYING`."""
     label_map = label_map.T
     if orientation in (7, 8):
         label_map = label_map[::-1]
@@ -375,26 +193,27 @@ def upright(label_map: UInt[np.ndarray, "h w"], orientation: int) -> UInt[np.nda
 
 
 def check_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) -> None:
-    """Raise BadImage unless both decode whole and fit together."""
+    """Raise BadImage unless image and map decode completely and fit together."""
     read_pair(record, maps, channels, max_pixels)[0].read()
 
 
 def check_maps(source, maps: LabelMapSpec, channels: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Look at a few records, spread evenly, and at the class names, before a run begins.
+    """Check a few evenly spaced records and the class names before a run.
 
-    Raises ConfigError where the names are not `num_classes`, and DataError where none of these records can be used, a
-    map has another value than a class, or all maps have the same class everywhere, for which many are looked at.
+    Raises:
+      ConfigError: the number of class names is not `num_classes`.
+      DataError: no checked record can be used, a map has a value that is not a class, or all maps show at most one
+        class. In the last case, more records are checked first.
     """
     maps.check()
     if source.classes and len(source.classes) != maps.num_classes:
-        raise ConfigError(
-            f"num_classes is {maps.num_classes}, classes.txt has {len(source.classes)} names",
-            source.describe(), f"give --config.objective.num_classes={len(source.classes)}",
-        )  # fmt: skip
-    places = dict.fromkeys(n * len(source) // count for count in (GLANCE, LONG_LOOK) for n in range(count))
-    faults, used, pixels = [], [], np.zeros(np.iinfo(maps.dtype).max + 1, np.int64)  # by class
-    for looked_at, i in enumerate(places):
-        if looked_at >= GLANCE and (not used or np.count_nonzero(pixels[:-1]) > 1):
+        what = f"num_classes is {maps.num_classes}, classes.txt has {len(source.classes)} names"
+        fix = f"give --config.objective.num_classes={len(source.classes)}"
+        raise ConfigError(what, source.describe(), fix)
+    indices = dict.fromkeys(n * len(source) // count for count in (CHECKED, MAX_CHECKED) for n in range(count))
+    faults, used, pixels = [], [], np.zeros(maps.ignored + 1, np.int64)  # pixels: their number by class
+    for checked, i in enumerate(indices):
+        if checked >= CHECKED and (not used or np.count_nonzero(pixels[:-1]) > 1):
             break
         try:
             label_map = read_pair(source[i], maps, channels, max_pixels)[1]
@@ -407,18 +226,18 @@ def check_maps(source, maps: LabelMapSpec, channels: int, max_pixels: int = MAX_
             used.append(i)
             pixels += np.bincount(label_map.ravel(), minlength=len(pixels))
     if not used:
-        fix = "give index maps, each as large as its image"
+        fix = "give index maps of the size of their images"
         raise DataError(f"none of {len(faults)} images can be used, like {faults[0]}", source.describe(), fix)
     if np.count_nonzero(pixels[:-1]) < 2:
         stored = (_read_values(source[i]["map"], maps, max_pixels) for i in used)
         values = sorted({value for raw in stored for value in np.unique(raw).tolist()})
-        raise DataError(
-            f"at most one class in {len(used)} maps: their values are {', '.join(map(str, values[:8]))}, and "
-            f"{pixels[-1]} of {pixels.sum()} pixels are ignored",
-            source.describe(),
-            "in masks of 0 and 255 write 1 for 255; else give data.maps.ignore or data.maps.reduce_zero_label that fit,"
-            " or more images",
-        )  # fmt: skip
+        what = f"at most one class in {len(used)} maps: their values are {', '.join(map(str, values[:8]))}"
+        what += f", and {pixels[-1]} of {pixels.sum()} pixels are ignored"
+        fix = "in masks of 0 and 255 write 1 for 255; else set data.maps.ignore or data.maps.reduce_zero_label"
+        raise DataError(what, source.describe(), f"{fix}, or add images")
+
+
+# --- training: random crops
 
 
 def read_random_crop(
@@ -434,16 +253,16 @@ def read_random_crop(
 ) -> dict[str, np.ndarray]:
     """{"image": uint8 [h, w, c], "label_map": `maps.dtype` [h, w]}: the same random crop of both, of `size`.
 
-    Scaled at random, cropped, mirrored, and padded at the bottom and the right where they are smaller; of up to ten
-    crops the first is taken in which no class has more than `most_of_one` of the pixels that have a class. Source:
-    Resize, RandomCrop, RandomFlip, PhotoMetricDistortion and Pad of mmsegmentation, as BEiT's configs have them.
+    They are scaled at random, cropped, flipped with probability `flip`, and padded at the bottom and the right if they
+    are smaller. Up to ten crops are drawn, until no class has more than `most_of_one` of the pixels with a class.
+    Source: Resize, RandomCrop, RandomFlip, PhotoMetricDistortion and Pad of mmsegmentation, as in BEiT's configs.
     """
     picture, label_map = read_pair(record, maps, channels, max_pixels)
-    factor = fitting_factor(label_map.shape, size, maps.short_side) * rng.uniform(*maps.scale)
+    factor = scale_factor(label_map.shape, size, maps.short_side) * rng.uniform(*maps.scale)
     resized = [max(1, round(side * factor)) for side in label_map.shape]
     window = tuple(min(sides) for sides in zip(size, resized, strict=True))
     step = [whole / side for whole, side in zip(label_map.shape, resized, strict=True)]
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         corner = [int(rng.integers(whole - part + 1)) for whole, part in zip(resized, window, strict=True)]
         rows, columns = (
             np.minimum(((first + np.arange(part) + 0.5) * each).astype(int), whole - 1)
@@ -461,25 +280,26 @@ def read_random_crop(
         image, labels = image[:, ::-1], labels[:, ::-1]
     if maps.photometric:
         image = distort_photometrically(np.ascontiguousarray(image), rng)
-    whole_image = np.empty((*size, channels), np.uint8)
-    whole_image[:] = np.asarray(maps.fill, np.uint8)
-    whole_map = np.full(size, np.iinfo(maps.dtype).max, maps.dtype)
-    whole_image[: window[0], : window[1]], whole_map[: window[0], : window[1]] = image, labels
-    return {"image": whole_image, "label_map": whole_map}
+    padded_image = np.empty((*size, channels), np.uint8)
+    padded_image[:] = np.asarray(maps.fill, np.uint8)
+    padded_map = np.full(size, maps.ignored, maps.dtype)
+    padded_image[: window[0], : window[1]], padded_map[: window[0], : window[1]] = image, labels
+    return {"image": padded_image, "label_map": padded_map}
 
 
-def fitting_factor(shape: tuple[int, int], size: tuple[int, int], short_side: int) -> float:
-    """By what an image is scaled before it is cropped, or cut into windows: see `LabelMapSpec.short_side`."""
+def scale_factor(shape: tuple[int, int], size: tuple[int, int], short_side: int) -> float:
+    """The factor by which an image is scaled before the crop of `size` (see `LabelMapSpec.short_side`)."""
     if short_side < 0:
         return 1.0
     short = short_side or min(size)
-    return min(short / min(shape), LONGEST * short / max(shape))
+    return min(short / min(shape), MAX_ASPECT * short / max(shape))
 
 
 def distort_photometrically(image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
-    """Each with probability a half: brightness by up to 32 of 255, contrast and saturation by 0.5 to 1.5, hue by 18 of
-    180 degrees of half the circle; contrast before saturation and hue, or after. The latter two of RGB alone.
+    """Change brightness, contrast, saturation and hue, each with probability 1/2.
 
+    Brightness changes by up to 32 of 255, contrast and saturation by a factor of 0.5 to 1.5, hue by up to 36 degrees.
+    Contrast comes before saturation and hue or after them. Only RGB images have saturation and hue.
     Source: PhotoMetricDistortion of mmsegmentation.
     """
 
@@ -499,19 +319,24 @@ def distort_photometrically(image: UInt8[np.ndarray, "h w c"], rng: np.random.Ge
         if saturation != 1 or hue:
             colors = np.array(Image.fromarray(image).convert("HSV"))
             colors[..., 1] = line(colors[..., 1], factor=saturation)
-            colors[..., 0] += np.uint8(round(hue * 256 / 180) % 256)  # a circle: it wraps
+            colors[..., 0] += np.uint8(round(hue * 256 / 180) % 256)  # hue is a circle: uint8 wraps around
             image = np.asarray(Image.fromarray(colors, "HSV").convert("RGB"))
     return image if early else contrast(image)
 
 
-class SegmentationSet:
-    """Each image of a source once, in order, whole, with its map, as often as it is iterated over.
+# --- evaluation: whole images
 
-    Each is {"image": uint8 [h, w, c], scaled as for training but not at random; "label_map": [y, x], as large as its
-    file; "index": int}. One that cannot be used is named on the log and left out, or, where `on_error` is "raise", a
-    DataError. limit: so many, evenly spread; 0 for all. A record without a map has one without classes, as large as
-    its image. max_bad_fraction: of these images, rounded up to `most_bad`, how many may be left out: for whoever knows
-    what all processes leave out.
+
+class SegmentationSet:
+    """Each image of a source once, in order and uncropped, with its map. Can be iterated over repeatedly.
+
+    A record is {"image": uint8 [h, w, c], scaled as for training but not at random; "label_map": [y, x], of the size of
+    its file; "index": int}. A record without a map gets one without classes, of the size of the image. A bad image is
+    logged and left out, or raises DataError if `on_error` is "raise".
+
+    limit: number of images, evenly spread; 0 for all.
+    max_bad_fraction: fraction of these images that may be bad. `most_bad` is the number, rounded up; the caller checks
+      it, because it knows the bad images of all processes.
     """
 
     def __init__(
@@ -532,7 +357,7 @@ class SegmentationSet:
         return self.count
 
     def __iter__(self) -> Iterator[dict]:
-        dataset = grain.MapDataset.range(self.count).map(lambda place: self.load(place * self.total // self.count))
+        dataset = grain.MapDataset.range(self.count).map(lambda n: self.load(n * self.total // self.count))
         return iter(dataset.to_iter_dataset(grain.ReadOptions(self.threads, 2 * self.threads)))
 
 
@@ -545,12 +370,12 @@ def _load_whole(
             picture, label_map = read_pair(record, maps, channels, max_pixels)
         else:
             picture = Picture(record["image"], channels, max_pixels)
-            label_map = np.full((picture.height, picture.width), np.iinfo(maps.dtype).max, maps.dtype)
+            label_map = np.full((picture.height, picture.width), maps.ignored, maps.dtype)
         pixels = picture.read()
     except (BadImage, OSError) as error:
         leave_out(source, index, error, reported=reported, allowed=skips)
         return None
-    factor = fitting_factor(label_map.shape, size, maps.short_side)
+    factor = scale_factor(label_map.shape, size, maps.short_side)
     scaled = tuple(max(1, round(side * factor)) for side in label_map.shape)
     image = pixels if scaled == label_map.shape else resize(pixels, scaled, interpolation)
     return {"image": image, "label_map": label_map, "index": index}

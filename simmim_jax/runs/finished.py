@@ -13,8 +13,8 @@ from simmim_jax import data
 from simmim_jax.runs import checkpoint, pretrained
 from simmim_jax.runtime import sharding
 from simmim_jax.data.decode import MAX_PIXELS, BadImage
-from simmim_jax.data.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources.folder import Folder
+from simmim_jax.data.sources.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources.splits import WILDCARDS
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.models import make_encoder

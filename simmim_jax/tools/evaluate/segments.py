@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from simmim_jax import data, train
-from simmim_jax.data.label_maps import TRAINING
+from simmim_jax.data.sources.label_maps import TRAINING
 from simmim_jax.errors import ConfigError
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import jit_on_mesh
