@@ -15,7 +15,7 @@ from tiny import tiny_batch, tiny_objective
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import Features, make_feature_reader
-from simmim_jax.evals.reconstruction import draw
+from simmim_jax.evals.reconstruction import draw_reconstructions
 
 STATE = SimpleNamespace(step=3, params=None)
 RNG = np.random.default_rng(0)
@@ -161,9 +161,9 @@ def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
     image, prediction = np.full((32, 48, channels), 0.2), np.full((32, 48, channels), 0.8)
     mask = np.zeros((32, 48), bool)
     mask[:, :24] = True
-    sheet = draw([(image, mask, prediction)] * 2)
-    assert sheet.shape == (16 + 2 * (96 + 4), 4 * (144 + 4) + 4, 3)
-    tile = lambda n: sheet[16 + 48, 4 + n * 148 + np.array([36, 108]), 0].tolist()  # noqa: E731 - a hidden, a visible pixel
+    sheet = draw_reconstructions([(image, mask, prediction)] * 2)
+    assert sheet.shape == (15 + 6 + 2 * (96 + 6), 4 * (144 + 6) + 6, 3)
+    tile = lambda n: sheet[15 + 6 + 48, 6 + n * 150 + np.array([36, 108]), 0].tolist()  # noqa: E731 - a hidden, a visible pixel
     assert [tile(n) for n in range(4)] == [[51, 51], [128, 51], [204, 204], [204, 51]]
 
 
@@ -172,7 +172,7 @@ def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
     [
         ("knn", {"neighbors": 0}),
         ("linear", {"iterations": 0}),
-        ("knn", {"neighbors": 5}),
+        ("knn", {"neigbors": 5}),
         ("reconstruction", {"pictures": -1}),
     ],
 )

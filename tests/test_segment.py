@@ -28,9 +28,9 @@ from simmim_jax.evals.segmentation import (
     Canvas,
     agreed,
     corners_along,
-    draw,
+    draw_segmentations,
     make_windows_reader,
-    painted,
+    paint,
     palette,
     segment_all,
 )
@@ -408,7 +408,7 @@ def test_a_picture_shows_image_truth_and_prediction():
     image = np.full((20, 40, 3), 100, np.uint8)
     truth, prediction = np.zeros((20, 40), np.uint8), np.ones((20, 40), np.int32)
     truth[:, 20:] = 255
-    sheet = draw([(image, truth, prediction)] * 2, 2)
+    sheet = draw_segmentations([(image, truth, prediction)] * 2, 2)
     assert sheet.shape == (16 + 2 * (112 + 4), 3 * 228 + 4, 3)
     colors = palette(2)
     assert len({tuple(color) for color in palette(150).tolist()} | {(0, 0, 0)}) == 151
@@ -416,7 +416,7 @@ def test_a_picture_shows_image_truth_and_prediction():
     at = lambda column, x: sheet[16 + 50, 4 + column * 228 + x].tolist()  # noqa: E731
     assert (at(0, 10), at(1, 10), at(1, 200)) == ([100] * 3, shade(colors[0]), [100] * 3)
     assert at(2, 10) == at(2, 200) == shade(colors[1])
-    assert (painted(image, np.full((20, 40), 255), 2) == image).all()
+    assert (paint(image, np.full((20, 40), 255), 2) == image).all()
 
 
 def write_squares(folder, count=24):
@@ -526,7 +526,7 @@ def test_what_a_run_says_of_single_images_is_what_an_evaluation_of_it_finds(work
         assert shares == {label: (labels == label).mean() for label in np.unique(labels)}
         assert {each["class"] for each in answer["classes"]} == {"abcde"[label] for label in shares}
         np.testing.assert_array_equal(shown[:, : labels.shape[1]], photograph)
-        np.testing.assert_array_equal(shown[:, labels.shape[1] + 8 :], painted(photograph, labels, 5))
+        np.testing.assert_array_equal(shown[:, labels.shape[1] + 8 :], paint(photograph, labels, 5))
         mask.save(tmp_path / "photos" / "masks" / f"{n}.png")
         there |= shares.keys()
     assert len(there) > 1

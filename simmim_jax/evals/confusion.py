@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from simmim_jax.evals.accuracy import TOP, Answers
-from simmim_jax.evals.reconstruction import to_rgb
+from simmim_jax.evals.sheet import to_rgb
 
 COLUMNS = ("class", "images", "top1", "top5", "most_confused_with", "times")
 MOST = 2000  # classes, of which there is a matrix: of more it takes gigabytes, and nobody sees it

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageDraw
 
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum, warn_once
-from simmim_jax.evals.reconstruction import to_rgb
+from simmim_jax.evals.sheet import make_tile, save_png, sheet
 from simmim_jax.runtime import processes
 
 COLUMNS = ("image", "truth", "prediction")
-TILE = 224  # pixels of a picture's longer side, at least and at most
+TILE = 224  # pixels of the longer side of an image on the sheet
 AT_ONCE = 2**20  # numbers of logits that are brought to full size at a time: they stay in a core's cache
 THREADS = min(4, os.cpu_count() or 1)  # that bring logits to full size while the device reads the next windows
 END = np.iinfo(np.int32).max  # the index of no image
@@ -108,8 +107,7 @@ def make_segmentation(
             Path(folder).mkdir(parents=True, exist_ok=True)
             (Path(folder) / "segmentation.csv").write_text(table_of(counts, measures, classes))
         if shown:
-            sheet = draw(shown, len(counts))
-            Image.fromarray(sheet).save(Path(folder) / f"segmentation_{int(state.step)}.png")
+            save_png(Path(folder) / f"segmentation_{int(state.step)}.png", draw_segmentations(shown, len(counts)))
         seen = counts.sum(axis=1) > 0
         return {
             "miou": float(np.nanmean(measures["iou"])),
@@ -287,7 +285,7 @@ def taps(wanted: int, extent: float, there: int) -> tuple[np.ndarray, np.ndarray
 
 
 def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
-    """A color for each class, always the same: those of PASCAL VOC from its first object on."""
+    """A fixed color for each class: those of PASCAL VOC, from its first object on."""
     numbers, colors = np.arange(1, num_classes + 1), np.zeros((num_classes, 3), np.int64)
     for bit in range(8):
         for channel in range(3):
@@ -296,37 +294,28 @@ def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
     return colors.astype(np.uint8)
 
 
-def painted(
-    image: UInt8[np.ndarray, "h w 3"], classes: np.ndarray, num_classes: int, share: float = 0.6
+def paint(
+    image: UInt8[np.ndarray, "h w 3"], classes: Int[np.ndarray, "h w"], num_classes: int, opacity: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """An image under the colors of its classes, which have this share; where there is no class, the image alone."""
+    """An image under the colors of its classes. Pixels without a class show the image."""
     colors = palette(num_classes)[np.minimum(classes, num_classes - 1)]
-    mixed = (1 - share) * image + share * colors
+    mixed = (1 - opacity) * image + opacity * colors
     return np.where((classes < num_classes)[..., None], mixed, image).round().astype(np.uint8)
 
 
-def draw(
+def draw_segmentations(
     rows: list[tuple[UInt8[np.ndarray, "_ _ _"], np.ndarray, np.ndarray]], num_classes: int
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """A sheet with a row for each (image, truth, prediction), which may differ in size from the image."""
-    gap, header, tiles = 4, 16, []
-    for image, truth, prediction in rows:
-        colors = Image.fromarray((to_rgb(image / 255) * 255).round().astype(np.uint8))
-        factor = TILE / max(colors.size)
-        size = tuple(max(1, round(side * factor)) for side in colors.size)
-        small = np.asarray(colors.resize(size, Image.Resampling.BILINEAR if factor < 1 else Image.Resampling.NEAREST))
-        maps = (
-            np.asarray(Image.fromarray(x.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
-            for x in (truth, prediction)
-        )
-        tiles.append((small, *(painted(small, x, num_classes) for x in maps)))
-    width = max(tile.shape[1] for row in tiles for tile in row) + gap
-    sheet = Image.new("RGB", (3 * width + gap, header + sum(row[0].shape[0] + gap for row in tiles)), "white")
-    pen, top = ImageDraw.Draw(sheet), header
-    for column, title in enumerate(COLUMNS):
-        pen.text((gap + column * width, 2), title, fill="black")
-    for row in tiles:
-        for column, tile in enumerate(row):
-            sheet.paste(Image.fromarray(tile), (gap + column * width, top))
-        top += row[0].shape[0] + gap
-    return np.asarray(sheet)
+    """A sheet with a row for each (image, truth, prediction). The maps may differ from the image in size."""
+    tiles = []
+    for image, *maps in rows:
+        tile = make_tile(image, min_side=TILE, max_side=TILE)
+        painted = [paint(tile, resize_map(each, tile.shape[:2]), num_classes) for each in maps]
+        tiles.append([tile, *painted])
+    return sheet(tiles, titles=COLUMNS)
+
+
+def resize_map(classes: Int[np.ndarray, "y x"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
+    """A map of `size` by nearest neighbor."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, classes.shape, strict=True))
+    return classes[rows[:, None], columns]

@@ -20,7 +20,7 @@ from simmim_jax.errors import (
     check_minimum,
 )
 from simmim_jax.files import write_atomically
-from simmim_jax.tools.cli import check_seed, parse_known, sides, start
+from simmim_jax.tools.cli import check_seed, parse_known, parse_size, start
 
 EXAMPLES = """\
 examples:
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not options.run:
         raise ConfigError("an empty RUN", "command line", "see --help")
     options.run, options.out = map(os.path.expanduser, (options.run, options.out))
-    options.image_size = sides(options.image_size)
+    options.image_size = parse_size(options.image_size)
     check_minimum("--top", options.top, 1)
     check_seed(options.seed)
     if options.out and Path(options.out).suffix != ".png":
@@ -156,7 +156,7 @@ def classify(model, options: argparse.Namespace) -> None:
 
 def reconstruct(model, options: argparse.Namespace) -> None:
     """Draw each image, its visible part, what the run predicts, and that pasted into the visible part."""
-    from simmim_jax.evals.reconstruction import draw
+    from simmim_jax.evals.reconstruction import draw_reconstructions
 
     rows, lines = [], []
     refuse_replacing([Path(options.out)], options.images)
@@ -165,7 +165,7 @@ def reconstruct(model, options: argparse.Namespace) -> None:
         rows.append((out["image"], out["mask"], out["prediction"]))
         lines.append({"image": options.images[position], "masked_loss": float(out["loss"])})
     if rows:
-        write_picture(Path(options.out), draw(rows))
+        write_picture(Path(options.out), draw_reconstructions(rows))
     if options.json:
         print(json.dumps(lines, indent=2))
     else:

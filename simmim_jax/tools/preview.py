@@ -370,7 +370,7 @@ def draw(
     samples: list[tuple[UInt8[np.ndarray, "y x c"], Bool[np.ndarray, "y x"] | None]], captions: list[str], title: str
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A sheet of the crops, each with what is left of it beside it where a mask hides the rest, and its caption."""
-    from simmim_jax.evals.reconstruction import to_rgb
+    from simmim_jax.evals.sheet import to_rgb
 
     height, width = tile_size(*samples[0][0].shape[:2])
     panels = 1 if samples[0][1] is None else 2

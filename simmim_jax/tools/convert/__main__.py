@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from simmim_jax.errors import CheckpointError, ConfigError, Parser, choose
-from simmim_jax.tools.cli import parse_known, sides, start
+from simmim_jax.tools.cli import parse_known, parse_size, start
 
 EXAMPLES = """\
 examples:
@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     options.source, options.target = map(os.path.expanduser, (options.source, options.target))
     if options.format:
         choose("format", options.format, set(FORMATS))
-    options.image_size = sides(options.image_size)
+    options.image_size = parse_size(options.image_size)
     options.mean, options.std = numbers("mean", options.mean, above=-math.inf), numbers("std", options.std, above=0)
     options.allow = [pattern for given in options.allow for pattern in given.split(",") if pattern]
     return options, fields

@@ -37,7 +37,7 @@ from simmim_jax.errors import (
     choose,
 )
 from simmim_jax.files import lock_folder, utf8_name
-from simmim_jax.tools.cli import add_context, check_fraction, parse_known, sides, start
+from simmim_jax.tools.cli import add_context, check_fraction, parse_known, parse_size, start
 
 EXAMPLES = """\
 examples:
@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"OUT is {utf8_name(out)}", "command line", "give a path that is UTF-8")
     choose("pool", options.pool, set(POOLS))
     choose("dtype", options.dtype, {"float32", "float16"})
-    options.image_size = sides(options.image_size)
+    options.image_size = parse_size(options.image_size)
     check_minimum("--batch-size", options.batch_size, 1)
     check_minimum("--threads", options.threads or 0, 0)
     check_minimum("--limit", options.limit, 0)

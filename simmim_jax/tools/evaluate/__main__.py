@@ -32,7 +32,7 @@ from simmim_jax.errors import (
     check_minimum,
 )
 from simmim_jax.files import utf8_name, write_atomically
-from simmim_jax.tools.cli import check_fraction, parse_known, sides, start
+from simmim_jax.tools.cli import check_fraction, parse_known, parse_size, start
 
 EXAMPLES = """\
 examples:
@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("an empty RUN", "command line", "see --help")
     for name in ("run", "data", "results", "out"):
         setattr(options, name, os.path.expanduser(getattr(options, name)))
-    options.image_size = sides(options.image_size)
+    options.image_size = parse_size(options.image_size)
     check_minimum("--batch-size", options.batch_size, 1)
     check_minimum("--threads", options.threads or 0, 0)
     check_minimum("--limit", options.limit or 0, 0)

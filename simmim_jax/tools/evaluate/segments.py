@@ -21,8 +21,8 @@ from simmim_jax.data.sources.label_maps import TRAINING
 from simmim_jax.errors import ConfigError
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import jit_on_mesh
-from simmim_jax.evals.reconstruction import to_rgb
-from simmim_jax.evals.segmentation import painted, segment_all
+from simmim_jax.evals.segmentation import paint, segment_all
+from simmim_jax.evals.sheet import to_rgb
 from simmim_jax.runs import finished
 from simmim_jax.runs.finished import Run
 from simmim_jax.runtime import sharding
@@ -49,7 +49,7 @@ def overlay(
     for first in range(0, len(image), ROWS):  # a photograph as numbers of eight bytes is large
         rows = (to_rgb(image[first : first + ROWS] / 255) * 255).round().astype(np.uint8)
         gap = np.full((len(rows), GAP, 3), 255, np.uint8)
-        parts.append(np.concatenate([rows, gap, painted(rows, prediction[first : first + ROWS], num_classes)], axis=1))
+        parts.append(np.concatenate([rows, gap, paint(rows, prediction[first : first + ROWS], num_classes)], axis=1))
     return np.concatenate(parts)
 
 

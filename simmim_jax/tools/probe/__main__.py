@@ -9,7 +9,7 @@ from pathlib import Path
 
 from simmim_jax.errors import BusyError, ConfigError, DataError, Parser, check_minimum, choose
 from simmim_jax.files import lock_folder
-from simmim_jax.tools.cli import check_fraction, check_seed, parse_known, sides, start
+from simmim_jax.tools.cli import check_fraction, check_seed, parse_known, parse_size, start
 
 EXAMPLES = """\
 examples:
@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not options.only:
         raise ConfigError("--only= leaves no probe", "command line", f"give some of {', '.join(METHODS)}")
     options.blocks = None if options.blocks == "all" else _numbers("blocks", options.blocks, int, 0)
-    options.image_size = sides(options.image_size)
+    options.image_size = parse_size(options.image_size)
     options.shots = _numbers("shots", options.shots, int, 1)
     options.fractions = _numbers("fractions", options.fractions, float, 0, strict=True)
     options.learning_rates = _numbers("learning-rates", options.learning_rates, float, 0, strict=True, needed=True)
