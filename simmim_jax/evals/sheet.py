@@ -1,6 +1,6 @@
 """Sheets: tiles of images in rows, with captions.
 
-Shape letters: y x pixels of an image, h w pixels of a tile or a sheet, c channels.
+Shape letters: y x pixels of an image, c channels.
 """
 
 import io
@@ -19,7 +19,7 @@ from simmim_jax.files import write_atomically
 GAP, LINE, FONT_SIZE = 6, 15, 11  # pixels between tiles, per line of text, and of a letter
 MADE_BY = "simmim_jax"  # "Software" of every PNG that the package writes
 
-Tile = UInt8[np.ndarray, "h w 3"]
+Tile = UInt8[np.ndarray, "_ _ 3"]  # RGB of any size
 
 
 def sheet(
@@ -125,7 +125,7 @@ def shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     return next((part for part in parts if font.getlength(part) <= width), "")
 
 
-def save_png(path: str | Path, pixels: Tile | UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]) -> None:
+def save_png(path: str | Path, pixels: Tile | UInt8[np.ndarray, "_ _"] | UInt16[np.ndarray, "_ _"]) -> None:
     """Write a PNG that says who made it, whole or not at all; make its folder."""
     about, file = PngInfo(), io.BytesIO()
     about.add_text("Software", MADE_BY)
