@@ -82,7 +82,7 @@ def settings_of(config) -> Settings:
         encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
     )
     source, heldout_source = train.make_sources(config)
-    of_batches, loading = train.batch_options(config)
+    batch_spec, loading = train.batch_options(config)
     steps, steps_per_epoch = train.run_length(config, len(source))
     _, schedule = train.make_tx(config, encoder, steps, steps_per_epoch)
     init_key, step_key, eval_key = train.make_keys(config.seed)
@@ -108,12 +108,15 @@ def settings_of(config) -> Settings:
         },
         steps=steps,
         rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps))).tolist(),
-        batches=lambda start: data.make_batches(source, start_step=start, **of_batches, **loading),
+        batches=lambda start: data.make_batches(source, batch_spec, start_step=start, loading=loading),
         masks=lambda batch, step: masks_of(batch, jax.random.fold_in(step_key, step)),
         heldout=data.make_epoch(
-            heldout_source, batch_size=config.eval_batch_size, image_size=config.image_size, channels=len(config.mean),
-            crop_fraction=config.data.crop_fraction, interpolation=config.data.interpolation, limit=config.eval_images,
-            threads=config.data.threads, on_error=config.data.on_error, max_pixels=config.data.max_pixels,
+            heldout_source,
+            data.CenterCrop(
+                image_size=config.image_size, channels=len(config.mean), crop_fraction=config.data.crop_fraction,
+                interpolation=config.data.interpolation, max_pixels=config.data.max_pixels,
+            ),
+            batch_size=config.eval_batch_size, limit=config.eval_images, loading=loading._replace(max_bad_fraction=1.0),
         ),
         heldout_masks=lambda batch: masks_of(batch, eval_key),
         evaluation_every=train.evaluation_period(

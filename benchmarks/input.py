@@ -72,10 +72,10 @@ def ours(path: str, source: str, batch: int, image: int, settings: dict, **_) ->
 
     settings = {name: base_config().data[name] if value is None else value for name, value in settings.items()}
     records = data.make_source(source, path=path, split="train", heldout_fraction=0.0)
-    batches = data.make_batches(
-        records, batch_size=batch, seed=0, image_size=(image, image), crop_scale=SCALE, crop_ratio=RATIO, flip=FLIP,
-        interpolation="bilinear", **settings,
-    )  # fmt: skip
+    spec = data.BatchSpec(
+        batch_size=batch, seed=0, image_size=(image, image), crop_scale=SCALE, crop_ratio=RATIO, flip=FLIP
+    )
+    batches = data.make_batches(records, spec, loading=data.Loading(**settings))
     return (each["image"] for each in batches), len(records), settings
 
 

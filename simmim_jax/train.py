@@ -71,8 +71,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     objective = make_objective(encoder=encoder, image_size=config.image_size, **pixels, **config.objective)
     features = make_features(encoder, **pixels, block=config.probe_block)
     source, heldout_source = make_sources(config)
-    of_batches, loading = batch_options(config)
-    data.check_batches(source, **of_batches, **loading)
+    batch_spec, loading = batch_options(config)
+    data.check_batches(source, batch_spec, loading)
     steps, steps_per_epoch = run_length(config, len(source))
     warn_about_length(config, steps, steps_per_epoch)
     tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
@@ -115,7 +115,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         in_blocks = into_blocks(abstract)  # as checkpoints have it
         check_frozen(config, encoder, in_blocks.params)
         manager = checkpoint.make_manager(workdir, max_to_keep=config.max_to_keep, keep_period=config.keep_period)
-        fingerprint = data.fingerprint(source, **of_batches)
+        fingerprint = data.fingerprint(source, batch_spec)
         if heldout_source:
             fingerprint["heldout"] = heldout_source.fingerprint()
         processes.check_same(json.dumps(fingerprint), "the data", source.describe(), "give all hosts the same files")
@@ -149,8 +149,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
             + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
 
-        share, shares = sharding.batch_shard(mesh)
-        batches = data.make_batches(source, start_step=start, process=share, processes=shares, **of_batches, **loading)
+        shard = data.Shard(*sharding.batch_shard(mesh))
+        batches = data.make_batches(source, batch_spec, start_step=start, shard=shard, loading=loading)
         with clock.measure("compile"):
             compiled_step = compile_training(config, objective, tx, abstract, step_key, mesh, encoder)
             # all at once: a rate that is computed in the loop waits in the device's queue behind a whole step
@@ -172,7 +172,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         recorded = start
         signalled = processes.process_max(stop.number)  # the number of a signal that all processes know of, or 0
         skipped = 0  # steps in a row without an update
-        allowed = data.most_bad(source, config.data.on_error, config.data.max_bad_fraction)
+        allowed = data.max_bad_images(source, loading)
 
         def record(step: int, device_metrics: dict) -> None:
             """Read a step's metrics, which waits for it; write a row where one is due."""
@@ -192,7 +192,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 records.write_metrics(step, row | {"samples": samples}, machine)
                 log0(progress.line(step, row, machine))
                 if progress.is_starved():
-                    log0(f"the device waits for data: {data.advice(source, workers=loading['workers'])}")
+                    log0(f"the device waits for data: {data.advice(source, workers=loading.workers)}")
             if skipped > config.max_nonfinite_steps:
                 raise NonFiniteError(
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {skipped} steps in a row",
@@ -200,7 +200,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 )  # fmt: skip
             if bad_images > allowed:
                 what = f"{bad_images} bad images in an epoch, of at most {allowed}: they are named above"
-                raise DataError(what, source.describe(), data.MEND)
+                raise DataError(what, source.describe(), data.BAD_IMAGES_FIX)
 
         def save() -> None:
             with clock.measure("save"):
@@ -461,18 +461,22 @@ def make_label_map_spec(config: ConfigDict) -> data.LabelMapSpec:
     return data.LabelMapSpec(num_classes=config.objective.num_classes, fill=fill, **config.data.maps)
 
 
-def batch_options(config: ConfigDict) -> tuple[dict, dict]:
+def batch_options(config: ConfigDict) -> tuple[data.BatchSpec, data.Loading]:
     """What decides which pixels are in the batch of a step, and how they are loaded."""
-    pixels = ("image_size", "crop_scale", "crop_ratio", "flip", "interpolation", "max_pixels")
-    pixels += ("augment", "color_jitter")
-    loading = ("workers", "threads", "prefetch", "on_error", "max_bad_fraction")
-    what = {"batch_size": config.batch_size, "seed": config.seed, "channels": len(config.mean), "mean": config.mean}
-    if config.objective.name == "segment":
-        what["maps"] = make_label_map_spec(config)
-    how = {name: config.data[name] for name in loading}
-    if how["workers"] == -1:  # on a CPU they would take cores from the step
-        how["workers"] = 0 if jax.default_backend() == "cpu" else min(data.cores() - 1, MAX_WORKERS)
-    return what | {name: config.data[name] for name in pixels}, how
+    fields = {name: config.data[name] for name in data.BatchSpec._fields if name in config.data}
+    spec = data.BatchSpec(
+        **fields,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        channels=len(config.mean),
+        mean=config.mean,
+        label_maps=make_label_map_spec(config) if config.objective.name == "segment" else None,
+    )
+    loading = data.Loading(**{name: config.data[name] for name in data.Loading._fields})
+    if loading.workers == -1:  # on a CPU, workers would take cores from the step
+        workers = 0 if jax.default_backend() == "cpu" else min(data.cores() - 1, MAX_WORKERS)
+        loading = loading._replace(workers=workers)
+    return spec, loading
 
 
 def resolve_encoder(config: ConfigDict, workdir: str) -> dict:
@@ -835,20 +839,24 @@ def make_evaluators(
     """The evaluators `evals` by name, each given what it asks for out of what a run has; they heed `stop`."""
     run_till_signal = lambda function: stoppable(jit_on_mesh(function, mesh), stop)  # noqa: E731
     share, shares = sharding.batch_shard(mesh)
+    loading = data.Loading(threads=config.data.threads, on_error=config.data.on_error, max_bad_fraction=1.0)
     epoch = partial(
         data.make_epoch,
+        crop=data.CenterCrop(
+            image_size=config.image_size,
+            channels=len(config.mean),
+            crop_fraction=config.data.crop_fraction,
+            interpolation=config.data.interpolation,
+            max_pixels=config.data.max_pixels,
+        ),
         batch_size=config.eval_batch_size,
-        image_size=config.image_size,
-        channels=len(config.mean),
-        crop_fraction=config.data.crop_fraction,
-        interpolation=config.data.interpolation,
-        process=share,
-        processes=shares,
-        threads=config.data.threads,
-        on_error=config.data.on_error,
-        max_pixels=config.data.max_pixels,
+        shard=data.Shard(share, shares),
+        loading=loading,
     )
-    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.process_max}
+    bound = {
+        "loading": loading._replace(max_bad_fraction=config.data.max_bad_fraction),
+        "process_max": processes.process_max,
+    }
     eval_inputs = {"folder": str(Path(workdir) / "figures") if processes.is_process_0() else ""}
     if evals:
         heldout = epoch(heldout_source, limit=config.eval_images, **bound)

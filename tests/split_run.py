@@ -44,13 +44,9 @@ def run(mesh: dict, encoder: dict) -> dict:
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
     everywhere = sharding.replicated(mesh)
     key = jax.jit(lambda key: key, out_shardings=everywhere)(key)
-    share, shares = sharding.batch_shard(mesh)
-    source = data.make_source(source="digits", split="train")
-    batches = data.make_batches(
-        source, start_step=0, process=share, processes=shares, batch_size=BATCH, seed=0, image_size=(32, 32),
-        channels=1, crop_scale=(0.67, 1.0), crop_ratio=(0.75, 1.33), flip=0.5, interpolation="bilinear",
-        max_pixels=10**6, workers=0, threads=1, prefetch=1, on_error="raise", max_bad_fraction=0.0,
-    )  # fmt: skip
+    spec = data.BatchSpec(batch_size=BATCH, seed=0, image_size=(32, 32), channels=1)
+    shard = data.Shard(*sharding.batch_shard(mesh))
+    batches = data.make_batches(data.make_source("digits"), spec, shard=shard, loading=data.Loading(threads=1))
 
     def step(state, batch, key):
         mask = make_masks(**MASKS)(jax.random.fold_in(key, state.step), batch["batch_index"])

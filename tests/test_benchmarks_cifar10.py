@@ -78,10 +78,10 @@ def test_the_peer_has_the_images_masks_and_rate_of_our_step(peer, config):
     step, settings = 3, peer.settings_of(config)
     encoder, objective = objective_of(config)
     source, _ = train.make_sources(config)
-    of_batches, loading = train.batch_options(config)
+    batch_spec, loading = train.batch_options(config)
     _, schedule = train.make_tx(config, encoder, *train.run_length(config, len(source)))
     _, step_key, _ = train.make_keys(config.seed)
-    batch = next(data.make_batches(source, start_step=step, **of_batches, **loading))
+    batch = next(data.make_batches(source, batch_spec, start_step=step, loading=loading))
     theirs = next(settings.batches(step))
     assert all(np.array_equal(batch[name], theirs[name]) for name in batch)
     assert settings.rates[step] == pytest.approx(float(schedule(step)), rel=1e-6)
@@ -146,10 +146,10 @@ def test_what_the_peer_does_not_have_is_refused(peer, config, name, value):
 
 
 def test_the_peer_is_evaluated_on_images_that_are_read_as_ours(peer, config, monkeypatch):
-    monkeypatch.setattr(data, "make_epoch", lambda source, **options: options)
+    monkeypatch.setattr(data, "make_epoch", lambda source, crop, **options: (crop, options["loading"]))
     config.data.crop_fraction, config.data.on_error, config.data.max_pixels = 0.5, "raise", 999
-    theirs = peer.settings_of(config).heldout
-    assert (theirs["crop_fraction"], theirs["on_error"], theirs["max_pixels"]) == (0.5, "raise", 999)
+    crop, loading = peer.settings_of(config).heldout
+    assert (crop.crop_fraction, crop.max_pixels, loading.on_error) == (0.5, 999, "raise")
 
 
 def test_a_missing_pytorch_is_one_line_that_says_what_to_do(peer, config, monkeypatch, tmp_path):

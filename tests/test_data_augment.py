@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import stats
 
-from simmim_jax.data import check_batches, fingerprint, make_batches, make_source
+from simmim_jax.data import BatchSpec, Loading, Shard, check_batches, fingerprint, make_batches, make_source
 from simmim_jax.data.augment import (
     INCREASING,
     OPERATIONS,
@@ -328,8 +328,8 @@ BATCHES = {"batch_size": 16, "seed": 3, "image_size": (12, 10), "channels": 1, "
 DIGITS = make_source("digits")
 
 
-def take(count: int, **options) -> list[np.ndarray]:
-    batches = make_batches(DIGITS, **BATCHES, **options)
+def take(count: int, start_step=0, shard=(0, 1), **options) -> list[np.ndarray]:
+    batches = make_batches(DIGITS, BatchSpec(**BATCHES, **options), start_step=start_step, shard=Shard(*shard))
     images = [next(batches)["image"] for _ in range(count)]
     batches.close()
     return images
@@ -340,7 +340,7 @@ def test_augmented_batches_are_the_same_from_any_step_and_for_any_number_of_proc
     whole = take(4, **options)
     assert not np.array_equal(whole, take(4))
     assert np.array_equal(whole[2:], take(2, start_step=2, **options))
-    parts = [take(4, process=p, processes=2, **options) for p in range(2)]
+    parts = [take(4, shard=(p, 2), **options) for p in range(2)]
     assert np.array_equal(whole, np.stack(parts, axis=2).reshape(np.shape(whole)))
 
 
@@ -350,20 +350,19 @@ def test_crop_and_flip_are_the_same_with_and_without_augmentation():
 
 def test_the_fingerprint_of_a_run_that_does_not_augment_is_what_it_was():
     options = {"seed": 0, "batch_size": 4, "image_size": (8, 8)}
-    before = fingerprint(DIGITS, **options)
+    before = fingerprint(DIGITS, BatchSpec(**options))
     assert set(before) == {"source", "seed", "batch_size", "image_size", "channels", "crop_scale", "crop_ratio", "flip",
                            "interpolation", "max_pixels"}  # fmt: skip
-    assert fingerprint(DIGITS, augment="", color_jitter=0.0, mean=MEAN, **options) == before
-    augmented = fingerprint(DIGITS, augment=OFFICIAL, mean=MEAN, **options)
+    assert fingerprint(DIGITS, BatchSpec(augment="", color_jitter=0.0, mean=MEAN, **options)) == before
+    augmented = fingerprint(DIGITS, BatchSpec(augment=OFFICIAL, mean=MEAN, **options))
     assert augmented == before | {"augment": OFFICIAL, "mean": list(MEAN)}
-    assert fingerprint(DIGITS, color_jitter=0.4, mean=MEAN, **options) == before | {"color_jitter": 0.4}
+    assert fingerprint(DIGITS, BatchSpec(color_jitter=0.4, mean=MEAN, **options)) == before | {"color_jitter": 0.4}
 
 
 def test_batches_that_cannot_be_augmented_are_refused_before_anything_is_opened():
-    options = {**BATCHES, "crop_scale": (0.5, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.5}
     with pytest.raises(ConfigError, match="must have 1 numbers"):
-        check_batches(DIGITS, augment=OFFICIAL, **options)
+        check_batches(DIGITS, BatchSpec(**BATCHES, augment=OFFICIAL), Loading())
     with pytest.raises(ConfigError, match="means nothing: 'x3'"):
-        check_batches(DIGITS, augment="rand-x3", mean=(0.5,), **options)
+        check_batches(DIGITS, BatchSpec(**BATCHES, augment="rand-x3", mean=(0.5,)), Loading())
     with pytest.raises(ConfigError, match="5 channels"):
-        check_batches(DIGITS, color_jitter=0.4, mean=(0.5,) * 5, **{**options, "channels": 5})
+        check_batches(DIGITS, BatchSpec(**BATCHES | {"channels": 5}, color_jitter=0.4, mean=(0.5,) * 5), Loading())

@@ -17,10 +17,22 @@ import pytest
 from PIL import Image
 from tiny_tfds import TinyShades
 
-from simmim_jax.data import fingerprint, make_batches, make_epoch, make_source
+from simmim_jax import data
+from simmim_jax.data import BatchSpec, CenterCrop, Loading, Shard, make_epoch, make_source
 from simmim_jax.errors import ConfigError, DataError
 
 OPTIONS = {"batch_size": 16, "seed": 3, "image_size": (12, 10), "channels": 1}
+
+
+def make_batches(source, *, start_step=0, shard=(0, 1), **options):
+    """The batches of OPTIONS with these changes to the spec and the loading."""
+    loading = {name: options.pop(name) for name in Loading._fields if name in options}
+    spec = BatchSpec(**OPTIONS | options)
+    return data.make_batches(source, spec, start_step=start_step, shard=Shard(*shard), loading=Loading(**loading))
+
+
+def fingerprint(source, **options):
+    return data.fingerprint(source, BatchSpec(**OPTIONS | options))
 
 
 def take(batches, count: int) -> list[dict]:
@@ -45,7 +57,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def six(digits):
-    return take(make_batches(digits, **OPTIONS), 6)
+    return take(make_batches(digits), 6)
 
 
 def write_shades(root: Path, count: int) -> None:
@@ -96,18 +108,18 @@ def test_the_order_is_that_of_every_earlier_version(six):
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_batch_is_the_same_for_any_number_of_workers(workers, digits, six):
-    assert_equal(take(make_batches(digits, workers=workers, **OPTIONS), 6), six)
+    assert_equal(take(make_batches(digits, workers=workers), 6), six)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_a_batch_is_the_same_for_any_number_of_threads(threads, prefetch, digits, six):
-    assert_equal(take(make_batches(digits, threads=threads, prefetch=prefetch, **OPTIONS), 6), six)
+    assert_equal(take(make_batches(digits, threads=threads, prefetch=prefetch), 6), six)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_processes_batches_together_are_the_one_process_batch(processes, digits, six):
-    parts = [take(make_batches(digits, process=p, processes=processes, **OPTIONS), 6) for p in range(processes)]
+    parts = [take(make_batches(digits, shard=(p, processes)), 6) for p in range(processes)]
     for step, batch in enumerate(six):
         for key, value in batch.items():
             for process in range(processes):
@@ -116,13 +128,13 @@ def test_the_processes_batches_together_are_the_one_process_batch(processes, dig
 
 @pytest.mark.parametrize(("start", "workers"), [(0, 0), (1, 0), (5, 0), (4, 2)])
 def test_starting_at_a_step_gives_what_an_unbroken_run_has_there(start, workers, digits, six):
-    again = make_batches(digits, start_step=start, workers=workers, **OPTIONS)
+    again = make_batches(digits, start_step=start, workers=workers)
     assert_equal(take(again, 6 - start), six[start:])
 
 
 def test_starting_late_is_as_quick_as_starting(digits):
     start = time.monotonic()
-    late = take(make_batches(digits, start_step=10_000_000, **OPTIONS), 1)
+    late = take(make_batches(digits, start_step=10_000_000), 1)
     assert time.monotonic() - start < 2
     assert late[0]["image"].any()
 
@@ -145,7 +157,7 @@ def test_every_epoch_is_a_permutation_and_no_two_are_alike(digits):
 def test_a_record_is_cropped_anew_in_every_epoch(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / "1.png")
     source = make_source("folder", path=str(tmp_path), heldout_fraction=0.0)
-    crops = take(make_batches(source, **{**OPTIONS, "batch_size": 1}), 20)
+    crops = take(make_batches(source, batch_size=1), 20)
     assert len({crop["image"].tobytes() for crop in crops}) == 20
 
 
@@ -155,7 +167,7 @@ def test_within_a_batch_each_row_is_cropped_by_itself_in_every_process(tmp_path)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     source = make_source("folder", path=str(tmp_path), heldout_fraction=0.0)
     options = {**OPTIONS, "batch_size": 8}
-    parts = [take(make_batches(source, process=p, processes=2, **options), 1)[0]["image"] for p in range(2)]
+    parts = [take(make_batches(source, shard=(p, 2), **options), 1)[0]["image"] for p in range(2)]
     assert len({row.tobytes() for row in np.concatenate(parts)}) == 8
 
 
@@ -184,7 +196,7 @@ def test_bad_images_are_replaced_alike_for_any_workers_and_processes(spoilt):
     one = take(make_batches(source, **options), 8)
     assert_equal(take(make_batches(source, workers=2, **options), 8), one)
     assert_equal(take(make_batches(source, start_step=3, **options), 5), one[3:])
-    halves = [take(make_batches(source, process=p, processes=2, **options), 8) for p in range(2)]
+    halves = [take(make_batches(source, shard=(p, 2), **options), 8) for p in range(2)]
     for step in range(8):
         assert np.array_equal(halves[1][step]["image"], one[step]["image"][1::2])
     epochs = np.concatenate([batch["index"] for batch in one]).reshape(2, 64)
@@ -199,7 +211,7 @@ def test_bad_images_are_replaced_alike_for_any_workers_and_processes(spoilt):
 
 def test_a_bad_image_is_named_once_with_its_reason(spoilt, caplog):
     source, _ = spoilt
-    take(make_batches(source, workers=1, max_bad_fraction=0.1, **OPTIONS), 12)
+    take(make_batches(source, workers=1, max_bad_fraction=0.1), 12)
     told = [record.message for record in caplog.records if record.message.startswith("bad image")]
     lines = sorted(line.partition("(64 images): ")[2] for line in told)
     assert [line[:7] for line in lines] == ["005.png", "006.png", "020.png", "033.png", "063.png"]
@@ -210,7 +222,7 @@ def test_a_bad_image_is_named_once_with_its_reason(spoilt, caplog):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_images_stop_the_run_and_say_which(workers, spoilt):
     source, _ = spoilt
-    batches = make_batches(source, workers=workers, max_bad_fraction=0.01, **OPTIONS)
+    batches = make_batches(source, workers=workers, max_bad_fraction=0.01)
     with pytest.raises(
         DataError, match=r"2 bad images, of at most 1; the last: 0\d\d\.png: .* split train \(64 images\)"
     ):
@@ -221,7 +233,7 @@ def test_too_many_bad_images_stop_the_run_and_say_which(workers, spoilt):
 def test_of_several_processes_none_ends_by_itself_for_bad_images(spoilt, caplog):
     source, bad = spoilt
     for process in range(2):
-        take(make_batches(source, max_bad_fraction=0.0, process=process, processes=2, **OPTIONS), 4)  # an epoch
+        take(make_batches(source, max_bad_fraction=0.0, shard=(process, 2)), 4)  # an epoch
     told = [record.message for record in caplog.records if record.message.startswith("bad image")]
     assert len(told) == len(bad)
     assert all(", of at most 0 in " in line for line in told)
@@ -231,7 +243,7 @@ def test_of_several_processes_none_ends_by_itself_for_bad_images(spoilt, caplog)
 def test_a_fraction_of_zero_and_the_policy_raise_stop_at_the_first(options, spoilt):
     source, _ = spoilt
     with pytest.raises(DataError, match="1 bad images, of at most 0"):
-        take(make_batches(source, **options, **OPTIONS), 4)
+        take(make_batches(source, **options), 4)
 
 
 def test_an_unreadable_or_vanished_file_is_a_bad_image(tmp_path, caplog):
@@ -240,7 +252,7 @@ def test_an_unreadable_or_vanished_file_is_a_bad_image(tmp_path, caplog):
     (tmp_path / "003.png").unlink()
     (tmp_path / "004.png").unlink()
     (tmp_path / "004.png").mkdir()
-    batches = take(make_batches(source, max_bad_fraction=0.1, **OPTIONS), 3)
+    batches = take(make_batches(source, max_bad_fraction=0.1), 3)
     assert not {3, 4} & set(np.concatenate([batch["index"] for batch in batches]).tolist())
     assert {"003.png", "004.png"} == set(re.findall(r"0\d\d\.png(?=: \[Errno)", caplog.text))
 
@@ -252,9 +264,9 @@ def test_when_nothing_can_be_read_the_run_stops_at_once(workers, tmp_path):
     for file in tmp_path.iterdir():
         file.write_bytes(b"gone")
     with pytest.raises(
-        DataError, match=r"20 images in a row cannot be read, the last being 0\d\d\.png: is none of JPEG"
+        DataError, match=r"20 images in a row cannot be read, the last one is 0\d\d\.png: is none of JPEG"
     ):
-        next(make_batches(source, workers=workers, max_bad_fraction=1.0, **OPTIONS))
+        next(make_batches(source, workers=workers, max_bad_fraction=1.0))
 
 
 # --- errors at the door
@@ -264,14 +276,14 @@ def test_a_batch_larger_than_the_data_is_refused(digits):
     with pytest.raises(
         DataError, match=r"a batch of 2000 is larger.*digits, split train \(1437 images\).*1437 or less"
     ):
-        make_batches(digits, **{**OPTIONS, "batch_size": 2000})
+        make_batches(digits, batch_size=2000)
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"processes": 3}, "batch_size=16.*must divide by the 3 processes: 15 would"),
-        ({"processes": 2, "process": 2}, r"process=2.*must be in \[0, 2\)"),
+        ({"shard": (0, 3)}, "batch_size=16.*multiple of the 3 processes, like 15"),
+        ({"shard": (2, 2)}, r"shard=\(2, 2\)"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"image_size": (0, 4)}, "image_size"),
@@ -283,12 +295,12 @@ def test_a_batch_larger_than_the_data_is_refused(digits):
         ({"workers": -1}, "workers=-1"),
         ({"prefetch": 0}, "prefetch=0"),
         ({"max_bad_fraction": 2.0}, "max_bad_fraction=2"),
-        ({"on_error": "ignore"}, "on_error='ignore'.*skip, raise"),
+        ({"on_error": "ignore"}, "on_error='ignore'.*replace, raise"),
     ],
 )
 def test_values_that_cannot_work_are_refused_at_once(changed, says, digits):
     with pytest.raises(ConfigError, match=says):
-        make_batches(digits, **{**OPTIONS, **changed})
+        make_batches(digits, **changed)
 
 
 # --- one pass
@@ -301,10 +313,9 @@ def test_a_pass_has_every_record_once_and_every_batch_full(batch_size, threads, 
     source = make_source("digits", split="test")
     seen = []
     for process in range(processes):
-        epoch = make_epoch(
-            source, batch_size=batch_size, image_size=(8, 8), channels=1, threads=threads, process=process,
-            processes=processes,
-        )  # fmt: skip
+        loading = Loading(threads=threads, max_bad_fraction=1.0)
+        shard = Shard(process, processes)
+        epoch = make_epoch(source, CenterCrop((8, 8), 1), batch_size=batch_size, shard=shard, loading=loading)
         batches = list(epoch)
         assert len(batches) == len(epoch) == -(-360 // batch_size)
         assert_equal(list(epoch), batches)  # a second pass is the first
@@ -325,7 +336,7 @@ def test_a_pass_has_every_record_once_and_every_batch_full(batch_size, threads, 
 
 def test_a_limited_pass_is_spread_evenly(digits):
     def indices(limit):
-        batches = list(make_epoch(digits, batch_size=8, image_size=(8, 8), channels=1, limit=limit))
+        batches = list(make_epoch(digits, CenterCrop((8, 8), 1), batch_size=8, limit=limit))
         return [int(i) for batch in batches for i in batch["index"][batch["valid"]]]
 
     assert indices(10) == [i * 1437 // 10 for i in range(10)]
@@ -334,7 +345,7 @@ def test_a_limited_pass_is_spread_evenly(digits):
 
 def test_a_pass_leaves_out_bad_images_and_says_so_once(spoilt, caplog):
     source, bad = spoilt
-    epoch = make_epoch(source, batch_size=24, image_size=(8, 6), channels=1)
+    epoch = make_epoch(source, CenterCrop((8, 6), 1), batch_size=24)
     for _ in range(2):
         batches = list(epoch)
         valid = np.concatenate([batch["valid"] for batch in batches])
@@ -351,7 +362,7 @@ def test_a_pass_leaves_out_bad_images_and_says_so_once(spoilt, caplog):
 
 def test_the_fingerprint_holds_what_decides_the_samples(tmp_path):
     write_shades(tmp_path, 20)
-    options = {"seed": 0, "batch_size": 4, "image_size": (8, 8)}
+    options = {"seed": 0, "batch_size": 4, "image_size": (8, 8), "channels": 3}
     source = make_source("folder", path=str(tmp_path), heldout_fraction=0.0)
     before = fingerprint(source, **options)
     assert json.loads(json.dumps(before)) == before
@@ -372,11 +383,11 @@ def test_the_fingerprint_holds_what_decides_the_samples(tmp_path):
 
 PROGRAM = """
 import multiprocessing, sys, time
-from simmim_jax.data import make_batches, make_source
+from simmim_jax.data import BatchSpec, Loading, make_batches, make_source
 
 if __name__ == "__main__":
     source = make_source("digits")
-    batches = make_batches(source, batch_size=16, seed=0, image_size=(64, 64), workers=2, prefetch=4)
+    batches = make_batches(source, BatchSpec(16, 0, (64, 64)), loading=Loading(workers=2, prefetch=4))
     batch = next(batches), next(batches)  # the second is the second worker's
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     {rest}
@@ -439,12 +450,12 @@ def test_a_run_that_ends_by_an_error_leaves_nothing_behind_either(tmp_path):
         file.write_bytes(b"gone")
     (tmp_path / "program.py").write_text(
         "import sys\n"
-        "from simmim_jax.data import make_batches, make_source\n"
+        "from simmim_jax.data import BatchSpec, Loading, make_batches, make_source\n"
         "from simmim_jax.errors import exit_with_message\n"
         "if __name__ == '__main__':\n"
         f"    source = make_source('folder', path={str(tmp_path)!r}, heldout_fraction=0.0)\n"
         "    with exit_with_message():\n"
-        "        batches = make_batches(source, batch_size=4, seed=0, image_size=(8, 8), workers=2)\n"
+        "        batches = make_batches(source, BatchSpec(4, 0, (8, 8)), loading=Loading(workers=2))\n"
         "        try:\n"
         "            next(batches)\n"
         "        finally:\n"
@@ -459,9 +470,9 @@ def test_a_run_that_ends_by_an_error_leaves_nothing_behind_either(tmp_path):
 
 def test_workers_of_a_program_that_is_no_file_are_refused_and_batches_without_them_are_not(tmp_path):
     program = (
-        "from simmim_jax.data import make_batches, make_source\n"
+        "from simmim_jax.data import BatchSpec, Loading, make_batches, make_source\n"
         "for workers in (0, 1):\n"
-        "    batches = make_batches(make_source('digits'), batch_size=4, seed=0, image_size=(8, 8), workers=workers)\n"
+        "    batches = make_batches(make_source('digits'), BatchSpec(4, 0, (8, 8)), loading=Loading(workers))\n"
         "    print(next(batches)['label'].shape)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -477,8 +488,8 @@ def kill_a_worker() -> int:
 
 
 def test_a_killed_workers_batches_are_made_again_once_and_a_second_death_ends_the_run(digits, caplog):
-    unbroken = take(make_batches(digits, **OPTIONS), 24)
-    batches = make_batches(digits, workers=2, prefetch=1, **OPTIONS)
+    unbroken = take(make_batches(digits), 24)
+    batches = make_batches(digits, workers=2, prefetch=1)
     first = [next(batches) for _ in range(2)]
     time.sleep(1.1)  # their memory is looked at once a second
     first += [next(batches)]
@@ -500,7 +511,7 @@ def test_a_killed_workers_batches_are_made_again_once_and_a_second_death_ends_th
 
 
 def test_workers_leave_the_signals_of_the_job_to_the_main_process(digits, six):
-    batches = make_batches(digits, workers=2, **OPTIONS)
+    batches = make_batches(digits, workers=2)
     first = [next(batches), next(batches)]  # the second is the second worker's: both are at work
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM)

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from simmim_jax.data import LabelMapSpec, SegmentationSet, check_maps, fingerprint, make_batches, make_label_map_source
+from simmim_jax.data import (
+    BatchSpec,
+    LabelMapSpec,
+    Loading,
+    SegmentationSet,
+    Shard,
+    check_maps,
+    fingerprint,
+    make_batches,
+    make_label_map_source,
+)
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.label_maps import distort_photometrically, read_map, read_pair, scale_factor
 from simmim_jax.data.sources.label_maps import LabelMapTfds
@@ -53,9 +63,10 @@ def take(batches, count):
         batches.close()
 
 
-def batches_of(source, **options):
-    maps = LabelMapSpec(**{**PLAIN, **options.pop("maps", {})})
-    return make_batches(source, **{"batch_size": 4, "seed": 0, "image_size": (16, 16), "maps": maps, **options})
+def batches_of(source, *, maps=(), start_step=0, shard=(0, 1), loading=None, **options):
+    label_maps = LabelMapSpec(**{**PLAIN, **dict(maps)})
+    spec = BatchSpec(**{"batch_size": 4, "seed": 0, "image_size": (16, 16), "label_maps": label_maps, **options})
+    return make_batches(source, spec, start_step=start_step, shard=Shard(*shard), loading=Loading(**(loading or {})))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +279,7 @@ def test_the_samples_of_a_step_do_not_depend_on_workers_processes_or_start(tmp_p
     source, options = source_of(write_folder(tmp_path)), {"maps": {"scale": (0.5, 2.0), "photometric": True}}
     whole = take(batches_of(source, **options), 3)
     late = take(batches_of(source, **options, start_step=2), 1)
-    split = [take(batches_of(source, **options, process=p, processes=2, threads=1), 3) for p in (0, 1)]
+    split = [take(batches_of(source, **options, shard=(p, 2), loading={"threads": 1}), 3) for p in (0, 1)]
     for name in ("image", "label_map", "index"):
         np.testing.assert_array_equal(whole[2][name], late[0][name])
         for n in range(3):
@@ -279,10 +290,10 @@ def test_the_samples_of_a_step_do_not_depend_on_workers_processes_or_start(tmp_p
 def test_another_way_to_read_maps_is_another_fingerprint(tmp_path):
     source = source_of(write_folder(tmp_path))
     prints = [
-        fingerprint(source, seed=0, batch_size=4, image_size=(16, 16), maps=maps)
+        fingerprint(source, BatchSpec(4, 0, (16, 16), label_maps=maps))
         for maps in (None, LabelMapSpec(**PLAIN), LabelMapSpec(**PLAIN)._replace(reduce_zero_label=True))
     ]
-    assert "maps" not in prints[0]
+    assert "label_maps" not in prints[0]
     assert prints[1] != prints[2]
     assert json.loads(json.dumps(prints)) == prints
 
@@ -292,7 +303,7 @@ def test_a_pair_that_does_not_fit_is_named_and_replaced(tmp_path, caplog):
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(tmp_path / "masks" / "train" / "3.png")
     Image.fromarray(np.full((20, 24), 9, np.uint8)).save(tmp_path / "masks" / "train" / "4.png")
     source = source_of(tmp_path)
-    drawn = take(batches_of(source, max_bad_fraction=0.5), 6)
+    drawn = take(batches_of(source, loading={"max_bad_fraction": 0.5}), 6)
     used = {int(index) for batch in drawn for index in batch["index"]}
     assert used == {0, 1, 2, 5}
     assert sum(batch["replaced"].sum() for batch in drawn) > 0

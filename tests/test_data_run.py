@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from runs import arrays, rows, run, run_until
 
-from simmim_jax.data import make_batches, make_source
+from simmim_jax.data import BatchSpec, Loading, make_batches, make_source
 
 SMALL = (
     "--config=configs/folder_vit_small.py", "--config.encoder.width=32", "--config.encoder.depth=1",
@@ -49,7 +49,7 @@ def murmur(index: int, batch_index: int) -> int:
 
 def test_each_row_of_metrics_tells_the_samples_and_the_substitutes_of_its_step(photographs, unbroken):
     source = make_source("auto", path=str(photographs))
-    batches = make_batches(source, batch_size=8, seed=0, image_size=(64, 64), max_bad_fraction=0.2)
+    batches = make_batches(source, BatchSpec(8, 0, (64, 64)), loading=Loading(max_bad_fraction=0.2))
     written = rows(unbroken)
     assert [row["step"] for row in written] == list(range(1, 13))
     bad = 0

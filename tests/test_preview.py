@@ -39,8 +39,8 @@ def folder(path):
 def batches_of(config, steps):
     """The whole batches of these steps, as one process has them."""
     source, _ = train.make_sources(config)
-    of_batches, _ = train.batch_options(config)
-    with contextlib.closing(data.make_batches(source, start_step=steps[0], **of_batches)) as batches:
+    batch_spec, _ = train.batch_options(config)
+    with contextlib.closing(data.make_batches(source, batch_spec, start_step=steps[0])) as batches:
         return source, [next(batches) for _ in steps]
 
 

@@ -366,8 +366,9 @@ def test_a_pass_that_leaves_out_too_much_ends_in_all_processes_with_the_same_wor
 
     def told(process, fraction):
         place.process = process
-        split = {"process": process, "processes": count, "agree": process_max}
-        epoch = data.make_epoch(source, batch_size=6, image_size=(8, 8), max_bad_fraction=fraction, **split)
+        split = {"shard": data.Shard(process, count), "process_max": process_max}
+        loading = data.Loading(max_bad_fraction=fraction)
+        epoch = data.make_epoch(source, data.CenterCrop((8, 8)), batch_size=6, loading=loading, **split)
         try:
             return sum(int(batch["valid"].sum()) for batch in epoch)
         except DataError as error:
@@ -386,8 +387,8 @@ def test_what_evaluators_see_is_bounded_as_training_images_are(monkeypatch):
     mesh, stop = sharding.make_mesh(), checkpoint.StopSignal()
     given = (of_pixel, segment(MeanColors()), [], [], mesh, jax.random.key(0), "", stop)
     train.make_evaluators(config, {"knn": {}}, *given)
-    bound = {"max_bad_fraction": config.data.max_bad_fraction, "agree": processes.process_max}
-    assert [{name: options[name] for name in bound} for options in asked] == [bound, bound]
+    bound = (config.data.max_bad_fraction, processes.process_max)
+    assert [(options["loading"].max_bad_fraction, options["process_max"]) for options in asked] == [bound, bound]
 
 
 def test_what_one_process_cannot_read_is_left_out_by_all(monkeypatch):
@@ -448,7 +449,7 @@ def test_a_config_opens_its_images_with_maps(config):
     source, heldout = train.make_sources(config)
     assert (len(source), len(heldout)) == (6, 6)
     what, _ = train.batch_options(config)
-    assert what["maps"].fill == (124, 116, 104)
+    assert what.label_maps.fill == (124, 116, 104)
     supplied = train.segmentation_inputs(config, of_pixel, heldout, 0, 1)
     assert (supplied["most_bad"], len(supplied["whole"])) == (1, 6)  # a hundredth, rounded up
     batch = train.abstract_batch(config)

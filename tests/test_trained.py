@@ -134,12 +134,14 @@ def test_label_maps_are_not_taken_for_images(tmp_path, layout):
 
 def test_a_pass_has_the_largest_image_of_its_run_and_all_cores_up_to_16(tmp_path, monkeypatch):
     make_epoch, seen = data.make_epoch, []
-    monkeypatch.setattr(data, "make_epoch", lambda source, **options: seen.append(options) or make_epoch([], **options))
+    monkeypatch.setattr(
+        data, "make_epoch", lambda _, crop, **options: seen.append((crop, options)) or make_epoch([], crop, **options)
+    )
     monkeypatch.setattr(data, "cores", lambda: 96)
     for config, threads in (({"data": {"max_pixels": 99}}, None), ({}, 0)):
         model = described(tmp_path, mean=(0,), **config)
         finished.make_pass(model, [], finished.sharding.make_mesh(), threads=threads)
-    assert [(options["max_pixels"], options["threads"]) for options in seen] == [(99, 16), (MAX_PIXELS, 0)]
+    assert [(crop.max_pixels, options["loading"].threads) for crop, options in seen] == [(99, 16), (MAX_PIXELS, 0)]
 
 
 def test_labels_are_those_of_the_first_image_that_can_be_read():

@@ -241,9 +241,7 @@ def _is_folder(source) -> bool:
     return isinstance(getattr(source, "images", source), Folder)
 
 
-def crop_as_asked(
-    trained: Run, crop_fraction: int | float | None, interpolation: str
-) -> dict[str, int | float | str]:
+def crop_as_asked(trained: Run, crop_fraction: int | float | None, interpolation: str) -> dict[str, int | float | str]:
     """`crop_fraction` and `interpolation`, those of `trained` where they are None and empty."""
     return {
         "crop_fraction": trained.crop_fraction if crop_fraction is None else crop_fraction,
@@ -278,19 +276,19 @@ def make_pass(
     they are None and empty, those of `trained`. threads: that decode a batch each; None: as many as cores, up to 16.
     """
     ways = sharding.num_batch_shards(mesh)
-    share, shares = sharding.batch_shard(mesh)
+    threads = min(data.cores(), MAX_THREADS) if threads is None else threads
     return data.make_epoch(
         source,
+        data.CenterCrop(
+            image_size=trained.image_size,
+            channels=trained.channels,
+            max_pixels=trained.config.get("data", {}).get("max_pixels", MAX_PIXELS),
+            **crop_as_asked(trained, crop_fraction, interpolation),
+        ),
         batch_size=-(-batch_size // ways) * ways,
-        image_size=trained.image_size,
-        channels=trained.channels,
-        **crop_as_asked(trained, crop_fraction, interpolation),
         limit=limit,
-        process=share,
-        processes=shares,
-        threads=min(data.cores(), MAX_THREADS) if threads is None else threads,
-        on_error=on_error,
-        max_pixels=trained.config.get("data", {}).get("max_pixels", MAX_PIXELS),
+        shard=data.Shard(*sharding.batch_shard(mesh)),
+        loading=data.Loading(threads=threads, on_error=on_error, max_bad_fraction=1.0),
     )
 
 

@@ -78,15 +78,15 @@ def preview(
         encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
     )
     source, _ = train.make_sources(config)
-    of_batches, loading = train.batch_options(config)
-    data.check_batches(source, **of_batches, **loading, start_step=start_step)
+    batch_spec, loading = train.batch_options(config)
+    data.check_batches(source, batch_spec, loading)
     _, step_key, _ = train.make_keys(config.seed)
     classes = tuple(source.classes)
     tell("source", f"{source.describe()}; {of_classes(classes)}")
 
     # Parts of the batches, as one of many processes has them: the same images at the same places.
     parts = parts_of(config.batch_size, math.prod(config.image_size) * len(config.mean))
-    batches = data.make_batches(source, start_step=start_step, processes=parts, **of_batches, **loading)
+    batches = data.make_batches(source, batch_spec, start_step=start_step, shard=data.Shard(0, parts), loading=loading)
     try:
         drawn = list(itertools.islice(batches, -(-max(images, MEASURED) * parts // config.batch_size)))
         hidden = [None] * len(drawn)
@@ -107,13 +107,13 @@ def preview(
         pixels = pixel_numbers([sample["image"] for sample in samples], config.mean, config.std)
         for name, line in (*mask_lines(masks), *pixel_lines(pixels)):
             tell(name, line)
-        waiting = max(loading["workers"], 1) * (2 * loading["prefetch"] + loading["threads"])
+        waiting = max(loading.workers, 1) * (2 * loading.prefetch + loading.threads)
         timed = time_data(batches, seconds, warm_up=waiting - len(drawn))
     finally:
         batches.close()
     timed["read"] += len(samples)
     timed["bad_images"] += sum(sample["replaced"] for sample in samples)
-    timed |= {name: loading[name] for name in ("workers", "threads", "prefetch")}
+    timed |= {name: getattr(loading, name) for name in ("workers", "threads", "prefetch")}
     tell(*data_line(timed))
 
     numbers = {"source": source.describe(), "images": len(source), "classes": list(classes)}
@@ -127,7 +127,7 @@ def preview(
         )
         rates = (timed["images_per_second"], step_numbers["images_per_second"])
         numbers |= {"step": step_numbers, "waiting": max(0.0, 1 - rates[0] / rates[1])}
-        numbers["verdict"] = verdict(*rates, data.advice(source, workers=loading["workers"]))
+        numbers["verdict"] = verdict(*rates, data.advice(source, workers=loading.workers))
         tell("verdict", numbers["verdict"])
         if step_numbers["platform"] == "cpu":
             tell("", "both were timed alone: in a run on CPUs they share the cores, and each is slower")
