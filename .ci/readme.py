@@ -1,8 +1,9 @@
-"""python .ci/readme.py SCRATCH: run every command and Python block of README.md, CONTRIBUTING.md and docs/ at small settings.
+"""python .ci/readme.py SCRATCH: run every command and Python block of the documentation at small settings.
 
-Commands run as the pages show them, in a folder where the placeholders (DIR, IMAGE, SEGMENTS, ...) are real files. A command
-starts when the runs and files that it reads are written. Two commands run at a time. A command that matches neither `SMALL` nor
-`NOT_RUN` is an error, so no page shows a command that nobody has run.
+The documentation is README.md, CONTRIBUTING.md and docs/. Commands run as the pages show them, in a folder where the
+placeholders (DIR, IMAGE, SEGMENTS, ...) are real files. A command starts when the runs and files that it reads are
+written. Two commands run at a time. A command that matches neither `SMALL` nor `NOT_RUN` is an error, so no page shows
+a command that nobody has run.
 """
 
 import io
@@ -44,9 +45,10 @@ SMALL = (  # regular expression of a command, flags that make it small; the firs
     (r"main .*/digits_vit_tiny", DIGITS),
     (r"launch/local.sh .*/digits_vit_tiny", DIGITS),
     (r"main .*/digits_(linear|finetune)", "--config.steps=10 --config.optim.warmup_epochs=0"),
-    (r"main .*/folder_vit_small.*encoder.name=swin", f"{FEW} {STAMPS} {TINY_SWIN} {HELD_OUT} --config.encoder.window=4"),
+    (r"main .*/folder_vit_small.*name=swin", f"{FEW} {STAMPS} {TINY_SWIN} {HELD_OUT} --config.encoder.window=4"),
     (r"main .*/folder_vit_small.*init_from", f"{FEW} {HELD_OUT}"),
-    (r"(main|preview) .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.save_every=1"),
+    (r"main .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.save_every=1"),
+    (r"preview .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --seconds=0.5"),
     (r"main .*/folder_finetune", f"{FEW} --config.eval_batch_size=8"),
     (r"main .*/folder_segment", f"{FEW} {STAMPS}"),
     (r"main .*/cifar10_", f"{FEW} --config.eval_images=32"),
@@ -57,7 +59,6 @@ SMALL = (  # regular expression of a command, flags that make it small; the firs
     (r"tools.(prepare|evaluate|predict|embed|map|convert) ", ""),
     (r"benchmarks/step.py ", "--dtypes=float32"),
 )  # fmt: skip
-EXTRA = {"tools.preview ": " --seconds=0.5"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -80,7 +81,7 @@ def small(command: str) -> str:
     """`command` with the flags that make it small. Raises LookupError for a command that is not known."""
     for pattern, flags in SMALL:
         if re.search(pattern, command):
-            return f"{command} {flags}" + "".join(extra for part, extra in EXTRA.items() if part in command)
+            return f"{command} {flags}".strip()
     raise LookupError(f"the pages show a command that .ci/readme.py does not know: {command}")
 
 
