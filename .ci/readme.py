@@ -42,6 +42,7 @@ HELD_OUT = "--config.data.heldout_fraction=0.3"
 
 SMALL = (  # regular expression of a command, flags that make it small; the first that fits counts
     (r"--print_config", ""),
+    (r"main .*/digits_vit_tiny.*runs/digits_b128", f"{DIGITS} --config.steps=2 --config.online_probes=false"),
     (r"main .*/digits_vit_tiny", DIGITS),
     (r"launch/local.sh .*/digits_vit_tiny", DIGITS),
     (r"main .*/digits_(linear|finetune)", "--config.steps=10 --config.optim.warmup_epochs=0"),
