@@ -92,18 +92,18 @@ def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
 
 
 def layers(
-    params: PyTree, layer_of: Callable[[str], int], depth: int, scanned_layers: ScannedLayers | None = None
+    params: PyTree, layer_id: Callable[[str], int], depth: int, scanned_layers: ScannedLayers | None = None
 ) -> PyTree:
     """The layer of each parameter: 0 what embeds and the mask token, 1 to `depth` the blocks, `depth` + 1 the rest.
 
-    Of a stack's leaves it is an array, [blocks, 1, ...]. layer_of: the encoder's, of paths below "encoder/". Official
+    Of a stack's leaves it is an array, [blocks, 1, ...]. layer_id: the encoder's, of paths below "encoder/". Official
     `get_swin_layer` and `get_vit_layer`.
     """
 
     def layer(key_path, _):
         part, _, rest = path_name(key_path).partition("/")
         if part == "encoder":
-            return layer_of(rest)
+            return layer_id(rest)
         return 0 if part == "mask_token" else depth + 1
 
     return of_each_block(layer, params, scanned_layers or {})
@@ -128,12 +128,12 @@ def _along(value: np.ndarray, dimensions: int):
 
 
 def make_frozen(
-    frozen: str = "", frozen_layers: int = 0, layer_of: Callable[[str], int] | None = None
+    frozen: str = "", frozen_layers: int = 0, layer_id: Callable[[str], int] | None = None
 ) -> Callable[[str], bool] | None:
     """Whether the parameter of a path is frozen; None where none is.
 
     frozen: a regular expression that matches the path from its start. frozen_layers: so many of the encoder's lowest
-    layers too, as `layer_of` counts them: 1 what embeds, n that and n - 1 blocks; and with them what they read, though
+    layers too, as `layer_id` counts them: 1 what embeds, n that and n - 1 blocks; and with them what they read, though
     its rate is that of the last layer: positions, and a bias table that all blocks share. Raises ConfigError.
     """
     try:
@@ -148,7 +148,7 @@ def make_frozen(
     def is_frozen(path: str) -> bool:
         part, _, rest = path.partition("/")
         in_encoder = frozen_layers and part == "encoder"
-        low = in_encoder and (layer_of(rest) < frozen_layers or rest.split("/")[0] in read)
+        low = in_encoder and (layer_id(rest) < frozen_layers or rest.split("/")[0] in read)
         return bool(low or (frozen and pattern.match(path)))
 
     return is_frozen
@@ -215,7 +215,7 @@ def make_optimizer(
     steps_per_epoch: int,
     schedule: str,
     learning_rate: float,
-    layer_of: Callable[[str], int] | None = None,
+    layer_id: Callable[[str], int] | None = None,
     depth: int = 0,
     layer_decay: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -236,7 +236,7 @@ def make_optimizer(
     `tx.update` takes the step as a keyword argument, `step`. `schedule` is that of the last layer.
 
     layer_decay: below 1, the peak rate of layer n is `learning_rate` * layer_decay ** (depth + 1 - n), with the layers
-        of `layer_of` (see `layers`); the rates that warm-up starts from and that the schedule ends at are the same for
+        of `layer_id` (see `layers`); the rates that warm-up starts from and that the schedule ends at are the same for
         all, as official code has it.
     Weight decay is times the learning rate; of AdamW it is decoupled, of SGD it is part of the gradient that momentum
     sums up, as torch.optim has both. `no_decay` lists the names in paths that it spares. decay_mask_token,
@@ -246,7 +246,7 @@ def make_optimizer(
     scanned_layers: the encoder's (see `simmim_jax.runtime.scanning`).
     """
     check_options("optimizer", make_schedule, schedule_options)
-    is_frozen = make_frozen(frozen, frozen_layers, layer_of)
+    is_frozen = make_frozen(frozen, frozen_layers, layer_id)
     check_minimum("optim.layer_decay", layer_decay, 0, strict=True)
     scales = [1.0] if layer_decay == 1 else [layer_decay ** (depth + 1 - layer) for layer in range(depth + 2)]
     rates = [
@@ -275,7 +275,7 @@ def make_optimizer(
     clips = (optax.clip_by_global_norm(grad_clip_norm),) if grad_clip_norm else ()
 
     def layer_of_each(params):
-        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_of, depth, scanned_layers)
+        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_id, depth, scanned_layers)
 
     tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rates, layer_of_each))
     if is_frozen:

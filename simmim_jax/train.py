@@ -371,7 +371,7 @@ def make_tx(config: ConfigDict, encoder, steps: int, steps_per_epoch: int) -> tu
     return optim.make_optimizer(
         steps=steps,
         steps_per_epoch=steps_per_epoch,
-        layer_of=encoder.layer_of,
+        layer_id=encoder.layer_id,
         depth=encoder.depth,
         decayed_too=encoder.DECAYED_TOO,
         scanned_layers=encoder.scanned_layers,
@@ -642,7 +642,7 @@ def step_flops(config: ConfigDict, objective: Objective, state: TrainState, key:
 
 def frozen_of(config: ConfigDict, encoder) -> Callable | None:
     """Whether the parameter of a path is frozen, by `config`."""
-    return optim.make_frozen(config.optim.frozen, config.optim.frozen_layers, encoder.layer_of)
+    return optim.make_frozen(config.optim.frozen, config.optim.frozen_layers, encoder.layer_id)
 
 
 def check_frozen(config: ConfigDict, encoder, params) -> None:

@@ -136,7 +136,7 @@ def test_rematerialization_changes_no_output_gradient_or_statistic(name):
 @pytest.mark.parametrize("train", [False, True])
 def test_nothing_of_a_hidden_pixel_reaches_a_feature(name, train):
     encoder = tiny_cnn(name, drop_path=0.2)
-    init, _, _ = make_simmim(encoder, image_size=(64, 96), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    init = make_simmim(encoder, image_size=(64, 96), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))["init"]
     params = at_random(jax.eval_shape(init, KEY))
     forward = make_forward(encoder, channels=3)
     squares = jax.random.bernoulli(jax.random.key(2), 0.5, (4, 2, 3)).at[:, 0, 0].set(True).at[:, 1, 2].set(False)
@@ -296,7 +296,7 @@ def test_every_size_has_the_published_parameter_count(name, size, count):
     params = jax.eval_shape(encoder.init, KEY, jnp.zeros((1, 224, 224, 3)))["params"]
     sizes = dict(zip(paths(params), (leaf.size for leaf in jax.tree.leaves(params)), strict=True))
     assert sum(n for path, n in sizes.items() if not path.endswith(("/mean", "/var"))) == count
-    layers = {encoder.layer_of(path) for path in sizes}
+    layers = {encoder.layer_id(path) for path in sizes}
     assert layers == set(range(encoder.depth + 1))
 
 
@@ -330,8 +330,8 @@ def test_the_parameters_and_layers_of_resnet_written_out():
         if block != "stage_1_block_1":
             expected |= {f"{block}/shortcut_conv/kernel": layer}
             expected |= {f"{block}/shortcut_norm/{leaf}": layer for leaf in BATCH_NORM}
-    assert {path: encoder.layer_of(path) for path in paths(params)} == expected
-    assert encoder.layer_of("logits/kernel") == encoder.depth + 1 == 6
+    assert {path: encoder.layer_id(path) for path in paths(params)} == expected
+    assert encoder.layer_id("logits/kernel") == encoder.depth + 1 == 6
 
 
 def test_the_parameters_and_layers_of_convnext_written_out():
@@ -347,8 +347,8 @@ def test_the_parameters_and_layers_of_convnext_written_out():
     for stage, layer in ((1, 2), (2, 4), (3, 5)):
         for leaf in ("norm/scale", "norm/bias", "conv/kernel", "conv/bias"):
             expected |= {f"stage_{stage}_down/{leaf}": layer}
-    assert {path: encoder.layer_of(path) for path in paths(params)} == expected
-    assert encoder.layer_of("logits/kernel") == encoder.depth + 1 == 6
+    assert {path: encoder.layer_id(path) for path in paths(params)} == expected
+    assert encoder.layer_id("logits/kernel") == encoder.depth + 1 == 6
 
 
 @pytest.mark.parametrize(

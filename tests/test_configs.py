@@ -38,7 +38,7 @@ def from_the_root(monkeypatch):
 def test_a_config_builds_its_model_and_its_optimizer(name):
     config = load(f"configs/{name}.py")
     parameters(config)
-    make_optimizer(steps=10, steps_per_epoch=5, layer_of=lambda path: 0, depth=1, **config.optim)
+    make_optimizer(steps=10, steps_per_epoch=5, layer_id=lambda path: 0, depth=1, **config.optim)
     to_dict(config)
 
 
@@ -107,7 +107,7 @@ def test_an_official_fine_tuning(name, image, window, layer_decay, drop_path, af
     encoder, objective, data, optim = config.encoder, config.objective, config.data, config.optim
     assert (config.epochs, config.batch_size, config.image_size) == (100, 2048, (image, image))
     assert (encoder.window, encoder.drop_path, optim.layer_decay) == (window, drop_path, layer_decay)
-    _, rate = make_optimizer(steps=62_500, steps_per_epoch=625, **optim, layer_of=lambda path: 0, depth=1)
+    _, rate = make_optimizer(steps=62_500, steps_per_epoch=625, **optim, layer_id=lambda path: 0, depth=1)
     rates = [float(rate(step)) for step in (0, 12_501, 62_500)]
     np.testing.assert_allclose(rates, [1e-6, after_warm_up, 1e-6], rtol=2e-5)
     assert (optim.name, optim.betas, optim.epsilon, optim.grad_clip_norm, optim.weight_decay) == (

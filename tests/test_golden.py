@@ -103,7 +103,8 @@ def test_fine_tuning_equals_the_official_one(reference):
     """Logits and loss, and the gradient of every parameter."""
     arrays = reference.arrays
     options = {name: value for name, value in reference.objective.items() if name != "name"}
-    _, loss_fn, predict, _ = make_classify(reference.encoder, **PIXELS, **options)
+    made = make_classify(reference.encoder, **PIXELS, **options)
+    loss_fn, predict = made["loss_fn"], made["predict"]
     batch = {
         "image": reference.images,  # drawn, not pixels: they go in normalized
         "label": jnp.asarray(arrays["labels"], jnp.int32),
@@ -157,12 +158,12 @@ def test_fine_tuning_gives_each_parameter_the_official_rate_and_decay(golden_jso
     official_name = {rule.ours: rule.theirs for rule in rules}
 
     scales = jax.tree.map(
-        lambda layer: decay ** (encoder.depth + 1 - layer), layers(params, encoder.layer_of, encoder.depth)
+        lambda layer: decay ** (encoder.depth + 1 - layer), layers(params, encoder.layer_id, encoder.depth)
     )
     # An update without gradient is the rate times the decay.
     tx, _ = make_optimizer(
         "adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, weight_decay=0.05,
-        layer_decay=decay, layer_of=encoder.layer_of, depth=encoder.depth, decay_bias_tables="vit" in name,
+        layer_decay=decay, layer_id=encoder.layer_id, depth=encoder.depth, decay_bias_tables="vit" in name,
     )  # fmt: skip
     update_of = jax.jit(lambda x: tx.update(jax.tree.map(jnp.zeros_like, x), tx.init(x), x, step=0)[0])
     updates = jax.device_get(update_of(ones))

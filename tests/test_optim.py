@@ -48,7 +48,7 @@ def closed_form(schedule, t):
     }[schedule]()
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("lr_step_offset", [0, 1])
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_global", "multistep", "linear", "constant"])
 def test_the_rate_of_every_step_equals_the_closed_form(schedule, lr_step_offset):
     expected = [closed_form(schedule, max(step - lr_step_offset, 0)) for step in range(100)]
@@ -112,7 +112,7 @@ def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
     tx, schedule = make_optimizer(
         "sgd", steps=100, steps_per_epoch=10, schedule="cosine", learning_rate=1.0, warmup_epochs=2.0,
         warmup_learning_rate=0.1, min_learning_rate=0.01, weight_decay=0.0, betas=(0.0, 0.0), grad_clip_norm=0.0,
-        layer_decay=0.5, layer_of=encoder.layer_of, depth=encoder.depth,
+        layer_decay=0.5, layer_id=encoder.layer_id, depth=encoder.depth,
     )  # fmt: skip
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
 
@@ -190,9 +190,9 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
 )  # fmt: skip
 def test_what_frozen_layers_read_is_frozen_with_them(layers, frozen):
     """Else their output would change all the same: a bias table that all blocks share, the positions of a Swin."""
-    layer_of = {"patch_embed": 0, "pos_embed": 3, "rel_pos_bias": 3, "block_0": 1, "block_1": 2, "norm": 3}
-    is_frozen = make_frozen("", layers, lambda path: layer_of[path.split("/")[0]]) or (lambda path: False)
-    assert {name for name in layer_of if is_frozen(f"encoder/{name}/kernel")} == frozen
+    layer_id = {"patch_embed": 0, "pos_embed": 3, "rel_pos_bias": 3, "block_0": 1, "block_1": 2, "norm": 3}
+    is_frozen = make_frozen("", layers, lambda path: layer_id[path.split("/")[0]]) or (lambda path: False)
+    assert {name for name in layer_id if is_frozen(f"encoder/{name}/kernel")} == frozen
     assert not is_frozen("head/kernel")
 
 

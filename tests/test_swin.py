@@ -151,7 +151,7 @@ def test_layers_are_counted_as_official_code_counts_them(name):
               "stage_0_block_1/mlp/fc1/bias": 2, "stage_0_merge/reduction/kernel": 2,
               "stage_1_block_0/attn/proj/bias": 3, "stage_1_block_1/norm2/bias": 4, "norm/scale": 5,
               "pos_embed": 5}  # fmt: skip
-    assert {path: encoder.layer_of(path) for path in layers} == layers
+    assert {path: encoder.layer_id(path) for path in layers} == layers
 
 
 def test_a_swin_v2_starts_with_silent_branches_and_the_temperature_of_ten():

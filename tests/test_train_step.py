@@ -24,7 +24,7 @@ ENCODER = tiny_encoder(**OPTIONS)
 OBJECTIVE = tiny_objective(ENCODER)
 # SGD: Adam divides a gradient that is nothing but rounding by its own size, and would show no more than that.
 SGD = {"steps": 100, "steps_per_epoch": 10, "schedule": "constant", "learning_rate": 0.1, "weight_decay": 0.05}
-SGD |= {"layer_decay": 0.5, "depth": 2, "layer_of": ENCODER.layer_of}
+SGD |= {"layer_decay": 0.5, "depth": 2, "layer_id": ENCODER.layer_id}
 TX, _ = make_optimizer("sgd", **SGD)
 
 

@@ -141,7 +141,7 @@ def export_prefix(objective: str) -> str:
 
 def export_notes(encoder) -> tuple[str, ...]:
     """What whoever reads the file must say, as the file does not."""
-    if not getattr(encoder, "pretrained_windows", ()):
+    if not encoder.pretrained_windows:
         return ()
     windows = tuple(encoder.pretrained_windows)
     return (f"the file does not tell the windows of pretraining: give pretrained_window_sizes={windows} to timm",)

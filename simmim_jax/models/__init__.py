@@ -5,7 +5,7 @@ The contract. An encoder is a `flax.linen` module with
     embed(images) -> tokens                    [b, i, j, c]: one for each `token_stride` x `token_stride` pixels
     trunk(tokens, train, batch_index) -> features [b, k, l, d]: one for each `feature_stride` x `feature_stride` pixels
     check()                                    raises ConfigError for options that cannot work
-    layer_of(path) -> layer                    of a parameter: 0 what embeds, 1 to depth the blocks, depth + 1 the rest
+    layer_id(path) -> layer                    of a parameter: 0 what embeds, 1 to depth the blocks, depth + 1 the rest
     token_stride, feature_stride, depth        pixels, pixels, number of blocks
     stages                                     the blocks, from 1 on, that end its stages; each halves the map
     init_truncation                            where the normal that tokens start from is cut, in standard deviations
@@ -63,7 +63,7 @@ def make_encoder(name: str, size: str | None, **options) -> nn.Module:
     of_size = {} if size is None else choose(f"size of {name}", size, sizes)
     given = {option: tuple(value) if isinstance(value, list) else value for option, value in given.items()}
     heads = given.get("num_heads")
-    if isinstance(getattr(encoder_class, "num_heads", None), int) and isinstance(heads, tuple) and len(heads) == 1:
+    if isinstance(encoder_class.num_heads, int) and isinstance(heads, tuple) and len(heads) == 1:
         given["num_heads"] = heads[0]  # configs have one type for this field: a tuple with a number per stage
     encoder = encoder_class(**{**of_size, **given})
     encoder.check()

@@ -20,13 +20,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.errors import ConfigError
 from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
+from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
-    Encoder,
     LayerScale,
     Mlp,
-    check_choices,
     layer_norm,
     truncated_normal,
 )
@@ -113,23 +112,17 @@ class ConvNeXt(Encoder):
     scan: bool = False
     dtype: str = "float32"
 
+    fc_norm = True
     CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
-    DECAYED_TOO = ()
 
     def check(self) -> None:
-        """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
-        check_choices(self, self.CHOICES)
+        super().check()
         for field in ("depths", "widths"):
-            numbers = getattr(self, field)
+            numbers = self.options()[field]
             if len(numbers) != 4 or not all(isinstance(number, int) and number > 0 for number in numbers):
                 raise ConfigError(f"{field} is {numbers}", f"encoder.{field}", "give four numbers above 0, one a stage")
-        for field in ("init_truncation", "norm_epsilon"):
-            check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
-        check_minimum("encoder.layer_scale", self.layer_scale, 0)
-
-    @property
-    def fc_norm(self) -> bool:
-        return True
+        self.check_minimum("init_truncation", "norm_epsilon", strict=True)
+        self.check_minimum("layer_scale")
 
     @property
     def token_stride(self) -> int:
@@ -150,7 +143,7 @@ class ConvNeXt(Encoder):
     def _blocks(self, stage: int) -> tuple[str, ...]:
         return tuple(f"stage_{stage}_block_{n}" for n in range(self.depths[stage]))
 
-    def layer_of(self, path: str) -> int:
+    def layer_id(self, path: str) -> int:
         """The layer of a parameter, for layer-wise learning rates: each block is one, as for a ViT.
 
         What leads to a stage counts with its first block. (Official ConvNeXt groups its blocks into 12 layers.)

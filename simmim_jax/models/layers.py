@@ -7,7 +7,6 @@ Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residu
 the attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
 """
 
-import itertools
 import math
 from functools import partial
 
@@ -18,16 +17,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
-
-
-def check_choices(encoder: nn.Module, choices: dict[str, tuple[str, ...]]) -> None:
-    """Raise ConfigError unless each field of `choices` has one of them, and drop_path is a rate."""
-    for field, allowed in choices.items():
-        value = getattr(encoder, field)
-        if value not in allowed:
-            raise ConfigError(f"unknown {field} {value!r}", f"encoder.{field}", f"choose one of {', '.join(allowed)}")
-    if not 0 <= encoder.drop_path < 1:
-        raise ConfigError(f"drop_path {encoder.drop_path} is not in [0, 1)", "encoder.drop_path")
 
 
 def check_heads(width: int, heads: int, where: str) -> None:
@@ -149,25 +138,6 @@ class LayerNorm(nn.Module):
 def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -> LayerNorm:
     """A LayerNorm whose weights start from `scale`."""
     return LayerNorm(epsilon, scale, name=name)
-
-
-class Encoder(nn.Module):
-    """What every encoder is, called as a whole: `embed` and `trunk` in turn (the contract: `simmim_jax.models`)."""
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The blocks that end its stages, counted from 1; of an encoder without stages, the last alone."""
-        return tuple(itertools.accumulate(getattr(self, "depths", (self.depth,))))
-
-    @property
-    def scanned_layers(self) -> dict[str, tuple[str, ...]]:
-        """The names of its parameters' stacks of blocks, each with the blocks in it, in order."""
-        return {}
-
-    def __call__(
-        self, images: Float[Array, "b y x c"], train: bool = False, batch_index: Int[Array, " b"] | None = None
-    ) -> Float[Array, "b k l d"]:
-        return self.trunk(self.embed(images), train, batch_index)
 
 
 class PatchEmbed(nn.Module):

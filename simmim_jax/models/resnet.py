@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.errors import ConfigError
 from simmim_jax.models.blocks import REMAT, Drop, drop_of, drop_path, drops, remat_options
-from simmim_jax.models.layers import Encoder, check_choices
+from simmim_jax.models.encoder import Encoder
 
 SIZES = {
     "50": {"depths": (3, 4, 6, 3), "width": 64},
@@ -139,22 +139,15 @@ class ResNet(Encoder):
     dtype: str = "float32"
 
     CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
-    DECAYED_TOO = ()
 
     def check(self) -> None:
-        """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
-        check_choices(self, self.CHOICES)
+        super().check()
         if len(self.depths) != 4 or not all(isinstance(number, int) and number > 0 for number in self.depths):
             raise ConfigError(f"depths is {self.depths}", "encoder.depths", "give four numbers above 0, one a stage")
-        check_minimum("encoder.width", self.width, 1)
+        self.check_minimum("width", minimum=1)
         if not 0 < self.norm_momentum <= 1:
             raise ConfigError(f"norm_momentum {self.norm_momentum} is not in (0, 1]", "encoder.norm_momentum")
-        for field in ("init_truncation", "norm_epsilon"):
-            check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
-
-    @property
-    def fc_norm(self) -> bool:
-        return False
+        self.check_minimum("init_truncation", "norm_epsilon", strict=True)
 
     @property
     def token_stride(self) -> int:
@@ -168,7 +161,7 @@ class ResNet(Encoder):
     def depth(self) -> int:
         return sum(self.depths)
 
-    def layer_of(self, path: str) -> int:
+    def layer_id(self, path: str) -> int:
         """The layer of a parameter, for layer-wise learning rates: each block is one, as for a ViT."""
         if block := re.match(r"stage_(\d+)_block_(\d+)/", path):
             stage, number = map(int, block.groups())

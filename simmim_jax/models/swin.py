@@ -12,16 +12,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.errors import ConfigError
 from simmim_jax.models.attention import QueryKeyValue, attend_by_xla
 from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
+from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
-    Encoder,
     Linear,
     Mlp,
     PatchEmbed,
     RelativePositionBias,
-    check_choices,
     check_heads,
     layer_norm,
     truncated_normal,
@@ -176,13 +175,11 @@ class Swin(Encoder):
         "attention": ("auto", "xla"),
         "dtype": ("float32", "bfloat16"),
     }
-    BLOCK, MERGING, DECAYED_TOO = Block, PatchMerging, ()
+    BLOCK, MERGING = Block, PatchMerging
 
     def check(self) -> None:
-        """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
-        check_choices(self, self.CHOICES)
-        for field in ("width", "window", "patch_size"):
-            check_minimum(f"encoder.{field}", getattr(self, field), 1)
+        super().check()
+        self.check_minimum("width", "window", "patch_size", minimum=1)
         numbers = (*self.depths, *self.num_heads)
         whole = all(isinstance(number, int) for number in numbers) and min(numbers, default=0) > 0
         if not whole or len(self.depths) != len(self.num_heads):
@@ -192,8 +189,7 @@ class Swin(Encoder):
             )  # fmt: skip
         for stage, heads in enumerate(self.num_heads):
             check_heads(self.width * 2**stage, heads, "encoder.num_heads")
-        for field in ("mlp_ratio", "init_truncation", "norm_epsilon"):
-            check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
+        self.check_minimum("mlp_ratio", "init_truncation", "norm_epsilon", strict=True)
 
     @property
     def depth(self) -> int:
@@ -225,7 +221,7 @@ class Swin(Encoder):
     def _blocks(self, stage: int) -> tuple[str, ...]:
         return tuple(f"stage_{stage}_block_{n}" for n in range(self.depths[stage]))
 
-    def layer_of(self, path: str) -> int:
+    def layer_id(self, path: str) -> int:
         """The layer of a parameter, for layer-wise learning rates: official `get_swin_layer`.
 
         Merging counts as the stage's last block, and an absolute position embedding, by a slip of theirs, as the rest.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.errors import ConfigError
 from simmim_jax.models.attention import (
     ATTENTION,
     QueryKeyValue,
@@ -22,13 +22,12 @@ from simmim_jax.models.attention import (
     cudnn_padding,
 )
 from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
+from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
-    Encoder,
     LayerScale,
     Linear,
     Mlp,
     RelativePositionBias,
-    check_choices,
     check_heads,
     layer_norm,
     truncated_normal,
@@ -188,16 +187,13 @@ class ViT(Encoder):
     DECAYED_TOO = ("mask_token", "table")  # microsoft/SimMIM#26
 
     def check(self) -> None:
-        """Refuse sizes and options that cannot work, before anything is compiled. Raises ConfigError."""
-        check_choices(self, self.CHOICES)
-        for field in ("width", "depth", "num_heads", "patch_size"):
-            check_minimum(f"encoder.{field}", getattr(self, field), 1)
+        super().check()
+        self.check_minimum("width", "depth", "num_heads", "patch_size", minimum=1)
         check_heads(self.width, self.num_heads, "encoder.width")
         if self.absolute_position == "sincos" and self.width % 4:
             raise ConfigError(f"sincos positions need a width in fours, not {self.width}", "encoder.width")
-        for field in ("mlp_ratio", "init_truncation", "norm_epsilon"):
-            check_minimum(f"encoder.{field}", getattr(self, field), 0, strict=True)
-        check_minimum("encoder.layer_scale", self.layer_scale, 0)
+        self.check_minimum("mlp_ratio", "init_truncation", "norm_epsilon", strict=True)
+        self.check_minimum("layer_scale")
 
     @property
     def fc_norm(self) -> bool:
@@ -218,7 +214,7 @@ class ViT(Encoder):
     def _blocks(self) -> tuple[str, ...]:
         return tuple(f"block_{n}" for n in range(self.depth))
 
-    def layer_of(self, path: str) -> int:
+    def layer_id(self, path: str) -> int:
         """The layer of a parameter, for layer-wise learning rates: official `get_vit_layer`."""
         if block := re.match(r"block_(\d+)/", path):
             return int(block.group(1)) + 1

@@ -1,23 +1,26 @@
 """Objectives: what is learned.
 
-The contract. `make_objective(name, encoder, **options)` returns an `Objective` of pure functions:
+`make_objective(name, encoder, **options)` returns an `Objective`: four pure functions, and facts about them. Code outside
+this folder asks for these facts and never for an objective's name.
 
-    init(key) -> params                                    float32; the encoder's own under "encoder"
-    loss_fn(params, batch, key, train) -> (loss, metrics)  a float32 scalar to minimize; a dict of float32 scalars, and
-                                                           "batch_stats": those of params that training measures and
-                                                           does not learn, new (batch norm's; most often none)
-    predict(params, batch, key) -> dict                    for evaluators: what it makes of a batch; see each file
-    prepare(batch) -> batch                                of a whole batch for training, before it is worked off in
-                                                           parts: each image with what its loss needs of others; most
-                                                           objectives have none
+A batch is a dict of arrays whose first axis is b, the images:
 
-A batch is a dict of arrays with b in front: "image" uint8 [b, h, w, c], "label" int32 [b] (-1: unlabeled), and
-"batch_index" int32 [b], each image's place in the whole batch as the data pipeline has it; of images with label maps also
-"label_map" [b, y, x]. Randomness of one image comes
-from `key` and its batch_index, so that it does not depend on how the batch is split. `key` is already folded with the
-step.
+    image        uint8 [b, y, x, c]
+    label        int32 [b]; -1 means unlabeled
+    label_map    unsigned integers [b, y, x], for images with label maps
+    batch_index  int32 [b], each image's index in the global batch
 
-A new objective is one file, and one line in `OBJECTIVES`.
+`params` is a dict of float32 arrays. The encoder's own parameters are under "encoder".
+
+Randomness comes from `key`, which the training step has already folded with the step number. An objective splits it into
+named streams first. Each stream is folded with an image's `batch_index` where it is used. No draw then depends on how the
+batch is split over devices, processes and microbatches.
+
+    simmim    mask_key, drop_key = split(key)
+    classify  drop_key = key; erase_key, mix_key = split(fold_in(key, 1))
+    segment   drop_key, head_key = split(key)
+
+To add an objective, write one file, and add one line to `OBJECTIVES`.
 """
 
 from collections.abc import Callable
@@ -30,17 +33,41 @@ from simmim_jax.objectives import classify, segment, simmim
 
 
 class Objective(NamedTuple):
+    """What an objective's maker returns, as a dict with these keys.
+
+    Functions:
+      init: (key) -> params.
+      loss_fn: (params, batch, key, train) -> (loss, metrics). The loss is a float32 scalar to minimize. metrics is a dict
+        of float32 scalars, plus "batch_stats": new values for those parameters that training measures instead of learns,
+        as batch norm's running mean. It is empty for most encoders.
+      predict: (params, batch, key) -> dict of arrays, with the keys `outputs`. Evaluators read it.
+      prepare: (batch) -> batch. Runs on a whole training batch before it is split into microbatches. It adds to each
+        image what its loss needs from the other images.
+
+    Facts:
+      needs: batch entries that `loss_fn` reads, next to "batch_index": some of "image", "label", "label_map".
+      outputs: keys of what `predict` returns.
+      evals: names of the evaluators that fit this objective.
+      online_probes: those of `evals` that `config.online_probes` switches on for images with classes.
+      num_classes: classes of its labels or label maps; 0 for self-supervised objectives.
+    """
+
     init: Callable
     loss_fn: Callable
     predict: Callable
     prepare: Callable = lambda batch: batch
+    needs: tuple[str, ...] = ("image",)
+    outputs: tuple[str, ...] = ()
+    evals: tuple[str, ...] = ()
+    online_probes: tuple[str, ...] = ()
+    num_classes: int = 0
 
 
 OBJECTIVES = {"simmim": simmim.make_simmim, "classify": classify.make_classify, "segment": segment.make_segment}
 
 
 def make_objective(name: str, encoder: nn.Module, **options) -> Objective:
-    """The objective `name` over `encoder`. Raises ConfigError for an unknown name, or options that cannot work."""
+    """The objective `name` over `encoder`. Raises ConfigError for an unknown name or invalid options."""
     make = choose("objective", name, OBJECTIVES)
     check_options(f"{name} objective", make, options)
-    return Objective(*make(encoder, **options))
+    return Objective(**make(encoder, **options))

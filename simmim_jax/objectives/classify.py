@@ -139,4 +139,14 @@ def make_classify(
     def predict(params, batch, key):
         return {"logits": logits_of(params, batch["image"])[0]}
 
-    return init, loss_fn, predict, prepare
+    return {
+        "init": init,
+        "loss_fn": loss_fn,
+        "predict": predict,
+        "prepare": prepare,
+        "needs": ("image", "label"),
+        "outputs": ("logits",),
+        "evals": ("accuracy", "knn", "linear"),
+        "online_probes": ("knn", "linear"),
+        "num_classes": num_classes,
+    }

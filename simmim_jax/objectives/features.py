@@ -23,7 +23,7 @@ def check_readable(encoder: nn.Module, block: int, pool: str, where: str) -> Non
             f"give 1 to {encoder.depth}, or 0 for the output",
         )  # fmt: skip
     choose("pool", pool, POOLS)
-    if pool != "patches" and not getattr(encoder, "class_token", False):
+    if pool != "patches" and not encoder.class_token:
         raise ConfigError(f"pool {pool!r} of an encoder without a class token", where, "give pool=patches")
 
 

@@ -238,4 +238,13 @@ def make_segment(
         maps, _ = see(params["encoder"], batch["image"])
         return {"logits": decoder.apply({"params": params["head"]}, maps)[0]}
 
-    return init, loss_fn, predict, prepare
+    return {
+        "init": init,
+        "loss_fn": loss_fn,
+        "predict": predict,
+        "prepare": prepare,
+        "needs": ("image", "label_map"),
+        "outputs": ("logits",),
+        "evals": ("segmentation",),
+        "num_classes": num_classes,
+    }

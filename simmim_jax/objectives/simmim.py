@@ -142,4 +142,12 @@ def make_simmim(
             "mask": hidden,
         }
 
-    return init, loss_fn, predict
+    return {
+        "init": init,
+        "loss_fn": loss_fn,
+        "predict": predict,
+        "needs": ("image",),
+        "outputs": ("loss", "image", "prediction", "mask"),
+        "evals": ("reconstruction", "knn", "linear"),
+        "online_probes": ("knn", "linear"),
+    }

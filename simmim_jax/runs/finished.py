@@ -87,7 +87,7 @@ def load_run(run: str, image_size: tuple[int, int] | None = None) -> Run:
         stride = encoder.token_stride
         if any(side % stride for side in now):
             raise ConfigError(f"image size {now}", "image_size", f"give multiples of {stride} pixels")
-        if getattr(encoder, "pretrained_windows", None) == ():
+        if encoder.pretrained_windows == ():
             encoder = encoder.clone(pretrained_windows=encoder.stage_windows(before))
         images = jax.ShapeDtypeStruct((1, *now, len(config["mean"])), np.float32)
         abstract = jax.eval_shape(encoder.init, jax.random.key(0), images)["params"]

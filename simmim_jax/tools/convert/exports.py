@@ -4,7 +4,6 @@ options, in each function: those that `convert.parse` gives.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -79,10 +78,8 @@ def export_run(options: argparse.Namespace) -> None:
 
 def write_state_dict(path: Path, run: Run, objective: dict, format: str) -> None:
     """Safetensors under the names of timm or the official code, and in the metadata all that the names do not tell."""
-    fields = {f.name: getattr(run.encoder, f.name) for f in dataclasses.fields(run.encoder)
-              if f.name not in ("parent", "name")}  # fmt: skip
     told = {
-        "encoder": {"name": run.config["encoder"]["name"], **fields},
+        "encoder": {"name": run.config["encoder"]["name"], **run.encoder.options()},
         "objective": objective,
         "image_size": run.image_size,
         **run.normalization,

@@ -353,7 +353,7 @@ def model_name(model) -> str:
 
     told = model.config["encoder"]
     fields = ENCODERS[told["name"]][1].get(told.get("size"), {"width": None})
-    same = all(getattr(model.encoder, field) == value for field, value in fields.items())
+    same = fields.items() <= model.encoder.options().items()
     return f"{told['name']}_{told['size']}" if same else told["name"]
 
 

@@ -217,7 +217,7 @@ def open_sources(trained: Run, options: Namespace) -> dict:
 def pools_of(trained: Run, pool: str) -> tuple[str, ...]:
     """The poolings to probe; "all" is what the encoder has."""
     if pool == "all":
-        return ("patches", "class_token", "both") if getattr(trained.encoder, "class_token", False) else ("patches",)
+        return ("patches", "class_token", "both") if trained.encoder.class_token else ("patches",)
     check_readable(trained.encoder, 0, pool, "--pool")
     return (pool,)
 

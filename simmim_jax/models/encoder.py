@@ -1,0 +1,85 @@
+"""The base class of encoders: every attribute that other code reads, with its default.
+
+Shape letters: b images, y x pixels, c channels, i j the token grid, k l the feature grid, d width.
+"""
+
+import dataclasses
+import itertools
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from simmim_jax.errors import ConfigError, check_minimum
+
+
+class Encoder(nn.Module):
+    """An image encoder in two parts, `embed` and `trunk`; `simmim_jax.models` states the contract.
+
+    A subclass defines `embed`, `trunk`, `layer_id`, `depth`, `token_stride` and `feature_stride`, and overrides any other
+    attribute whose default does not fit. It may make an attribute a field by annotating it. The attributes below have no
+    annotation, so that Linen does not make them fields of every encoder.
+    """
+
+    # Constants of a class.
+    CHOICES = {}  # noqa: RUF012 - field: its allowed values
+    DECAYED_TOO = ()  # parameter names that get weight decay in this encoder only, as in the official code
+
+    # Fields, or properties that follow from fields.
+    depths = ()  # blocks per stage; (): one stage
+    num_heads = None
+    class_token = False  # whether `trunk` adds a token that is no patch, and sows it as `intermediates/class_tokens`
+    pretrained_windows = None  # Swin V2: windows that displacements are measured in; None: the encoder has no such bias
+    fc_norm = False  # whether a classifier normalizes after pooling, because `trunk` does not end in a norm
+    init_truncation = 100.0  # where the initial normals are cut, in standard deviations
+    drop_path = 0.0  # stochastic depth rate of the last block
+    remat = "none"  # what the backward pass recomputes
+    scan = False  # whether blocks run by `lax.scan`
+    dtype = "float32"  # of the matmuls and convolutions
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The last block of each stage, counted from 1."""
+        return tuple(itertools.accumulate(self.depths or (self.depth,)))
+
+    @property
+    def scanned_layers(self) -> dict[str, tuple[str, ...]]:
+        """{name of stacked parameters: names of its blocks, in order}; empty if nothing is scanned."""
+        return {}
+
+    def layer_id(self, path: str) -> int:
+        """The layer of a parameter, for layer-wise rates: 0 the embedding, 1 to depth the blocks, depth + 1 the rest."""
+        raise NotImplementedError
+
+    def options(self) -> dict:
+        """All fields and their values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("parent", "name")}
+
+    def check(self) -> None:
+        """Raise ConfigError for options that cannot work, before anything is compiled."""
+        options = self.options()
+        for field, allowed in self.CHOICES.items():
+            if options[field] not in allowed:
+                raise ConfigError(
+                    f"unknown {field} {options[field]!r}", f"encoder.{field}", f"choose one of {', '.join(allowed)}"
+                )
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
+
+    def check_minimum(self, *fields: str, minimum: int = 0, strict: bool = False) -> None:
+        """Raise ConfigError unless these fields are at least `minimum`, or above it if `strict`."""
+        options = self.options()
+        for field in fields:
+            check_minimum(f"encoder.{field}", options[field], minimum, strict=strict)
+
+    def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d1"]:
+        raise NotImplementedError
+
+    def trunk(
+        self, tokens: Float[Array, "b i j d1"], train: bool = False, batch_index: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b k l d2"]:
+        raise NotImplementedError
+
+    def __call__(
+        self, images: Float[Array, "b y x c"], train: bool = False, batch_index: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b k l d"]:
+        return self.trunk(self.embed(images), train, batch_index)
