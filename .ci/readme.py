@@ -34,7 +34,8 @@ NOT_RUN = {  # start of a command: why it does not run here
 }
 
 FEW = "--config.steps=2 --config.batch_size=8 --config.optim.warmup_epochs=0"
-DIGITS = "--config.steps=20 --config.optim.warmup_epochs=0.1 --config.eval_images=100"
+DIGITS = "--config.steps=20 --config.optim.warmup_epochs=0.1 --config.eval_images=100 --config.probe_block=1"
+SHALLOW = "--config.encoder.depth=2"
 STAMPS = "--config.image_size=64,64"  # pixels
 TINY_VIT = "--config.encoder.width=48 --config.encoder.depth=2 --config.encoder.num_heads=3"
 TINY_SWIN = "--config.encoder.width=32 --config.encoder.depths=1,1,1,1 --config.encoder.num_heads=1,1,2,2"
@@ -42,17 +43,18 @@ HELD_OUT = "--config.data.heldout_fraction=0.3"
 
 SMALL = (  # regular expression of a command, flags that make it small; the first that fits counts
     (r"--print_config", ""),
-    (r"main .*/digits_vit_tiny.*runs/digits_b128", f"{DIGITS} --config.steps=2 --config.online_probes=false"),
-    (r"main .*/digits_vit_tiny", DIGITS),
-    (r"launch/local.sh .*/digits_vit_tiny", DIGITS),
-    (r"main .*/digits_(linear|finetune)", "--config.steps=10 --config.optim.warmup_epochs=0"),
+    (r"main .*/digits_vit_tiny.*runs/digits_b128", f"{DIGITS} {SHALLOW} --config.steps=2"),
+    (r"(main|launch/local.sh) .*/digits_vit_tiny", f"{DIGITS} {SHALLOW}"),
+    (r"main .*/digits_linear", f"--config.steps=10 {SHALLOW} --config.objective.block=1"),
+    (r"main .*/digits_finetune", "--config.steps=10 --config.optim.warmup_epochs=0"),
     (r"main .*/folder_vit_small.*name=swin", f"{FEW} {STAMPS} {TINY_SWIN} {HELD_OUT} --config.encoder.window=4"),
     (r"main .*/folder_vit_small.*init_from", f"{FEW} {HELD_OUT}"),
     (r"main .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.save_every=1"),
     (r"preview .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --seconds=0.5"),
     (r"main .*/folder_finetune", f"{FEW} --config.eval_batch_size=8"),
     (r"main .*/folder_segment", f"{FEW} {STAMPS}"),
-    (r"main .*/cifar10_", f"{FEW} --config.eval_images=32"),
+    (r"main .*/cifar10_vit_tiny", f"{FEW} {SHALLOW} --config.eval_images=32 --config.probe_block=1"),
+    (r"main .*/cifar10_linear", f"{FEW} {SHALLOW} --config.eval_images=32 --config.objective.block=1"),
     (r"main .*/simmim_swin_b_100ep", f"{FEW} {STAMPS} {TINY_SWIN} --config.eval_images=8 --config.data.workers=1"
                                      " --config.data.name=cifar10 --config.data.heldout_split=test"),
     (r"tools.plan ", f"--devices=8 --config.batch_size=64 {STAMPS} --config.encoder.depth=1"),
