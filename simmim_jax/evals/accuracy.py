@@ -1,6 +1,9 @@
-"""Top-1 and top-5 accuracy of a classifier over a whole held-out set, exact for any batch size."""
+"""Top-1 and top-5 accuracy of a classifier over a whole held-out set, exact for any batch size.
 
-from collections.abc import Callable, Iterable, Iterator
+Shape letters: b images of a batch, n labeled images of the pass, c classes.
+"""
+
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +15,11 @@ TOP = 5
 
 
 class Answers(NamedTuple):
-    """What a classifier says of n labeled images.
+    """A classifier's answers for n labeled images.
 
-    batch_index: in the pass. rank: of the right class among the logits, 0 for the highest. predicted: the class with the
-    highest logit; where the right one only ties with it, the other. confidence: its probability, 0..1.
+    batch_index: of the image in the pass. rank: of the true class among the logits, 0 for the highest.
+    predicted: the class with the highest logit; another class if the true one only ties with it.
+    confidence: the probability of `predicted`, 0..1.
     """
 
     batch_index: Int[np.ndarray, " n"]
@@ -25,29 +29,26 @@ class Answers(NamedTuple):
     confidence: Float[np.ndarray, " n"]
 
 
-def answers_of(out: dict) -> tuple[Answers, Bool[np.ndarray, " b"]]:
-    """(the answers to the valid, labeled images of a batch, which those are).
+def read_answers(out: dict) -> tuple[Answers, Bool[np.ndarray, " b"]]:
+    """(the answers for the valid, labeled images of a batch, which images these are).
 
-    out: "logits" [b, c], "label", "valid" and, where positions matter, "batch_index" [b]. Raises NonFiniteError, and
-    DataError for a label that is none of the c.
+    out: "logits" [b, c], "label", "valid" and, if it matters, "batch_index" [b]. Raises NonFiniteError, and DataError
+    for a label of c or more.
     """
     use = out["valid"] & (out["label"] >= 0)
     logits, label = np.asarray(out["logits"][use], np.float64), out["label"][use]
     if not np.isfinite(logits).all():
         raise NonFiniteError("logits are not finite", "evaluation", "lower the learning rate, in a new --workdir")
     if label.max(initial=-1) >= logits.shape[1]:
-        raise DataError(
-            f"a label {label.max()}, of a classifier of {logits.shape[1]} classes",
-            "evaluation",
-            "give the data it knows",
-        )
-    right = np.take_along_axis(logits, label[:, None], axis=1)
-    rank = (logits >= right).sum(axis=1) - 1
+        what = f"label {label.max()} for a classifier of {logits.shape[1]} classes"
+        raise DataError(what, "evaluation", "give images of the classes that it knows")
+    true = np.take_along_axis(logits, label[:, None], axis=1)
+    rank = (logits >= true).sum(axis=1) - 1
     others = logits.copy()
     np.put_along_axis(others, label[:, None], -np.inf, axis=1)
     predicted = np.where(rank == 0, label, others.argmax(axis=1))
     highest = logits.max(axis=1, keepdims=True)
-    confidence = 1 / np.exp(logits - highest).sum(axis=1)  # predicted has the highest logit, alone or beside others
+    confidence = 1 / np.exp(logits - highest).sum(axis=1)  # `predicted` has the highest logit, also in a tie
     batch_index = out["batch_index"][use] if "batch_index" in out else np.arange(len(use))[use]
     return Answers(batch_index, label, rank, predicted, confidence), use
 
@@ -56,33 +57,29 @@ def join(parts: Iterable[Answers]) -> Answers:
     """All answers, one after another. Raises DataError if there are none."""
     parts = list(parts)
     if not sum(len(part.label) for part in parts):
-        raise DataError("none of the images can be read and has a class", "evaluation", "look at what is said of each")
+        raise DataError("no image is readable and has a class", "evaluation", "see the messages above")
     return Answers(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def top(answers: Answers, classes: int) -> dict[str, float]:
-    """ "top1" and "top5" in 0..1 (top5 only where there are more than five classes), and "images", how many."""
+def top(answers: Answers, num_classes: int) -> dict[str, float]:
+    """ "top1" and, for more than five classes, "top5" in 0..1, and "images", their number."""
     metrics = {"top1": float((answers.rank < 1).mean()), "images": float(len(answers.rank))}
-    return metrics | ({"top5": float((answers.rank < TOP).mean())} if classes > TOP else {})
+    return metrics | ({"top5": float((answers.rank < TOP).mean())} if num_classes > TOP else {})
 
 
 def make_accuracy(*, predict: Callable, heldout: Iterable[dict]):
-    """predict(params, batch) -> {"logits" [b, n], "label" [b], "valid" [b]}.
+    """The evaluator of accuracy. Metrics: those of `top`. Raises NonFiniteError.
 
-    Metrics: those of `top`. A class that only ties with another does not count as found before it. Raises
-    NonFiniteError.
+    predict(params, batch) -> {"logits" [b, c], "label" [b], "valid" [b]}. A true class that only ties with another one
+    counts as an error.
     """
 
     def run(state) -> dict[str, float]:
-        classes = 0
-
-        def parts() -> Iterator[Answers]:
-            nonlocal classes
-            for batch in heldout:
-                out = predict(state.params, batch)
-                classes = out["logits"].shape[1]
-                yield answers_of(out)[0]
-
-        return top(join(parts()), classes)
+        parts, num_classes = [], 0
+        for batch in heldout:
+            out = predict(state.params, batch)
+            parts.append(read_answers(out)[0])
+            num_classes = out["logits"].shape[1]
+        return top(join(parts), num_classes)
 
     return run

@@ -1,4 +1,4 @@
-"""Segmentation of whole images, of any size, by windows as large as a model's input; exact for any batch size.
+"""Segmentation of whole images of any size, by windows of the model's input size; exact for any batch size.
 
 Shape letters: y x pixels of an image or a window, c channels, m windows, k l the grid of logits, n classes.
 """
@@ -17,29 +17,33 @@ from jaxtyping import Float, Int, UInt8
 
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum, warn_once
 from simmim_jax.evals.sheet import make_tile, save_png, sheet
+from simmim_jax.files import write_atomically
 from simmim_jax.runtime import processes
 
 COLUMNS = ("image", "truth", "prediction")
 TILE = 224  # pixels of the longer side of an image on the sheet
-AT_ONCE = 2**20  # numbers of logits that are brought to full size at a time: they stay in a core's cache
-THREADS = min(4, os.cpu_count() or 1)  # that bring logits to full size while the device reads the next windows
-END = np.iinfo(np.int32).max  # the index of no image
+CHUNK = 2**20  # logits that are enlarged at a time, so that they stay in a core's cache
+THREADS = min(4, os.cpu_count() or 1)  # threads that enlarge logits while the device computes the next windows
+END = np.iinfo(np.int32).max  # stands for an index after the last
 
 
-def make_windows_reader(predict: Callable, batch_size: int, share: int, shares: int) -> Callable:
+def make_windows_reader(predict: Callable, batch_size: int, shard_index: int, num_shards: int) -> Callable:
     """A function (params, windows uint8 [m, y, x, c]) -> logits [m, k, l, n], for m up to `batch_size`.
 
-    predict(params, this process's batch) -> {"logits", "batch_index"} of all processes. All of them give the same windows.
+    predict(params, this process's batch) -> {"logits", "batch_index"} of all processes, which all give the same windows.
     """
 
     def read(params, windows: UInt8[np.ndarray, "m y x c"]) -> Float[np.ndarray, "m k l n"]:
         count = len(windows)
-        whole = np.concatenate([windows, np.zeros((batch_size - count, *windows.shape[1:]), np.uint8)])
+        padding = np.zeros((batch_size - count, *windows.shape[1:]), np.uint8)
         batch_index = np.arange(batch_size, dtype=np.int32)
         batch = {
-            "image": whole, "batch_index": batch_index, "label": np.full(batch_size, -1, np.int32), "valid": batch_index < count,
-        }  # fmt: skip
-        out = predict(params, {name: x[share::shares] for name, x in batch.items()})
+            "image": np.concatenate([windows, padding]),
+            "label": np.full(batch_size, -1, np.int32),
+            "batch_index": batch_index,
+            "valid": batch_index < count,
+        }
+        out = predict(params, {name: x[shard_index::num_shards] for name, x in batch.items()})
         return out["logits"][np.argsort(out["batch_index"])][:count]
 
     return read
@@ -58,108 +62,110 @@ def make_segmentation(
     step: int = 0,
     pictures: int = 8,
 ):
-    """read_windows(params, windows) -> logits, of up to `window_batch` windows of the size `window`.
+    """The evaluator of segmentation.
 
-    `whole`, with a length, gives {"image" uint8 [y, x, c], "label_map" [h, w], "index"}, the index rising; of several
-    processes, only images that all of them have are taken. An image is cut into overlapping windows, padded with `fill`
-    where it is smaller; logits are averaged where windows overlap, brought to the size of the map, and the highest
-    counts. Labels from n on have no class.
+    An image is cut into overlapping windows, padded with `fill` if it is smaller. Logits are averaged where windows
+    overlap and resized to the label map; the highest is the prediction. Labels from n on are no class.
 
-    Metrics in 0..1: "miou", the mean intersection over union of the classes that are in a map or a prediction;
-    "pixel_accuracy"; "mean_accuracy", over the classes that are in a map; and "images", how many. Those of each class
-    go to `folder`/segmentation.csv, and some images, evenly spread, to `folder`/segmentation_<step>.png. No folder, no
-    files. Raises NonFiniteError, and DataError where more than `most_bad` images are left out (None: any number).
+    Metrics in 0..1: "miou", the mean intersection over union of the classes that occur in a map or a prediction;
+    "pixel_accuracy"; "mean_accuracy", over the classes that occur in a map. "images" is their number. Writes a row for
+    each class to `folder`/segmentation.csv, and some images, evenly spread, to `folder`/segmentation_<step>.png.
+    No folder, no files.
 
-    step: pixels from a window to the next; 0 for two thirds of a window. It is rounded to whole logits.
-    pictures: how many images are drawn.
+    read_windows: (params, windows) -> logits, for up to `window_batch` windows of size `window`.
+    whole: with a length; gives {"image" uint8 [y, x, c], "label_map" [h, w], "index"}, the index ascending. Images
+        that one process lacks are left out by all.
+    most_bad: the number of images that may be left out; None: any. step: pixels from one window to the next, rounded to
+        whole logits; 0: two thirds of a window. pictures: images on the picture.
+
+    Raises DataError if more images are left out, and NonFiniteError.
     """
     check_minimum("evals.segmentation.step", step, 0)
     check_minimum("evals.segmentation.pictures", pictures, 0)
     if step > min(window):
-        raise ConfigError(
-            f"step {step} leaves gaps between windows of {window}",
-            "evals.segmentation.step",
-            f"give {min(window)} or less",
-        )
+        what = f"step {step} leaves gaps between windows of {window}"
+        raise ConfigError(what, "evals.segmentation.step", f"give {min(window)} or less")
 
     def run(state) -> dict[str, float]:
         counts, shown, images = np.zeros((0, 0), np.int64), [], 0
-        drawn = min(pictures, len(whole))
-        wanted = {place * len(whole) // drawn for place in range(drawn)}
+        drawn = min(pictures, len(whole)) if folder else 0
+        wanted = {n * len(whole) // drawn for n in range(drawn)}
         read = partial(read_windows, state.params)
-        segmented = segment_all(read, agreed(whole), window, window_batch, fill, step)
+        segmented = segment_all(read, shared_records(whole), window, window_batch, fill, step)
         for record, prediction, num_classes in segmented:
             if not images:
                 counts = np.zeros((num_classes, num_classes), np.int64)
-            counts += confusion(record["label_map"], prediction, num_classes)
-            if images in wanted and folder:
+            counts += count_pixels(record["label_map"], prediction, num_classes)
+            if images in wanted:
                 shown.append((record["image"], record["label_map"], prediction))
             images += 1
         missing = len(whole) - images  # the same number in all processes
         if most_bad is not None and missing > most_bad:
-            what = f"{missing} of {len(whole)} images to evaluate on cannot be used: they are named above"
-            raise DataError(what, f"at most {most_bad} may be left out", "mend them, or set max_bad_fraction higher")
+            what = f"{missing} of {len(whole)} images to evaluate on cannot be used: see the messages above"
+            raise DataError(what, f"at most {most_bad} may be left out", "fix them, or set max_bad_fraction higher")
         if not counts.sum():
-            raise DataError("no held-out pixel has a class", "config.data", "look at what is said of each image")
-        tell_absent(counts, classes)
-        measures = measures_of(counts)
+            raise DataError("no held-out pixel has a class", "config.data", "see the messages above")
+        warn_absent(counts, classes)
+        measures = measure_classes(counts)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / "segmentation.csv").write_text(table_of(counts, measures, classes))
+            write_atomically(Path(folder) / "segmentation.csv", format_table(counts, measures, classes))
         if shown:
             save_png(Path(folder) / f"segmentation_{int(state.step)}.png", draw_segmentations(shown, len(counts)))
-        seen = counts.sum(axis=1) > 0
+        present = counts.sum(axis=1) > 0
         return {
             "miou": float(np.nanmean(measures["iou"])),
             "pixel_accuracy": float(np.trace(counts) / counts.sum()),
-            "mean_accuracy": float(measures["accuracy"][seen].mean()),
+            "mean_accuracy": float(measures["accuracy"][present].mean()),
             "images": float(images),
         }
 
     return run
 
 
-def tell_absent(counts: Int[np.ndarray, "n n"], classes: tuple[str, ...]) -> None:
+def warn_absent(counts: Int[np.ndarray, "n n"], classes: tuple[str, ...]) -> None:
     """Warn, once, of the classes that no pixel has."""
     absent = [str(n) if n >= len(classes) else f"{n} ({classes[n]})" for n in np.flatnonzero(counts.sum(axis=1) == 0)]
     if absent and processes.is_process_0():
         more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
         warn_once(
-            f"{len(absent)} of {len(counts)} classes have no pixel in the evaluation's maps, and count in mIoU, as 0,"
-            f" only where they are predicted: {', '.join(absent[:8])}{more}"
+            f"{len(absent)} of {len(counts)} classes have no pixel in the label maps; mIoU counts them, as 0, only if"
+            f" they are predicted: {', '.join(absent[:8])}{more}"
         )
 
 
-def confusion(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> Int[np.ndarray, "n n"]:
-    """How many pixels of each class (row) were given each class (column); those without a class do not count."""
+def count_pixels(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> Int[np.ndarray, "n n"]:
+    """The confusion matrix of pixels: true class by row, predicted class by column. Pixels without a class are left out."""
     valid = truth < num_classes
     pairs = truth[valid].astype(np.int64) * num_classes + prediction[valid]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def measures_of(counts: Int[np.ndarray, "n n"]) -> dict[str, Float[np.ndarray, " n"]]:
-    """Of each class "iou" and "accuracy" in 0..1, NaN where they are not defined."""
-    right, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+def measure_classes(counts: Int[np.ndarray, "n n"]) -> dict[str, Float[np.ndarray, " n"]]:
+    """ "iou" and "accuracy" of each class in 0..1, NaN if undefined."""
+    hits, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
     with np.errstate(invalid="ignore"):
-        return {"iou": right / (true + predicted - right), "accuracy": right / true}
+        return {"iou": hits / (true + predicted - hits), "accuracy": hits / true}
 
 
-def table_of(counts: Int[np.ndarray, "n n"], measures: dict[str, np.ndarray], classes: tuple[str, ...]) -> str:
-    """A row of CSV for each class; empty where a number is not defined."""
+def format_table(counts: Int[np.ndarray, "n n"], measures: dict[str, np.ndarray], classes: tuple[str, ...]) -> str:
+    """A row of CSV for each class; undefined numbers are empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("class", "name", "iou", "accuracy", "pixels", "predicted_pixels"))
     for n in range(len(counts)):
-        of_class = ("" if np.isnan(measures[name][n]) else f"{measures[name][n]:.6f}" for name in ("iou", "accuracy"))
+        values = [measures[name][n] for name in ("iou", "accuracy")]
         name = classes[n] if n < len(classes) else ""
-        writer.writerow((n, name, *of_class, counts[n].sum(), counts[:, n].sum()))
+        numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+        writer.writerow((n, name, *numbers, counts[n].sum(), counts[:, n].sum()))
     return file.getvalue()
 
 
-def agreed(whole: Iterable[dict]) -> Iterator[dict]:
-    """The records that all processes have, in order: what one of them cannot read is left out by all.
+def shared_records(whole: Iterable[dict]) -> Iterator[dict]:
+    """The records that all processes have, in order.
 
-    Else their windows would differ, and so would what they compute together. All must take them at the same pace.
+    Otherwise the windows of the processes would differ, and they compute these together. All processes must take
+    the records at the same pace.
     """
     records = iter(whole)
     record = next(records, None)
@@ -177,30 +183,31 @@ def agreed(whole: Iterable[dict]) -> Iterator[dict]:
 def segment_all(
     read: Callable, whole: Iterable[dict], window: tuple[int, int], window_batch: int, fill: np.ndarray, step: int = 0
 ) -> Iterator[tuple[dict, Int[np.ndarray, "h w"], int]]:
-    """(record, its prediction, the number of classes) of each image, in order; windows of several share a batch.
+    """(record, its prediction, the number of classes) of each image, in order. Windows of several images share a batch.
 
-    Predictions are worked out in threads while the next windows are read.
+    Threads compute predictions while the device computes the next windows.
     """
     blank = np.broadcast_to(np.asarray(fill, np.uint8), (1, *window, len(fill)))
     _, rows, columns, num_classes = read(blank).shape
     stride = window[0] // rows, window[1] // columns
-    waiting, begun, read_whole = [], deque(), deque()  # windows to be read; images that wait for theirs, and the others
+    waiting = []  # (canvas, corner, pixels) of windows for the next batch
+    begun, complete = deque(), deque()  # images that lack windows, and images whose predictions are being computed
 
-    def work() -> None:
-        logits = read(np.stack([cut for _, _, cut in waiting]))
+    def compute() -> None:
+        logits = read(np.stack([pixels for _, _, pixels in waiting]))
         if not np.isfinite(logits).all():
             raise NonFiniteError("logits are not finite", "evaluation", "lower the learning rate, in a new --workdir")
-        for (canvas, corner, _), one in zip(waiting, logits, strict=True):
-            canvas.add(corner, one)
+        for (canvas, corner, _), of_window in zip(waiting, logits, strict=True):
+            canvas.add(corner, of_window)
         waiting.clear()
 
-    def finished(pool: ThreadPoolExecutor, most_left: int) -> Iterator[tuple]:
-        """Hand what is read to the pool, and give the oldest until so many are left there."""
-        while begun and not begun[0][1].left:
+    def finish(pool: ThreadPoolExecutor, most_left: int) -> Iterator[tuple]:
+        """Give complete images to the pool; yield the oldest until at most `most_left` are in it."""
+        while begun and not begun[0][1].missing:
             record, canvas = begun.popleft()
-            read_whole.append((record, pool.submit(canvas.predict, record["label_map"].shape)))
-        while len(read_whole) > most_left:
-            record, prediction = read_whole.popleft()
+            complete.append((record, pool.submit(canvas.predict, record["label_map"].shape)))
+        while len(complete) > most_left:
+            record, prediction = complete.popleft()
             yield record, prediction.result(), num_classes
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -210,17 +217,17 @@ def segment_all(
             for corner in canvas.corners:
                 waiting.append((canvas, corner, cut_window(record["image"], corner, window, fill)))
                 if len(waiting) == window_batch:
-                    work()
-            yield from finished(pool, THREADS)
+                    compute()
+            yield from finish(pool, THREADS)
         if waiting:
-            work()
-        yield from finished(pool, 0)
+            compute()
+        yield from finish(pool, 0)
 
 
 def cut_window(
     image: UInt8[np.ndarray, "y x c"], corner: tuple[int, int], window: tuple[int, int], fill: np.ndarray
 ) -> UInt8[np.ndarray, "h w c"]:
-    """The window of an image whose top left is `corner`; what lies beyond the image is `fill`."""
+    """The window of an image from its top left `corner` on. Pixels outside the image are `fill`."""
     part = image[corner[0] : corner[0] + window[0], corner[1] : corner[1] + window[1]]
     out = np.empty((*window, image.shape[2]), np.uint8)
     out[:] = fill
@@ -229,43 +236,43 @@ def cut_window(
 
 
 def corners_along(size: int, window: int, stride: int, step: int) -> list[int]:
-    """Where windows begin along one side: every `step` pixels, in whole strides, the last just reaching the end."""
+    """The first pixels of windows along one side: every `step` pixels, in whole strides; the last reaches the end."""
     step = max(stride, (step or window * 2 // 3) // stride * stride)
     last = -(-max(size - window, 0) // stride) * stride
     return sorted({*range(0, last, step), last})
 
 
 class Canvas:
-    """The logits of one image, summed up over its windows, one for each `stride` pixels."""
+    """The logits of one image, summed over its windows, one for each `stride` pixels. missing: windows not yet added."""
 
     def __init__(
         self, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], step: int, num_classes: int
     ):
         along = [corners_along(*sides, step) for sides in zip(size, window, stride, strict=True)]
         self.corners = [(top, left) for top in along[0] for left in along[1]]
-        self.size, self.stride, self.left = size, stride, len(self.corners)
-        grid = [(places[-1] + side) // each for places, side, each in zip(along, window, stride, strict=True)]
+        self.size, self.stride, self.missing = size, stride, len(self.corners)
+        grid = [(corners[-1] + side) // each for corners, side, each in zip(along, window, stride, strict=True)]
         self.total, self.count = np.zeros((*grid, num_classes), np.float32), np.zeros((*grid, 1), np.float32)
 
     def add(self, corner: tuple[int, int], logits: Float[np.ndarray, "k l n"]) -> None:
-        """The logits of the window that begins at this pixel."""
+        """Add the logits of the window whose top left pixel is `corner`."""
         top, left = (first // stride for first, stride in zip(corner, self.stride, strict=True))
-        place = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
-        self.total[place] += logits
-        self.count[place] += 1
-        self.left -= 1
+        part = slice(top, top + logits.shape[0]), slice(left, left + logits.shape[1])
+        self.total[part] += logits
+        self.count[part] += 1
+        self.missing -= 1
 
     def predict(self, shape: tuple[int, int]) -> Int[np.ndarray, "h w"]:
-        """The class of each pixel of a map of this shape, which shows what the image does: bilinear, then the highest.
+        """The class of each pixel of a label map of this shape: mean logits, resized bilinearly, then the highest.
 
-        What lies wholly beyond the image does not count.
+        Logits completely outside the image are left out.
         """
         rows, columns = (-(-size // stride) for size, stride in zip(self.size, self.stride, strict=True))
         logits = self.total[:rows, :columns] / self.count[:rows, :columns]
-        low, high, part = taps(shape[1], self.size[1] / self.stride[1], columns)
+        low, high, part = bilinear_taps(shape[1], self.size[1] / self.stride[1], columns)
         part = part[None, :, None]
-        below, above, across = taps(shape[0], self.size[0] / self.stride[0], rows)
-        out, chunk = np.empty(shape, np.int32), max(1, AT_ONCE // (shape[1] * logits.shape[2]))
+        below, above, across = bilinear_taps(shape[0], self.size[0] / self.stride[0], rows)
+        out, chunk = np.empty(shape, np.int32), max(1, CHUNK // (shape[1] * logits.shape[2]))
         for first in range(0, shape[0], chunk):
             some = slice(first, first + chunk)
             weight = across[some, None, None]
@@ -274,14 +281,14 @@ class Canvas:
         return out
 
 
-def taps(wanted: int, extent: float, there: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(the one value, the other, the share of the other) for each of `wanted` places over `extent` of `there` values.
+def bilinear_taps(count: int, extent: float, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first value, second value, weight of the second) of each of `count` pixels, over `extent` of `size` values.
 
-    Values stand in the middle of their unit, and the outermost are held beyond it.
+    Values are at the centers of their units; the outermost extend to the border.
     """
-    places = np.clip((np.arange(wanted) + 0.5) * (extent / wanted) - 0.5, 0, there - 1)
-    low = places.astype(np.int64)
-    return low, np.minimum(low + 1, there - 1), (places - low).astype(np.float32)
+    centers = np.clip((np.arange(count) + 0.5) * (extent / count) - 0.5, 0, size - 1)
+    low = centers.astype(np.int64)
+    return low, np.minimum(low + 1, size - 1), (centers - low).astype(np.float32)
 
 
 def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
@@ -317,5 +324,5 @@ def draw_segmentations(
 
 def resize_map(classes: Int[np.ndarray, "y x"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
     """A map of `size` by nearest neighbor."""
-    rows, columns = (np.arange(new) * old // new for new, old in zip(size, classes.shape, strict=True))
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, classes.shape, strict=True))
     return classes[rows[:, None], columns]

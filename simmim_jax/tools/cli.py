@@ -213,5 +213,15 @@ class Progress:
         """Images per second since the start of this process's work."""
         return (self.done - self.first_done) / max(time.monotonic() - self.start, 1e-9)
 
+    def watch(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """The batches; the valid and the other images of each are counted once it is done with."""
+        try:
+            for batch in batches:
+                yield batch
+                images = min(len(batch["valid"]), self.total - self.done)  # without those that fill up the last batch
+                self.add(images, images - int(batch["valid"].sum()))
+        finally:
+            self.close()
+
     def close(self) -> None:
         self.bar.close()

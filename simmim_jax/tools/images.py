@@ -1,45 +1,157 @@
-"""The images that a tool evaluates on: what the run held out of its own, and of others the part for that."""
+"""The images that a finished run is shown: its own training or held-out images, or others."""
 
 import argparse
+import contextlib
 import glob
+import math
 import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+
+from simmim_jax import data, train
+from simmim_jax.data.decode import MAX_PIXELS, BadImage
+from simmim_jax.data.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources import KINDS
-from simmim_jax.data.sources.folder import split_folders
-from simmim_jax.data.sources.splits import EVALUATION, existing_part
+from simmim_jax.data.sources.folder import Folder, split_folders
+from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, existing_part
 from simmim_jax.data.sources.tfds import prepared_directory
-from simmim_jax.errors import DataError
-from simmim_jax.runs import checkpoint, finished
-from simmim_jax.runs.finished import Run
+from simmim_jax.errors import DataError, UserError
+from simmim_jax.evals.features import jit_on_mesh
+from simmim_jax.objectives import Objective
+from simmim_jax.runs import checkpoint
+from simmim_jax.runs.finished import Run, State, format_size, make_state
+from simmim_jax.runtime import sharding
 from simmim_jax.tools.cli import add_context
 
-OTHERS = "give others as --data"  # where a run held out nothing
+MAX_THREADS = 16  # cap on decoder threads by default
+MAX_COMPARED = 100  # images of equal names whose bytes are compared
+ALL_THE_SAME = "give --split=train to evaluate on these, or other images as --data"
+OTHERS = "give others as --data"
 TFDS_PARTS = ("validation", "test")  # of a TFDS data set, to evaluate on
+SOURCE_FIELDS = ("source", "path", "name", "data_dir", "heldout_fraction")  # of config.data, for `data.make_source`
 
 
-def open_heldout(model: Run, options: argparse.Namespace, make: Callable, to_train_on: Callable, *, own: bool):
-    """The source of the images that `options`, of the tool `evaluate`, mean.
+class Files:
+    """A source of image files, given by their paths."""
 
-    Of the run's own images the held-out part; of others that which --split names, else the part for evaluation, else,
-    of a folder or file without parts, all. Warns of images that the run may have been trained on. Raises DataError
-    where there is a part, and it cannot be read, and where there are images to train on alone.
+    classes = ()
 
-    Args:
-      make: (split=...) -> the source of a part, of which nothing is held out where the images are not the run's own.
-      to_train_on: (source) -> whether all the images that there are, those of a folder or file, are a part to train on.
-      own: whether the images are the run's own.
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"image": Path(self.paths[i]).read_bytes(), "label": -1, "name": self.paths[i]}
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def describe(self) -> str:
+        return f"{len(self)} files"
+
+
+# --- where the images are
+
+
+def open_source(run: Run, path: str, split: str, heldout_fraction: float = 0.1):
+    """The images of `path`: a data.path, "digits", "tfds:NAME", or "" for the run's own.
+
+    The run's own images are divided as in the run, also if they are given by their path. Raises DataError also for
+    label maps that would be read as images.
+    """
+    source = data.make_source(split=split, **source_options(run, path, heldout_fraction))
+    refuse_label_maps(source)
+    return source
+
+
+def source_options(run: Run, path: str, heldout_fraction: float = 0.1, *, as_divided: bool = True) -> dict:
+    """The arguments of `data.make_source` for `open_source`, except the split.
+
+    as_divided: False to apply `heldout_fraction` also to the run's own images, if their path is given.
+    Raises DataError if the run's config names no images, or names them by a path that does not exist from here.
+    """
+    own = run.config.get("data", {})
+    if path and not (as_divided and is_own(run, path)):
+        tfds, digits = path.startswith("tfds:"), path == "digits" and not os.path.exists("digits")
+        return {
+            "source": "tfds" if tfds else "digits" if digits else "auto",
+            "path": "" if tfds or digits else path,
+            "name": path.removeprefix("tfds:") if tfds else "",
+            "data_dir": own.get("data_dir", "") if tfds else "",
+            "heldout_fraction": heldout_fraction,
+        }
+    if own.keys() >= set(SOURCE_FIELDS):
+        _refuse_missing(own["path"])
+        return {name: own[name] for name in SOURCE_FIELDS}
+    raise DataError("no images given, and the run's config names none", str(run.folder), "give a folder of images")
+
+
+def _refuse_missing(path: str) -> None:
+    """Raise DataError for a relative path that does not exist in the current folder."""
+    fixed = WILDCARDS.split(path)[0]  # the part before {split} and the like
+    exists = os.path.exists(path) or (fixed != path and os.path.isdir(os.path.dirname(fixed) or "."))
+    if path and not exists and not os.path.isabs(os.path.expanduser(path)):
+        what = f"the run's images were in {path!r}, relative to the folder where it was started; they are not here"
+        raise DataError(what, os.getcwd(), "give them (--data=DIR), or run this where the run was started")
+
+
+def is_own(run: Run, path: str) -> bool:
+    """Whether `path` is the data.path of the run."""
+    own = run.config.get("data", {})
+    if not path or not own.get("path") or not own.keys() >= set(SOURCE_FIELDS):
+        return False
+    return len({os.path.realpath(os.path.expanduser(each)) for each in (path, own["path"])}) == 1
+
+
+def open_training_images(run: Run):
+    """The images that the run was trained on, as its config names them."""
+    make = data.make_label_map_source if run.objective_name == "segment" else data.make_source
+    return make(split=run.config.get("data", {}).get("split", "train"), **source_options(run, ""))
+
+
+def follow_images(run: Run, path: str) -> Run:
+    """The run with `path` as its data.path, if its training images are there now; else the run unchanged.
+
+    Compares with the fingerprint in the checkpoint, which does not depend on the path if the run divided its images.
+    """
+    own, saved = run.config.get("data", {}), checkpoint.read_fingerprints(run.folder).get("source")
+    if not path or not own.get("path") or not own.get("heldout_fraction") or not saved or is_own(run, path):
+        return run
+    moved = run._replace(config=run.config | {"data": own | {"path": path}})
+    with contextlib.suppress(UserError):
+        if open_training_images(moved).fingerprint() == saved:
+            return moved
+    return run
+
+
+# --- the images to evaluate on
+
+
+def open_heldout(run: Run, options: argparse.Namespace, make: Callable, is_training: Callable[[object], bool]):
+    """The source of the images that `options` (data, split) ask to evaluate on.
+
+    Of the run's own images, the held-out part. Of others, --split, or else the evaluation part, or else, for a folder or
+    file without parts, all. Warns of images that the run may have been trained on. Raises DataError if the part exists
+    but cannot be read, and if all images are for training.
+
+    make: (split) -> the source of a part; images that are not the run's own are not divided.
+    is_training: (source) -> whether the images of an undivided folder or file are a training part.
     """
     path = options.data
+    own = not path or is_own(run, path)
     if own or options.split:
         with add_context(OTHERS) if own else add_context():
-            source = make(split=options.split or model.config.get("data", {}).get("heldout_split", "validation"))
-        kept, found = checkpoint.read_fingerprints(model.folder).get("heldout"), source.fingerprint()
-        if own and kept and kept != found and kept.get("split") == found.get("split"):
-            print(f"warning: {source.describe()}: not what the run held out: the data have changed since, or are "
-                  "others, and it may have been trained on some of these", file=sys.stderr)  # fmt: skip
+            source = make(split=options.split or run.config.get("data", {}).get("heldout_split", "validation"))
+        saved, found = checkpoint.read_fingerprints(run.folder).get("heldout"), source.fingerprint()
+        if own and saved and saved != found and saved.get("split") == found.get("split"):
+            warn(f"{source.describe()}: not the images that the run held out: it may have been trained on some of them")
         return source
     prepared = path.startswith("tfds:") or prepared_directory(path)
     first, second = TFDS_PARTS if prepared else ("validation", "train")
@@ -50,15 +162,19 @@ def open_heldout(model: Run, options: argparse.Namespace, make: Callable, to_tra
         if not absent:
             raise
     source = make(split=second)
-    if not prepared and to_train_on(source):
-        raise DataError("images to train on, and none to evaluate on", path, finished.ALL_THE_SAME)
-    if seen := finished.seen_in_training(model, source):
-        print(f"warning: {seen}", file=sys.stderr)
+    if not prepared and is_training(source):
+        raise DataError("images to train on, and none to evaluate on", path, ALL_THE_SAME)
+    if seen := seen_in_training(run, source):
+        warn(seen)
     return source
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def has_parts(path: str) -> bool:
-    """Whether there is a part to train on, or an empty one to evaluate on, by the rules of `data.sources.splits`."""
+    """Whether `path` has a training part, or an empty evaluation part, by the rules of `data.sources.splits`."""
     if "{split}" in path or {"train", *EVALUATION} & split_folders(path).keys():
         return True
     names = []
@@ -68,5 +184,176 @@ def has_parts(path: str) -> bool:
     for folder in (path, os.path.join(path, "data")):
         names += os.listdir(folder) if os.path.isdir(folder) else []
     shards = tuple(extension for extensions in KINDS for extension in extensions)
-    return any("train" in re.split(r"[^a-z0-9]+", name.lower()) for name in names
-               if name.lower().endswith(shards))  # fmt: skip
+    shard_names = (name.lower() for name in names if name.lower().endswith(shards))
+    return any("train" in re.split(r"[^a-z0-9]+", name) for name in shard_names)
+
+
+def seen_in_training(run: Run, source) -> str:
+    """A warning if `source` has an image that the run was trained on, or if this cannot be known; else "".
+
+    Compares some images of equal names, for folders with or without label maps. It cannot be known if the run's own
+    folder is gone and the classes are the same. Raises DataError if `source` is all of the run's training images.
+    """
+    own, saved = run.config.get("data", {}), checkpoint.read_fingerprints(run.folder).get("source", {})
+    found = source.fingerprint()
+    if found == saved:
+        raise DataError("the run was trained on all of these images", source.describe(), ALL_THE_SAME)
+    if not own.get("path") or not _is_folder(source):
+        return ""
+    try:
+        trained_on = open_training_images(run)
+    except UserError:
+        known = tuple(run.config.get("classes") or source.classes)
+        if saved.get("source") != found["source"] or known != tuple(source.classes):
+            return ""
+        return f"the run may have been trained on some of these images: its own, {own['path']!r}, are gone"
+    if not _is_folder(trained_on):
+        return ""
+    index = {source.name(i): i for i in range(len(source))}
+    pairs = [(index[name], i) for i in range(len(trained_on)) if (name := trained_on.name(i)) in index]
+    for i, j in pairs[:: -(-len(pairs) // MAX_COMPARED) or 1]:
+        with contextlib.suppress(OSError):
+            if source[i]["image"] == trained_on[j]["image"]:
+                return f"the run was trained on some of these images, like {source.name(i)}"
+    return ""
+
+
+def _is_folder(source) -> bool:
+    return isinstance(getattr(source, "images", source), Folder)
+
+
+# --- labels and classes
+
+
+def refuse_label_maps(source) -> None:
+    """Raise DataError if the classes of `source` are a folder of images and a folder of their label maps."""
+    found = {name.casefold(): name for name in source.classes}
+    images, maps = (next((found[name] for name in names if name in found), "") for names in (IMAGES, MAPS))
+    if images and maps:
+        root = getattr(source, "root", "")
+        what = f"{images} and {maps} are images and their label maps, not two classes"
+        raise DataError(what, source.describe(), f"give {os.path.join(root, images)}")
+
+
+def check_labels(source, flag: str) -> None:
+    """Raise DataError if the source has class names but no labels. flag: the option that chooses another part."""
+    if not has_labels(source):
+        raise DataError("images without labels", source.describe(), f"give labeled images with {flag} or --data")
+
+
+def has_labels(source) -> bool:
+    """Whether the first readable image has a label; True if none is readable."""
+    for i in range(min(len(source), MAX_COMPARED)):
+        with contextlib.suppress(BadImage, OSError):
+            return source[i]["label"] >= 0
+    return True
+
+
+def class_names(run: Run) -> tuple[str, ...]:
+    """The names of a classifier's classes, from config.json or from the run's images; () if neither has them all."""
+    names = run.config.get("classes") or ()
+    if not names:
+        with contextlib.suppress(UserError):
+            names = open_training_images(run).classes
+    return tuple(names) if len(names) == run.config["objective"]["num_classes"] else ()
+
+
+def warn_other_classes(known: tuple[str, ...], source) -> None:
+    """Warn of the first class that has another name in `source` than in the run.
+
+    known: the run's class names, one for each of the source's, or ().
+    """
+    for n, (ours, theirs) in enumerate(zip(known, source.classes, strict=True) if known and source.classes else ()):
+        if ours != theirs:
+            warn(f"class {n} is {ours!r} in the run and {theirs!r} in {source.describe()}: the head knows only numbers")
+            return
+
+
+# --- one pass over the images
+
+
+def crop_options(run: Run, crop_fraction: int | float | None, interpolation: str) -> dict[str, int | float | str]:
+    """`crop_fraction` and `interpolation`; the run's if they are None and ""."""
+    return {
+        "crop_fraction": run.crop_fraction if crop_fraction is None else crop_fraction,
+        "interpolation": interpolation or run.interpolation,
+    }
+
+
+def describe_crop(run: Run, crop_fraction: int | float, interpolation: str) -> str:
+    return f"{format_size(run.image_size)} pixels, crop {crop_fraction:g}, {interpolation}"
+
+
+def make_pass(
+    run: Run,
+    source,
+    mesh: Mesh,
+    *,
+    batch_size: int = 64,
+    crop_fraction: int | float | None = None,
+    interpolation: str = "",
+    limit: int = 0,
+    threads: int | None = None,
+) -> data.Epoch:
+    """Each image of `source` once, as the model takes it: this process's batches (see `data.make_epoch`).
+
+    batch_size: rounded up to a multiple of what the devices of `mesh` need. crop_fraction, interpolation: the run's if
+    None and "". threads: decoder threads, a batch each; None: one per core, up to 16.
+    """
+    ways = sharding.num_batch_shards(mesh)
+    threads = min(data.cores(), MAX_THREADS) if threads is None else threads
+    crop = data.CenterCrop(
+        image_size=run.image_size,
+        channels=run.channels,
+        **crop_options(run, crop_fraction, interpolation),
+        max_pixels=run.config.get("data", {}).get("max_pixels", MAX_PIXELS),
+    )
+    return data.make_epoch(
+        source,
+        crop,
+        batch_size=-(-batch_size // ways) * ways,
+        limit=limit,
+        shard=data.Shard(*sharding.batch_shard(mesh)),
+        loading=data.Loading(threads=threads, max_bad_fraction=1.0),
+    )
+
+
+def pass_options(options: argparse.Namespace) -> dict:
+    """The arguments of `make_pass` out of a command's options."""
+    names = ("batch_size", "crop_fraction", "interpolation", "threads")
+    return {name: getattr(options, name) for name in names} | {"limit": options.limit or 0}
+
+
+def check_left_out(left_out: int, count: int, max_bad_fraction: float, source) -> None:
+    """Raise DataError if more than this fraction of `count` images, rounded up, are left out."""
+    if left_out > math.ceil(max_bad_fraction * count):
+        what = f"{left_out} of {count} images cannot be read or have no class"
+        raise DataError(what, source.describe(), "fix them, or set --max-bad-fraction higher")
+
+
+# --- segmentation
+
+
+def segmentation_settings(run: Run) -> dict:
+    """The options of the run's own segmentation evaluator."""
+    return run.config.get("evals", {}).get("segmentation") or {}
+
+
+def make_segmentation_inputs(
+    run: Run, objective: Objective, source, *, batch_size: int = 0, limit: int = 0, **data_options
+) -> tuple[dict, State]:
+    """What the evaluator of segmentation takes, as in the run, and the state to call it with.
+
+    batch_size: windows per batch, at most; 0: as in the run. Rounded up to a multiple of what the devices need.
+    """
+    mesh, key = sharding.make_mesh(), jax.random.key(0)
+    ways, windows = sharding.num_batch_shards(mesh), run.config["eval_batch_size"]
+    windows = min(batch_size or windows, windows)
+    config = run.config | {
+        "image_size": run.image_size,
+        "eval_batch_size": -(-windows // ways) * ways,
+        "eval_images": limit,
+        "data": run.config["data"] | data_options,
+    }
+    predict = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
+    return train.segmentation_inputs(config, predict, source, *sharding.batch_shard(mesh)), make_state(run, mesh)

@@ -1,218 +1,184 @@
 """python -m simmim_jax.tools.predict RUN IMAGE [IMAGE ...] [options]
 
-What a run says of single images: a classifier its likeliest classes, a segmentation run the classes of their pixels, a
-pretraining run, with --out, its reconstruction.
+Apply a run to single images. A classifier prints their likeliest classes, a segmentation run the classes of their
+pixels; a pretraining run draws, with --out, their reconstructions.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from simmim_jax.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    Parser,
-    check_minimum,
-)
-from simmim_jax.files import write_atomically
-from simmim_jax.tools.cli import check_seed, parse_known, parse_size, start
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, check_minimum
+from simmim_jax.tools import cli
 
 EXAMPLES = """\
 examples:
-  the five likeliest classes of two images, by a run that was fine-tuned or probed:
+  the five likeliest classes of two images, by a fine-tuned run or a probe:
     python -m simmim_jax.tools.predict runs/finetuned cat.jpg dog.jpg
   as JSON, a list with an object for each image:
     python -m simmim_jax.tools.predict runs/finetuned cat.jpg --top=1 --json
-  which part of an image each class has, by a segmentation run; in colors beside the image in street_classes.png, and
-  as numbers from 0 on, as the run has them, in street_classes_mask.png:
+  a class for each pixel, by a segmentation run: as an overlay in street_classes.png, and as numbers in
+  street_classes_mask.png:
     python -m simmim_jax.tools.predict runs/segments street.jpg --out=street_classes.png
-  what a pretraining run makes of the hidden parts of an image:
+  the reconstruction of an image by a pretraining run:
     python -m simmim_jax.tools.predict runs/pretrained cat.jpg --out=cat_reconstructed.png
 """
-BATCH = 64  # images at a time, of many
-MARK = ("Software", "simmim_jax.tools.predict")  # in each picture that is written here
-NEXT = "fine-tune or probe it (configs/*_finetune.py, configs/*_linear.py), or give --out=FILE.png for what it rebuilds"
+MAX_BATCH = 64  # images per batch
+ROWS = 256  # image rows that are painted at a time: a photograph as float64 is large
+GAP = 8  # pixels between an image and its overlay
+NEXT = "fine-tune or probe it (configs/*_finetune.py, configs/*_linear.py), or give --out=FILE.png to reconstruct"
 
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m simmim_jax.tools.predict",
-        description="Classes of images or, by a segmentation run, of pixels; reconstructions by a pretraining run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("predict", "Classes of images or of their pixels; reconstructions of images.", EXAMPLES)
     add = parser.add_argument
     add("run", metavar="RUN", help="workdir of a run, or a step in it")
     add("images", metavar="IMAGE", nargs="+", help="files: JPEG, PNG, WebP, BMP, TIFF, GIF")
-    add("--top", type=int, default=5, metavar="N", help="how many classes of each image (default: 5)")
+    add("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
     add("--json", action="store_true", help="print JSON")
-    add("--image-size", metavar="H[,W]", help="in pixels (default: that of the run); positions are resized to it")
+    add("--image-size", metavar="H[,W]", help="pixels (default: the run's); position embeddings are resized to it")
     add(
-        "--out",
-        default="",
-        metavar="FILE.png",
-        help="of pretraining and segmentation: the picture to write; of several images of the latter FILE_1.png, ..., "
-        "and for each FILE_mask.png; of what is there, only what predict has written is replaced, and no IMAGE",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of the masks of a reconstruction (default: 0)")
+        "--out", default="", metavar="FILE.png",
+        help="write a picture (pretraining and segmentation); for several images of a segmentation run FILE_1.png, ...; "
+        "for each also FILE_mask.png",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="seed of a reconstruction's masks (default: 0)")
+    cli.add_overwrite(parser)
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options. Raises ConfigError for what is not one, with the nearest."""
-    options = parse_known(make_parser(), argv)
+    """The options. Raises ConfigError, and DataError for an image that does not exist."""
+    options = cli.parse_known(make_parser(), argv)
     if not options.run:
         raise ConfigError("an empty RUN", "command line", "see --help")
     options.run, options.out = map(os.path.expanduser, (options.run, options.out))
-    options.image_size = parse_size(options.image_size)
+    options.image_size = cli.parse_size(options.image_size)
     check_minimum("--top", options.top, 1)
-    check_seed(options.seed)
+    cli.check_seed(options.seed)
     if options.out and Path(options.out).suffix != ".png":
         raise ConfigError(f"--out={options.out}", "command line", "give a file that ends in .png")
     for image in options.images:
         if os.path.isdir(image):
-            fix = "give files, or a folder to python -m simmim_jax.tools.embed"
-            raise DataError("a folder, no image", image, fix)
+            raise DataError("a folder, not an image", image, "give files; python -m simmim_jax.tools.embed takes folders")
         if not os.path.exists(image):
             raise DataError("no such image", image, "give the path of a file")
     return options
 
 
-class Files:
-    """A source (see `simmim_jax.data.sources`) of files, by their paths."""
-
-    def __init__(self, paths: list[str]):
-        self.paths, self.classes = paths, ()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> dict:
-        return {"image": Path(self.paths[i]).read_bytes(), "label": -1, "name": self.paths[i]}
-
-    def name(self, i: int) -> str:
-        return self.paths[i]
-
-    def describe(self) -> str:
-        return f"{len(self)} files"
-
-
 def run(argv: list[str]) -> None:
-    """Predict, as the command line says."""
+    """Predict, by the command line."""
     options = parse(argv)
-    from simmim_jax.runs import finished  # JAX comes in here: help and mistakes are told without it
+    from simmim_jax.runs.finished import load_run, make_run_objective
     from simmim_jax.runtime import compilation
 
     compilation.keep_compiled()
-    model = finished.load_run(options.run, options.image_size)
-    name = (model.config.get("objective") or {"name": "none"})["name"]
-    if name == "classify":
-        if options.out:
-            raise ConfigError("--out for a classifier", str(model.folder), "leave it out, or add --json and > FILE")
-        classify(model, options)
-    elif name == "segment":
-        segment(model, options)
-    elif name == "simmim":
-        if not options.out:
-            raise CheckpointError("a pretraining run, which knows no classes", str(model.folder), NEXT)
-        reconstruct(model, options)
-    else:
-        finished.objective_of(model)  # which refuses an encoder alone
-        raise CheckpointError(f"a run of {name}, which gives no classes", str(model.folder), "give one of classify")
+    run = load_run(options.run, options.image_size)
+    commands = {"classify": classify, "segment": segment, "simmim": reconstruct}
+    objective = make_run_objective(run)
+    if run.objective_name not in commands:
+        what = f"a run of {run.objective_name}, which predicts no classes"
+        raise CheckpointError(what, str(run.folder), "give a run of classify")
+    with cli.translate_errors(ConfigError, options.out, "free space, or give another --out", "give fewer images"):
+        commands[run.objective_name](run, objective, options)
 
 
-def classify(model, options: argparse.Namespace) -> None:
-    """Print the likeliest classes of each image. Raises DataError in the end if some cannot be read."""
+def classify(run, objective, options: argparse.Namespace) -> None:
+    """Print the likeliest classes of each image. Raises DataError at the end if an image cannot be read."""
     import numpy as np
 
-    from simmim_jax.runs import finished
+    from simmim_jax.tools.images import class_names
 
-    classes = finished.class_names(model)
+    if options.out:
+        raise ConfigError("--out for a classifier", str(run.folder), "leave it out, or add --json and > FILE")
+    classes = class_names(run)
     if not classes:
-        print("classes are told by number: neither config.json nor the run's images name them", file=sys.stderr)
+        print("classes are given by number: neither config.json nor the run's images name them", file=sys.stderr)
     answers = []
-    for position, out in outputs(model, options):
+    for i, out in apply(run, objective, options):
         logits = out["logits"].astype(np.float64)
-        likely = np.exp(logits - logits.max())
-        likely /= likely.sum()
-        best = np.argsort(-likely, kind="stable")[: options.top].tolist()
-        ranked = [{"class": classes[n] if classes else n, "label": n, "probability": float(likely[n])} for n in best]
-        answers.append({"image": options.images[position], "predictions": ranked})
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        ranked = [
+            {"class": classes[n] if classes else n, "label": n, "probability": float(probabilities[n])}
+            for n in np.argsort(-probabilities, kind="stable")[: options.top].tolist()
+        ]
+        answers.append({"image": options.images[i], "predictions": ranked})
         if not options.json:
-            print(options.images[position])
+            print(options.images[i])
             for each in ranked:
                 print(f"  {each['probability']:7.2%}  {each['class']}", flush=True)
     if options.json:
         print(json.dumps(answers, indent=2))
-    refuse_unread(options, len(answers))
+    check_all_read(len(answers), options)
 
 
-def reconstruct(model, options: argparse.Namespace) -> None:
-    """Draw each image, its visible part, what the run predicts, and that pasted into the visible part."""
+def reconstruct(run, objective, options: argparse.Namespace) -> None:
+    """Draw each image, its visible part, the prediction, and the prediction pasted into the visible part."""
     from simmim_jax.evals.reconstruction import draw_reconstructions
+    from simmim_jax.evals.sheet import save_png
 
-    rows, lines = [], []
-    refuse_replacing([Path(options.out)], options.images)
-    make_folder_of(options.out)
-    for position, out in outputs(model, options):
+    if not options.out:
+        raise CheckpointError("a pretraining run, which predicts no classes", str(run.folder), NEXT)
+    cli.check_output(options.out, overwrite=options.overwrite, inputs=options.images)
+    rows, losses = [], []
+    for i, out in apply(run, objective, options):
         rows.append((out["image"], out["mask"], out["prediction"]))
-        lines.append({"image": options.images[position], "masked_loss": float(out["loss"])})
+        losses.append({"image": options.images[i], "masked_loss": float(out["loss"])})
     if rows:
-        write_picture(Path(options.out), draw_reconstructions(rows))
+        save_png(options.out, draw_reconstructions(rows))
     if options.json:
-        print(json.dumps(lines, indent=2))
+        print(json.dumps(losses, indent=2))
     else:
-        for line in lines:
-            print(f"{line['image']}: loss of what is hidden {line['masked_loss']:.4f}")
+        for each in losses:
+            print(f"{each['image']}: masked_loss {each['masked_loss']:.4f}")
         print(f"{options.out}: {len(rows)} rows")
-    refuse_unread(options, len(rows))
+    check_all_read(len(rows), options)
 
 
-def segment(model, options: argparse.Namespace) -> None:
-    """Print which part of each image its largest classes have; with --out draw all of them, and write their numbers."""
+def segment(run, objective, options: argparse.Namespace) -> None:
+    """Print the largest classes of each image and their parts of it; with --out write an overlay and a mask."""
     import numpy as np
 
     from simmim_jax.data.decode import decode
     from simmim_jax.evals.segmentation import palette
-    from simmim_jax.tools.evaluate import segments
+    from simmim_jax.evals.sheet import save_png
 
-    names = model.config.get("classes") or ()
+    names = run.config.get("classes") or ()
     answers = []
-    targets = files_of(options)
-    refuse_replacing([path for pair in targets for path in pair], options.images)
-    make_folder_of(options.out)
-    for position, prediction, num_classes in segments.segment_images(model, Files(options.images)):
-        image, shares = options.images[position], np.bincount(prediction.ravel()) / prediction.size
+    outputs = segmentation_files(options)
+    for path in (path for pair in outputs for path in pair):
+        cli.check_output(path, overwrite=options.overwrite, inputs=options.images)
+    for i, prediction, num_classes in segment_images(run, objective, options):
+        image, shares = options.images[i], np.bincount(prediction.ravel()) / prediction.size
         colors = ["#" + bytes(color).hex() for color in palette(num_classes)]
+        largest = [n for n in np.argsort(-shares, kind="stable")[: options.top].tolist() if shares[n]]
         ranked = [
             {"class": names[n] if names else n, "label": n, "share": float(shares[n]), "color": colors[n]}
-            for n in np.argsort(-shares, kind="stable")[: options.top].tolist() if shares[n]
-        ]  # fmt: skip
+            for n in largest
+        ]
         answers.append({"image": image, "classes": ranked})
-        written = targets[position] if targets else ()
-        if written:
-            pixels = decode(Path(image).read_bytes(), model.channels)
-            write_picture(written[0], segments.overlay(pixels, prediction, num_classes))
-            write_picture(written[1], prediction.astype(np.uint8 if num_classes <= 256 else np.uint16))
+        if outputs:
+            pixels = decode(Path(image).read_bytes(), run.channels)
+            save_png(outputs[i][0], overlay(pixels, prediction, num_classes))
+            save_png(outputs[i][1], prediction.astype(np.uint8 if num_classes <= 256 else np.uint16))
         if not options.json:
             print(image)
             for each in ranked:
                 print(f"  {each['share']:7.2%}  {each['class']}  {each['color']}")
-            print("".join(f"  {file}\n" for file in written), end="", flush=True)
+            for path in outputs[i] if outputs else ():
+                print(f"  {path}", flush=True)
     if options.json:
         print(json.dumps(answers, indent=2))
-    refuse_unread(options, len(answers))
+    check_all_read(len(answers), options)
 
 
-def files_of(options: argparse.Namespace) -> list[tuple[Path, Path]]:
-    """(the picture, the mask) to write of each image, of a segmentation run; nothing without --out."""
+def segmentation_files(options: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """(overlay, mask) to write for each image of a segmentation run; [] without --out."""
     if not options.out:
         return []
     path, several = Path(options.out), len(options.images) > 1
@@ -220,78 +186,61 @@ def files_of(options: argparse.Namespace) -> list[tuple[Path, Path]]:
     return [(path, path.with_stem(f"{path.stem}_mask")) for path in paths]
 
 
-def refuse_replacing(paths: list[Path], images: list[str]) -> None:
-    """Raise ConfigError if one of these files is there, and is one of the images, or was not written by predict."""
-    mark, given = b"tEXt" + "\0".join(MARK).encode(), {identity_of(image) for image in images}
-    for path in paths:
-        with told_unwritten(str(path)):
-            if not path.exists():
-                continue
-            is_image = identity_of(path) in given
-            with open(path, "rb") as file:
-                written_here = mark in file.read(1000)
-        if is_image or not written_here:
-            what = "one of the images" if is_image else "there is a file that predict has not written"
-            raise ConfigError(what, str(path), "give another --out, or move it away")
+def segment_images(run, objective, options: argparse.Namespace) -> Iterator[tuple]:
+    """(index in `options.images`, class of each pixel [h, w], number of classes) of each image that can be read."""
+    from functools import partial
+
+    from simmim_jax.evals.segmentation import segment_all
+    from simmim_jax.tools import images
+
+    eval_inputs, state = images.make_segmentation_inputs(run, objective, images.Files(options.images))
+    read = partial(eval_inputs["read_windows"], state.params)
+    how = (eval_inputs[name] for name in ("whole", "window", "window_batch", "fill"))
+    for record, prediction, num_classes in segment_all(read, *how, images.segmentation_settings(run).get("step", 0)):
+        yield record["index"], prediction, num_classes
 
 
-def identity_of(path: str | Path) -> tuple[int, int]:
-    """Of a file, by whatever name."""
-    about = os.stat(path)
-    return about.st_dev, about.st_ino
+def overlay(image, prediction, num_classes: int):
+    """An image [h, w, c], and to its right the same under the colors of its classes: uint8 [h, _, 3]."""
+    import numpy as np
+
+    from simmim_jax.evals.segmentation import paint
+    from simmim_jax.evals.sheet import to_rgb
+
+    parts = []
+    for first in range(0, len(image), ROWS):
+        rows = to_rgb(image[first : first + ROWS])
+        gap = np.full((len(rows), GAP, 3), 255, np.uint8)
+        parts.append(np.concatenate([rows, gap, paint(rows, prediction[first : first + ROWS], num_classes)], axis=1))
+    return np.concatenate(parts)
 
 
-def make_folder_of(out: str) -> None:
-    with told_unwritten(out):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-
-
-def write_picture(path: Path, pixels) -> None:
-    """A PNG of uint8 [h, w, 3], or of uint8 or uint16 [h, w]."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    about = PngInfo()
-    about.add_text(*MARK)
-    with told_unwritten(str(path)):
-        write_atomically(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about))
-
-
-@contextlib.contextmanager
-def told_unwritten(where: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        fix = "mend the disk, or give another --out"
-        raise ConfigError(f"cannot write: {error.strerror or error}", where, fix) from error
-
-
-def outputs(model, options: argparse.Namespace):
-    """(place in `options.images`, what the objective makes of it) of each image that can be read."""
+def apply(run, objective, options: argparse.Namespace) -> Iterator[tuple]:
+    """(index in `options.images`, the objective's prediction for it) of each image that can be read."""
     import jax
 
     from simmim_jax.evals.features import jit_on_mesh
-    from simmim_jax.runs import finished
+    from simmim_jax.runs.finished import make_state
     from simmim_jax.runtime import sharding
+    from simmim_jax.tools import images
 
-    objective = finished.objective_of(model)
     key, mesh = jax.random.key(options.seed), sharding.make_mesh()
-    run_batch = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
-    params = jax.device_put(model.params, sharding.replicated(mesh))
-    source = Files(options.images)
-    for batch in finished.make_pass(model, source, mesh, batch_size=min(BATCH, len(source))):
-        out = run_batch(params, batch)
-        for row, (position, valid) in enumerate(zip(out["batch_index"].tolist(), out["valid"], strict=True)):
+    predict = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
+    params = make_state(run, mesh).params
+    source = images.Files(options.images)
+    for batch in images.make_pass(run, source, mesh, batch_size=min(MAX_BATCH, len(source))):
+        out = predict(params, batch)
+        for row, (i, valid) in enumerate(zip(out["batch_index"].tolist(), out["valid"], strict=True)):
             if valid:
-                yield position, {name: value[row] for name, value in out.items()}
+                yield i, {name: value[row] for name, value in out.items()}
 
 
-def refuse_unread(options: argparse.Namespace, read: int) -> None:
-    missing = len(options.images) - read
-    if missing:
-        what = f"{missing} of {len(options.images)} images cannot be read"
+def check_all_read(read: int, options: argparse.Namespace) -> None:
+    """Raise DataError if an image could not be read."""
+    if read < len(options.images):
+        what = f"{len(options.images) - read} of {len(options.images)} images cannot be read"
         raise DataError(what, "they are named above", "give JPEG, PNG, WebP, BMP, TIFF or GIF files")
 
 
 if __name__ == "__main__":
-    start(run)
+    cli.start(run)

@@ -1,0 +1,133 @@
+"""Evaluation of a classifier: accuracies, a row in results.csv, and tables and pictures of its mistakes."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from simmim_jax.errors import DataError
+from simmim_jax.evals import accuracy, confusion
+from simmim_jax.evals.features import jit_on_mesh
+from simmim_jax.evals.sheet import save_png
+from simmim_jax.files import utf8_name, write_atomically
+from simmim_jax.objectives import Objective
+from simmim_jax.runs.finished import Run, make_state
+from simmim_jax.runtime import sharding
+from simmim_jax.tools import images
+from simmim_jax.tools.cli import Progress, check_output, has_mark
+from simmim_jax.tools.evaluate import results
+
+TABLES, PICTURES = ("classes.csv", "confusion.csv"), ("confusion.png", "mistakes.png")
+
+
+def evaluate_classifier(run: Run, objective: Objective, options: argparse.Namespace) -> None:
+    """Print the accuracies, append a row to the results, and write the files of --out."""
+    crop = images.crop_options(run, options.crop_fraction, options.interpolation)
+    if options.results:
+        results.check_results(Path(options.results))
+    source, description = open_images(run, options)
+    check_classes(run, source, compare_names=bool(options.data))
+    if options.out:
+        check_files(Path(options.out), overwrite=options.overwrite)
+    print(f"{results.model_name(run)} at step {run.step}, {description}: {images.describe_crop(run, **crop)}", flush=True)
+    answers, mistakes = classify(run, objective, source, options)
+    num_classes = run.config["objective"]["num_classes"]
+    count = min(options.limit or len(source), len(source))
+    left_out = count - len(answers.label)
+    images.check_left_out(left_out, count, options.max_bad_fraction, source)
+    metrics = accuracy.top(answers, num_classes)
+    percents = "".join(f"top-{k} {100 * metrics[f'top{k}']:.2f} %  " for k in (1, 5) if f"top{k}" in metrics)
+    print(f"{percents}of {len(answers.label)} images" + (f", {left_out} left out" if left_out else ""), flush=True)
+    if options.results:
+        columns = {"crop_pct": f"{crop['crop_fraction']:g}", "interpolation": crop["interpolation"]}
+        row = results.make_row(run, metrics, **columns, run=options.run, data=description)
+        results.append_row(Path(options.results), row)
+        print(f"a row added to {options.results}")
+    if options.out:
+        names = [utf8_name(str(name)) for name in source.classes] or [str(n) for n in range(num_classes)]
+        write_files(Path(options.out), answers, mistakes, names)
+
+
+def open_images(run: Run, options: argparse.Namespace) -> tuple:
+    """(the images to evaluate on, their description); see `images.open_heldout`."""
+    make = partial(images.open_source, run, options.data, heldout_fraction=0.0)
+    source = images.open_heldout(run, options, make, lambda source: images.has_parts(options.data))
+    description = source.describe()
+    undivided = options.data and not images.is_own(run, options.data) and not options.split
+    return source, description.replace("split train", "all") if undivided else description
+
+
+def check_classes(run: Run, source, *, compare_names: bool) -> None:
+    """Raise DataError unless the images have labels, of as many classes as the head.
+
+    compare_names: also warn if the class names differ from the run's.
+    """
+    num_classes, found = run.config["objective"]["num_classes"], tuple(source.classes)
+    if found:
+        images.check_labels(source, "--split")
+    elif not images.has_labels(source):
+        raise DataError("images without classes", source.describe(), "put each class into a folder of its own")
+    if found and len(found) != num_classes:
+        what = f"the head has {num_classes} classes, the images have {len(found)}"
+        raise DataError(what, source.describe(), "give images of the head's classes, or fine-tune the run on these")
+    if compare_names:
+        images.warn_other_classes(images.class_names(run), source)
+
+
+def classify(
+    run: Run, objective: Objective, source, options: argparse.Namespace
+) -> tuple[accuracy.Answers, list[confusion.Mistake]]:
+    """(the classifier's answers, its mistakes of highest confidence)."""
+    mesh, key = sharding.make_mesh(), jax.random.key(0)
+    batches = images.make_pass(run, source, mesh, **images.pass_options(options))
+    predict = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
+    params = make_state(run, mesh).params
+    mistakes = confusion.Mistakes(options.mistakes if options.out else 0)
+
+    def answer() -> Iterator[accuracy.Answers]:
+        for batch in Progress("evaluate", min(options.limit or len(source), len(source))).watch(batches):
+            answers, used = accuracy.read_answers(predict(params, batch))
+            if mistakes.most:
+                mistakes.see(batch["image"][used], answers)
+            yield answers
+
+    return accuracy.join(answer()), mistakes.kept
+
+
+def check_files(folder: Path, *, overwrite: bool) -> None:
+    """Apply the rule for existing output to every file that `write_files` may write."""
+    for name in TABLES:
+        check_output(folder / name, overwrite=overwrite, is_ours=is_table)
+    for name in PICTURES:
+        check_output(folder / name, overwrite=overwrite)
+
+
+def is_table(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.readline().startswith(b"class,")
+
+
+def write_files(
+    folder: Path, answers: accuracy.Answers, mistakes: list[confusion.Mistake], names: list[str]
+) -> None:
+    """Write the table of classes, the confusion matrix as a table and a picture, and the mistakes.
+
+    Files of an earlier evaluation that this one does not write are removed.
+    """
+    for name in (*TABLES, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+    tables, pictures = {"classes.csv": confusion.classes_csv(answers, names)}, {}
+    if len(names) <= confusion.MOST:
+        matrix = confusion.confusion_matrix(answers, len(names))
+        tables["confusion.csv"] = confusion.matrix_csv(matrix, names)
+        pictures["confusion.png"] = confusion.draw_confusion(matrix, names)
+    if mistakes:
+        pictures["mistakes.png"] = confusion.draw_mistakes(mistakes, names)
+    for name, content in tables.items():
+        write_atomically(folder / name, content)
+    for name, pixels in pictures.items():
+        save_png(folder / name, pixels)
+    print(f"{folder}: {', '.join([*tables, *pictures])}")
