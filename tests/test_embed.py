@@ -25,6 +25,7 @@ from simmim_jax.files import lock_folder
 from simmim_jax.objectives.features import make_features
 from simmim_jax.objectives.pixels import normalize
 from simmim_jax.runs import finished
+from simmim_jax.tools import images
 from simmim_jax.tools.embed import __main__ as embed
 from simmim_jax.tools.embed import embeddings
 
@@ -48,7 +49,7 @@ def quick(monkeypatch):
     """A run is opened once, and an embedding is the first pixels of an image: what is tested is how it is written."""
 
     def compute(model, options, view, mesh):
-        for batch in finished.make_pass(model, view, mesh, batch_size=options.batch_size, threads=options.threads):
+        for batch in images.make_pass(model, view, mesh, batch_size=options.batch_size, threads=options.threads):
             numbers = batch["image"].reshape(len(batch["image"]), -1)[:, :16].astype(np.float32)
             rows = np.arange(len(numbers)) < len(view) - batch["batch_index"][0]
             yield tuple(array[rows] for array in (batch["batch_index"], batch["valid"], batch["label"], numbers))

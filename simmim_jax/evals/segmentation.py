@@ -30,7 +30,7 @@ END = np.iinfo(np.int32).max  # stands for an index after the last
 def make_windows_reader(predict: Callable, batch_size: int, shard_index: int, num_shards: int) -> Callable:
     """A function (params, windows uint8 [m, y, x, c]) -> logits [m, k, l, n], for m up to `batch_size`.
 
-    predict(params, this process's batch) -> {"logits", "batch_index"} of all processes, which all give the same windows.
+    predict(params, this process's batch) -> {"logits", "batch_index"} of all processes; all give the same windows.
     """
 
     def read(params, windows: UInt8[np.ndarray, "m y x c"]) -> Float[np.ndarray, "m k l n"]:
@@ -135,7 +135,7 @@ def warn_absent(counts: Int[np.ndarray, "n n"], classes: tuple[str, ...]) -> Non
 
 
 def count_pixels(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> Int[np.ndarray, "n n"]:
-    """The confusion matrix of pixels: true class by row, predicted class by column. Pixels without a class are left out."""
+    """The confusion matrix of the pixels that have a class: true class by row, predicted class by column."""
     valid = truth < num_classes
     pairs = truth[valid].astype(np.int64) * num_classes + prediction[valid]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -243,7 +243,7 @@ def corners_along(size: int, window: int, stride: int, step: int) -> list[int]:
 
 
 class Canvas:
-    """The logits of one image, summed over its windows, one for each `stride` pixels. missing: windows not yet added."""
+    """The logits of one image, summed over its windows, one for each `stride` pixels. missing: windows to come."""
 
     def __init__(
         self, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], step: int, num_classes: int

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from simmim_jax import data, train
 from simmim_jax.data.decode import MAX_PIXELS, BadImage
-from simmim_jax.data.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources import KINDS
 from simmim_jax.data.sources.folder import Folder, split_folders
+from simmim_jax.data.sources.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, existing_part
 from simmim_jax.data.sources.tfds import prepared_directory
 from simmim_jax.errors import DataError, UserError
@@ -137,9 +137,9 @@ def follow_images(run: Run, path: str) -> Run:
 def open_heldout(run: Run, options: argparse.Namespace, make: Callable, is_training: Callable[[object], bool]):
     """The source of the images that `options` (data, split) ask to evaluate on.
 
-    Of the run's own images, the held-out part. Of others, --split, or else the evaluation part, or else, for a folder or
-    file without parts, all. Warns of images that the run may have been trained on. Raises DataError if the part exists
-    but cannot be read, and if all images are for training.
+    Of the run's own images, the held-out part. Of others, --split, or else the evaluation part, or else all, if a
+    folder or file has no parts. Warns of images that the run may have been trained on. Raises DataError if the part
+    exists but cannot be read, and if all images are for training.
 
     make: (split) -> the source of a part; images that are not the run's own are not divided.
     is_training: (source) -> whether the images of an undivided folder or file are a training part.

@@ -43,8 +43,8 @@ def make_parser() -> Parser:
     add("--image-size", metavar="H[,W]", help="pixels (default: the run's); position embeddings are resized to it")
     add(
         "--out", default="", metavar="FILE.png",
-        help="write a picture (pretraining and segmentation); for several images of a segmentation run FILE_1.png, ...; "
-        "for each also FILE_mask.png",
+        help="write a picture (pretraining, segmentation); a segmentation run also writes FILE_mask.png, and for several "
+        "images FILE_1.png, FILE_1_mask.png, ...",
     )  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="seed of a reconstruction's masks (default: 0)")
     cli.add_overwrite(parser)
@@ -64,7 +64,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"--out={options.out}", "command line", "give a file that ends in .png")
     for image in options.images:
         if os.path.isdir(image):
-            raise DataError("a folder, not an image", image, "give files; python -m simmim_jax.tools.embed takes folders")
+            raise DataError(
+                "a folder, not an image", image, "give files; python -m simmim_jax.tools.embed takes folders"
+            )
         if not os.path.exists(image):
             raise DataError("no such image", image, "give the path of a file")
     return options

@@ -158,24 +158,25 @@ def embed(options: argparse.Namespace) -> None:
     from simmim_jax import data  # JAX comes in here: help and mistakes are told without it
     from simmim_jax.data.transforms import INTERPOLATIONS
     from simmim_jax.objectives.features import check_readable
-    from simmim_jax.runs import finished
+    from simmim_jax.runs.finished import load_run
     from simmim_jax.runtime import compilation, sharding
+    from simmim_jax.tools import images
     from simmim_jax.tools.embed import embeddings
 
     compilation.keep_compiled()
-    model = finished.load_run(options.run, options.image_size)
+    model = load_run(options.run, options.image_size)
     if options.block is None:
         options.block = model.config.get("probe_block", 0)
-    vars(options).update(finished.crop_as_asked(model, options.crop_fraction, options.interpolation))
+    vars(options).update(images.crop_options(model, options.crop_fraction, options.interpolation))
     choose("interpolation", options.interpolation, INTERPOLATIONS)
     pooling = "patches" if options.pool == "map" else options.pool
     check_readable(model.encoder, options.block, pooling, "--block and --pool")
     own = model.config.get("data", {})
     split = options.split or ("train" if options.data else own.get("split", "train"))
-    where = finished.source_options(model, options.data, heldout_fraction=0.0, as_divided=False) | {"split": split}
+    where = images.source_options(model, options.data, heldout_fraction=0.0, as_divided=False) | {"split": split}
     with add_context():
         source = data.make_source(**where)
-    finished.refuse_label_maps(source)
+    images.refuse_label_maps(source)
     count = min(options.limit or len(source), len(source))
     made_from = origin(model, options, source)
 
@@ -239,12 +240,12 @@ def compute(model, options: argparse.Namespace, view: View, mesh) -> Iterator[tu
     import jax
 
     from simmim_jax.evals.features import jit_on_mesh
-    from simmim_jax.runs import finished
     from simmim_jax.runtime import sharding
+    from simmim_jax.tools import images
 
     run_batch = jit_on_mesh(make_embedding(model, options), mesh)
     params = jax.device_put(model.params["encoder"], sharding.replicated(mesh))
-    batches = finished.make_pass(
+    batches = images.make_pass(
         model, view, mesh, batch_size=options.batch_size, crop_fraction=options.crop_fraction,
         interpolation=options.interpolation, threads=options.threads,
     )  # fmt: skip
@@ -296,7 +297,7 @@ def write_parts(
 
     batches(view): as `compute` yields them.
     """
-    from simmim_jax.runs import finished
+    from simmim_jax.tools import images
     from simmim_jax.tools.embed import embeddings
     from simmim_jax.tools.prepare.__main__ import Progress
 
@@ -309,7 +310,7 @@ def write_parts(
         return left_out
     if start:
         print(f"going on from image {start:,} of {count:,}", file=sys.stderr)
-    view, labeled = View(source, count, start), bool(source.classes) or finished.has_labels(source)
+    view, labeled = View(source, count, start), bool(source.classes) or images.has_labels(source)
     progress = Progress("embed", count, start, len(left_out))
     waiting = []  # batches that a part is not yet full of
     try:

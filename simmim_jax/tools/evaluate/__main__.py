@@ -28,7 +28,9 @@ examples:
 def make_parser() -> Parser:
     """The command line."""
     parser = cli.make_parser(
-        "evaluate", "Evaluate a classifier, a segmentation run or a pretraining run over a whole held-out set.", EXAMPLES
+        "evaluate",
+        "Evaluate a classifier, a segmentation run or a pretraining run over a whole held-out set.",
+        EXAMPLES,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="workdir of a run or an import, or a step in it")

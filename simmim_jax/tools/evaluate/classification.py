@@ -1,7 +1,6 @@
 """Evaluation of a classifier: accuracies, a row in results.csv, and tables and pictures of its mistakes."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from simmim_jax.objectives import Objective
 from simmim_jax.runs.finished import Run, make_state
 from simmim_jax.runtime import sharding
 from simmim_jax.tools import images
-from simmim_jax.tools.cli import Progress, check_output, has_mark
+from simmim_jax.tools.cli import Progress, check_output
 from simmim_jax.tools.evaluate import results
 
 TABLES, PICTURES = ("classes.csv", "confusion.csv"), ("confusion.png", "mistakes.png")
@@ -32,7 +31,9 @@ def evaluate_classifier(run: Run, objective: Objective, options: argparse.Namesp
     check_classes(run, source, compare_names=bool(options.data))
     if options.out:
         check_files(Path(options.out), overwrite=options.overwrite)
-    print(f"{results.model_name(run)} at step {run.step}, {description}: {images.describe_crop(run, **crop)}", flush=True)
+    print(
+        f"{results.model_name(run)} at step {run.step}, {description}: {images.describe_crop(run, **crop)}", flush=True
+    )
     answers, mistakes = classify(run, objective, source, options)
     num_classes = run.config["objective"]["num_classes"]
     count = min(options.limit or len(source), len(source))
@@ -110,9 +111,7 @@ def is_table(path: Path) -> bool:
         return file.readline().startswith(b"class,")
 
 
-def write_files(
-    folder: Path, answers: accuracy.Answers, mistakes: list[confusion.Mistake], names: list[str]
-) -> None:
+def write_files(folder: Path, answers: accuracy.Answers, mistakes: list[confusion.Mistake], names: list[str]) -> None:
     """Write the table of classes, the confusion matrix as a table and a picture, and the mistakes.
 
     Files of an earlier evaluation that this one does not write are removed.

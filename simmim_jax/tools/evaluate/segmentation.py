@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from simmim_jax import data
-from simmim_jax.data.label_maps import TRAINING
+from simmim_jax.data.sources.label_maps import TRAINING
 from simmim_jax.errors import ConfigError
 from simmim_jax.evals import make_evaluator
 from simmim_jax.objectives import Objective
@@ -25,7 +25,9 @@ def evaluate_segmentation(run: Run, objective: Objective, options: argparse.Name
     On the run's own images, the metrics are those of the run's own evaluation.
     """
     if options.crop_fraction is not None:
-        raise ConfigError("--crop-fraction of a segmentation run", "command line", "leave it out: images are not cropped")
+        raise ConfigError(
+            "--crop-fraction of a segmentation run", "command line", "leave it out: images are not cropped"
+        )
     source = open_pairs(run, options)
     own = not options.data or images.is_own(run, options.data)
     settings = images.segmentation_settings(run)

@@ -34,18 +34,17 @@ from simmim_jax.evals.plot import Curve, Panel, draw_curves
 from simmim_jax.files import utf8_name, write_atomically
 from simmim_jax.objectives.features import check_readable, make_all_features
 from simmim_jax.runs import checkpoint
-from simmim_jax.runs.finished import (
-    Run,
+from simmim_jax.runs.finished import Run, load_run
+from simmim_jax.runtime import compilation, sharding
+from simmim_jax.tools.images import (
     check_labels,
-    crop_as_asked,
+    crop_options,
+    describe_crop,
     follow_images,
     is_own,
-    load_run,
     make_pass,
     open_source,
-    told_pixels,
 )
-from simmim_jax.runtime import compilation, sharding
 
 FEW_SHOT_C, FEW_SHOT_NEIGHBOURS = 1.0, 20  # where nothing is chosen
 ANOTHER_OUT = "give another OUT: this file is left as it is"
@@ -80,7 +79,7 @@ def probe(options: Namespace) -> list[dict]:
     paper = round(depth * 2 / 3)
     said = {
         "run": utf8_name(str(trained.folder)), "step": trained.step, "image_size": list(trained.image_size),
-        **crop_as_asked(trained, options.crop_fraction, options.interpolation),
+        **crop_options(trained, options.crop_fraction, options.interpolation),
         "depth": depth, "classes": sets["classes"],
         **{split: utf8_name(source.describe()) for split, source in sources.items()},
         "validation_images": len(sets["validation"]), "features": features_of(cache),
@@ -230,8 +229,8 @@ def extract(
     mesh = sharding.make_mesh()
     ways = sharding.num_batch_shards(mesh)
     batch_size = -(-options.batch_size // ways) * ways
-    passes, pixels = {}, crop_as_asked(trained, options.crop_fraction, options.interpolation)
-    print(f"{options.run} at step {trained.step}: {told_pixels(trained, **pixels)}", flush=True)
+    passes, pixels = {}, crop_options(trained, options.crop_fraction, options.interpolation)
+    print(f"{options.run} at step {trained.step}: {describe_crop(trained, **pixels)}", flush=True)
     for split, source in sources.items():
         images = make_pass(
             trained, source, mesh, batch_size=batch_size, **pixels, limit=options.limit, threads=options.threads
