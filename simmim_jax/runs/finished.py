@@ -49,6 +49,11 @@ class Run(NamedTuple):
         return (self.config.get("objective") or {"name": "none"})["name"]
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The batch entries that the run's objective reads."""
+        return ("image",) if self.objective_name == "none" else make_run_objective(self).needs
+
+    @property
     def crop_fraction(self) -> int | float:
         """The part of a resized image's side that its center crop keeps: the run's, or the usual one for an import."""
         own = self.config.get("data", {})

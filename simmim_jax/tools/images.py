@@ -112,7 +112,7 @@ def is_own(run: Run, path: str) -> bool:
 
 def open_training_images(run: Run):
     """The images that the run was trained on, as its config names them."""
-    make = data.make_label_map_source if run.objective_name == "segment" else data.make_source
+    make = data.make_label_map_source if "label_map" in run.needs else data.make_source
     return make(split=run.config.get("data", {}).get("split", "train"), **source_options(run, ""))
 
 

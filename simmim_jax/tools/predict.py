@@ -80,13 +80,13 @@ def run(argv: list[str]) -> None:
 
     compilation.keep_compiled()
     run = load_run(options.run, options.image_size)
-    commands = {"classify": classify, "segment": segment, "simmim": reconstruct}
     objective = make_run_objective(run)
-    if run.objective_name not in commands:
-        what = f"a run of {run.objective_name}, which predicts no classes"
-        raise CheckpointError(what, str(run.folder), "give a run of classify")
+    commands = {"accuracy": classify, "segmentation": segment, "reconstruction": reconstruct}
+    command = next((commands[name] for name in objective.evals if name in commands), None)
+    if not command:
+        raise CheckpointError(f"a run of {run.objective_name}", str(run.folder), "give a classifier's workdir")
     with cli.translate_errors(ConfigError, options.out, "free space, or give another --out", "give fewer images"):
-        commands[run.objective_name](run, objective, options)
+        command(run, objective, options)
 
 
 def classify(run, objective, options: argparse.Namespace) -> None:

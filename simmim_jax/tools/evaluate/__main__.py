@@ -72,10 +72,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from simmim_jax.tools import images
     from simmim_jax.tools.evaluate import classification, pretraining, segmentation
 
-    commands = {
-        "classify": classification.evaluate_classifier,
-        "simmim": pretraining.evaluate_pretraining,
-        "segment": segmentation.evaluate_segmentation,
+    commands = {  # by the evaluator that fits the objective
+        "accuracy": classification.evaluate_classifier,
+        "reconstruction": pretraining.evaluate_pretraining,
+        "segmentation": segmentation.evaluate_segmentation,
     }
     compilation.keep_compiled()
     found = load_run(options.run, options.image_size)
@@ -83,10 +83,11 @@ def evaluate(options: argparse.Namespace) -> None:
     if run is not found:
         print(f"{options.data}: the run's images, moved; the part that it held out is evaluated", flush=True)
     objective = make_run_objective(run)
-    if run.objective_name not in commands:
+    command = next((commands[name] for name in objective.evals if name in commands), None)
+    if not command:
         what = f"a run of {run.objective_name}, which this command does not evaluate"
-        raise CheckpointError(what, str(run.folder), f"give a run of {' or '.join(sorted(commands))}")
-    commands[run.objective_name](run, objective, options)
+        raise CheckpointError(what, str(run.folder), "see summary.json in its workdir")
+    command(run, objective, options)
 
 
 if __name__ == "__main__":

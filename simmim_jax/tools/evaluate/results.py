@@ -48,7 +48,8 @@ def model_name(run: Run) -> str:
     """Name and size, like vit_b; only the name if the encoder differs from the size's table."""
     name, size = run.config["encoder"]["name"], run.config["encoder"].get("size")
     sizes = ENCODERS[name][1]
-    return f"{name}_{size}" if size in sizes and run.encoder == run.encoder.clone(**sizes[size]) else name
+    same = size in sizes and sizes[size].items() <= run.encoder.options().items()
+    return f"{name}_{size}" if same else name
 
 
 def count_parameters(params) -> int:
