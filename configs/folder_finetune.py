@@ -3,21 +3,25 @@
     python -m simmim_jax.main --config configs/folder_finetune.py --config.init_from=RUN --config.data.path=DIR \
         --config.objective.num_classes=N --workdir runs/finetuned
 
-RUN is a workdir of pretraining, or what `python -m simmim_jax.tools.convert` has made of somebody's weights; the
-architecture is the one there. At another resolution give --config.image_size=224,224, and for a Swin its windows, like
---config.encoder.window=7: tables and positions are resized as official code does, and each is told. Where RUN was
-trained with other pixel statistics than ImageNet's, give --config.mean and --config.std.
+RUN is a workdir of pretraining, or one that `python -m simmim_jax.tools.convert` wrote from released weights. The
+architecture is that of RUN.
 
-`folder_finetune.py:vit` is for a ViT as official SimMIM fine-tunes it: each block gets its own copy of the shared bias
-table, and the norm stands after pooling instead of before. Rates, schedule, decay, heads, RandAugment, erasing, Mixup
-and CutMix are theirs for both (`simmim_swin_b_finetune.py` lists them); the layer decay is 0.65 for ViT-B, 0.8 or 0.9
-for Swin-B, 0.7 for Swin-L, 0.75 for Swin V2-B: --config.optim.layer_decay.
+- Another resolution: --config.image_size=224,224, and for a Swin its window, like --config.encoder.window=7. Position
+  embeddings and bias tables are resized as in official code, and each is logged.
+- Other pixel statistics than ImageNet's in RUN: --config.mean and --config.std.
+- Official fine-tuning of a ViT: `configs/folder_finetune.py:vit`. Each block gets its own copy of the shared bias
+  table, and the norm follows pooling instead of preceding it.
+- Layer decay, --config.optim.layer_decay: officially 0.65 for ViT-B, 0.8 or 0.9 for Swin-B, 0.7 for Swin-L and 0.75
+  for Swin V2-B.
+- Fewer trained layers: --config.optim.frozen_layers=N freezes the lowest layers (1: patch embedding, n: also n - 1
+  blocks). --config.optim.frozen=encoder/ --config.objective.train_encoder=false trains only the head.
+- From scratch: leave out RUN and name an encoder, like --config.encoder.name=vit --config.encoder.size=s, with the same
+  rate for all layers, --config.optim.layer_decay=1.
+- A small dataset: a shorter warm-up, --config.optim.warmup_epochs, and less mixing, --config.objective.mixup_prob=0.5.
 
-Less than all of it: --config.optim.frozen_layers=N keeps the lowest layers as they are (1: what embeds, n: that and
-n - 1 blocks); --config.optim.frozen=encoder/ --config.objective.train_encoder=false trains the head alone. From
-scratch: leave RUN out and name an encoder, like --config.encoder.name=vit --config.encoder.size=s, which learns in all
-its layers alike: --config.optim.layer_decay=1. For a small data set shorten the warm-up, --config.optim.warmup_epochs,
-and mix less: --config.objective.mixup_prob=0.5.
+Rates, schedule, head, RandAugment, erasing, Mixup and CutMix are the official ones, listed in
+configs/simmim_swin_b_finetune.py.
+
 Hardware: one GPU. Time and result: not yet run.
 """
 

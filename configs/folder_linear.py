@@ -1,11 +1,12 @@
-"""Linear evaluation of any run, or imported encoder, on a folder of images by class.
+"""Linear evaluation of any run or imported encoder on a folder of images by class.
 
     python -m simmim_jax.main --config configs/folder_linear.py --config.init_from=RUN --config.data.path=DIR \
         --config.objective.num_classes=N --config.objective.block=8 --workdir runs/linear
 
-The encoder is that of RUN, frozen; --config.objective.block chooses whose output is pooled (0: the last, normed), and
---config.image_size should be the one it was trained with. For the baseline, name an encoder and leave RUN out:
+The encoder is that of RUN, frozen. --config.objective.block is the block whose output is pooled; 0 is the last, after
+the final norm. --config.image_size should be that of RUN. For the baseline leave out RUN and name an encoder:
 --config.encoder.name=vit --config.encoder.size=s.
+
 Hardware: one GPU. Time and result: not yet run.
 """
 
@@ -16,9 +17,9 @@ from simmim_jax.config import encoder_config, linear_config
 
 def get_config() -> ConfigDict:
     c = linear_config()
-    c.encoder = encoder_config("", "")
     c.epochs = 90.0
     c.batch_size = 512
     c.base_learning_rate = 1e-2
+    c.encoder = encoder_config("", "")
     c.objective.block = 0
     return c

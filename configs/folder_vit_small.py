@@ -1,11 +1,12 @@
-"""SimMIM of a ViT-S/16 on a folder of your own images.
+"""SimMIM pretraining of a ViT-S/16 on a folder of your own images.
 
     python -m simmim_jax.main --config configs/folder_vit_small.py --config.data.path=DIR --workdir runs/mine
 
-Flat or by class, nested or not; JPEG, PNG, WebP, BMP, TIFF, GIF. A folder with train/ and val/ (or validation/, test/)
-is used as it says; of any other, two images in a hundred are held out. Where every image lies in a folder of its class,
-kNN and linear probe watch the run (--config.online_probes=false: not), by forward passes of less than 3 % of its work;
-`--config configs/folder_vit_small.py:probes` insists on them, and has them read block 8, not the output.
+The folder may be flat or by class, and nested. Formats: JPEG, PNG, WebP, BMP, TIFF and GIF. If it has train/ and val/
+(or validation/, test/), these are the training and held-out images. Otherwise 2 % of the images are held out. If every
+image is in a folder of its class, kNN and linear probes follow the run; they take less than 3 % of its work, and
+--config.online_probes=false turns them off. `configs/folder_vit_small.py:probes` requires classes, and probes block 8
+instead of the output.
 
 Hardware: one GPU, with --config.encoder.dtype=bfloat16; a laptop to try it out, with --config.batch_size=32
 --config.steps=200. Time and result: not yet run to the end.

@@ -1,28 +1,65 @@
-"""The official SimMIM pretraining of Swin-B, short: ImageNet-1K, 192 pixels, 100 epochs, batch 2048.
+"""The official SimMIM pretraining of Swin-B for 100 epochs: ImageNet-1K, 192 pixels, batch 2048.
 
     python -m simmim_jax.main --config configs/simmim_swin_b_100ep.py --config.data.data_dir=DIR --workdir runs/swin_b
 
-The paper's ablations (section 4.1) are this run with one thing changed. `simmim_swin_b_800ep.py` says what DIR is, and
-where the numbers are from that both share. This one's own are those of
-simmim_pretrain__swin_base__img192_window6__100ep.yaml: base rate 2e-4, warm-up from 1e-6 over 10 epochs, cosine to
-1e-5, all times batch / 512. Their cosine runs over the whole length, warm-up included ("cosine_global"), so that the
-rate drops to 0.976 of its peak when the warm-up ends; --config.optim.schedule=cosine has no such step.
+DIR is TFDS's data folder with imagenet2012, prepared as array_record. For a folder with train/<class>/ and val/<class>/
+add --config.data.path=DIR. On few devices --config.microbatches=N keeps batch size and recipe.
 
-Hardware: eight or more GPUs, or a TPU slice. Time and result: not yet run. Theirs: 82.8 % top-1 after fine-tuning at
-192 pixels, 83.5 % at 224 (microsoft/SimMIM README).
+Numbers with a source in their comment are official. "yaml" is
+simmim_pretrain__swin_base__img192_window6__100ep.yaml; the other files are in microsoft/SimMIM d3e29bc.
+
+The ablations of the paper (section 4.1) are this run with one change.
+
+The official cosine runs over the whole length, warm-up included ("cosine_global"), so that the rate drops to 0.976 of
+its peak when the warm-up ends. --config.optim.schedule=cosine has no such drop.
+
+Hardware: eight or more GPUs, or a TPU slice. Time and result: not yet run. Official result: 82.8 % top-1 after
+fine-tuning at 192 pixels, 83.5 % at 224 (microsoft/SimMIM README).
 """
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 
-from configs.simmim_swin_b_800ep import get_config as swin_b_800ep
+from simmim_jax.config import IMAGENET_MEAN, IMAGENET_STD, encoder_config, pretrain_config, scale_with_batch
 
 
 def get_config() -> ConfigDict:
-    c = swin_b_800ep()
-    c.epochs = 100.0
-    c.base_learning_rate = 2e-4
-    c.optim.schedule = "cosine_global"
-    c.optim.milestones = ()
-    c.optim.warmup_learning_rate = FieldReference(1e-6) * c.get_ref("batch_size") / 512
-    c.optim.min_learning_rate = FieldReference(1e-5) * c.get_ref("batch_size") / 512
+    c = pretrain_config()
+    c.epochs = 100.0  # yaml: EPOCHS
+    c.batch_size = 2048  # README.md: 16 GPUs x 128 images
+    c.base_learning_rate = 2e-4  # yaml: BASE_LR; main_simmim.py scales all rates by batch / 512
+    c.optim.schedule = "cosine_global"  # config.py: LR_SCHEDULER.NAME; lr_scheduler.py counts from step 0
+    c.optim.min_learning_rate = scale_with_batch(c, 1e-5)  # yaml: MIN_LR
+    c.optim.warmup_epochs = 10.0  # yaml: WARMUP_EPOCHS
+    c.optim.warmup_learning_rate = scale_with_batch(c, 1e-6)  # yaml: WARMUP_LR
+    c.optim.lr_step_offset = 1  # main_simmim.py sets the rate after the update
+    c.optim.name, c.optim.betas, c.optim.epsilon = "adamw", (0.9, 0.999), 1e-8  # config.py: OPTIMIZER
+    c.optim.weight_decay = 0.05  # yaml: WEIGHT_DECAY
+    c.optim.decay_mask_token = False  # simmim.py: no_weight_decay
+    c.optim.decay_bias_tables = False  # swin_transformer.py: no_weight_decay_keywords
+    c.optim.grad_clip_norm = 5.0  # config.py: CLIP_GRAD
+
+    c.objective.mask = "random"  # data_simmim.py: MaskGenerator
+    c.objective.mask_patch_size = 32  # yaml: MASK_PATCH_SIZE
+    c.objective.mask_ratio = 0.6  # yaml: MASK_RATIO
+    c.objective.norm_window = 0  # off; an option of the Swin V2 code
+
+    c.data.name = "imagenet2012"
+    c.image_size = (192, 192)  # yaml: IMG_SIZE
+    c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # data_simmim.py
+    c.data.crop_scale, c.data.crop_ratio = (0.67, 1.0), (3 / 4, 4 / 3)  # data_simmim.py
+    c.data.interpolation = "bilinear"  # data_simmim.py: default of RandomResizedCrop
+    c.data.flip = 0.5  # data_simmim.py: default of RandomHorizontalFlip
+
+    c.encoder = encoder_config("swin", "b")  # yaml: EMBED_DIM 128, DEPTHS 2, 2, 18, 2, NUM_HEADS 4, 8, 16, 32
+    c.encoder.window = 6  # yaml: WINDOW_SIZE
+    c.encoder.patch_size, c.encoder.mlp_ratio = 4, 4.0  # config.py: PATCH_SIZE, MLP_RATIO
+    c.encoder.qkv_bias = "qkv"  # config.py: QKV_BIAS
+    c.encoder.absolute_position, c.encoder.patch_norm = "none", True  # config.py: APE, PATCH_NORM
+    c.encoder.drop_path = 0.0  # yaml: DROP_PATH_RATE
+    c.encoder.dtype = "bfloat16"  # official: float16 with loss scaling (apex O1)
+
+    c.eval_every = 6250  # ten epochs
+    c.eval_images = 50_000  # the whole validation set; for probes also 50 training images per class
+    c.save_every = 3125  # yaml: SAVE_FREQ, five epochs
+    c.log_every = 100  # yaml: PRINT_FREQ
     return c

@@ -2,47 +2,60 @@
 
     python -m simmim_jax.main --config configs/simmim_swin_b_800ep.py --config.data.data_dir=DIR --workdir runs/swin_b
 
-DIR holds TFDS's imagenet2012, prepared as array_record. For a folder with train/<class>/ and val/<class>/ add
---config.data.path=DIR. On few devices --config.microbatches=N keeps batch and recipe.
+DIR is TFDS's data folder with imagenet2012, prepared as array_record. For a folder with train/<class>/ and val/<class>/
+add --config.data.path=DIR. On few devices --config.microbatches=N keeps batch size and recipe.
 
-Every number is that of simmim_pretrain__swin_base__img192_window6__800ep.yaml, or where that is silent of config.py, of
-microsoft/SimMIM d3e29bc: base rate 1e-4, warm-up from 5e-7 over 10 epochs, both times batch / 512; a tenth of the rate
-after epoch 700; each step at the rate of the one before (main_simmim.py steps the schedule after the update); AdamW
-(0.9, 0.999, 1e-8), weight decay 0.05 but not of mask token, bias tables and what has one dimension, clip 5.0; no
-stochastic depth; windows of 6 tokens; blocks of 32 pixels, ratio 0.6; crop scale 0.67 to 1, ratio 3/4 to 4/3, bilinear;
-flip 0.5; ImageNet mean and deviation; a checkpoint every 5 epochs. Precision there is float16 with loss scaling (apex
-O1), here bfloat16.
+Numbers with a source in their comment are official. "yaml" is
+simmim_pretrain__swin_base__img192_window6__800ep.yaml; the other files are in microsoft/SimMIM d3e29bc.
 
-Hardware: eight or more GPUs, or a TPU slice. Time and result: not yet run. Theirs: 84.0 % top-1 after fine-tuning at
-224 pixels (microsoft/SimMIM README).
+Hardware: eight or more GPUs, or a TPU slice. Time and result: not yet run. Official result: 84.0 % top-1 after
+fine-tuning at 224 pixels (microsoft/SimMIM README).
 """
 
 from ml_collections import ConfigDict
 
-from simmim_jax.config import encoder_config, pretrain_config
+from simmim_jax.config import IMAGENET_MEAN, IMAGENET_STD, encoder_config, pretrain_config, scale_with_batch
 
 
 def get_config() -> ConfigDict:
     c = pretrain_config()
-    c.epochs = 800.0
-    c.batch_size = 2048
-    c.base_learning_rate = 1e-4
-    c.optim.schedule = "multistep"
-    c.optim.milestones, c.optim.gamma = (700.0,), 0.1
-    c.optim.warmup_epochs = 10.0
-    c.optim.lr_step_offset = 1
-    c.optim.decay_mask_token = c.optim.decay_bias_tables = False
-    c.optim.min_learning_rate = 0.0  # unused by this schedule
+    c.epochs = 800.0  # yaml: EPOCHS
+    c.batch_size = 2048  # README.md: 16 GPUs x 128 images
+    c.base_learning_rate = 1e-4  # yaml: BASE_LR; main_simmim.py scales all rates by batch / 512
+    c.optim.schedule = "multistep"  # yaml: LR_SCHEDULER.NAME
+    c.optim.milestones, c.optim.gamma = (700.0,), 0.1  # yaml: MULTISTEPS, GAMMA
+    c.optim.min_learning_rate = 0.0  # not used by this schedule
+    c.optim.warmup_epochs = 10.0  # yaml: WARMUP_EPOCHS
+    c.optim.warmup_learning_rate = scale_with_batch(c, 5e-7)  # yaml: WARMUP_LR
+    c.optim.lr_step_offset = 1  # main_simmim.py sets the rate after the update
+    c.optim.name, c.optim.betas, c.optim.epsilon = "adamw", (0.9, 0.999), 1e-8  # config.py: OPTIMIZER
+    c.optim.weight_decay = 0.05  # yaml: WEIGHT_DECAY
+    c.optim.decay_mask_token = False  # simmim.py: no_weight_decay
+    c.optim.decay_bias_tables = False  # swin_transformer.py: no_weight_decay_keywords
+    c.optim.grad_clip_norm = 5.0  # config.py: CLIP_GRAD
+
+    c.objective.mask = "random"  # data_simmim.py: MaskGenerator
+    c.objective.mask_patch_size = 32  # yaml: MASK_PATCH_SIZE
+    c.objective.mask_ratio = 0.6  # yaml: MASK_RATIO
+    c.objective.norm_window = 0  # off; an option of the Swin V2 code
 
     c.data.name = "imagenet2012"
-    c.image_size = (192, 192)
+    c.image_size = (192, 192)  # yaml: IMG_SIZE
+    c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # data_simmim.py
+    c.data.crop_scale, c.data.crop_ratio = (0.67, 1.0), (3 / 4, 4 / 3)  # data_simmim.py
+    c.data.interpolation = "bilinear"  # data_simmim.py: default of RandomResizedCrop
+    c.data.flip = 0.5  # data_simmim.py: default of RandomHorizontalFlip
 
-    c.encoder = encoder_config("swin", "b")
-    c.encoder.window = 6
-    c.encoder.dtype = "bfloat16"
+    c.encoder = encoder_config("swin", "b")  # yaml: EMBED_DIM 128, DEPTHS 2, 2, 18, 2, NUM_HEADS 4, 8, 16, 32
+    c.encoder.window = 6  # yaml: WINDOW_SIZE
+    c.encoder.patch_size, c.encoder.mlp_ratio = 4, 4.0  # config.py: PATCH_SIZE, MLP_RATIO
+    c.encoder.qkv_bias = "qkv"  # config.py: QKV_BIAS
+    c.encoder.absolute_position, c.encoder.patch_norm = "none", True  # config.py: APE, PATCH_NORM
+    c.encoder.drop_path = 0.0  # yaml: DROP_PATH_RATE
+    c.encoder.dtype = "bfloat16"  # official: float16 with loss scaling (apex O1)
 
     c.eval_every = 6250  # ten epochs
-    c.eval_images = 50_000  # all that validate, and for the probes 50 of each class
-    c.save_every = 3125
-    c.log_every = 100
+    c.eval_images = 50_000  # the whole validation set; for probes also 50 training images per class
+    c.save_every = 3125  # yaml: SAVE_FREQ, five epochs
+    c.log_every = 100  # yaml: PRINT_FREQ
     return c

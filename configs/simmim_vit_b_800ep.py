@@ -2,28 +2,65 @@
 
     python -m simmim_jax.main --config configs/simmim_vit_b_800ep.py --config.data.data_dir=DIR --workdir runs/vit_b
 
-The recipe is that of `simmim_swin_b_800ep.py`, which says what DIR is; its numbers stand likewise in
-simmim_pretrain__vit_base__img224__800ep.yaml and config.py of microsoft/SimMIM d3e29bc, which add: 224 pixels;
-stochastic depth 0.1; LayerScale 0.1; one relative-position table for all blocks, no absolute positions, a class token;
-biases on queries and values alone; initial normals cut at one deviation. Of a ViT, mask token and bias table decay too
-(microsoft/SimMIM#26). The paper describes a cosine and a longer warm-up; the released file has this (#16).
+DIR is TFDS's data folder with imagenet2012, prepared as array_record. For a folder with train/<class>/ and val/<class>/
+add --config.data.path=DIR. On few devices --config.microbatches=N keeps batch size and recipe.
 
-Hardware: eight or more GPUs, or a TPU slice. Time and result: not yet run. Theirs: 83.8 % top-1 after fine-tuning;
-56.7 % linear, on features of block 8, mean over patches (microsoft/SimMIM README; issues 14 and 36).
+Numbers with a source in their comment are official. "yaml" is simmim_pretrain__vit_base__img224__800ep.yaml; the
+other files are in microsoft/SimMIM d3e29bc.
+
+The paper describes a cosine schedule and a longer warm-up; the released file has this schedule (microsoft/SimMIM#16).
+
+Hardware: eight or more GPUs, or a TPU slice. Time and result: not yet run. Official result: 83.8 % top-1 after
+fine-tuning; 56.7 % linear, on the mean patch feature of block 8 (microsoft/SimMIM README; issues 14 and 36).
 """
 
 from ml_collections import ConfigDict
 
-from configs.simmim_swin_b_800ep import get_config as swin_b_800ep
-from simmim_jax.config import encoder_config
+from simmim_jax.config import IMAGENET_MEAN, IMAGENET_STD, encoder_config, pretrain_config, scale_with_batch
 
 
 def get_config() -> ConfigDict:
-    c = swin_b_800ep()
-    c.image_size = (224, 224)
-    c.encoder = encoder_config("vit", "b")
-    c.encoder.drop_path = 0.1
-    c.encoder.dtype = "bfloat16"
-    c.probe_block = 8  # of its output, a linear probe tells little (microsoft/SimMIM#14)
-    c.optim.decay_mask_token = c.optim.decay_bias_tables = True
+    c = pretrain_config()
+    c.epochs = 800.0  # yaml: EPOCHS
+    c.batch_size = 2048  # README.md: 16 GPUs x 128 images
+    c.base_learning_rate = 1e-4  # yaml: BASE_LR; main_simmim.py scales all rates by batch / 512
+    c.optim.schedule = "multistep"  # yaml: LR_SCHEDULER.NAME
+    c.optim.milestones, c.optim.gamma = (700.0,), 0.1  # yaml: MULTISTEPS, GAMMA
+    c.optim.min_learning_rate = 0.0  # not used by this schedule
+    c.optim.warmup_epochs = 10.0  # yaml: WARMUP_EPOCHS
+    c.optim.warmup_learning_rate = scale_with_batch(c, 5e-7)  # yaml: WARMUP_LR
+    c.optim.lr_step_offset = 1  # main_simmim.py sets the rate after the update
+    c.optim.name, c.optim.betas, c.optim.epsilon = "adamw", (0.9, 0.999), 1e-8  # config.py: OPTIMIZER
+    c.optim.weight_decay = 0.05  # yaml: WEIGHT_DECAY
+    c.optim.decay_mask_token = True  # microsoft/SimMIM#26
+    c.optim.decay_bias_tables = True  # microsoft/SimMIM#26
+    c.optim.grad_clip_norm = 5.0  # config.py: CLIP_GRAD
+
+    c.objective.mask = "random"  # data_simmim.py: MaskGenerator
+    c.objective.mask_patch_size = 32  # yaml: MASK_PATCH_SIZE
+    c.objective.mask_ratio = 0.6  # yaml: MASK_RATIO
+    c.objective.norm_window = 0  # off; an option of the Swin V2 code
+
+    c.data.name = "imagenet2012"
+    c.image_size = (224, 224)  # yaml: IMG_SIZE
+    c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # data_simmim.py
+    c.data.crop_scale, c.data.crop_ratio = (0.67, 1.0), (3 / 4, 4 / 3)  # data_simmim.py
+    c.data.interpolation = "bilinear"  # data_simmim.py: default of RandomResizedCrop
+    c.data.flip = 0.5  # data_simmim.py: default of RandomHorizontalFlip
+
+    c.encoder = encoder_config("vit", "b")  # yaml: EMBED_DIM 768, DEPTH 12, NUM_HEADS 12
+    c.encoder.patch_size, c.encoder.mlp_ratio = 16, 4.0  # config.py: PATCH_SIZE, MLP_RATIO
+    c.encoder.qkv_bias = "qv"  # config.py: QKV_BIAS, in vision_transformer.py on queries and values
+    c.encoder.layer_scale = 0.1  # config.py: INIT_VALUES
+    c.encoder.class_token = True  # vision_transformer.py
+    c.encoder.absolute_position, c.encoder.relative_position = "none", "shared"  # yaml: USE_APE, USE_SHARED_RPB
+    c.encoder.init_truncation = 1.0  # simmim.py: normal distributions cut at one standard deviation
+    c.encoder.drop_path = 0.1  # yaml: DROP_PATH_RATE
+    c.encoder.dtype = "bfloat16"  # official: float16 with loss scaling (apex O1)
+
+    c.probe_block = 8  # the final features are bad for a linear probe (microsoft/SimMIM#14)
+    c.eval_every = 6250  # ten epochs
+    c.eval_images = 50_000  # the whole validation set; for probes also 50 training images per class
+    c.save_every = 3125  # yaml: SAVE_FREQ, five epochs
+    c.log_every = 100  # yaml: PRINT_FREQ
     return c

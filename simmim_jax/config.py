@@ -1,9 +1,10 @@
-"""Configs: every field with its default, and how a bad one is refused before anything heavy is imported.
+"""Every field of a config with its default, and the functions that recipes start from.
 
-A config file is Python with `get_config(argument=None) -> ConfigDict`; it starts from `pretrain_config`,
-`linear_config` or `finetune_config` here and sets what differs. Fields bear the names of the arguments that they
-become. A value used twice is a reference and a rule is arithmetic on references, so that overrides on the command line
-propagate. Only `train.py` reads a config; nothing below it has seen one.
+A recipe is a Python file with `get_config(argument=None) -> ConfigDict`. It calls `pretrain_config`, `linear_config`,
+`finetune_config` or `segment_config` and sets its own numbers. `--print_config` prints the resulting fields.
+
+A value that follows from another one is a reference, so that it also follows an override on the command line. Fields
+have the names of the function arguments that they become.
 """
 
 import importlib.util
@@ -17,150 +18,207 @@ from simmim_jax.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Fields that may change between two runs of one workdir, because no parameter depends on them.
+WHOLE = ("evals", "imported")  # trees of open content, each compared as one field
+
+# Fields that may change when a run resumes, because no parameter depends on them. `classes` and `imported` are not
+# fields of a recipe: a run adds them to its config.json. The data's fingerprint guards the fields that choose images.
 FREE = (
-    "data.workers", "data.threads", "data.prefetch", "data.on_error", "data.max_bad_fraction", "mesh.",
-    "data.source", "data.path", "data.name", "data.data_dir", "classes",  # which images, their fingerprint tells
-    "log_every", "save_every", "max_to_keep", "keep_period", "max_nonfinite_steps", "eval", "data.crop_fraction",
-    "online_probes", "probe_block", "encoder.size", "imported.",
-    "encoder.remat", "encoder.scan", "encoder.attention", "check_memory", "profile_steps",
-    "microbatches",
-    "objective.mask_token_truncation",  # which runs had before the encoder's init_truncation said it
+    "check_memory", "classes", "eval_batch_size", "eval_every", "eval_images", "evals", "imported", "keep_period",
+    "log_every", "max_nonfinite_steps", "max_to_keep", "microbatches", "online_probes", "probe_block", "profile_steps",
+    "save_every",
+    "data.crop_fraction", "data.data_dir", "data.max_bad_fraction", "data.name", "data.on_error", "data.path",
+    "data.prefetch", "data.source", "data.threads", "data.workers",
+    "encoder.attention", "encoder.remat", "encoder.scan", "encoder.size",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
+)  # fmt: skip
+
+# Fields that a resumed run must keep. A field in neither list, like the option of an added encoder, must be kept too.
+FIXED = (
+    "base_learning_rate", "batch_size", "ema_decay", "epochs", "image_size", "init_from", "init_parts", "mean", "seed",
+    "std", "steps",
+    "data.augment", "data.color_jitter", "data.crop_ratio", "data.crop_scale", "data.flip", "data.heldout_fraction",
+    "data.heldout_split", "data.image_size", "data.interpolation", "data.max_pixels", "data.split",
+    "data.maps.channel", "data.maps.ignore", "data.maps.most_of_one", "data.maps.photometric",
+    "data.maps.reduce_zero_label", "data.maps.scale", "data.maps.short_side",
+    "encoder.absolute_position", "encoder.class_token", "encoder.depth", "encoder.depths", "encoder.drop_path",
+    "encoder.dtype", "encoder.final_norm", "encoder.init_truncation", "encoder.layer_scale", "encoder.mlp_ratio",
+    "encoder.name", "encoder.norm_epsilon", "encoder.norm_momentum", "encoder.num_heads", "encoder.patch_norm",
+    "encoder.patch_size", "encoder.pretrained_windows", "encoder.qkv_bias", "encoder.relative_position",
+    "encoder.width", "encoder.widths", "encoder.window",
+    "objective.auxiliary_weight", "objective.block", "objective.blocks", "objective.channels", "objective.cutmix",
+    "objective.fc_norm", "objective.head", "objective.head_init_scale", "objective.label_smoothing", "objective.mask",
+    "objective.mask_patch_size", "objective.mask_ratio", "objective.mixup", "objective.mixup_group",
+    "objective.mixup_mode", "objective.mixup_prob", "objective.mixup_switch_prob", "objective.name",
+    "objective.norm_window", "objective.num_classes", "objective.pool", "objective.recount", "objective.remode",
+    "objective.reprob", "objective.train_encoder",
+    "optim.betas", "optim.decay_bias_tables", "optim.decay_mask_token", "optim.epsilon", "optim.frozen",
+    "optim.frozen_layers", "optim.gamma", "optim.grad_clip_norm", "optim.layer_decay", "optim.learning_rate",
+    "optim.lr_step_offset", "optim.milestones", "optim.min_learning_rate", "optim.name", "optim.schedule",
+    "optim.warmup_epochs", "optim.warmup_learning_rate", "optim.weight_decay",
 )  # fmt: skip
 
 
-BEFORE = {  # what runs did of which config.json does not tell, as they began before these fields
-    "data.augment": "", "data.color_jitter": 0.0, "objective.mixup": 0.0, "objective.cutmix": 0.0,
-    "objective.mixup_group": 0, "objective.reprob": 0.0, "objective.pool": "patches", "optim.frozen_layers": 0,
-}  # fmt: skip
-
-
 def base_config() -> ConfigDict:
-    """What every run has."""
+    """The fields of every run."""
     c = ConfigDict()
-    c.seed = 0
-    c.epochs = 100.0  # length of the run; an epoch is images // batch_size steps
-    c.steps = 0  # length of the run in steps instead, if above 0
-    c.batch_size = 2048  # global: of all devices and processes together
-    c.microbatches = 1  # parts of a batch, worked off one after another: the same update, unless batch norm sees parts
-    c.init_from = ""  # workdir, or step folder in it, of which to take parameters
-    c.init_parts = ()  # which: of encoder, mask_token, head; empty: all after the same objective, else the encoder
-    c.image_size = (224, 224)  # height, width in pixels
-    c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # per channel on the scale 0..1; their length is the number of channels
+    c.seed = 0  # seed of the parameters, masks, crops, order of images and other random draws
+    c.epochs = 100.0  # length of the run; an epoch is number of images // batch_size steps
+    c.steps = 0  # length of the run in steps; 0: use epochs
+    c.batch_size = 2048  # global batch size, over all devices and processes
+    c.microbatches = 1  # equal parts of a batch, processed in turn to save memory; same update, except for batch norm
+    c.init_from = ""  # workdir, or step folder in it, whose parameters the run starts from; empty: random parameters
+    c.init_parts = ()  # parts of init_from: encoder, mask_token, head; empty: all for the same objective, else encoder
+    c.image_size = (224, 224)  # height and width of training images in pixels
+    c.mean = IMAGENET_MEAN  # mean of each channel on the scale 0..1; its length is the number of channels
+    c.std = IMAGENET_STD  # standard deviation of each channel on the scale 0..1
 
-    # How many ways devices split the batch (data, fsdp), parameters and moments (fsdp), heads and hidden units
-    # (tensor); -1: the rest of them. fsdp=-1: parameters and moments over all devices.
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    c.check_memory = True  # refuse a run that the compiled step needs more memory for than a device has
+    c.mesh = ConfigDict()  # number of devices along each mesh axis; -1: all remaining devices
+    c.mesh.data = -1  # axis that splits the batch and replicates parameters
+    c.mesh.fsdp = 1  # axis that splits the batch, the parameters and their optimizer state
+    c.mesh.tensor = 1  # axis that splits attention heads and hidden units
+    c.check_memory = True  # refuse a run whose compiled step needs more memory than a device has
 
     c.data = ConfigDict()
-    c.data.source = "auto"  # what path and name say; or digits, folder, list, tar, parquet, array_record, tfds
-    c.data.path = ""  # a folder of images, prepared shards, a list file, tar or Parquet files: data/sources/__init__.py
-    c.data.name, c.data.data_dir = "", ""  # of a TFDS dataset; data_dir: TFDS's, or where a list's paths begin
-    c.data.split = "train"
-    c.data.heldout_split = "validation"
-    c.data.heldout_fraction = 0.02  # of a folder that has no held-out part of its own
-    c.data.image_size = c.get_ref("image_size")
-    c.data.crop_scale, c.data.crop_ratio = (0.67, 1.0), (3 / 4, 4 / 3)
-    c.data.flip = 0.5
-    c.data.interpolation = "bilinear"
-    c.data.augment = ""  # timm's RandAugment by its string, like rand-m9-mstd0.5-inc1
-    c.data.color_jitter = 0.0  # strength of random brightness, contrast and saturation; with RandAugment: of t3a alone
-    c.data.crop_fraction = 1.0  # of an evaluated image's resized side, that its center crop keeps: 0.875 is 224 of 256
-    c.data.workers = -1  # processes that decode; 0: none but this; -1: beside an accelerator one a core, else 0
-    c.data.threads, c.data.prefetch = 2, 4  # of each process: batches at work at a time, and waiting
-    c.data.on_error = "replace"  # a bad image is replaced by another; or "raise": it stops the run
-    c.data.max_bad_fraction = 0.01  # of all images; beyond it the run stops
-    c.data.max_pixels = 64_000_000
+    c.data.source = "auto"  # digits, folder, list, tar, parquet, array_record or tfds; auto: decide by path and name
+    c.data.path = ""  # folder of images, folder of prepared shards, list file, or tar or Parquet file or files
+    c.data.name = ""  # name of a TFDS dataset
+    c.data.data_dir = ""  # TFDS's data folder, or the folder that paths in a list file are relative to
+    c.data.split = "train"  # part that is trained on
+    c.data.heldout_split = "validation"  # part that is evaluated
+    c.data.heldout_fraction = 0.02  # fraction of a folder without a held-out part of its own that is held out
+    c.data.image_size = c.get_ref("image_size")  # follows image_size
+    c.data.crop_scale = (0.67, 1.0)  # range of a random crop's area as a fraction of the image
+    c.data.crop_ratio = (3 / 4, 4 / 3)  # range of a random crop's width / height
+    c.data.flip = 0.5  # probability of a horizontal flip
+    c.data.interpolation = "bilinear"  # filter of the resize: bilinear or bicubic
+    c.data.augment = ""  # RandAugment as timm writes it, like rand-m9-mstd0.5-inc1; empty: none
+    c.data.color_jitter = 0.0  # strength of random brightness, contrast and saturation; 0: none
+    c.data.crop_fraction = 1.0  # side of an evaluated image's center crop / its shorter side; 0.875: 224 of 256
+    c.data.workers = -1  # decoder processes; 0: decode in this process; -1: one per core on GPU or TPU, 0 on CPU
+    c.data.threads = 2  # batches that each decoder process makes at a time
+    c.data.prefetch = 4  # finished batches that each decoder process keeps ready
+    c.data.on_error = "replace"  # what happens to an unreadable image; replace: use another image; raise: stop the run
+    c.data.max_bad_fraction = 0.01  # largest fraction of unreadable images in an epoch before the run stops
+    c.data.max_pixels = 64_000_000  # largest image that is decoded, in pixels
 
     c.encoder = encoder_config("vit", "b")
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"
-    c.optim.schedule = "cosine"
-    c.base_learning_rate = 1e-4  # for a batch of 512; the rule is linear in the batch (official main_simmim.py)
-    c.optim.learning_rate = c.get_ref("base_learning_rate") * c.get_ref("batch_size") / 512
-    c.optim.warmup_epochs = 10.0
-    c.optim.warmup_learning_rate = FieldReference(5e-7) * c.get_ref("batch_size") / 512
-    c.optim.min_learning_rate = FieldReference(1e-5) * c.get_ref("batch_size") / 512
-    c.optim.milestones, c.optim.gamma = (), 0.1  # epochs, factor at each: of the multistep schedule
-    c.optim.lr_step_offset = 0  # 1: each step uses the rate of the one before, as official code does
-    c.optim.betas, c.optim.epsilon = (0.9, 0.999), 1e-8
-    c.optim.weight_decay = 0.05
-    c.optim.decay_mask_token, c.optim.decay_bias_tables = placeholder(bool), placeholder(bool)  # None: as official code
-    c.optim.layer_decay = 1.0  # factor on the peak rate from each layer to the one before
-    c.optim.grad_clip_norm = 5.0  # of the gradient's global norm; 0: not
-    c.ema_decay = 0.0  # above 0, like 0.9999: an average of the parameters is kept, evaluated and handed on
-    c.optim.frozen = ""  # regular expression of parameter paths that are not trained
-    c.optim.frozen_layers = 0  # nor so many of the encoder's lowest layers: 1 what embeds, n that and n - 1 blocks
+    c.optim.name = "adamw"  # optimizer: adamw or sgd
+    c.optim.schedule = "cosine"  # cosine, cosine_global (starts with the warm-up), multistep, linear, constant
+    c.base_learning_rate = 1e-4  # peak learning rate for a batch of 512 (main_simmim.py of microsoft/SimMIM)
+    c.optim.learning_rate = c.get_ref("base_learning_rate") * c.get_ref("batch_size") / 512  # peak learning rate
+    c.optim.warmup_epochs = 10.0  # length of the linear warm-up
+    c.optim.warmup_learning_rate = scale_with_batch(c, 5e-7)  # learning rate that the warm-up starts from
+    c.optim.min_learning_rate = scale_with_batch(c, 1e-5)  # learning rate at the end of a cosine or linear schedule
+    c.optim.milestones = ()  # epochs at which the multistep schedule multiplies the rate by gamma
+    c.optim.gamma = 0.1  # factor at each milestone
+    c.optim.lr_step_offset = 0  # delay of the rate in steps; 1: as in official code, which updates it after the step
+    c.optim.betas = (0.9, 0.999)  # AdamW's decay rates of the first and second moment; SGD uses the first as momentum
+    c.optim.epsilon = 1e-8  # AdamW's term in the denominator
+    c.optim.weight_decay = 0.05  # decoupled weight decay (AdamW) or L2 penalty (SGD); not of biases and norms
+    c.optim.decay_mask_token = placeholder(bool)  # decay the mask token; None: as official code does for this encoder
+    c.optim.decay_bias_tables = placeholder(bool)  # decay relative position bias tables; None: as official code does
+    c.optim.layer_decay = 1.0  # factor on the peak rate from each layer to the layer below; 1: same rate for all
+    c.optim.grad_clip_norm = 5.0  # largest global norm of the gradient; 0: no clipping
+    c.optim.frozen = ""  # regular expression for the start of parameter paths; those parameters are not trained
+    c.optim.frozen_layers = 0  # lowest encoder layers that are not trained; 1: patch embedding, n: also n - 1 blocks
+    c.ema_decay = 0.0  # decay of an average of the parameters, like 0.9999, which is evaluated and exported; 0: none
 
-    c.evals = ConfigDict()  # by evaluator: its options
-    c.eval_every = 0  # steps; 0: at the start and the end alone; -1: so often that it takes less than 3 % of the work
-    c.eval_images = 2000  # held-out images, and as many training images for probes; 0: all
-    c.eval_batch_size = c.get_ref("batch_size") // c.get_ref("microbatches")  # what fits in training fits here
-    c.online_probes = False  # knn and linear among the evaluators, with their defaults, where the images have classes
-    c.probe_block = 0  # whose output knn and linear probe read: 1 to depth, or 0 for the features
+    c.evals = ConfigDict()  # evaluators: their options by name
+    c.eval_every = 0  # steps between evaluations; 0: only at the start and end; -1: as often as 3 % of the work allow
+    c.eval_images = 2000  # held-out images of an evaluation, and training images of kNN and linear probe; 0: all
+    c.eval_batch_size = c.get_ref("batch_size") // c.get_ref("microbatches")  # global batch size of evaluations
+    c.online_probes = False  # add the evaluators knn and linear with their defaults if the images have classes
+    c.probe_block = 0  # block whose output kNN and linear probe read, 1 to depth; 0: the encoder's final features
 
-    c.log_every = 10
-    c.save_every = 1000  # steps
-    c.max_to_keep, c.keep_period = 2, 0  # checkpoints: the newest, and all whose step is a multiple (0: none)
-    c.profile_steps = ()  # first and last step, like 20,25: of these a trace is written, for TensorBoard's profiler
-    c.max_nonfinite_steps = 3  # steps in a row with a loss or gradient that is not finite, before the run stops
+    c.log_every = 10  # steps between rows of metrics
+    c.save_every = 1000  # steps between checkpoints
+    c.max_to_keep = 2  # newest checkpoints that are kept
+    c.keep_period = 0  # also keep checkpoints whose step is a multiple of this; 0: none
+    c.profile_steps = ()  # first and last step of a trace for TensorBoard's profiler, like 20,25; empty: no trace
+    c.max_nonfinite_steps = 3  # consecutive steps with a NaN or infinite loss or gradient before the run stops
     return c
 
 
-def encoder_config(name: str, size: str) -> ConfigDict:
-    """The fields of every encoder; those that are None are what its class and its size in `SIZES` have.
+def scale_with_batch(config: ConfigDict, rate: float) -> FieldReference:
+    """The learning rate `rate` of a batch of 512, scaled linearly to the config's batch size."""
+    return FieldReference(rate) * config.get_ref("batch_size") / 512
 
-    A field that the encoder of this name does not have must stay None. An empty name: the encoder of the run that
-    `init_from` names, with what is set here changed.
+
+def encoder_config(name: str, size: str) -> ConfigDict:
+    """The fields of all encoders. None means the value of the size in the encoder's `SIZES`, or the class's default.
+
+    A field that the encoder does not have must stay None. With an empty name the run uses the encoder of `init_from`,
+    changed by the fields that are set here.
     """
-    c = ConfigDict({"name": name, "size": size})
-    for field in ("width", "depth", "patch_size", "window"):
-        c[field] = placeholder(int)
-    for field in (
-        "widths",
-        "depths",
-        "num_heads",
-        "pretrained_windows",
-    ):  # one value per stage; num_heads of a ViT: one
-        c[field] = placeholder(tuple)
-    for field in ("class_token", "patch_norm", "final_norm", "scan"):
-        c[field] = placeholder(bool)
-    for field in ("absolute_position", "relative_position", "qkv_bias", "dtype", "remat", "attention"):
-        c[field] = placeholder(str)
-    for field in ("mlp_ratio", "layer_scale", "drop_path", "norm_epsilon", "norm_momentum", "init_truncation"):
-        c[field] = placeholder(float)
+    c = ConfigDict({"name": name, "size": size})  # convnext, resnet, swin, swinv2 or vit; entry in its SIZES
+    c.width = placeholder(int)  # channels: of all blocks (ViT) or of the first stage (Swin, ResNet)
+    c.widths = placeholder(tuple)  # channels of each stage (ConvNeXt)
+    c.depth = placeholder(int)  # number of blocks (ViT)
+    c.depths = placeholder(tuple)  # number of blocks in each stage (Swin, ConvNeXt, ResNet)
+    c.num_heads = placeholder(tuple)  # attention heads: one number (ViT) or one per stage (Swin)
+    c.mlp_ratio = placeholder(float)  # hidden units of the MLP / channels
+    c.patch_size = placeholder(int)  # side of a patch in pixels
+    c.window = placeholder(int)  # side of an attention window in tokens (Swin)
+    c.pretrained_windows = placeholder(tuple)  # window of each stage in pretraining, to scale positions by (Swin V2)
+    c.class_token = placeholder(bool)  # whether a class token joins the patches (ViT)
+    c.absolute_position = placeholder(str)  # position embedding of tokens: none, learned or sincos (ViT)
+    c.relative_position = placeholder(str)  # relative position bias: none, shared or per_block (ViT)
+    c.qkv_bias = placeholder(str)  # biases of the attention's input projections: qkv, qv or none
+    c.layer_scale = placeholder(float)  # initial value of LayerScale; 0: none
+    c.patch_norm = placeholder(bool)  # whether a LayerNorm follows the patch embedding (Swin)
+    c.final_norm = placeholder(bool)  # whether a LayerNorm follows the last block
+    c.norm_epsilon = placeholder(float)  # epsilon of the norms
+    c.norm_momentum = placeholder(float)  # weight of a new batch in running statistics, as in PyTorch (ResNet)
+    c.drop_path = placeholder(float)  # rate of stochastic depth in the last block; grows linearly from 0 in the first
+    c.init_truncation = placeholder(float)  # cut of the initial normal distributions in standard deviations
+    c.dtype = placeholder(str)  # type of matmul inputs: float32 or bfloat16
+    c.remat = placeholder(str)  # what the backward pass recomputes: none, attention, dots or full (least memory)
+    c.scan = placeholder(bool)  # compile one block and scan over all: shorter compilation
+    c.attention = placeholder(str)  # attention kernel: xla, cudnn or auto
     return c
 
 
 def pretrain_config() -> ConfigDict:
-    """SimMIM pretraining: blocks of 32 pixels, ratio 0.6, held-out loss and pictures."""
+    """SimMIM pretraining with 60 % of 32-pixel patches masked; held-out loss, pictures and probes."""
     c = base_config()
-    c.objective = ConfigDict({"name": "simmim", "mask": "random", "mask_patch_size": 32, "mask_ratio": 0.6})
-    c.objective.norm_window = 0  # side in pixels of the windows that normalize the target; 0: it is not
+    c.objective = ConfigDict({"name": "simmim"})
+    c.objective.mask = "random"  # mask strategy
+    c.objective.mask_patch_size = 32  # side of a masked patch in pixels
+    c.objective.mask_ratio = 0.6  # fraction of patches that are masked, between 0 and 1
+    c.objective.norm_window = 0  # side in pixels of the window around each pixel that normalizes the target; 0: none
     c.evals.reconstruction = ConfigDict({"pictures": 8})
-    c.online_probes, c.eval_every = True, -1
+    c.online_probes = True
+    c.eval_every = -1
     return c
 
 
 def _classification() -> ConfigDict:
-    """What linear evaluation and fine-tuning share: official crops, and the accuracy on all held-out images."""
+    """The fields of linear evaluation and fine-tuning: official crops, accuracy on all held-out images."""
     c = base_config()
     c.data.crop_scale = (0.08, 1.0)
     c.data.crop_fraction = 0.875
     c.data.interpolation = "bicubic"
     c.eval_images = 0
     c.evals.accuracy = ConfigDict({})
+    c.objective = ConfigDict({"name": "classify"})
+    c.objective.num_classes = 1000  # number of classes
+    c.objective.block = 0  # block whose features are classified, 1 to depth; 0: the encoder's final features
+    c.objective.pool = "patches"  # classified features: patches (mean), class_token, or both
+    c.objective.fc_norm = placeholder(bool)  # LayerNorm between pooling and head; None: if the encoder ends without one
+    c.objective.head_init_scale = 1.0  # factor on the head's initial weights N(0, 0.02)
+    c.objective.label_smoothing = 0.0  # probability mass spread over all classes, 0 to 1
+    c.objective.train_encoder = True  # whether stochastic depth and batch statistics are active
     return c
 
 
 def linear_config() -> ConfigDict:
-    """Linear evaluation: a frozen encoder, and a linear classifier on the mean patch feature of one block."""
+    """Linear evaluation: a frozen encoder and a linear classifier on the mean patch feature of one block."""
     c = _classification()
-    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 8, "fc_norm": True})
-    c.objective.pool = "patches"  # what is classified: or "class_token", "both"
-    c.objective.head_init_scale, c.objective.label_smoothing = 0.001, 0.0
+    c.objective.block = 8
+    c.objective.fc_norm = True
+    c.objective.head_init_scale = 0.001
     c.objective.train_encoder = False
     c.optim.frozen = "encoder/"
     c.optim.weight_decay = 0.0
@@ -170,105 +228,84 @@ def linear_config() -> ConfigDict:
 
 
 def finetune_config() -> ConfigDict:
-    """Fine-tuning of the encoder of another run, whichever that is, as official SimMIM fine-tunes a Swin.
+    """Fine-tuning of another run's encoder.
 
-    Rates, decay, schedule, head, augmentation and mixing are those of its config.py, main_finetune.py and
-    data_finetune.py. (Its color jitter of 0.4 is not used there: timm leaves it out where RandAugment is.)
+    Rates, decay, schedule, head, augmentation and mixing are those of a Swin in config.py, main_finetune.py and
+    data_finetune.py of microsoft/SimMIM. Its color jitter of 0.4 has no effect there, because timm skips color jitter
+    next to RandAugment.
     """
     c = _classification()
-    c.data.augment = "rand-m9-mstd0.5-inc1"
     c.encoder = encoder_config("", "")
     c.encoder.drop_path = 0.1
-    c.objective = ConfigDict({"name": "classify", "num_classes": 1000, "block": 0, "pool": "patches"})
-    c.objective.fc_norm = placeholder(bool)  # None: where the encoder does not end in a norm
-    c.objective.head_init_scale, c.objective.label_smoothing = 1.0, 0.1
-    c.objective.train_encoder = True
-    c.objective.mixup, c.objective.cutmix = 0.8, 1.0  # of Beta(a, a), whose draw is the share of the image; 0: none
-    c.objective.mixup_prob, c.objective.mixup_switch_prob = 1.0, 0.5  # that a batch is mixed; that CutMix does it
-    c.objective.mixup_mode = "batch"  # one draw for a batch; or "pair", "elem"
-    c.objective.mixup_group = 0  # so many neighbors are mixed with one another, by a draw of theirs; 0: the batch
-    c.objective.reprob = 0.25  # probability that boxes of an image become noise
-    c.objective.remode, c.objective.recount = "pixel", 1  # or "rand", "const"; boxes at most
+    c.data.augment = "rand-m9-mstd0.5-inc1"
+    c.objective.label_smoothing = 0.1
+    c.objective.mixup = 0.8  # alpha of Mixup's Beta(alpha, alpha); 0: no Mixup
+    c.objective.cutmix = 1.0  # alpha of CutMix's Beta(alpha, alpha); 0: no CutMix
+    c.objective.mixup_prob = 1.0  # probability that Mixup or CutMix is applied
+    c.objective.mixup_switch_prob = 0.5  # probability of CutMix instead of Mixup if both are on
+    c.objective.mixup_mode = "batch"  # one draw per batch, pair or elem
+    c.objective.mixup_group = 0  # consecutive images with one draw, mixed with each other; 0: the whole batch
+    c.objective.reprob = 0.25  # probability of random erasing
+    c.objective.remode = "pixel"  # fill of erased boxes: pixel (noise per pixel), rand (one color) or const (0)
+    c.objective.recount = 1  # largest number of erased boxes in an image
     c.epochs = 100.0
     c.base_learning_rate = 1.25e-3
     c.optim.schedule = "cosine_global"
     c.optim.lr_step_offset = 1
     c.optim.warmup_epochs = 20.0
-    c.optim.warmup_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
-    c.optim.min_learning_rate = FieldReference(2.5e-7) * c.get_ref("batch_size") / 512
+    c.optim.warmup_learning_rate = scale_with_batch(c, 2.5e-7)
+    c.optim.min_learning_rate = scale_with_batch(c, 2.5e-7)
     c.optim.layer_decay = 0.8
     return c
 
 
 def segment_config(head: str = "linear") -> ConfigDict:
-    """Semantic segmentation with the encoder of another run: `linear`, frozen under a linear map, or `upernet`.
+    """Semantic segmentation with another run's encoder: frozen below a `linear` head, or trained with `upernet`.
 
     Crops, schedule and decay are those of BEiT's UPerNet on ADE20K (microsoft/unilm, beit/semantic_segmentation).
     """
     c = base_config()
     c.encoder = encoder_config("", "")
-    c.objective = ConfigDict({"name": "segment", "num_classes": 150, "head": head, "block": 0, "blocks": ()})
-    c.objective.channels, c.objective.auxiliary_weight = 512, 0.4  # of upernet alone
-    c.objective.train_encoder = head != "linear"
-    c.image_size = (512, 512)  # of the crops, and of the windows that whole images are evaluated by
+    c.objective = ConfigDict({"name": "segment"})
+    c.objective.num_classes = 150  # number of classes
+    c.objective.head = head  # linear or upernet
+    c.objective.block = 0  # block whose output the linear head reads, 1 to depth; 0: the encoder's final features
+    c.objective.blocks = ()  # four blocks that UPerNet reads from a ViT; empty: the block at each quarter of the depth
+    c.objective.channels = 512  # channels of UPerNet's maps
+    c.objective.auxiliary_weight = 0.4  # weight of UPerNet's auxiliary loss; 0: no auxiliary head
+    c.objective.train_encoder = head != "linear"  # whether stochastic depth and batch statistics are active
+    c.image_size = (512, 512)  # height and width of crops, and of the windows in evaluation, in pixels
     c.batch_size = 16
-    c.data.maps = ConfigDict({"reduce_zero_label": False, "ignore": 255, "channel": -1})
-    c.data.maps.short_side = 0  # to which images are scaled, in pixels; 0: the crop's shorter side; -1: they are not
-    c.data.maps.scale, c.data.maps.most_of_one, c.data.maps.photometric = (0.5, 2.0), 0.75, True
+    c.data.maps = ConfigDict()
+    c.data.maps.reduce_zero_label = False  # whether 0 in a file means no class, and class n is stored as n + 1
+    c.data.maps.ignore = 255  # value in a file that means no class
+    c.data.maps.channel = -1  # channel that holds the class in maps with several channels; -1: refuse such maps
+    c.data.maps.short_side = 0  # shorter side that images are scaled to, in pixels; 0: that of the crop; -1: no scaling
+    c.data.maps.scale = (0.5, 2.0)  # range of the random scale factor
+    c.data.maps.most_of_one = 0.75  # largest fraction of a crop that one class may cover (mmseg's cat_max_ratio)
+    c.data.maps.photometric = True  # random brightness, contrast, saturation and hue
     c.data.heldout_fraction = 0.1
     c.eval_images = 0
     c.evals.segmentation = ConfigDict({"pictures": 8, "step": 0})
     c.optim.schedule = "linear"
     c.optim.min_learning_rate = 0.0
+    c.optim.warmup_learning_rate = 0.0
     if head == "linear":
         c.optim.frozen = "encoder/"
         c.optim.weight_decay = 0.0
         c.base_learning_rate = 3.2e-2  # 1e-3 for a batch of 16
         c.optim.warmup_epochs = 0.0
-        c.optim.warmup_learning_rate = 0.0
     else:
         c.encoder.drop_path = 0.1
         c.base_learning_rate = 3.2e-3  # 1e-4 for a batch of 16
         c.optim.warmup_epochs = 1.0
-        c.optim.warmup_learning_rate = 0.0
         c.optim.layer_decay = 0.75
     c.log_every = 50
     return c
 
 
-def to_dict(config: ConfigDict) -> dict:
-    """The config as plain JSON data, references resolved: what config.json holds."""
-    return json.loads(config.copy_and_resolve_references().to_json())
-
-
-def refuse_change(saved: dict, now: dict, where: str) -> None:
-    """Raise ConfigError, naming what differs, if the config `now` would not continue the run of `saved`.
-
-    Both as config.json has them. What an imported model does not say is free; what a run does not, is as it was before
-    there was such a field.
-    """
-    now, before = dict(flat(now)), dict(flat(saved))
-    if "imported" not in saved:
-        before = {name: value for name, value in BEFORE.items() if name in now} | before
-    changed = [name for name in sorted(before) if now.get(name) != before[name] and not name.startswith(FREE)]
-    if changed:
-        examples = ", ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ConfigError(
-            f"workdir of another config ({examples}{more})", where, "undo the change, or give a new --workdir"
-        )
-
-
-def flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def load(path: str) -> ConfigDict:
-    """The config of `path`, or of `path:argument`, as the file has it."""
+    """The config of the recipe `FILE.py`, or of `FILE.py:argument`."""
     file, _, argument = path.partition(":")
     spec = importlib.util.spec_from_file_location("config", file)
     module = importlib.util.module_from_spec(spec)
@@ -276,8 +313,34 @@ def load(path: str) -> ConfigDict:
     return module.get_config(argument) if argument else module.get_config()
 
 
-def config_field(config: ConfigDict, name: str):
-    """The value of a dotted name."""
-    for part in name.split("."):
-        config = config[part]
-    return config
+def to_dict(config: ConfigDict) -> dict:
+    """The config as plain JSON data with references resolved, as config.json holds it."""
+    return json.loads(config.copy_and_resolve_references().to_json())
+
+
+def flat(tree: dict, prefix: str = "", whole: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of every field. Trees named in `whole` are single values."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value and prefix + name not in whole:
+            yield from flat(value, f"{prefix}{name}.", whole)
+        else:
+            yield prefix + name, value
+
+
+def refuse_change(saved: dict, now: dict, where: str) -> None:
+    """Raise ConfigError with the difference if a run of the config `now` cannot resume a run of the config `saved`.
+
+    Both are as config.json holds them. A field that an imported model's config.json lacks may have any value.
+    """
+    old, new = (dict(flat(tree, whole=WHOLE)) for tree in (saved, now))
+    unknown = sorted(old.keys() - new.keys() - {*FREE, *FIXED})
+    fix = "undo the change, or give a new --workdir"
+    if unknown:
+        what = f"config.json has fields that this config or version does not know: {', '.join(unknown)}"
+        raise ConfigError(what, where, fix)
+    names = old if "imported" in saved else old | new
+    changed = [name for name in sorted(names) if name not in FREE and old.get(name) != new.get(name)]
+    if changed:
+        examples = ", ".join(f"{name}: saved {old.get(name)!r}, now {new.get(name)!r}" for name in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(f"workdir of another config ({examples}{more})", where, fix)

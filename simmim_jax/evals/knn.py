@@ -9,15 +9,15 @@ from simmim_jax.errors import check_minimum
 from simmim_jax.evals import probes
 
 
-def make_knn(*, features: Callable, neighbors: int = 20, temperature: int | float = 0.07):
+def make_knn(*, features: Callable, k: int = 20, temperature: int | float = 0.07):
     """features(state) -> `evals.features.Features`. Metric: "knn", top-1 accuracy on the held-out set in 0..1."""
-    check_minimum("evals.knn.neighbors", neighbors, 1)
+    check_minimum("evals.knn.k", k, 1)
     check_minimum("evals.knn.temperature", temperature, 0, strict=True)
 
     def run(state) -> dict[str, float]:
         x = features(state)
         found = probes.nearest_classes(
-            x.train, x.train_labels, x.heldout, classes=int(x.train_labels.max()) + 1, neighbors=(neighbors,),
+            x.train, x.train_labels, x.heldout, classes=int(x.train_labels.max()) + 1, neighbors=(k,),
             temperature=temperature,
         )  # fmt: skip
         return {"knn": float((found[0, :, 0] == x.heldout_labels).mean())}
