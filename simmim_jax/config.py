@@ -194,7 +194,7 @@ def pretrain_config() -> ConfigDict:
     return c
 
 
-def _classification() -> ConfigDict:
+def classify_config() -> ConfigDict:
     """The fields of linear evaluation and fine-tuning: official crops, accuracy on all held-out images."""
     c = base_config()
     c.data.crop_scale = (0.08, 1.0)
@@ -215,7 +215,7 @@ def _classification() -> ConfigDict:
 
 def linear_config() -> ConfigDict:
     """Linear evaluation: a frozen encoder and a linear classifier on the mean patch feature of one block."""
-    c = _classification()
+    c = classify_config()
     c.objective.block = 8
     c.objective.fc_norm = True
     c.objective.head_init_scale = 0.001
@@ -234,7 +234,7 @@ def finetune_config() -> ConfigDict:
     data_finetune.py of microsoft/SimMIM. Its color jitter of 0.4 has no effect there, because timm skips color jitter
     next to RandAugment.
     """
-    c = _classification()
+    c = classify_config()
     c.encoder = encoder_config("", "")
     c.encoder.drop_path = 0.1
     c.data.augment = "rand-m9-mstd0.5-inc1"
@@ -302,6 +302,12 @@ def segment_config(head: str = "linear") -> ConfigDict:
         c.optim.layer_decay = 0.75
     c.log_every = 50
     return c
+
+
+def defaults(config: ConfigDict) -> ConfigDict:
+    """The defaults of a config with this objective; those of every run if the objective has no family function."""
+    families = {"simmim": pretrain_config, "classify": classify_config, "segment": segment_config}
+    return families.get(config.objective.name, base_config)()
 
 
 def load(path: str) -> ConfigDict:

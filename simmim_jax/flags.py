@@ -10,91 +10,170 @@ import re
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from simmim_jax.config import config_field, flat, load, to_dict
+from simmim_jax.config import defaults, flat, load, to_dict
 from simmim_jax.errors import ConfigError
 
+HELP = {"--help", "--helpfull", "--helpshort", "-h", "-help"}
+# Encoder fields of a recipe that also fit another encoder, named on the command line.
+KEPT_FOR_OTHER_ENCODERS = {"dtype", "remat", "scan", "attention", "drop_path"}
 
-def define_config_flag() -> None:
-    """Define --config as `main` does, for the tools that take a config too."""
-    config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
+
+def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define --config."""
+    config_flags.DEFINE_config_file(
+        "config", help_string="recipe, like configs/X.py or configs/X.py:argument", flag_values=flag_values
+    )
 
 
-def parse_flags(argv: list[str], *, needs_workdir: bool = True) -> list[str]:
+def define_run_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the flags of `simmim_jax.main`. SLURM, Open MPI and TPU slices need no flag for several processes."""
+    define_config_flag(flag_values)
+    add = {"flag_values": flag_values}
+    flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", **add)
+    flags.DEFINE_bool("print_config", False, "print every field with its value and origin, and exit", **add)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes", **add)
+    flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1, **add)
+    flags.DEFINE_integer("process", None, "index of this process, from 0", lower_bound=0, **add)
+    flags.DEFINE_integer(
+        "heartbeat", 100, "seconds without a sign of life until a process is lost", lower_bound=1, **add
+    )
+
+
+def parse_flags(
+    argv: list[str], *, needs_workdir: bool = True, flag_values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
     """absl's flag parser, with every mistake as a ConfigError of one line. For `app.run(flags_parser=...)`."""
-    path = _flag_value(argv, "config")
+    path = flag_value(argv, "config")
     if path and not os.path.isfile(path.split(":")[0]):
-        near = difflib.get_close_matches(path, _config_files(path), n=1, cutoff=0.3)
+        near = difflib.get_close_matches(path, _recipes(path), n=1, cutoff=0.3)
         raise ConfigError("no such config file", path, f"did you mean {near[0]}?" if near else "give --config=FILE.py")
-    if not {"--help", "--helpfull", "--helpshort", "-h", "-help"} & set(argv):
+    if not HELP & set(argv):
         if path is None:
             fix = "give --config=configs/digits_vit_tiny.py, or another of configs/"
             raise ConfigError("no config given", "--config", fix)
-        if needs_workdir and _flag_value(argv, "workdir") is None:
+        needs_workdir &= not any(re.match("--?print_config", argument) for argument in argv)
+        if needs_workdir and flag_value(argv, "workdir") is None:
             raise ConfigError("no workdir given", "--workdir", "give a folder for the run, like --workdir=runs/mine")
     try:
-        rest = flags.FLAGS(argv)
-    except Exception as error:  # absl's and ml_collections' many, and whatever the config file raises
+        rest = flag_values(argv)
+    except Exception as error:  # the many types of absl and ml_collections, and all that a recipe can raise
         raise _translate_flag_error(error, argv, path) from error
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}", "command line", "give fields as --config.field=value")
-    name = _flag_value(argv, "config.encoder.name")
-    if path and name is not None:
-        _leave_to_the_encoder(flags.FLAGS["config"].value, load(path), argv)
+    if path and flag_value(argv, "config.encoder.name") is not None:
+        _unset_encoder_fields(flag_values["config"].value, load(path), argv)
     return rest
 
 
-def _leave_to_the_encoder(config: ConfigDict, file: ConfigDict, argv: list[str]) -> None:
-    """Where the command line names another encoder than the config file, unset what the file sets for its own.
+def describe_config(config: ConfigDict, argv: list[str], encoder: dict | None) -> str:
+    """One line per field: its name, its value as the command line takes it, and its origin.
 
-    A file that names none sets fields for whichever it will be.
+    The origin is "default"; "recipe" if the recipe or its family function sets another value; "flag" if the command
+    line sets it or a field that it follows from; or the encoder and size that fill in the field.
+
+    encoder: all fields of the encoder, or None if the config leaves it open.
     """
-    if not file.encoder.name or config.encoder.name == file.encoder.name:
-        return
-    given = {match.group(1) for argument in argv if (match := re.match(r"--?config\.encoder\.([^=]+)", argument))}
-    kept = given | {"name", "dtype", "remat", "scan", "attention", "drop_path"}
-    kept |= {"size"} if config.encoder.name else set()
-    left = [field for field, value in file.encoder.items() if value is not None and field not in kept]
-    for field in left:
-        config.encoder[field] = None
-    if left:
-        name = config.encoder.name or "that of init_from"
-        print(f"encoder {name}: left unset what the config sets for {file.encoder.name}: {', '.join(sorted(left))}")
+    path = flag_value(argv, "config")
+    recipe, default, now = (dict(flat(to_dict(c))) for c in (load(path), defaults(config), config))
+    if encoder is not None:
+        filled = {f"encoder.{name}": value for name, value in encoder.items()}
+        now = {name: value for name, value in now.items() if not name.startswith("encoder.") or name in filled}
+        now |= {name: value for name, value in filled.items() if now.get(name) is None}
+    rows = []
+    for name, value in now.items():
+        if flag_value(argv, f"config.{name}") is not None:
+            origin = "flag"
+        elif encoder is not None and name.startswith("encoder.") and config.encoder.get(name[8:]) is None:
+            origin = " ".join(filter(None, (encoder["name"], encoder["size"])))
+        elif name not in recipe or value != recipe[name]:
+            origin = "flag"
+        else:
+            origin = "default" if name in default and value == default[name] else "recipe"
+        rows.append((name, _as_flag(value), origin))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}" for name, value, origin in rows)
 
 
-def _translate_flag_error(error: Exception, argv: list[str], path: str) -> ConfigError:
-    """What is wrong in `argv`, with the nearest field where it is a field that the config does not have."""
-    message = " ".join(str(error).split())
-    try:
-        config = load(path)
-        fields = [name for name, _ in flat(to_dict(config))]
-    except Exception as broken:  # the config file itself fails: any error can come out of it
-        return ConfigError(f"{type(broken).__name__}: {' '.join(str(broken).split())}", path, "mend the config file")
-    for argument in argv[1:]:
-        name = re.match(r"--?config\.([^=]+)", argument)
-        if name and name.group(1) not in fields and not any(field.startswith(name.group(1) + ".") for field in fields):
-            near = difflib.get_close_matches(name.group(1), fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"fields are listed in {path} and simmim_jax/config.py"
-            return ConfigError(f"unknown field {name.group(1)}", path, hint)
-        if name and name.group(0) in message:
-            value = config_field(config, name.group(1))
-            like = f"give a {type(value).__name__}, like {value!r}"
-            if isinstance(value, ConfigDict):
-                like = f"set its fields one by one: --{name.group(0).lstrip('-')}.{next(iter(value), 'field')}=value"
-            return ConfigError(message.removeprefix("flag "), path, like)
-    return ConfigError(message, path, "see --help")
-
-
-def _flag_value(argv: list[str], name: str) -> str | None:
-    """The value of --name=VALUE or --name VALUE; None if it is not there."""
+def flag_value(argv: list[str], name: str) -> str | None:
+    """The value of --name=VALUE or --name VALUE; None if the flag is missing."""
     for n, argument in enumerate(argv):
-        if match := re.fullmatch(rf"--?{name}=(.*)", argument, re.DOTALL):
+        if match := re.fullmatch(rf"--?{re.escape(name)}=(.*)", argument, re.DOTALL):
             return match.group(1)
-        if re.fullmatch(rf"--?{name}", argument) and n + 1 < len(argv):
+        if argument in (f"--{name}", f"-{name}") and n + 1 < len(argv):
             return argv[n + 1]
     return None
 
 
-def _config_files(path: str) -> list[str]:
+def _as_flag(value) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list):
+        return ",".join(map(_as_flag, value)) + ("," if len(value) == 1 else "") if value else "()"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return '""' if value == "" else str(value)
+
+
+def _unset_encoder_fields(config: ConfigDict, recipe: ConfigDict, argv: list[str]) -> None:
+    """If the command line names another encoder than the recipe, unset what the recipe sets for its own encoder.
+
+    A recipe that names no encoder sets fields for any encoder.
+    """
+    if not recipe.encoder.name or config.encoder.name == recipe.encoder.name:
+        return
+    kept = {"name", *KEPT_FOR_OTHER_ENCODERS} | ({"size"} if config.encoder.name else set())
+    unset = [
+        field
+        for field, value in recipe.encoder.items()
+        if value is not None and field not in kept and flag_value(argv, f"config.encoder.{field}") is None
+    ]
+    for field in unset:
+        config.encoder[field] = None
+    if unset:
+        name = config.encoder.name or "of init_from"
+        print(f"encoder {name}: ignoring the recipe's fields for {recipe.encoder.name}: {', '.join(sorted(unset))}")
+
+
+def _translate_flag_error(error: Exception, argv: list[str], path: str) -> ConfigError:
+    """The mistake in `argv`; for an unknown field, with the nearest known one."""
+    message = " ".join(str(error).split())
+    try:
+        fields = dict(flat(to_dict(load(path))))
+    except Exception as broken:  # the recipe itself fails, with any type of error
+        return ConfigError(f"{type(broken).__name__}: {' '.join(str(broken).split())}", path, "fix the config file")
+    for argument in argv[1:]:
+        flag, name = re.match(r"(?:--?config\.([^=]+))?", argument).group(0, 1)
+        if name is None:
+            continue
+        children = [field for field in fields if field.startswith(f"{name}.")]
+        if name not in fields and not children:
+            near = nearest_field(name, fields)
+            fix = f"did you mean {near}?" if near else "see the fields with --print_config"
+            return ConfigError(f"unknown field {name}", path, fix)
+        if flag in message:
+            if children:
+                fix = f"set its fields one by one: --config.{children[0]}=value"
+            else:
+                fix = f"give a {type(fields[name]).__name__}, like {_as_flag(fields[name])}"
+            return ConfigError(message.removeprefix("flag "), path, fix)
+    return ConfigError(message, path, "see --help")
+
+
+def nearest_field(name: str, fields) -> str | None:
+    """The known field nearest to an unknown one, first among those of its section. None if none is near."""
+    section, _, word = name.rpartition(".")
+    siblings = {field.rpartition(".")[2]: field for field in fields if field.rpartition(".")[0] == section}
+    containing = [sibling for sibling in siblings if word in sibling.split("_")]
+    near = difflib.get_close_matches(word, containing, n=1, cutoff=0.0) or difflib.get_close_matches(
+        word, siblings, n=1
+    )
+    if near:
+        return siblings[near[0]]
+    near = difflib.get_close_matches(name, fields, n=1)
+    return near[0] if near and not siblings else None
+
+
+def _recipes(path: str) -> list[str]:
+    """The recipes in the folder of `path`."""
     folder = os.path.dirname(path) or "configs"
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [os.path.join(folder, name) for name in names if name.endswith(".py")]

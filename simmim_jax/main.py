@@ -1,39 +1,44 @@
 """python -m simmim_jax.main --config configs/X.py --workdir DIR [--config.a.b=value ...]
 
-Pretrains, or evaluates, as the config says. Run the same command again to go on after any interruption.
+Run the config; the same command resumes an interrupted run. --print_config prints its fields instead.
 """
 
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from simmim_jax import flags as run_flags
 from simmim_jax.errors import exit_with_message
-from simmim_jax.flags import parse_flags
-
-CONFIG = config_flags.DEFINE_config_file("config", help_string="config file, configs/X.py", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", required=True)
-# SLURM, Open MPI and TPU slices say these by themselves.
-COORDINATOR = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of the first")
-PROCESSES = flags.DEFINE_integer("processes", None, "how many they are", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0 on", lower_bound=0)
-HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "seconds of silence after which one counts as lost", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at the level below
+    given = flags.FLAGS
+    if not given["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # JAX and Orbax log much at the level below
+    if given.print_config:
+        print(run_flags.describe_config(given.config, sys.argv, encoder_fields(given.config, given.workdir)))
+        return
     from simmim_jax import train  # late, so that mistakes on the command line are reported without importing JAX
     from simmim_jax.runtime import compilation, processes
 
     compilation.keep_compiled()
-    processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, heartbeat=HEARTBEAT.value)
+    processes.join(given.coordinator, given.processes, given.process, heartbeat=given.heartbeat)
     try:
-        train.train(CONFIG.value, WORKDIR.value)
+        train.train(given.config, given.workdir)
     except Exception as error:
-        if (told := processes.translate_error(error)) is error:
+        if (user_error := processes.translate_error(error)) is error:
             raise
-        raise told from error
+        raise user_error from error
+
+
+def encoder_fields(config, workdir: str | None) -> dict | None:
+    """All fields of the encoder; None if the config leaves the encoder to an `init_from` that is not given."""
+    if not config.encoder.name and not config.init_from:
+        return None
+    from simmim_jax import models, train  # the sizes of encoders are next to their Flax modules
+
+    options = train.resolve_encoder(config, workdir or "")
+    return train.encoder_record(models.make_encoder(**options), options)
 
 
 def leave(by_signal: bool) -> None:
@@ -42,13 +47,13 @@ def leave(by_signal: bool) -> None:
 
 
 def run() -> None:
-    """Run `main`; end as `errors` promises: one line and an exit code for what the user can mend."""
+    """Run `main`. A user's mistake prints one line and exits with its code, as `errors` promises."""
     if any(argument.startswith("--jax") for argument in sys.argv):
-        import jax
-
-        jax.config.config_with_absl()
+        __import__("jax").config.config_with_absl()
+    run_flags.define_run_flags()
+    flags.adopt_module_key_flags(run_flags)
     with exit_with_message(leave):
-        app.run(main, flags_parser=parse_flags)
+        app.run(main, flags_parser=run_flags.parse_flags)
 
 
 if __name__ == "__main__":

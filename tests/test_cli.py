@@ -173,8 +173,8 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
     flags = (*DIGITS, "--config.steps=1", "--config.eval_every=0", "--workdir", tmp_path)
     assert run(*flags).returncode == 0
     line = told(*flags, "--config.objective.mask_ratio=0.5", "--config.encoder.depth=3", code=2)
-    assert "encoder.depth: 2 there, 3 now" in line
-    assert "objective.mask_ratio: 0.6 there, 0.5 now" in line
+    assert "encoder.depth: saved 2, now 3" in line
+    assert "objective.mask_ratio: saved 0.6, now 0.5" in line
     assert run(*flags, "--config.log_every=7", "--config.data.threads=1").returncode == 0
 
 

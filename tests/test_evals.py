@@ -61,7 +61,7 @@ def test_a_classifier_that_says_nothing_finds_nothing():
 
 def test_knn_equals_a_computation_by_hand():
     (train, train_labels), (heldout, labels) = clusters(80, 1.5), clusters(40, 1.5)
-    run = make_evaluator("knn", {"features": lambda _: Features(train, train_labels, heldout, labels)}, neighbors=7)
+    run = make_evaluator("knn", {"features": lambda _: Features(train, train_labels, heldout, labels)}, k=7)
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     similarity = unit(heldout) @ unit(train).T
     right = 0
@@ -170,7 +170,7 @@ def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("knn", {"neighbors": 0}),
+        ("knn", {"k": 0}),
         ("linear", {"iterations": 0}),
         ("knn", {"neigbors": 5}),
         ("reconstruction", {"pictures": -1}),

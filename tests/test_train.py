@@ -53,9 +53,9 @@ def test_a_step_that_does_not_fit_is_refused_with_settings_that_do():
 
 def test_probes_join_the_evaluators_where_both_sides_have_the_same_classes():
     images = lambda *classes: SimpleNamespace(classes=classes)  # noqa: E731
-    config = digits(evals={"reconstruction": {"pictures": 2}, "knn": {"neighbors": 5}})
+    config = digits(evals={"reconstruction": {"pictures": 2}, "knn": {"k": 5}})
     names = lambda *sides: set(train.resolve_evals(config, *sides))  # noqa: E731
-    assert train.resolve_evals(config, images("a", "b"), images("a", "b"))["knn"] == {"neighbors": 5}
+    assert train.resolve_evals(config, images("a", "b"), images("a", "b"))["knn"] == {"k": 5}
     assert names(images("a", "b"), images("a", "b")) == {"reconstruction", "knn", "linear"}
     config.evals = {"reconstruction": {}}
     for sides in ((images(), images()), (images("a"), images("a")), (images("a", "b"), images("a"))):
