@@ -69,7 +69,7 @@ def describe_config(config: ConfigDict, argv: list[str], encoder: dict | None) -
     """One line per field: its name, its value as the command line takes it, and its origin.
 
     The origin is "default"; "recipe" if the recipe or its family function sets another value; "flag" if the command
-    line sets it or a field that it follows from; or the encoder and size that fill in the field.
+    line sets it or a field that it follows from; or what fills in a field of the encoder, like "vit b" or "init_from".
 
     encoder: all fields of the encoder, or None if the config leaves it open.
     """
@@ -78,13 +78,13 @@ def describe_config(config: ConfigDict, argv: list[str], encoder: dict | None) -
     if encoder is not None:
         filled = {f"encoder.{name}": value for name, value in encoder.items()}
         now = {name: value for name, value in now.items() if not name.startswith("encoder.") or name in filled}
-        now |= {name: value for name, value in filled.items() if now.get(name) is None}
+        now |= {name: value for name, value in filled.items() if now.get(name) in (None, "")}
     rows = []
     for name, value in now.items():
         if flag_value(argv, f"config.{name}") is not None:
             origin = "flag"
-        elif encoder is not None and name.startswith("encoder.") and config.encoder.get(name[8:]) is None:
-            origin = " ".join(filter(None, (encoder["name"], encoder["size"])))
+        elif encoder is not None and name.startswith("encoder.") and config.encoder.get(name[8:]) in (None, ""):
+            origin = f"{encoder['name']} {encoder['size'] or ''}" if config.encoder.name else "init_from"
         elif name not in recipe or value != recipe[name]:
             origin = "flag"
         else:

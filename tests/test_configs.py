@@ -115,7 +115,9 @@ def test_an_official_fine_tuning(name, image, window, layer_decay, drop_path, af
     )  # fmt: skip
     assert (data.crop_scale, data.flip, data.interpolation) == ((0.08, 1.0), 0.5, "bicubic")
     assert (data.augment, data.color_jitter, data.crop_fraction) == ("rand-m9-mstd0.5-inc1", 0.0, 0.875)
-    mixing = [objective[name] for name in ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode", "reprob")]
+    mixing = [
+        objective[name] for name in ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode", "reprob")
+    ]
     assert mixing == [0.8, 1.0, 1.0, 0.5, "batch", 0.25]
     assert objective.mixup_group == 128  # images of one of their processes
     assert (objective.label_smoothing, objective.num_classes, config.ema_decay) == (0.1, 1000, 0.0)
