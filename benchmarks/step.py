@@ -188,7 +188,7 @@ def ours(
     rate = {"schedule": "constant", "steps": 10**6, "steps_per_epoch": 1, "learning_rate": LEARNING_RATE}
     tx, _ = optim.make_optimizer("adamw", weight_decay=WEIGHT_DECAY, clip=CLIP, stacks=encoder.scanned_layers, **rate)
     make_state = functools.partial(init_state, init=objective.init, tx=tx)
-    abstract = sharding.place(jax.eval_shape(make_state, key), mesh, tuple(encoder.scanned_layers))
+    abstract = sharding.shard_state(jax.eval_shape(make_state, key), mesh, tuple(encoder.scanned_layers))
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
     jax.block_until_ready(state)
     phase("build")

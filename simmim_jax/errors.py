@@ -128,6 +128,14 @@ def check_multiple(size: int, unit: int, where: str, of_what: str) -> None:
         raise ConfigError(f"{size} is not a multiple of {of_what}, {unit}", where, f"try {near}")
 
 
+def differences(saved: dict, now: dict) -> str:
+    """The first three entries that differ, as "name: 1 saved, 2 now", and the number of others; "" if all agree."""
+    absent = "absent"
+    sides = {name: (saved.get(name, absent), now.get(name, absent)) for name in sorted(saved | now)}
+    changed = [f"{name}: {then} saved, {here} now" for name, (then, here) in sides.items() if then != here]
+    return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
 @functools.lru_cache(1000)
 def warn_once(line: str) -> None:
     """Log a warning, once per process for equal lines."""

@@ -18,13 +18,14 @@ def main(argv: list[str]) -> None:
     if given.print_config:
         print(run_flags.describe_config(given.config, sys.argv, encoder_fields(given.config, given.workdir)))
         return
-    from simmim_jax import train  # late, so that mistakes on the command line are reported without importing JAX
+    from simmim_jax.experiment import make_experiment  # late: mistakes on the command line need no JAX
     from simmim_jax.runtime import compilation, processes
+    from simmim_jax.train import train
 
-    compilation.keep_compiled()
+    compilation.enable_cache()
     processes.join(given.coordinator, given.processes, given.process, heartbeat=given.heartbeat)
     try:
-        train.train(given.config, given.workdir)
+        train(make_experiment(given.config, given.workdir), given.workdir)
     except Exception as error:
         if (user_error := processes.translate_error(error)) is error:
             raise
@@ -35,10 +36,10 @@ def encoder_fields(config, workdir: str | None) -> dict | None:
     """All fields of the encoder; None if the config leaves the encoder to an `init_from` that is not given."""
     if not config.encoder.name and not config.init_from:
         return None
-    from simmim_jax import models, train  # the sizes of encoders are next to their Flax modules
+    from simmim_jax import experiment, models  # the sizes of encoders are next to their Flax modules
 
-    options = train.resolve_encoder(config, workdir or "")
-    return train.encoder_record(models.make_encoder(**options), options)
+    options = experiment.resolve_encoder(config, workdir or "")
+    return experiment.encoder_record(models.make_encoder(**options), options)
 
 
 def leave(by_signal: bool) -> None:

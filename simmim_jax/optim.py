@@ -85,10 +85,26 @@ def make_schedule(
     return rate
 
 
-def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
-    """True for each parameter that weight decay applies to: all whose path has no name of `no_decay` in it."""
-    spared = lambda path: not set(no_decay).isdisjoint(path_name(path).split("/"))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: not spared(path), params)
+def make_is_decayed(
+    decayed_too: tuple[str, ...] = (),
+    decay_mask_token: bool | None = None,
+    decay_bias_tables: bool | None = None,
+    no_decay: tuple[str, ...] = NO_DECAY,
+) -> Callable[[str], bool]:
+    """A function: parameter path -> whether weight decay applies to it.
+
+    It applies to all paths without a name of `no_decay`. decay_mask_token, decay_bias_tables: override this for the mask
+    token and the relative position bias tables; None: decay them if the official code does, which `decayed_too` says.
+    """
+    choices = {"mask_token": decay_mask_token, "table": decay_bias_tables}
+    decayed = {name for name, choice in choices.items() if (name in decayed_too if choice is None else choice)}
+    names = set(no_decay) - decayed
+    return lambda path: names.isdisjoint(path.split("/"))
+
+
+def decayed(params: PyTree, is_decayed: Callable[[str], bool]) -> PyTree:
+    """True for each parameter that weight decay applies to."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path_name(path)), params)
 
 
 def layers(
@@ -264,10 +280,8 @@ def make_optimizer(
     check_minimum("optim.epsilon", epsilon, 0, strict=True)
     check_minimum("optim.weight_decay", weight_decay, 0)
     check_minimum("optim.grad_clip_norm", grad_clip_norm, 0)
-    asked = {"mask_token": decay_mask_token, "table": decay_bias_tables}
-    too = {word: word in decayed_too if choice is None else choice for word, choice in asked.items()}
-    spared = tuple(word for word in no_decay if not too.get(word))
-    decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, spared))
+    is_decayed = make_is_decayed(decayed_too, decay_mask_token, decay_bias_tables, no_decay)
+    decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, is_decayed))
     rules = {
         "adamw": (optax.scale_by_adam(*betas, eps=epsilon), decay),
         "sgd": (decay, optax.trace(betas[0])),

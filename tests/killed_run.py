@@ -14,7 +14,7 @@ from simmim_jax import main
 
 def install(when: str, number: int) -> None:
     from simmim_jax import train
-    from simmim_jax.runs import checkpoint
+    from simmim_jax.runs import checkpoint, records
 
     place, at = when.split(":")
 
@@ -22,7 +22,7 @@ def install(when: str, number: int) -> None:
         if what == place and step == int(at):
             os.kill(os.getpid(), number)
 
-    compile_step, save, pictures_of = train.compile_step, checkpoint.save, train.pictures_of
+    compile_step, save, read_figures = train.compile_train_step, checkpoint.save, records.read_figures
     make_evaluators = train.make_evaluators
 
     def compile_and_watch(*arguments):
@@ -53,11 +53,11 @@ def install(when: str, number: int) -> None:
 
         return evaluators | {first: hit_and_run}
 
-    def pictures_and_hit(workdir, step):
+    def figures_and_hit(folder, step):
         hit("evaluation", step)
-        return pictures_of(workdir, step)
+        return read_figures(folder, step)
 
-    train.compile_step, checkpoint.save, train.pictures_of = compile_and_watch, save_and_hit, pictures_and_hit
+    train.compile_train_step, checkpoint.save, records.read_figures = compile_and_watch, save_and_hit, figures_and_hit
     train.make_evaluators = make_and_watch
 
 

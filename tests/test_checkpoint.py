@@ -30,7 +30,7 @@ def make_state(step=1, objective=OBJECTIVE):
 
 def placed(state, **mesh):
     """The abstract state on all eight devices, or on the mesh given."""
-    return sharding.place(jax.eval_shape(lambda: state), sharding.make_mesh(**mesh))
+    return sharding.shard_state(jax.eval_shape(lambda: state), sharding.make_mesh(**mesh))
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from simmim_jax import optim
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.runtime import costs, sharding
-from simmim_jax.runtime.costs import Collective
+from simmim_jax.runtime import sharding
+from simmim_jax.runtime.costs import collectives, devices, flops
+from simmim_jax.runtime.costs.collectives import Collective
 from tests.tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 
 SQUARE = jax.ShapeDtypeStruct((8, 8), jnp.float32)
@@ -64,21 +65,21 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_products_count_as_often_as_they_run(name):
     function, products = FUNCTIONS[name]
-    assert costs.matmul_flops(function, SQUARE) == products * ONE
+    assert flops.matmul_flops(function, SQUARE) == products * ONE
 
 
 def test_a_convolution_counts_its_sums_and_a_batched_product_its_batch():
     convolve = partial(jax.lax.conv_general_dilated, window_strides=(2, 2), padding="VALID")
     images, kernel = spec(2, 3, 8, 8), spec(5, 3, 2, 2)
-    assert costs.matmul_flops(convolve, images, kernel) == 2 * (2 * 5 * 4 * 4) * (3 * 2 * 2)
-    assert costs.matmul_flops(jnp.matmul, spec(3, 4, 5), spec(3, 5, 6)) == 2 * 3 * 4 * 5 * 6
+    assert flops.matmul_flops(convolve, images, kernel) == 2 * (2 * 5 * 4 * 4) * (3 * 2 * 2)
+    assert flops.matmul_flops(jnp.matmul, spec(3, 4, 5), spec(3, 5, 6)) == 2 * 3 * 4 * 5 * 6
 
 
 def test_products_on_each_device_of_a_shard_map_all_count():
     mesh = sharding.make_mesh()
     split = PartitionSpec("data")
     function = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=split, out_specs=split)
-    assert costs.matmul_flops(function, spec(16, 8)) == 8 * 2 * (2 * 2) * 8
+    assert flops.matmul_flops(function, spec(16, 8)) == 8 * 2 * (2 * 2) * 8
 
 
 def attention_without_a_gpu(monkeypatch):
@@ -96,7 +97,7 @@ def test_attention_in_one_call_of_cudnn_counts_as_its_two_products(monkeypatch):
     for form in ("xla", "cudnn"):
         attend = partial(jax.nn.dot_product_attention, implementation=form)
         loss = lambda p, x, *_, attend=attend: (attend(p, x, x).sum(), {})  # noqa: E731
-        counts.append((costs.matmul_flops(attend, query, key, key), costs.step_flops(loss, query, key, 0)))
+        counts.append((flops.matmul_flops(attend, query, key, key), flops.step_flops(loss, query, key, 0)))
     assert counts[0] == counts[1]
     assert counts[1][0] == 2 * 2 * (2 * 3 * 5 * 7 * 64)
 
@@ -123,7 +124,7 @@ FIRST, SECOND = 2 * 4 * 16 * 32, 2 * 4 * 32 * 8
 def test_a_step_counts_each_gradient_that_is_needed_once(frozen, operations, rematted):
     loss_fn = jax.checkpoint(two_layers, static_argnums=3) if rematted else two_layers
     loss_fn = optim.freeze(loss_fn, optim.make_frozen(frozen))
-    assert costs.step_flops(loss_fn, LAYERS, spec(4, 16), jax.random.key(0)) == operations
+    assert flops.step_flops(loss_fn, LAYERS, spec(4, 16), jax.random.key(0)) == operations
 
 
 def test_a_carry_that_a_later_turn_makes_depend_on_a_parameter_counts_in_all():
@@ -132,7 +133,7 @@ def test_a_carry_that_a_later_turn_makes_depend_on_a_parameter_counts_in_all():
         return jax.lax.scan(turn, (x, x), length=3)[0][0].sum(), {}
 
     # Of c @ weight always the gradient of weight, and of c, which the body takes to depend on it.
-    assert costs.step_flops(loss_fn, SQUARE, SQUARE, 0) == 3 * ONE + 3 * 2 * ONE
+    assert flops.step_flops(loss_fn, SQUARE, SQUARE, 0) == 3 * ONE + 3 * 2 * ONE
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_a_models_step_counts_as_the_formula_of_the_benchmark_has_it(bench, fami
     batch = {"image": spec(2, image, image, 3, dtype=jnp.uint8), "label": integers, "batch_index": integers}
     shape = {name: getattr(encoder, name) for name in of_family.shape}
     of_images = 2 * 2 * 3 * image**2 * shape["width"]  # the formula counts a gradient that nobody needs
-    counted = costs.step_flops(objective.loss_fn, params, batch, jax.random.key(0))
+    counted = flops.step_flops(objective.loss_fn, params, batch, jax.random.key(0))
     assert counted == bench.step_flops(family, image, shape, 2) - of_images
 
 
@@ -159,12 +160,12 @@ def test_a_linear_probe_costs_the_forward_pass_of_the_blocks_that_it_reads_and_i
         options = {"num_classes": 10, "block": 1, "fc_norm": False, "train_encoder": False}
         objective = make_objective("classify", tiny_encoder(depth=depth), **PIXELS, **options)
         loss_fn = optim.freeze(objective.loss_fn, optim.make_frozen("encoder/"))
-        return costs.step_flops(loss_fn, jax.eval_shape(objective.init, key), batch, key)
+        return flops.step_flops(loss_fn, jax.eval_shape(objective.init, key), batch, key)
 
     encoder = tiny_encoder(depth=1)
     images = spec(16, 32, 32, 3)
     params = jax.eval_shape(encoder.init, key, images)
-    forward = costs.matmul_flops(encoder.apply, params, images)
+    forward = flops.matmul_flops(encoder.apply, params, images)
     assert probe(1) == probe(3) == forward + 2 * (2 * 16 * 32 * 10)
 
 
@@ -181,22 +182,22 @@ def test_a_linear_probe_costs_the_forward_pass_of_the_blocks_that_it_reads_and_i
     ],
 )  # fmt: skip
 def test_devices_are_known_by_what_jax_calls_them(device_kind, name):
-    assert costs.kind_of(device_kind) is costs.KINDS[name]
+    assert devices.find_kind(device_kind) is devices.KINDS[name]
 
 
 @pytest.mark.parametrize(
     "device_kind", ["cpu", "NVIDIA H100 NVL", "NVIDIA L40", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""]
 )
 def test_a_device_that_is_only_alike_is_not_known(device_kind):
-    assert costs.kind_of(device_kind) is None
+    assert devices.find_kind(device_kind) is None
 
 
 def test_a_known_device_has_its_published_peak_by_type_and_another_is_measured(monkeypatch):
     device = jax.devices()[0]
-    assert 1e8 < costs.peak_flops(device, "float32") < 1e14
-    monkeypatch.setattr(costs, "kind_of", lambda _: costs.KINDS["h100"])
-    assert costs.peak_flops(device, "bfloat16") == 989.4e12
-    assert costs.peak_flops(device, "float32") == 494.7e12
+    assert 1e8 < devices.peak_flops(device, "float32") < 1e14
+    monkeypatch.setattr(devices, "find_kind", lambda _: devices.KINDS["h100"])
+    assert devices.peak_flops(device, "bfloat16") == 989.4e12
+    assert devices.peak_flops(device, "float32") == 494.7e12
 
 
 def test_memory_is_of_one_device_and_counts_a_donated_argument_once():
@@ -204,12 +205,12 @@ def test_memory_is_of_one_device_and_counts_a_donated_argument_once():
     x = jax.ShapeDtypeStruct((2**20,), jnp.float32, sharding=place)
     kept = jax.jit(lambda x: x + 1, out_shardings=place).lower(x).compile()
     donated = jax.jit(lambda x: x + 1, out_shardings=place, donate_argnums=0).lower(x).compile()
-    assert costs.memory(kept) - costs.memory(donated) == 2**22 // 8
-    assert 2**22 // 8 <= costs.memory(donated) < 2**22 // 8 + 1024
+    assert devices.memory(kept) - devices.memory(donated) == 2**22 // 8
+    assert 2**22 // 8 <= devices.memory(donated) < 2**22 // 8 + 1024
 
 
 def test_simulated_devices_share_what_is_free():
-    assert 0 < costs.memory_of(jax.devices()[0]) * jax.local_device_count() < 2**46
+    assert 0 < devices.device_memory(jax.devices()[0]) * jax.local_device_count() < 2**46
 
 
 WHOLE = PartitionSpec()
@@ -229,29 +230,29 @@ ROWS, COLUMNS = ((64, 32), "float32", PartitionSpec("data")), ((32, 64), "float3
 
 def test_a_sum_over_devices_is_an_all_reduce_of_its_result():
     program = compiled(lambda a, b: a @ b, COLUMNS, ROWS)
-    assert costs.collectives(program) == [Collective("all-reduce", 8, 8, 1, 4 * 32**2, 2 * 7 * 4 * 32**2 // 8)]
+    assert collectives.collectives(program) == [Collective("all-reduce", 8, 8, 1, 4 * 32**2, 2 * 7 * 4 * 32**2 // 8)]
 
 
 def test_in_a_scan_it_counts_every_turn():
     start = jnp.ones((32, 32))
     once = compiled(lambda a, b: jnp.tanh(start @ (a + start[0, 0]) @ b), COLUMNS, ROWS)
     often = compiled(lambda a, b: repeat(5, lambda c: jnp.tanh(c @ (a + c[0, 0]) @ b), start), COLUMNS, ROWS)
-    (outside,), (inside,) = costs.collectives(once), costs.collectives(often)
+    (outside,), (inside,) = collectives.collectives(once), collectives.collectives(often)
     assert (outside.count, inside.count) == (1, 5)
     assert inside.size == 5 * outside.size
 
 
 def test_what_each_device_then_slices_is_a_reduce_scatter_and_what_it_collects_an_all_gather():
-    (scattered,) = costs.collectives(compiled(lambda a, b: a @ b, COLUMNS, ROWS, out=PartitionSpec("data")))
+    (scattered,) = collectives.collectives(compiled(lambda a, b: a @ b, COLUMNS, ROWS, out=PartitionSpec("data")))
     assert scattered == Collective("reduce-scatter", 8, 8, 1, 4 * 32**2, 7 * 4 * 32**2 // 8)
-    (gathered,) = costs.collectives(compiled(lambda a: a * 2, ROWS))
+    (gathered,) = collectives.collectives(compiled(lambda a: a * 2, ROWS))
     assert gathered == Collective("all-gather", 8, 8, 1, 4 * 64 * 32, 7 * 4 * 64 * 32 // 8)
 
 
 def test_bfloat16_is_counted_as_such_though_it_travels_as_float32_here():
     half = [(shape, "bfloat16", place) for shape, _, place in (COLUMNS, ROWS)]
-    (summed,) = costs.collectives(compiled(lambda a, b: a @ b, *half))
-    (gathered,) = costs.collectives(compiled(lambda a: a * 2, half[1]))
+    (summed,) = collectives.collectives(compiled(lambda a, b: a @ b, *half))
+    (gathered,) = collectives.collectives(compiled(lambda a: a * 2, half[1]))
     assert (summed.size, gathered.size) == (2 * 32**2, 2 * 64 * 32)
 
 
@@ -260,7 +261,7 @@ def test_groups_along_an_axis_are_within_a_host_or_across():
     first, second = (
         compiled(lambda a: a.sum(0), ((8, 64), "float32", PartitionSpec(axis)), mesh=mesh) for axis in ("data", "fsdp")
     )
-    (across,), (within,) = (costs.collectives(program, devices_per_host=4) for program in (first, second))
+    (across,), (within,) = (collectives.collectives(program, devices_per_host=4) for program in (first, second))
     assert (across.group, across.local) == (2, 1)
     assert (within.group, within.local) == (4, 4)
 
@@ -269,14 +270,14 @@ def test_fsdp_gathers_each_split_parameter_and_scatters_its_gradient_once():
     mesh = sharding.make_mesh(fsdp=-1)
     encoder = tiny_encoder(width=256, depth=1, num_heads=4)
     objective = tiny_objective(encoder)
-    abstract = sharding.place(jax.eval_shape(objective.init, jax.random.key(0)), mesh)
+    abstract = sharding.shard_state(jax.eval_shape(objective.init, jax.random.key(0)), mesh)
     places = jax.tree.map(lambda x: x.sharding, abstract)
     gradient = jax.jit(
         jax.grad(lambda *x: objective.loss_fn(*x, True)[0]),
         in_shardings=(places, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
         out_shardings=places,
     )
-    found = costs.collectives(gradient.lower(abstract, tiny_batch(256), jax.random.key(0)).compile())
+    found = collectives.collectives(gradient.lower(abstract, tiny_batch(256), jax.random.key(0)).compile())
     split = [x for x in jax.tree.leaves(abstract) if not x.sharding.is_fully_replicated]
     whole = sum(4 * x.size for x in split)
     assert len(split) >= 4
@@ -330,7 +331,7 @@ ENTRY %main (x: f32[16], y: bf16[8], z: (s32[], f32[4])) -> f32[16] {
 
 
 def test_every_notation_of_hlo_is_read():
-    found = {(each.kind, each.group, each.local): each for each in costs.collectives_of(MODULE, devices_per_host=4)}
+    found = {(each.kind, each.group, each.local): each for each in collectives.parse_collectives(MODULE, devices_per_host=4)}
     sizes = {key: (each.count, each.size, each.sent) for key, each in found.items()}
     assert sizes == {
         ("all-reduce", 2, 2): (7, 7 * 16, 7 * 16),  # in the loop
@@ -357,11 +358,11 @@ def test_every_notation_of_hlo_is_read():
     ],
 )
 def test_groups_of_a_mesh_are_those_along_its_named_axes(text, groups):
-    assert costs._groups(f"%x), replica_groups={text}, use_global_device_ids=true", 8) == groups
+    assert collectives._groups(f"%x), replica_groups={text}, use_global_device_ids=true", 8) == groups
 
 
 def test_time_is_that_of_the_slower_link_and_all_devices_of_a_host_send_at_once():
-    kind = costs.KINDS["h100"]
+    kind = devices.KINDS["h100"]
     within, all_of_all, one_of_each = (
         Collective("all-reduce", group, local, 1, 0, 10**9).seconds(kind) for group, local in ((8, 8), (64, 8), (8, 1))
     )

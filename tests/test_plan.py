@@ -12,7 +12,7 @@ import pytest
 from simmim_jax import train
 from simmim_jax.config import finetune_config, linear_config, pretrain_config
 from simmim_jax.errors import ConfigError
-from simmim_jax.runtime import costs
+from simmim_jax.runtime.costs import devices
 from simmim_jax.tools import plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def numbers():
 
 
 def test_time_is_operations_over_the_assumed_part_of_the_peak_and_never_less_than_communication(numbers):
-    peak = 8 * costs.KINDS["h100"].float32 * 0.45
+    peak = 8 * devices.KINDS["h100"].float32 * 0.45
     assert numbers["compute_seconds"] == pytest.approx(numbers["flops_per_step"] / peak, rel=1e-12)
     assert numbers["step_seconds"] == max(numbers["compute_seconds"], numbers["communication_seconds"])
     assert numbers["communication_seconds"] == pytest.approx(sum(each["seconds"] for each in numbers["collectives"]))

@@ -239,24 +239,24 @@ def no_cache(monkeypatch):
 
 def test_compiled_programs_are_kept_in_the_users_cache_folder(no_cache, tmp_path):
     no_cache.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = compilation.keep_compiled()
+    folder = compilation.enable_cache()
     assert folder.is_dir()
     assert folder.parent == tmp_path / "simmim_jax" / "xla"
     assert jax.config.jax_compilation_cache_dir == str(folder)
-    assert compilation.keep_compiled() == folder  # now that it is named, it stays
+    assert compilation.enable_cache() == folder  # now that it is named, it stays
 
 
 def test_a_folder_that_the_user_names_is_left_alone(no_cache, tmp_path):
     no_cache.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
-    assert str(compilation.keep_compiled()) == "elsewhere"
+    assert str(compilation.enable_cache()) == "elsewhere"
     jax.config.update("jax_compilation_cache_dir", "")
-    assert compilation.keep_compiled() is None
+    assert compilation.enable_cache() is None
     assert not (tmp_path / "simmim_jax").exists()
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(no_cache, tmp_path):
     (tmp_path / "file").write_text("")
     no_cache.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert compilation.keep_compiled() is None
+    assert compilation.enable_cache() is None
     assert jax.config.jax_compilation_cache_dir is None

@@ -12,7 +12,8 @@ from tiny import relative_difference, tiny_batch, tiny_encoder, tiny_objective
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.optim import make_frozen, make_optimizer, train_labels
-from simmim_jax.runtime import costs, sharding
+from simmim_jax.runtime import sharding
+from simmim_jax.runtime.costs import collectives
 from simmim_jax.runtime.scanning import stack, unstack
 from simmim_jax.train import compile_step, shard_state
 from simmim_jax.train_step import hash_samples, init_state, train_step
@@ -78,7 +79,7 @@ def test_losses_do_not_depend_on_how_the_work_is_split(one_device, split):
 def test_fsdp_splits_large_parameters_and_their_moments_alike():
     tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
     mesh = sharding.make_mesh(fsdp=-1)
-    state = sharding.place(jax.eval_shape(partial(init_state, init=OBJECTIVE.init, tx=tx), KEY), mesh)
+    state = sharding.shard_state(jax.eval_shape(partial(init_state, init=OBJECTIVE.init, tx=tx), KEY), mesh)
     place = lambda x: x.sharding.spec  # noqa: E731
     params = jax.tree.map(place, state.params)
     moments = state.opt_state[1]
@@ -110,7 +111,7 @@ def test_the_axis_of_stacked_blocks_is_not_split():
     shapes = {"encoder": {f"block_{n}": {"mlp": {"fc1": {"kernel": np.zeros((512, 256))}}} for n in range(8)}}
     scanned_layers = {"blocks": tuple(shapes["encoder"])}
     abstract = jax.eval_shape(lambda: stack(shapes, scanned_layers))
-    placed = sharding.place(abstract, sharding.make_mesh(fsdp=4, tensor=2), tuple(scanned_layers))
+    placed = sharding.shard_state(abstract, sharding.make_mesh(fsdp=4, tensor=2), tuple(scanned_layers))
     assert placed["encoder"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
     one = unstack(placed, scanned_layers)["encoder"]["block_3"]["mlp"]["fc1"]["kernel"]
     assert (one.shape, one.sharding.spec) == ((512, 256), P("fsdp", "tensor"))
@@ -125,7 +126,7 @@ def test_fsdp_sends_weights_and_their_gradients_and_no_maps(scan):
     abstract = shard_state(jax.eval_shape(make_state, KEY), mesh, encoder)
     step = partial(train_step, loss_fn=objective.loss_fn, tx=TX)
     batch = jax.eval_shape(partial(tiny_batch, 512))  # so large that maps are larger than all weights together
-    sent = costs.collectives(compile_step(step, abstract, batch, KEY, mesh))
+    sent = collectives.collectives(compile_step(step, abstract, batch, KEY, mesh))
     weights = sum(4 * x.size for x in jax.tree.leaves(abstract.params))
     # gathered in the forward and the backward pass, and their gradients summed once
     assert 0 < sum(each.size for each in sent) < 3.5 * weights

@@ -1,19 +1,15 @@
-"""Checkpoints: saved by Orbax, asynchronously and atomically; verified at restore; and what surrounds them on a machine
-that can fail: signals, and the lock on the workdir.
+"""Checkpoints: saved by Orbax asynchronously and atomically, verified when restored.
 
-Layout: `workdir/checkpoints/<step>/{params, opt_state, ema, meta}`; `ema` where a run has an average. `meta` is JSON: a
-checksum for each array, which Orbax does not have (a flipped bit restores silently), and what the run wants to find
-again. Blocks stand one by one, also of a run that holds them stacked. Of several processes all call every function here
+Layout: `workdir/checkpoints/<step>/{params, opt_state, ema, meta}`; `ema` only if the run keeps one. `meta` is JSON: a
+checksum for each array (Orbax has none, so a flipped bit would restore silently) and the run's own entries. Blocks are
+saved one by one, also if the run scans over stacked blocks. With several processes, all of them call every function
 that takes a manager, at the same step.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -30,16 +26,17 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from simmim_jax.runtime import processes
 from simmim_jax.files import read_json
 
-from simmim_jax.errors import BusyError, CheckpointError, PeerError
+from simmim_jax.errors import CheckpointError, PeerError, differences
+from simmim_jax.files import read_json, write_json
 from simmim_jax.runtime.scanning import path_name
 from simmim_jax.train_step import TrainState
 
-MAKE_ROOM = "earlier checkpoints are kept; make room or mend the folder, and run the same command again"
+FREE_SPACE = "earlier checkpoints are kept; free some space or repair the folder, then run the same command again"
 
 
 def make_manager(workdir: str, *, max_to_keep: int = 2, keep_period: int = 0) -> ocp.CheckpointManager:
-    """The checkpoints of `workdir`: the newest `max_to_keep`, and all whose step is a multiple of `keep_period` (0: none)."""
-    logging.get_absl_handler().addFilter(_is_told_here)
+    """Orbax's manager of a workdir's checkpoints. Keeps the newest `max_to_keep`, and each `keep_period`-th step (0: none)."""
+    logging.get_absl_handler().addFilter(_is_not_from_orbax)
     policies = [preservation_policy.LatestN(max(max_to_keep, 1))]
     if keep_period:
         policies.append(preservation_policy.EveryNSteps(keep_period))
@@ -57,15 +54,15 @@ def make_manager(workdir: str, *, max_to_keep: int = 2, keep_period: int = 0) ->
     return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options, item_handlers=handlers)
 
 
-def _is_told_here(record) -> bool:
-    """False for the tracebacks of Orbax's saving threads: `save` and `finish` raise what failed, as one line."""
+def _is_not_from_orbax(record) -> bool:
+    """A log filter that drops the tracebacks of Orbax's saving threads: `save` and `finish` raise the error."""
     return not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 def checksum(x: Array) -> UInt32[Array, ""]:
-    """A 32-bit number that any single flipped bit changes, and that does not depend on how `x` is split over devices.
+    """A 32-bit checksum that any single flipped bit changes, independent of how `x` is sharded.
 
-    Each element's bits are multiplied by an odd number of its own, and summed modulo 2**32: integer sums have no order.
+    The bits of each element are multiplied by a different odd number and summed modulo 2**32, in any order.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
@@ -87,16 +84,16 @@ def checksums(tree: PyTree) -> dict[str, int]:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
-    """Begin to save `state`, and `meta` beside it; returns when the values are safe to overwrite, not when written.
+    """Start to save `state` and `meta`. Returns as soon as the arrays may be donated, before they are written.
 
-    Raises CheckpointError if the disk cannot take it, now or at the save before.
+    Raises CheckpointError if this save or the one before cannot be written.
     """
 
     def check_room() -> None:
         needed, free = (n / 2**20 for n in (sum(x.nbytes for x in jax.tree.leaves(state)), _free_bytes(manager)))
         if needed > free:
             raise CheckpointError(
-                f"could not save: {needed:.1f} MiB needed, {free:.1f} MiB free", str(manager.directory), MAKE_ROOM
+                f"could not save: {needed:.1f} MiB needed, {free:.1f} MiB free", str(manager.directory), FREE_SPACE
             )
 
     processes.on_process_0(check_room)
@@ -109,19 +106,19 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
-    """The parts of a state that are saved, each by itself."""
+    """The items of a checkpoint."""
     items = {"params": state.params, "opt_state": state.opt_state}
     return items if state.ema is None else items | {"ema": state.ema}
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Wait until what is being saved is on the disk. Raises CheckpointError if it did not get there."""
+    """Wait until the last save is on disk. Raises CheckpointError if it failed."""
     with _translate_disk_errors(manager):
         manager.wait_until_finished()
 
 
 def _free_bytes(manager: ocp.CheckpointManager) -> int:
-    """Of the disk that the checkpoints are on; 0 if their folder is gone."""
+    """Free bytes on the checkpoints' disk; 0 if their folder does not exist."""
     folder = Path(manager.directory)
     return shutil.disk_usage(folder).free if folder.exists() else 0
 
@@ -131,24 +128,24 @@ def _translate_disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(told := processes.translate_error(error), PeerError):
-            raise told from error
+        if isinstance(translated := processes.translate_error(error), PeerError):
+            raise translated from error
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(
-            f"could not save: {reason}", f"{manager.directory} ({_free_bytes(manager) / 2**20:.1f} MiB free)", MAKE_ROOM
+            f"could not save: {reason}", f"{manager.directory} ({_free_bytes(manager) / 2**20:.1f} MiB free)", FREE_SPACE
         ) from error
 
 
 def restore(
     manager: ocp.CheckpointManager, abstract: TrainState, new_moments: Callable[[PyTree], PyTree] | None = None
 ) -> tuple[TrainState, dict] | None:
-    """(state, meta) of the newest checkpoint that is whole, placed as `abstract` says; None if there is none at all.
+    """(state, meta) of the newest undamaged checkpoint, sharded as `abstract`; None if there are no checkpoints.
 
-    A damaged one is named, moved to `workdir/damaged/`, and the one before it is tried; by several processes only if
-    its arrays can be read and are not those that were saved, for else not all need to notice. One that holds parameters
-    alone (see `write_params`) is given the optimizer's `new_moments` of them, and is refused where that is None. An
-    average that is wanted and was not saved begins at the parameters. Raises CheckpointError if none is whole, or if
-    the newest is of another model.
+    A damaged checkpoint is reported, moved to `workdir/damaged/`, and the one before it is tried. Several processes do
+    so only for arrays that were read but do not match their checksums, since other damage may not be visible to all.
+    new_moments: makes the optimizer state from the parameters for a checkpoint without one (see `write_params`); None:
+    such a checkpoint is refused. A missing EMA starts at the parameters. Raises CheckpointError if no checkpoint is
+    undamaged, or the newest belongs to another model.
     """
     steps = processes.on_process_0(lambda: sorted(manager.all_steps(), reverse=True))
     for step in steps:
@@ -161,7 +158,7 @@ def restore(
             there = {name.split("/")[0] for name in meta["checksums"]}
             absent = [name for name in ("opt_state", "ema") if name in wanted and name not in there]
             if not new_moments and "opt_state" in absent:
-                absent.remove("opt_state")  # and is refused below
+                absent.remove("opt_state")  # refused below
             for name in absent:
                 del wanted[name]
             _refuse_other_model(saved, wanted, folder)
@@ -180,41 +177,41 @@ def restore(
             return TrainState(step=count, **items), meta
         except CheckpointError:
             raise
-        except Exception as error:  # whatever Orbax, TensorStore or JSON say of damaged files
+        except Exception as error:  # Orbax, TensorStore and JSON raise many types for damaged files
             reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
-            if _is_of_the_machine(error):
-                raise CheckpointError(f"cannot read: {reason}", str(folder), "mend that and run again") from error
-            if jax.process_count() > 1 and not isinstance(error, _Damaged):  # not all may have found it
+            if _is_machine_error(error):
+                raise CheckpointError(f"cannot read: {reason}", str(folder), "repair it and run again") from error
+            if jax.process_count() > 1 and not isinstance(error, _Damaged):  # other processes may not have seen it
                 fix = "if it is damaged, move this step away and run again"
                 raise CheckpointError(f"cannot read: {reason}", str(folder), fix) from error
             aside = processes.on_process_0(lambda folder=folder: str(_move_aside(folder)))
-            logging.warning("checkpoint %s is damaged (%s): moved to %s, trying the one before", folder, reason, aside)
+            logging.warning("checkpoint %s is damaged (%s): moved to %s, trying the checkpoint before it", folder, reason, aside)
             manager.reload()
     if steps:
         raise CheckpointError(
             f"all {len(steps)} checkpoints are damaged", str(manager.directory),
-            "they were moved to damaged/ beside it; start again in a new --workdir",
+            "they were moved to damaged/ next to it; start in a new --workdir",
         )  # fmt: skip
     return None
 
 
 class _Damaged(ValueError):
-    """Arrays that differ from their checksums, which all processes see alike."""
+    """Arrays differ from their checksums. All processes find this together."""
 
 
 def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -> Path:
-    """Make `workdir` one that holds `params` and no optimizer's moments, as if trained for `step` steps.
+    """Create a workdir with `params` but no optimizer state, as if trained for `step` steps; return the step's folder.
 
-    config: what its config.json shall say. `init_from` takes such a workdir, and a run in it goes on from it.
-    Raises CheckpointError if the disk cannot take it, or there is a checkpoint already.
+    config: the content of its config.json. `init_from` accepts such a workdir, and a run in it continues from it.
+    Raises CheckpointError if it cannot be written, or has checkpoints already.
     """
     if has_steps(workdir):
-        raise CheckpointError("there are checkpoints here already", workdir, "give another folder")
+        raise CheckpointError("the folder has checkpoints already", workdir, "give another folder")
     params = jax.tree.map(jnp.asarray, params)
     try:
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / "config.json", config)
     except OSError as error:
         raise CheckpointError(f"cannot write: {error.strerror}", workdir, "give another folder") from error
     meta = {"step": step, "checksums": checksums({"params": params}), "data": {}}
@@ -225,11 +222,11 @@ def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -
 
 
 def read_params(init_from: str) -> tuple[dict, dict]:
-    """(parameters as nested dicts of numpy arrays, config.json) of a run, whatever devices it was trained on.
+    """(parameters as nested dicts of numpy arrays, config.json) of a run, trained on any devices.
 
-    Of a run that keeps an average of its parameters, that average, which is what its evaluations are of. init_from: a
-    workdir, its `checkpoints` folder, or one step's folder in it. The config is empty where there is none.
-    Raises CheckpointError if there is no checkpoint, or it is damaged.
+    Returns the EMA of the parameters if the run keeps one: its evaluations use it. init_from: a workdir, its
+    `checkpoints` folder, or the folder of a step. The config is {} if there is none. Raises CheckpointError if there is
+    no checkpoint, or it is damaged.
     """
     folder = find_step(init_from)
     hint = "give another step's folder"
@@ -243,12 +240,12 @@ def read_params(init_from: str) -> tuple[dict, dict]:
                 )
                 params = checkpointer.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=arguments))
             damaged = _damaged({item: params}, _read_meta(folder)["checksums"])
-        except Exception as error:  # whatever Orbax, TensorStore or JSON say of damaged files
+        except Exception as error:  # Orbax, TensorStore and JSON raise many types for damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise CheckpointError(f"damaged checkpoint: {reason}", str(folder), hint) from error
     if damaged:
         raise CheckpointError(f"damaged array {damaged[0]}", str(folder), hint)
-    config = read_json(folder.parent.parent / "config.json", CheckpointError, "bring back the one that was written")
+    config = read_json(folder.parent.parent / "config.json", CheckpointError, "restore the original file")
     return params, config
 
 
@@ -271,51 +268,43 @@ def find_step(init_from: str) -> Path:
             return folder / str(max(steps))
     raise CheckpointError(
         "no checkpoint" if root.exists() else "no such folder", str(root),
-        "give the workdir of a run that has saved a checkpoint (an empty init_from: an untrained encoder)",
+        "give the workdir of a run that has a checkpoint (an empty init_from: random weights)",
     )  # fmt: skip
 
 
-def _meta_of(folder: Path) -> Path:
+def _meta_path(folder: Path) -> Path:
     return folder / "meta" / "metadata"
 
 
 def _read_meta(folder: Path) -> dict:
-    return json.loads(_meta_of(folder).read_text())
+    return json.loads(_meta_path(folder).read_text())
 
 
 def read_fingerprints(folder: Path) -> dict:
-    """What `save` was told of the data of the run whose step's folder this is; empty of an import."""
-    return read_json(_meta_of(folder), CheckpointError, "give another step's folder").get("data", {})
+    """The data fingerprints in the checkpoint of a step's folder; {} for an import."""
+    return read_json(_meta_path(folder), CheckpointError, "give another step's folder").get("data", {})
 
 
 def _damaged(items: PyTree, expected: dict[str, int]) -> list[str]:
     return [name for name, value in checksums(items).items() if expected.get(name) != value]
 
 
-def _refuse_other_model(saved, wanted: dict[str, PyTree], folder: Path) -> None:
-    for name, abstract in wanted.items():
-        _refuse_difference(saved[name].tree, abstract, folder, "give the config of that run, or a new --workdir")
+def _refuse_other_model(saved: PyTree, wanted: dict[str, PyTree], folder: Path) -> None:
+    """Raise CheckpointError unless paths, shapes and types of the saved arrays are the wanted ones."""
 
-
-def _refuse_difference(saved: PyTree, wanted: PyTree, folder: Path, hint: str) -> None:
-    """Raise CheckpointError, with examples from both sides, unless paths, shapes and types agree."""
-
-    def describe(tree):
+    def shapes(tree: PyTree) -> dict[str, str]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
         return {path_name(path): f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves}
 
-    have, want = describe(saved), describe(wanted)
-    different = [name for name in sorted(have | want) if have.get(name) != want.get(name)]
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"another model: {len(different)} arrays differ, e.g. {name} is {have.get(name, 'absent')} there and "
-            f"{want.get(name, 'absent')} here", str(folder), hint,
-        )  # fmt: skip
+    for name, abstract in wanted.items():
+        if changed := differences(shapes(saved[name].tree), shapes(abstract)):
+            raise CheckpointError(
+                f"another model ({changed})", str(folder), "give the config of that run, or a new --workdir"
+            )
 
 
-def _is_of_the_machine(error: Exception) -> bool:
-    """Whether reading failed for memory, rights or the disk, and not because the files are damaged."""
+def _is_machine_error(error: Exception) -> bool:
+    """Whether reading failed because of memory, permissions or the disk, and not because of damaged files."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return True
     return isinstance(error, MemoryError) or any(
@@ -331,10 +320,10 @@ def _move_aside(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hundreds of lines about a damaged file: the error says it once.
+    """Suppress hundreds of lines about a damaged file: the error says it once.
 
-    They come from Orbax's log and, written straight to the file descriptor, from TensorStore's threads, which go on for
-    a moment after the first failure.
+    They come from Orbax's log, and from TensorStore's threads, which write to the file descriptor for a moment after
+    the first failure.
     """
     level, stderr, nowhere = logging.get_verbosity(), os.dup(2), os.open(os.devnull, os.O_WRONLY)
     logging.set_verbosity(logging.FATAL)
@@ -349,25 +338,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         os.close(stderr)
         os.close(nowhere)
-
-
-class StopSignal:
-    """Remembers the first SIGTERM or SIGINT while entered, in `number` (0: none); a second one ends the process."""
-
-    def __init__(self):
-        self.number = 0
-
-    def _on_signal(self, number, frame):
-        if self.number:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.number = number
-        os.write(2, b"stopping: finishing the step and saving; send the signal again to stop at once\n")
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

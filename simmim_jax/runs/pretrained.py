@@ -6,15 +6,23 @@ Shape letters: r rows of a table (displacements, and three for a class token), h
 """
 
 import itertools
+import json
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 from scipy.interpolate import RectBivariateSpline
 
-from simmim_jax.errors import CheckpointError
+from simmim_jax.errors import CheckpointError, ConfigError
+from simmim_jax.files import read_json
+from simmim_jax.models import make_encoder
+from simmim_jax.runs import checkpoint
+from simmim_jax.runtime.processes import log0
 
 # Encoder fields that say nothing of what its parameters mean, and those that `fit` can bridge.
 EXECUTION = ("remat", "scan", "attention")
@@ -212,3 +220,74 @@ def fit(
 
 def shape_of(x) -> str:
     return f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+
+# --- starting from another run
+
+HEAD_INPUTS = {"pool": "patches", "block": 0, "head": "", "blocks": ()}  # objective options that a head depends on
+
+
+def config_of(step_folder: Path) -> dict:
+    """The config.json of the run that a step's folder belongs to; {} if it has none."""
+    return read_json(step_folder.parent.parent / "config.json")
+
+
+def check_init_from(step_folder: Path, now: dict) -> None:
+    """Raise CheckpointError if the encoder of `init_from` cannot be fitted to the one of the config.json `now`."""
+    saved = config_of(step_folder)
+    refuse_other_encoder(saved, now, str(step_folder))
+    if "pretrained_windows" in saved.get("encoder", {}) and saved.get("image_size"):
+        refuse_other_windows(measuring_windows(saved), measuring_windows(now), str(step_folder))
+
+
+def measuring_windows(config: dict) -> tuple[int, ...]:
+    """The window side by which each stage of a Swin V2 measures its displacements. config: of config.json."""
+    encoder = make_encoder(**architecture(config["encoder"]))
+    return encoder.pretrained_windows or encoder.stage_windows(tuple(config["image_size"]))
+
+
+def take_params(step_folder: Path, now: dict, abstract: dict, init_parts: tuple[str, ...], stride: int) -> dict:
+    """Read parameters of another run, fitted to the shapes and shardings of `abstract`.
+
+    now: config.json of the new run. init_parts: top-level parts to take; (): all parts if both runs have the same
+    objective, else the encoder. A head that read other features or knew other classes is left out by default.
+    stride: pixels per token. Raises ConfigError and CheckpointError.
+    """
+    saved, saved_config = checkpoint.read_params(str(step_folder))
+    same = saved_config.get("objective", {}).get("name") == now["objective"]["name"]
+    if same and "head" in saved and not init_parts and (reason := other_head(saved_config, now)):
+        same = False
+        log0(f"the head is not taken: in that run {reason} (--config.init_parts=encoder,head takes it anyway)")
+    parts = init_parts or (tuple(name for name in abstract if name in saved) if same else ("encoder",))
+    for part in parts:
+        for side in (saved, abstract):
+            if part not in side:
+                raise ConfigError(
+                    f"no {part!r} among {', '.join(sorted(side))}",
+                    f"init_parts, {step_folder}",
+                    f"choose from {', '.join(sorted(saved.keys() & abstract.keys()))}",
+                )
+    wanted = {part: abstract[part] for part in parts}
+    sizes = (saved_config.get("image_size"), now["image_size"])
+    grids = tuple(tuple(side // stride for side in size) for size in sizes) if sizes[0] else None
+    taken, notes = fit({part: saved[part] for part in parts}, wanted, str(step_folder), grids)
+    log0(f"{', '.join(parts)}: taken from {step_folder}")
+    paths = {}  # by what was done to them
+    for path, done in notes:
+        paths.setdefault(done, []).append(path)
+    for done, changed in paths.items():
+        log0(f"  {done}: {changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''}")
+    put = lambda value, x: jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])  # noqa: E731
+    return jax.tree.map(put, taken, wanted)
+
+
+def other_head(saved: dict, now: dict) -> str:
+    """Why the head of a run with the same objective does not fit this one; "" if it does. Both: of config.json."""
+    for name, default in HEAD_INPUTS.items():
+        sides = [json.dumps(config["objective"].get(name, default)) for config in (saved, now)]
+        if sides[0] != sides[1]:
+            return f"objective.{name} is {sides[0]}"
+    known: Sequence[str] = saved.get("classes") or ()
+    if not known or not now.get("classes") or list(known) == list(now["classes"]):
+        return ""
+    return f"it knows {len(known)} classes: {', '.join(known[:3])}, ..."

@@ -1,7 +1,7 @@
-"""What a run writes down: metrics.jsonl, evaluations.jsonl, TensorBoard, the console line, traces, where time went.
+"""What a run records: metrics.jsonl, evaluations.jsonl, TensorBoard, console lines, traces, time spent, summary.json.
 
-The two .jsonl files hold what seed and config determine, each step once, so that an interrupted run's equal an unbroken
-run's to the letter. What depends on the machine (images/s, waiting) goes to TensorBoard and the console.
+The two .jsonl files hold only what the seed and the config determine, one row per step, so that the files of a resumed
+run equal those of an unbroken one. Machine-dependent numbers (images/s, waiting) go to TensorBoard and the console.
 """
 
 import contextlib
@@ -11,58 +11,64 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import tensorboardX
+from PIL import Image
 
-from simmim_jax.files import write_atomically
+from simmim_jax import data
+from simmim_jax.errors import DataError, NonFiniteError
+from simmim_jax.files import write_atomically, write_json
+from simmim_jax.runtime import processes
 from simmim_jax.runtime.processes import log0
 
-STARVED = 0.2  # the share of a run's time that may go into waiting for data before the run says what to change
-QUIET = ("skipped", "bad_images")  # on the console only where they are not 0
+MAX_DATA_WAIT = 0.2  # share of the time spent waiting for data, above which the run suggests what to change
+HIDDEN_ZEROS = ("skipped", "bad_images")  # metrics that a console line shows only if they are not 0
 
 
 class Records:
-    """The files of a run in `workdir`, cut back to `step` first: what came later will be computed again.
+    """The record files of a run, truncated to `step`: later rows will be computed again.
 
-    writes: whether this process writes them; of several, one does, and the others know alone what is there.
+    Only process 0 writes; `evaluations`, the rows by step, is known to all processes.
     """
 
-    def __init__(self, workdir: str, step: int, *, writes: bool = True):
-        self._folder = Path(workdir)
+    def __init__(self, workdir: str, step: int):
+        self.step, self.folder = step, Path(workdir)
         self._files, self._board = {}, None
-        for name in ("metrics", "evaluations") if writes else ():
-            path = self._folder / f"{name}.jsonl"
-            rows = [row for row in read_rows(path) if row["step"] <= step]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-            self._files[name] = path.open("a")
-        self.evaluations = {row["step"]: row for row in read_rows(self._folder / "evaluations.jsonl")}
-        if writes:
-            board = str(self._folder / "tensorboard")
+        if processes.is_process_0():
+            for name in ("metrics", "evaluations"):
+                path = self.folder / f"{name}.jsonl"
+                rows = [row for row in read_rows(path) if row["step"] <= step]
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+                self._files[name] = path.open("a")
+            board = str(self.folder / "tensorboard")
             self._board = tensorboardX.SummaryWriter(board, purge_step=step + 1 if step else None)
+        rows = processes.on_process_0(lambda: read_rows(self.folder / "evaluations.jsonl"))
+        self.evaluations = {row["step"]: row for row in rows}
 
     def write_metrics(self, step: int, row: dict[str, float | str], machine: dict[str, float]) -> None:
-        """One row of metrics.jsonl; `machine` is what depends on the machine, and goes to TensorBoard alone."""
+        """Write one row of metrics.jsonl; the machine-dependent numbers go to TensorBoard only."""
         self._write("metrics", {"step": step, **row})
         numbers = {name: value for name, value in (row | machine).items() if not isinstance(value, str)}
-        self._board_scalars(step, {f"train/{name}": value for name, value in numbers.items()})
+        self._write_scalars(step, {f"train/{name}": value for name, value in numbers.items()})
 
-    def write_evaluation(self, step: int, row: dict[str, float], pictures: dict[str, np.ndarray]) -> None:
-        """One row of evaluations.jsonl, and `pictures` (uint8 [y, x, 3]) for TensorBoard."""
+    def write_evaluation(self, step: int, row: dict[str, float]) -> None:
+        """Write one row of evaluations.jsonl, and the figures of this step to TensorBoard."""
         self.evaluations[step] = {"step": step, **row}
         self._write("evaluations", self.evaluations[step])
-        self._board_scalars(step, {f"evaluation/{name}": value for name, value in row.items()})
+        self._write_scalars(step, {f"evaluation/{name}": value for name, value in row.items()})
         if self._board:
-            for name, picture in pictures.items():
-                self._board.add_image(name, picture, step, dataformats="HWC")
+            for name, figure in read_figures(self.folder, step).items():
+                self._board.add_image(name, figure, step, dataformats="HWC")
             self._board.flush()
 
     def _write(self, name: str, row: dict) -> None:
         if name in self._files:
             print(json.dumps(row), file=self._files[name], flush=True)
 
-    def _board_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    def _write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items() if self._board else ():
             self._board.add_scalar(name, value, step)
 
@@ -74,7 +80,7 @@ class Records:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, without a last line that a kill has torn; none if there is no file."""
+    """The rows of a .jsonl file, without a last line that a kill cut off; [] if the file does not exist."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -84,8 +90,14 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def read_figures(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """The figures that evaluators drew at this step: name -> uint8 [y, x, 3]."""
+    paths = (folder / "figures").glob(f"*_{step}.png")
+    return {path.stem.rsplit("_", 1)[0]: np.asarray(Image.open(path).convert("RGB")) for path in paths}
+
+
 class Clock:
-    """Where the time of a run goes, by name, in seconds."""
+    """Seconds spent, by name."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -103,25 +115,27 @@ class Clock:
         return time.perf_counter() - self._start
 
     def summary(self) -> dict[str, float]:
-        """Seconds by name, what is left over as "other", rounded to 0.01 s, and their sum as "total"."""
+        """Seconds by name, rounded to 0.01 s, with the remainder as "other" and their sum as "total"."""
         total = self.total()
         parts = {**self.seconds, "other": total - sum(self.seconds.values()), "total": total}
         return {name: round(value, 2) for name, value in parts.items()}
 
 
+class RunLength(NamedTuple):
+    """steps: of the run. batch_size: global. seconds_at_peak: of a step whose matmuls run at the devices' peak."""
+
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    seconds_at_peak: float = 0.0
+
+
 class Progress:
-    """The console line: how far, how well, how fast, how long still. Rates are those of the last five lines.
+    """The console line: step, metrics, images/s, MFU, data wait, ETA. Rates cover the last five lines."""
 
-    seconds_at_peak: seconds that a step would take at the devices' peak, as its matmuls' operations count.
-    """
-
-    def __init__(
-        self, clock: Clock, *, step: int, steps: int, steps_per_epoch: int, batch_size: int, seconds_at_peak: float
-    ):
-        self._seconds_at_peak = seconds_at_peak
-        self._clock, self._steps, self._steps_per_epoch, self._batch_size = clock, steps, steps_per_epoch, batch_size
-        self._first_step, self._said = step, False
-        self._marks = deque(maxlen=5)  # step, seconds of steps and data, seconds of data: as each line was written
+    def __init__(self, clock: Clock, step: int, length: RunLength):
+        self._clock, self._length, self._first_step, self._warned = clock, length, step, False
+        self._marks = deque(maxlen=5)  # (step, seconds in steps and data, seconds in data) at each line
         self._mark(step)
 
     def _mark(self, step: int) -> tuple[int, float, float]:
@@ -130,35 +144,99 @@ class Progress:
         return self._marks[-1]
 
     def machine(self, step: int) -> dict[str, float]:
-        """images/s, model FLOP/s utilization, and the share of time waiting for data; evaluation and saving are left
-        out.
-        """
+        """images/s, model FLOP/s utilization, and the share of time spent waiting for data, without evaluation."""
         first = self._marks[0]
         done, busy, waited = (now - then for now, then in zip(self._mark(step), first, strict=True))
         busy = max(busy, 1e-9)
-        rates = {"images_per_second": done * self._batch_size / busy, "mfu": done * self._seconds_at_peak / busy}
-        return rates | {"data_wait": waited / busy}
+        return {
+            "images_per_second": done * self._length.batch_size / busy,
+            "mfu": done * self._length.seconds_at_peak / busy,
+            "data_wait": waited / busy,
+        }
 
     def is_starved(self) -> bool:
-        """Whether over the last lines more than `STARVED` of the time went into waiting for data; said once a run."""
-        (_, busy, waited), (_, busy_then, waited_then) = self._marks[-1], self._marks[0]
-        begun = self._marks[0][0] > self._first_step  # until then the lines hold the start of the workers
-        starved = begun and not self._said and waited - waited_then > STARVED * (busy - busy_then)
-        self._said |= starved
+        """Whether more than `MAX_DATA_WAIT` of the recent time was spent waiting for data; True at most once a run."""
+        (_, busy, waited), (first, busy_then, waited_then) = self._marks[-1], self._marks[0]
+        started = first > self._first_step  # before, the lines include the start of the workers
+        starved = started and not self._warned and waited - waited_then > MAX_DATA_WAIT * (busy - busy_then)
+        self._warned |= starved
         return starved
 
     def line(self, step: int, row: dict[str, float], machine: dict[str, float]) -> str:
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in QUIET or value)
-        left = (self._steps - step) * self._batch_size / max(machine["images_per_second"], 1e-9)
+        steps, steps_per_epoch, batch_size, _ = self._length
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in HIDDEN_ZEROS or value)
+        left = (steps - step) * batch_size / max(machine["images_per_second"], 1e-9)
         return (
-            f"step {step}/{self._steps}  epoch {step / self._steps_per_epoch:.2f}  {numbers}  "
+            f"step {step}/{steps}  epoch {step / steps_per_epoch:.2f}  {numbers}  "
             f"{machine['images_per_second']:.0f} images/s  MFU {machine['mfu']:.0%}  "
             f"data wait {machine['data_wait']:.0%}  ETA {duration(left)}"
         )
 
 
+class Limits(NamedTuple):
+    """log_every: steps. A run stops above nonfinite_steps, in a row, or bad_images, per epoch."""
+
+    log_every: int
+    nonfinite_steps: int
+    bad_images: int
+
+
+class Recorder:
+    """Reads the metrics of each step one step late, so that the device never waits for the host, and records them.
+
+    signal: largest signal number that any process has received, 0 for none. skipped: steps in a row without an update.
+    bad_images: of this epoch so far, in all processes. rates: learning rate of each step. source, workers: for
+    advice if the device waits for data.
+    """
+
+    def __init__(
+        self, clock: Clock, records: Records, length: RunLength, limits: Limits, rates: np.ndarray, source, workers: int
+    ):
+        self._clock, self.records, self._length, self._limits, self._rates = clock, records, length, limits, rates
+        self._source, self._workers = source, workers
+        self._progress = Progress(clock, records.step, length)
+        self._pending = None  # (step, device metrics) of the newest step
+        self.signal, self.skipped, self.bad_images = 0, 0, 0
+
+    def push(self, step: int, device_metrics: dict) -> None:
+        """Record the step before, then keep this one."""
+        self.flush()
+        self._pending = (step, device_metrics)
+
+    def flush(self) -> None:
+        """Record the newest step, which waits for the device. Raises NonFiniteError and DataError."""
+        if self._pending is None:
+            return
+        (step, device_metrics), self._pending = self._pending, None
+        with self._clock.measure("step"):
+            values = jax.device_get(device_metrics)
+        self.signal = max(self.signal, int(values.pop("stop")))
+        samples = f"{int(values.pop('samples')):08x}"
+        first_of_epoch = (step - 1) % self._length.steps_per_epoch == 0
+        self.bad_images = int(values["bad_images"]) + (0 if first_of_epoch else self.bad_images)
+        values["bad_images"] = self.bad_images
+        row = {name: float(values[name]) for name in ("loss", *sorted(values.keys() - {"loss"}))}
+        self.skipped = self.skipped + 1 if row["skipped"] else 0
+        if step % self._limits.log_every == 0 or step in (1, self._length.steps) or self.skipped:
+            row["learning_rate"] = float(self._rates[step - 1])
+            machine = self._progress.machine(step)
+            self.records.write_metrics(step, row | {"samples": samples}, machine)
+            log0(self._progress.line(step, row, machine))
+            if self._progress.is_starved():
+                log0(f"the device waits for data: {data.advice(self._source, workers=self._workers)}")
+        if self.skipped > self._limits.nonfinite_steps:
+            raise NonFiniteError(
+                f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {self.skipped} steps in a row",
+                str(self.records.folder),
+                "none of these updates was applied; check the images, or lower the learning rate in a new --workdir",
+            )
+        if self.bad_images > self._limits.bad_images:
+            what = f"{self.bad_images} bad images in an epoch, more than {self._limits.bad_images}: see the log above"
+            raise DataError(what, self._source.describe(), data.FIX_BAD_IMAGES)
+
+
 class Profile:
-    """A trace of the steps from `steps[0]` to `steps[1]`, for TensorBoard's profiler; none where `steps` is empty."""
+    """A trace of the steps from `steps[0]` to `steps[1]` for TensorBoard's profiler; none if `steps` is ()."""
 
     def __init__(self, workdir: str, steps: tuple[int, ...]):
         self._folder, self._steps, self._traces = str(Path(workdir) / "tensorboard"), steps, False
@@ -178,6 +256,36 @@ class Profile:
             jax.profiler.stop_trace()
             self._traces, self._steps = False, ()
             log0(f"the trace is in {self._folder}/plugins/profile")
+
+
+def write_summary(
+    workdir: str, evaluations: dict[int, dict], clock: Clock, evaluator_clock: Clock, step: int, trained_images: int
+) -> dict:
+    """Write summary.json; print the results next to those at step 0, and where the time went.
+
+    evaluator_clock: seconds by evaluator; what two of them share counts for the first. trained_images: by this process
+    group since it started.
+    """
+    first, last = ({k: v for k, v in evaluations.get(n, {}).items() if k != "step"} for n in (0, step))
+    seconds = clock.summary()
+    rate = trained_images / max(seconds.get("step", 0) + seconds.get("data", 0), 1e-9)
+    evaluators = {name: round(value, 2) for name, value in evaluator_clock.seconds.items()}
+    summary = {"step": step, **last, "start": first, "images_per_second": round(rate, 1), "seconds": seconds}
+    summary["seconds_of_evaluators"] = evaluators
+    if not processes.is_process_0():
+        return summary
+    write_json(Path(workdir) / "summary.json", summary)
+    if last:
+        print(f"\n{'':16}{'step 0':>12}{f'step {step}':>12}")
+        for name, value in last.items():
+            print(f"{name:16}{first.get(name, float('nan')):12.4f}{value:12.4f}")
+    parts = "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    print(f"\ntime: {parts}  ({rate:.0f} images/s)")
+    if evaluators:
+        share = seconds.get("evaluation", 0) / max(seconds["total"], 1e-9)
+        parts = "  ".join(f"{name} {value:.1f} s" for name, value in evaluators.items())
+        print(f"evaluations: {parts}  ({share:.1%} of the time)")
+    return summary
 
 
 def duration(seconds: float) -> str:

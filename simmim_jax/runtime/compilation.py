@@ -1,17 +1,22 @@
-"""Compiled programs are kept between runs: the second start of a config takes seconds."""
+"""Compiling a step ahead of time, and the cache of compiled programs, which makes a second start take seconds."""
 
 import os
 import platform
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from simmim_jax.runtime import sharding
 
 
-def keep_compiled() -> Path | None:
-    """Let JAX keep what it compiles in the user's cache folder; where, or None where that cannot be written.
+def enable_cache() -> Path | None:
+    """Enable JAX's persistent compilation cache in the user's cache folder; return the folder, or None if impossible.
 
-    JAX_COMPILATION_CACHE_DIR, or --jax_compilation_cache_dir, names another folder; empty, they switch this off.
+    JAX_COMPILATION_CACHE_DIR or --jax_compilation_cache_dir names another folder; an empty value disables the cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
         folder = jax.config.jax_compilation_cache_dir
@@ -19,7 +24,7 @@ def keep_compiled() -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simmim_jax" / "xla" / _processor()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, a home that is read-only or full
+    except (OSError, RuntimeError):  # no home, or it is read-only or full
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
@@ -27,8 +32,24 @@ def keep_compiled() -> Path | None:
     return folder
 
 
+def compile_step(step: Callable, state: PyTree, batch: dict, key: Array, mesh: Mesh) -> Callable:
+    """Compile (state, batch, key) -> (state, metrics) once for these shapes.
+
+    The state keeps its sharding and is donated; the batch is split over the devices; metrics are replicated.
+    """
+    state_shardings, everywhere = sharding.shardings(state), sharding.replicated(mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh), everywhere),
+        out_shardings=(state_shardings, everywhere),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, batch, key).compile()
+
+
 def _processor() -> str:
-    """A name of this processor's instructions: homes are shared by machines, and not all run the others' programs."""
+    """A name for this processor's instruction set, since machines with different processors may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         instructions = next(line for line in lines if line.startswith(("flags", "Features")))

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,3 +187,28 @@ def translate_error(error: Exception) -> Exception:
             "its own last words say why; start all again with the same command",
         )  # fmt: skip
     return error
+
+
+class StopSignal:
+    """Context manager that catches SIGTERM and SIGINT.
+
+    number: of the first signal received, 0 for none. A second signal ends the process at once.
+    """
+
+    def __init__(self):
+        self.number = 0
+
+    def _on_signal(self, number, frame):
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        os.write(2, b"stopping: finishing the step and saving; send the signal again to stop at once\n")
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -102,7 +103,7 @@ def _any_of(numbers: list[int]) -> str:
     return " or ".join(map(str, numbers))
 
 
-def place(state: PyTree, mesh: Mesh, scanned_layers: tuple[str, ...] = ()) -> PyTree:
+def shard_state(state: PyTree, mesh: Mesh, scanned_layers: tuple[str, ...] = ()) -> PyTree:
     """An abstract state with a sharding for each leaf: over `tensor` by `TENSOR`, over `fsdp` along the largest
     dimension that it divides, else replicated.
 
@@ -143,6 +144,18 @@ def along_batch(x: Array) -> Array:
     """
     known = set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if known else x
+
+
+def shardings(abstract: PyTree) -> PyTree:
+    """The sharding of each leaf of an abstract tree."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def convert(function: Callable[[PyTree], PyTree], tree: PyTree, abstract: PyTree) -> PyTree:
+    """`function(tree)`, sharded as `abstract`; the tree itself if it has that structure already."""
+    if jax.tree.structure(tree) == jax.tree.structure(abstract):
+        return tree
+    return jax.jit(function, out_shardings=shardings(abstract))(tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

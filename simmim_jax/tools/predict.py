@@ -78,7 +78,7 @@ def run(argv: list[str]) -> None:
     from simmim_jax.runs.finished import load_run, make_run_objective
     from simmim_jax.runtime import compilation
 
-    compilation.keep_compiled()
+    compilation.enable_cache()
     run = load_run(options.run, options.image_size)
     objective = make_run_objective(run)
     commands = {"accuracy": classify, "segmentation": segment, "reconstruction": reconstruct}

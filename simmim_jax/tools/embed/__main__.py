@@ -163,7 +163,7 @@ def embed(options: argparse.Namespace) -> None:
     from simmim_jax.tools import images
     from simmim_jax.tools.embed import embeddings
 
-    compilation.keep_compiled()
+    compilation.enable_cache()
     model = load_run(options.run, options.image_size)
     if options.block is None:
         options.block = model.config.get("probe_block", 0)

@@ -77,7 +77,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "reconstruction": pretraining.evaluate_pretraining,
         "segmentation": segmentation.evaluate_segmentation,
     }
-    compilation.keep_compiled()
+    compilation.enable_cache()
     found = load_run(options.run, options.image_size)
     run = images.follow_images(found, options.data)
     if run is not found:

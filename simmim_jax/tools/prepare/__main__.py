@@ -270,7 +270,9 @@ def run(argv: list[str]) -> None:
 
 def prepare(options: argparse.Namespace, signals: Signals) -> None:
     """All splits of SOURCE into DEST, one after the other."""
-    from simmim_jax.tools.prepare import prepared  # grain and JAX come in with the data: help and mistakes are told without
+    from simmim_jax.tools.prepare import (
+        prepared,  # grain and JAX come in with the data: help and mistakes are told without
+    )
 
     prepared.check_places(options.path, options.dest)
     sources = open_splits(options)

@@ -64,7 +64,7 @@ COLUMNS = (
 
 def probe(options: Namespace) -> list[dict]:
     """Probe a run; print, write and return the rows. options: those of `simmim_jax.tools.probe.parse`."""
-    compilation.keep_compiled()
+    compilation.enable_cache()
     out = Path(options.out)
     earlier = read_earlier(out)
     trained = load_run(options.run, options.image_size)

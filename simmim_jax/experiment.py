@@ -1,0 +1,547 @@
+"""A config becomes one value: `make_experiment(config) -> Experiment`. The only reader of a config.
+
+Training, memory planning, previews, tools and benchmarks all start from an `Experiment`. Nothing else assembles
+encoder, objective, optimizer, batches or state, and nothing below this module has seen a config.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+from ml_collections import ConfigDict
+
+from simmim_jax import data, optim
+from simmim_jax.config import to_dict
+from simmim_jax.data import BatchSpec, Loading
+from simmim_jax.data.label_maps import LabelMapSpec
+from simmim_jax.errors import ConfigError, DataError, check_minimum
+from simmim_jax.evals import EVALUATORS, forward_passes
+from simmim_jax.files import read_json
+from simmim_jax.models import make_encoder
+from simmim_jax.models.encoder import Encoder
+from simmim_jax.objectives import Objective, make_objective
+from simmim_jax.objectives.features import make_features
+from simmim_jax.runs import checkpoint, pretrained
+from simmim_jax.runtime import processes, sharding
+from simmim_jax.runtime.compilation import compile_step
+from simmim_jax.runtime.costs import flops
+from simmim_jax.runtime.processes import log0
+from simmim_jax.runtime.scanning import path_name, unstack
+from simmim_jax.train_step import TrainState, hash_samples, init_state, train_step
+
+MAX_EVALUATION_FRACTION = 0.03  # of a run's work, for eval_every=-1
+MAX_EVALUATIONS = 20  # per run, for eval_every=-1
+MAX_INITIAL_WEIGHT = 0.05  # weight of the initial parameters in the final EMA, above which a warning is logged
+MAX_DEFAULT_WORKERS = 32  # cap on decoder processes for data.workers=-1; each holds 250 MB
+
+
+class Keys(NamedTuple):
+    """Random keys of a run. The key of a step is `step` folded with the step number."""
+
+    init: Key[Array, ""]
+    step: Key[Array, ""]
+    eval: Key[Array, ""]
+
+
+class Evals(NamedTuple):
+    """The evaluators of a run.
+
+    options: evaluator name -> its options. every: steps between two evaluations; 0: only at the start and the end.
+    images: held-out images, and training images for probes; 0: all. features: (params, images) -> what probes read.
+    """
+
+    options: dict[str, dict]
+    every: int
+    images: int
+    batch_size: int
+    crop: data.CenterCrop
+    features: Callable
+
+
+class Saving(NamedTuple):
+    """How a run proceeds and what it keeps. No field changes a parameter."""
+
+    save_every: int
+    max_to_keep: int
+    keep_period: int
+    log_every: int
+    profile_steps: tuple[int, ...]
+    max_nonfinite_steps: int
+    check_memory: bool
+
+
+class Experiment(NamedTuple):
+    """Everything that a config determines.
+
+    record: what config.json holds. steps: length of the run. source, heldout: images; None if they were not opened.
+    is_frozen, is_decayed: parameter path ->
+    whether it gets no update (None: nothing is frozen), or weight decay. init_from: step folder to take parameters from, or
+    None. init_parts: which of them; (): the default. state: abstract and sharded `TrainState`. variant: other values of
+    config fields -> the Experiment with them.
+    """
+
+    record: dict
+    encoder: Encoder
+    objective: Objective
+    normalization: dict[str, tuple[float, ...]]
+    tx: object
+    schedule: Callable
+    is_frozen: Callable[[str], bool] | None
+    is_decayed: Callable[[str], bool]
+    steps: int
+    steps_per_epoch: int
+    microbatches: int
+    ema_decay: float
+    source: object
+    heldout: object
+    batches: BatchSpec
+    loading: Loading
+    evals: Evals
+    saving: Saving
+    init_from: Path | None
+    init_parts: tuple[str, ...]
+    mesh: Mesh
+    keys: Keys
+    state: TrainState
+    variant: Callable[[dict], "Experiment"]
+
+
+def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None = None) -> Experiment:
+    """Turn a config into an `Experiment`. Allocates no device memory.
+
+    workdir: of the run; if it has checkpoints already, its own config.json says the encoder. images: size of the
+    training set; None: open the data and count them. Raises UserError for every mistake in the config or the data.
+    """
+    check_config(config)
+    encoder_options = resolve_encoder(config, workdir)
+    encoder = make_encoder(**encoder_options)
+    normalization = {"mean": config.mean, "std": config.std}
+    objective = make_objective(encoder=encoder, image_size=config.image_size, **normalization, **config.objective)
+    batches, loading = make_batch_spec(config, objective), make_loading(config)
+    record = to_dict(config) | {"encoder": encoder_record(encoder, encoder_options)}
+    source = heldout = init_from = None
+    if images is None:
+        source, heldout = open_sources(config, objective, batches)
+        images = len(source)
+        data.check_batches(source, batches, loading)
+        if objective.needs != ("image",):
+            record["classes"] = list(source.classes)
+    if workdir and config.init_from and not processes.on_process_0(lambda: checkpoint.has_steps(workdir)):
+        init_from = Path(processes.on_process_0(lambda: str(checkpoint.find_step(config.init_from))))
+        pretrained.check_init_from(init_from, record)
+    steps, steps_per_epoch = run_length(config, images)
+    warn_about_length(config, steps, steps_per_epoch)
+    is_frozen = optim.make_frozen(config.optim.frozen, config.optim.frozen_layers, encoder.layer_id)
+    tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
+
+    mesh = sharding.make_mesh(**config.mesh)
+    num_shards = sharding.num_batch_shards(mesh)
+    sharding.check_batch_size("batch_size", config.batch_size, num_shards, config.microbatches)
+    sharding.check_batch_size("eval_batch_size", config.eval_batch_size, num_shards)
+    keys = Keys(*jax.random.split(jax.random.key(config.seed), 3))
+    make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
+    state = jax.eval_shape(make_state, keys.init)
+    sharding.check_tensor(state.params, mesh)
+    state = sharding.shard_state(state, mesh, tuple(encoder.scanned_layers))
+    check_frozen(config, encoder, is_frozen, unstack(state.params, encoder.scanned_layers))
+
+    return Experiment(
+        record=record,
+        encoder=encoder,
+        objective=objective,
+        normalization=normalization,
+        tx=tx,
+        schedule=schedule,
+        is_frozen=is_frozen,
+        is_decayed=optim.make_is_decayed(
+            encoder.DECAYED_TOO, config.optim.decay_mask_token, config.optim.decay_bias_tables
+        ),
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        microbatches=config.microbatches,
+        ema_decay=config.ema_decay,
+        source=source,
+        heldout=heldout,
+        batches=batches,
+        loading=loading,
+        evals=make_evals(config, encoder, objective, source, heldout, steps),
+        saving=Saving(**{name: config[name] for name in Saving._fields}),
+        init_from=init_from,
+        init_parts=tuple(part for parts in config.init_parts for part in parts.split(",")),
+        mesh=mesh,
+        keys=keys,
+        state=state,
+        variant=lambda settings: make_experiment(with_settings(config, settings), workdir, images=images),
+    )
+
+
+def make_state(experiment: Experiment) -> TrainState:
+    """The state at step 0, created with its sharding."""
+    make = partial(init_state, init=experiment.objective.init, tx=experiment.tx, ema_decay=experiment.ema_decay)
+    return jax.jit(make, out_shardings=sharding.shardings(experiment.state))(experiment.keys.init)
+
+
+def compile_train_step(experiment: Experiment) -> Callable:
+    """(state, batch, key) -> (state, metrics), compiled ahead of time for the shapes and shardings of a run."""
+    step = partial(
+        _step_with_counts,
+        loss_fn=_loss_fn(experiment),
+        prepare=experiment.objective.prepare,
+        tx=experiment.tx,
+        microbatches=experiment.microbatches,
+        ema_decay=experiment.ema_decay,
+    )
+    return compile_step(step, experiment.state, abstract_batch(experiment), experiment.keys.step, experiment.mesh)
+
+
+def step_flops(experiment: Experiment) -> int:
+    """Multiplications and additions in the matmuls of a step, on all devices; recomputation does not count."""
+    batch = jax.eval_shape(experiment.objective.prepare, abstract_batch(experiment))
+    return flops.step_flops(_loss_fn(experiment), experiment.state.params, batch, experiment.keys.step)
+
+
+def _loss_fn(experiment: Experiment) -> Callable:
+    return optim.freeze(experiment.objective.loss_fn, experiment.is_frozen, experiment.encoder.scanned_layers)
+
+
+def _step_with_counts(state: TrainState, batch: dict, key: Key[Array, ""], **options) -> tuple[TrainState, dict]:
+    """`train_step`, whose metrics also have a hash of the samples, the number of bad images, and the largest signal."""
+    counted = {name: batch[name] for name in ("index", "replaced", "stop")}
+    state, metrics = train_step(state, {k: x for k, x in batch.items() if k not in counted}, key, **options)
+    return state, metrics | {
+        "samples": hash_samples(counted["index"], batch["batch_index"]),
+        "bad_images": counted["replaced"].sum(dtype=np.int32),
+        "stop": counted["stop"].max(),
+    }
+
+
+def abstract_batch(experiment: Experiment) -> dict:
+    """Shapes and types of a global batch on the devices."""
+    rows = (experiment.batches.batch_size,)
+    entries = experiment.batches.arrays() | {"index": (rows, np.uint32), "stop": (rows, np.int32)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in entries.items()}
+
+
+def to_device(batch: dict, signal: int, mesh: Mesh) -> dict:
+    """A batch of this process as its part of the global arrays. signal: number of a received signal, or 0.
+
+    JAX has no 64-bit integers by default: the index of an image is reduced modulo 2**32.
+    """
+    extra = {"index": batch["index"].astype(np.uint32), "stop": np.full(batch["label"].shape, signal, np.int32)}
+    return sharding.to_global(batch | extra, mesh)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise ConfigError for numbers that cannot work and that would fail late, or silently."""
+    if len(config.image_size) != 2 or min(config.image_size) < 1:
+        raise ConfigError(f"image_size {config.image_size}", "image_size", "give height,width in pixels, like 224,224")
+    if not config.mean or len(config.mean) != len(config.std) or min(config.std) <= 0:
+        raise ConfigError(
+            f"mean {config.mean} and std {config.std}", "mean, std", "give one positive number per channel for each"
+        )
+    for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "max_to_keep"):
+        check_minimum(name, config[name], 1)
+    for name in ("steps", "epochs", "eval_images", "keep_period", "max_nonfinite_steps", "ema_decay"):
+        check_minimum(name, config[name], 0)
+    check_minimum("eval_every", config.eval_every, -1)
+    if config.ema_decay >= 1:
+        raise ConfigError(f"ema_decay is {config.ema_decay}", "ema_decay", "give a number below 1, like 0.9999, or 0")
+    if config.init_parts and not config.init_from:
+        what = f"init_parts {','.join(config.init_parts)} without a run to take them from"
+        raise ConfigError(what, "init_from", "give a run's workdir as --config.init_from, or remove init_parts")
+    if len(config.profile_steps) not in (0, 2) or list(config.profile_steps) != sorted(config.profile_steps):
+        raise ConfigError(f"profile_steps {config.profile_steps}", "profile_steps", "give first,last, like 20,25")
+
+
+def with_settings(config: ConfigDict, settings: dict) -> ConfigDict:
+    """A copy of `config` with other values of some fields, by dotted name."""
+    changed = config.copy_and_resolve_references()
+    for name, value in settings.items():
+        group, _, field = name.rpartition(".")
+        (changed[group] if group else changed)[field] = value
+    return changed
+
+
+def resolve_encoder(config: ConfigDict, workdir: str) -> dict:
+    """The options of `make_encoder`. Without `encoder.name`, those of the `init_from` run, with given fields changed.
+
+    When resuming, the encoder comes from the workdir's own config.json: the `init_from` run may have been deleted.
+    """
+    fields = to_dict(config)["encoder"]
+    given = {name: value for name, value in fields.items() if value is not None and (name, value) != ("size", "")}
+    if given["name"]:
+        return {"size": None, **given}
+    saved = {}
+    if workdir and checkpoint.has_steps(workdir):
+        saved = read_json(Path(workdir) / "config.json")
+    elif config.init_from:
+        saved = pretrained.config_of(checkpoint.find_step(config.init_from))
+    if "encoder" not in saved:
+        where = f"config.json of {config.init_from}" if config.init_from else "encoder.name"
+        raise ConfigError("no encoder", where, "give --config.encoder.name, or a run's workdir as --config.init_from")
+    taken = pretrained.architecture(saved["encoder"])
+    if given.get("size", taken.get("size")) != taken.get("size"):
+        raise ConfigError(
+            f"encoder.size is {given['size']!r}, but init_from has {taken.get('size')!r}",
+            "encoder.size",
+            "remove it, or name the encoder too: --config.encoder.name",
+        )
+    if "pretrained_windows" in taken:
+        taken["pretrained_windows"] = pretrained.measuring_windows(saved)
+    return taken | {name: value for name, value in given.items() if name not in ("name", "size")}
+
+
+def encoder_record(encoder: Encoder, options: dict) -> dict:
+    """All fields of an encoder as JSON data, including those that its size and its class determine."""
+    return json.loads(json.dumps({"name": options["name"], "size": options["size"], **encoder.options()}))
+
+
+def run_length(config: ConfigDict, images: int) -> tuple[int, int]:
+    """(steps of the run, steps of an epoch)."""
+    steps_per_epoch = images // config.batch_size
+    steps = config.steps or round(config.epochs * steps_per_epoch)
+    if steps < 1:
+        raise ConfigError(f"a run of {steps} steps", "epochs", "give --config.epochs or --config.steps above 0")
+    return steps, steps_per_epoch
+
+
+def warn_about_length(config: ConfigDict, steps: int, steps_per_epoch: int) -> None:
+    """Warn if the warm-up or the EMA horizon does not fit into `steps`."""
+    if config.optim.warmup_epochs * steps_per_epoch >= steps:
+        logging.warning(
+            "the warm-up of %g epochs is as long as the run: the learning rate stays low", config.optim.warmup_epochs
+        )
+    initial = config.ema_decay**steps
+    if config.ema_decay and initial > MAX_INITIAL_WEIGHT:
+        logging.warning(
+            "ema_decay %g is too high for %d steps: %.0f %% of the EMA, which is evaluated and exported, will be the "
+            "initial parameters",
+            config.ema_decay,
+            steps,
+            100 * initial,
+        )
+
+
+def make_tx(config: ConfigDict, encoder: Encoder, steps: int, steps_per_epoch: int) -> tuple:
+    """(optimizer, learning-rate schedule) of a run."""
+    return optim.make_optimizer(
+        steps=steps,
+        steps_per_epoch=max(steps_per_epoch, 1),
+        layer_id=encoder.layer_id,
+        depth=encoder.depth,
+        decayed_too=encoder.DECAYED_TOO,
+        scanned_layers=encoder.scanned_layers,
+        **config.optim,
+    )
+
+
+def make_batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
+    """Everything that decides which pixels are in the batch of a step."""
+    fields = {name: config.data[name] for name in BatchSpec._fields if name in config.data}
+    label_maps = None
+    if "label_map" in objective.needs:
+        fill = tuple(round(255 * value) for value in config.mean)
+        label_maps = LabelMapSpec(num_classes=config.objective.num_classes, fill=fill, **config.data.maps)
+    return BatchSpec(
+        **fields,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        channels=len(config.mean),
+        mean=config.mean,
+        label_maps=label_maps,
+    )
+
+
+def make_loading(config: ConfigDict) -> Loading:
+    """How batches are loaded, on this machine."""
+    loading = Loading(**{name: config.data[name] for name in Loading._fields})
+    if loading.workers == -1:  # on a CPU, decoder processes would take cores from the step
+        on_cpu = jax.default_backend() == "cpu"
+        loading = loading._replace(workers=0 if on_cpu else min(data.cores() - 1, MAX_DEFAULT_WORKERS))
+    return loading
+
+
+def open_sources(config: ConfigDict, objective: Objective, batches: BatchSpec) -> tuple:
+    """(training images, held-out images). Held-out is None if no evaluator reads it. Raises UserError."""
+    make = partial(
+        data.make_label_map_source if batches.label_maps else data.make_source,
+        **{name: config.data[name] for name in ("source", "path", "name", "data_dir", "heldout_fraction")},
+    )
+    source = make(split=config.data.split)
+    heldout = make(split=config.data.heldout_split) if config.evals or config.online_probes else None
+    if batches.label_maps:
+        for each in filter(None, (source, heldout)):
+            data.check_maps(each, batches.label_maps, batches.channels, batches.max_pixels)
+    if "label" in objective.needs:
+        if not source.classes:
+            raise DataError("images without classes", source.describe(), "put each class into its own folder")
+        if len(source.classes) != config.objective.num_classes:
+            raise ConfigError(
+                f"num_classes is {config.objective.num_classes}, but the data has {len(source.classes)} classes",
+                source.describe(),
+                f"give --config.objective.num_classes={len(source.classes)}",
+            )
+    check_evals(config, objective, source, heldout)
+    return source, heldout
+
+
+def check_evals(config: ConfigDict, objective: Objective, source, heldout) -> None:
+    """Raise UserError if the evaluators do not fit the objective or the images."""
+    unfit = set(config.evals) - set(objective.evals)
+    if unfit:
+        raise ConfigError(
+            f"objective {config.objective.name} has nothing to evaluate for {', '.join(sorted(unfit))}",
+            "config.evals",
+            f"choose from {', '.join(sorted(objective.evals))}",
+        )
+    evals = resolve_evals(config, objective, source, heldout)
+    judges = [name for name in sorted(evals) if EVALUATORS[name].needs]
+    if heldout and judges and data.share_images(source, heldout):
+        raise ConfigError(
+            f"some held-out images are training images, so {', '.join(judges)} would be too good",
+            f"data.heldout_split={config.data.heldout_split}",
+            f"give a split without images of {config.data.split}: data.heldout_fraction of a folder, or train[90%:] of "
+            "TFDS; only reconstruction may look at training images, with --config.online_probes=false",
+        )
+    labeled = [name for name in config.evals if "label" in EVALUATORS[name].needs]
+    if labeled and heldout.classes != source.classes:
+        raise DataError(
+            f"the held-out images have {len(heldout.classes) or 'no'} classes, the training images "
+            f"{len(source.classes) or 'none'}",
+            heldout.describe(),
+            "give both the same class folders",
+        )
+    if labeled and not source.classes:
+        raise ConfigError(
+            f"{' and '.join(labeled)} need classes, and the images have none",
+            source.describe(),
+            "put each class into its own folder, or remove these evaluators from config.evals",
+        )
+
+
+def resolve_evals(config: ConfigDict, objective: Objective, source, heldout) -> dict[str, dict]:
+    """Evaluator options by name: `config.evals`, plus the online probes if the images have two or more classes."""
+    evals = {name: dict(options) for name, options in config.evals.items()}
+    if config.online_probes and heldout and source.classes == heldout.classes and len(source.classes) > 1:
+        evals = {name: {} for name in objective.online_probes} | evals
+    return evals
+
+
+def make_evals(config: ConfigDict, encoder: Encoder, objective: Objective, source, heldout, steps: int) -> Evals:
+    """The evaluators of a run, and how often they run."""
+    options = resolve_evals(config, objective, source, heldout) if source else {}
+    if source and config.online_probes and source.classes and not options.keys() >= set(objective.online_probes):
+        log0("no online probes: they need two or more classes, the same in training and held-out images")
+    return Evals(
+        options=options,
+        every=evaluation_period(config, options, steps, len(source or ()), len(heldout or ())),
+        images=config.eval_images,
+        batch_size=config.eval_batch_size,
+        crop=data.CenterCrop(
+            image_size=config.image_size,
+            channels=len(config.mean),
+            crop_fraction=config.data.crop_fraction,
+            interpolation=config.data.interpolation,
+            max_pixels=config.data.max_pixels,
+        ),
+        features=make_features(encoder, mean=config.mean, std=config.std, block=config.probe_block),
+    )
+
+
+def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, heldout: int) -> int:
+    """Steps between two evaluations; 0: only at the start and the end.
+
+    For `eval_every` of -1, all evaluators together take at most `MAX_EVALUATION_FRACTION` of the run's work, where a
+    forward pass is a third of a training step, and run at most `MAX_EVALUATIONS` times.
+    """
+    if config.eval_every >= 0 or not evals:
+        return max(config.eval_every, 0)
+    limit = config.eval_images or math.inf
+    heldout_passes, train_passes = forward_passes(evals)
+    forward = heldout_passes * min(heldout, limit) + train_passes * min(images, limit)
+    affordable = MAX_EVALUATION_FRACTION * steps * config.batch_size / max(forward / 3, 1) - 2  # start and end
+    count = min(int(affordable), MAX_EVALUATIONS)
+    return -(-steps // (count + 1)) if count > 0 else 0
+
+
+def check_frozen(config: ConfigDict, encoder: Encoder, is_frozen: Callable | None, params: dict) -> None:
+    """Raise ConfigError if `optim.frozen` or `optim.frozen_layers` name nothing, everything, or a trained batch norm."""
+    layers = config.optim.frozen_layers
+    if layers > encoder.depth + 1:
+        raise ConfigError(
+            f"frozen_layers is {layers}, but the encoder has {encoder.depth} blocks",
+            "optim.frozen_layers",
+            f"give 1 for the patch embedding, up to {encoder.depth + 1} for all blocks",
+        )
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    named = optim.make_frozen(config.optim.frozen)
+    if named and not any(map(named, paths)):
+        raise ConfigError(
+            f"no parameter path matches {config.optim.frozen!r}",
+            "optim.frozen",
+            f"paths are like {paths[0]} and {paths[-1]}",
+        )
+    frozen = [path for path in paths if is_frozen and is_frozen(path)]
+    if frozen == paths:
+        raise ConfigError("all parameters are frozen: nothing would be trained", "optim.frozen", "freeze less")
+    train_encoder = config.objective.get("train_encoder", True)
+    measured = [path for path in frozen if path.endswith(("/mean", "/var"))]
+    if measured and train_encoder:
+        raise ConfigError(
+            f"{measured[0]} is frozen, but its batch norm would still use the statistics of each batch",
+            "optim.frozen",
+            "freeze the whole encoder with objective.train_encoder=false, or none of it",
+        )
+    all_frozen = all(path in frozen for path in paths if path.startswith("encoder/"))
+    if not all_frozen and not train_encoder:
+        logging.warning(
+            "objective.train_encoder=false freezes nothing, it only turns stochastic depth off: freeze the encoder with "
+            "--config.optim.frozen=encoder/"
+        )
+    if all_frozen and config.objective.get("train_encoder") and encoder.drop_path:
+        logging.warning("the encoder is frozen but uses stochastic depth: give --config.objective.train_encoder=false")
+
+
+def pretrained_settings(record: dict) -> str:
+    """A note on settings that only suit pretrained weights; "" if there are none. record: of config.json."""
+    notes = []
+    if record["optim"]["layer_decay"] < 1:
+        notes.append(f"optim.layer_decay {record['optim']['layer_decay']:g} slows the low layers down (1 does not)")
+    if record["optim"]["frozen"] or record["optim"]["frozen_layers"]:
+        notes.append("optim.frozen freezes random weights")
+    return "".join(f"; {note}" for note in notes)
+
+
+def parameter_overview(experiment: Experiment) -> str:
+    """One line with the number of parameters by top-level group, and of trained, decayed and sharded ones."""
+    params = unstack(experiment.state.params, experiment.encoder.scanned_layers)
+    leaves = [(path_name(path), math.prod(x.shape), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    total = sum(size for _, size, _ in leaves)
+    trained = [(path, size, x) for path, size, x in leaves if not (experiment.is_frozen and experiment.is_frozen(path))]
+    counts = {
+        "trained": sum(size for _, size, _ in trained),
+        "decayed": sum(size for path, size, _ in trained if experiment.is_decayed(path)),
+        "sharded": sum(size for _, size, x in leaves if not x.sharding.is_fully_replicated),
+    }
+    groups = {}
+    for path, size, _ in leaves:
+        groups[path.split("/")[0]] = groups.get(path.split("/")[0], 0) + size
+    parts = [f"{name} {count_name(size)}" for name, size in groups.items()]
+    parts += [f"{name} {'all' if size == total else count_name(size)}" for name, size in counts.items()]
+    return f"{count_name(total)} parameters: {', '.join(parts)}"
+
+
+def count_name(number: int) -> str:
+    """A parameter count with three digits: 12.3 M, 4.56 k, 789."""
+    for unit, name in ((1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)
