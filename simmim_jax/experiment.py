@@ -6,7 +6,7 @@ encoder, objective, optimizer, batches or state, and nothing below this module h
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -146,7 +146,7 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
     num_shards = sharding.num_batch_shards(mesh)
     sharding.check_batch_size("batch_size", config.batch_size, num_shards, config.microbatches)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, num_shards)
-    keys = Keys(*jax.random.split(jax.random.key(config.seed), 3))
+    keys = make_keys(config.seed)
     make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=config.ema_decay)
     state = jax.eval_shape(make_state, keys.init)
     sharding.check_tensor(state.params, mesh)
@@ -181,6 +181,16 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
         state=state,
         variant=lambda settings: make_experiment(with_settings(config, settings), workdir, images=images),
     )
+
+
+def make_keys(seed: int) -> Keys:
+    """The random keys of a run."""
+    return Keys(*jax.random.split(jax.random.key(seed), 3))
+
+
+def make_label_maps(num_classes: int, mean: Sequence[float], options: dict) -> LabelMapSpec:
+    """How label maps are read. mean: channel means, 0..1, with which images are padded. options: config.data.maps."""
+    return LabelMapSpec(num_classes=num_classes, fill=tuple(round(255 * value) for value in mean), **options)
 
 
 def make_state(experiment: Experiment) -> TrainState:
@@ -348,8 +358,7 @@ def make_batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
     fields = {name: config.data[name] for name in BatchSpec._fields if name in config.data}
     label_maps = None
     if "label_map" in objective.needs:
-        fill = tuple(round(255 * value) for value in config.mean)
-        label_maps = LabelMapSpec(num_classes=config.objective.num_classes, fill=fill, **config.data.maps)
+        label_maps = make_label_maps(config.objective.num_classes, config.mean, config.data.maps)
     return BatchSpec(
         **fields,
         batch_size=config.batch_size,
