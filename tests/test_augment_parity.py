@@ -1,8 +1,8 @@
-"""RandAugment, random erasing, Mixup and CutMix beside timm 1.0.31's own, where PyTorch and timm are installed.
+"""RandAugment, random erasing, Mixup and CutMix compared with timm 1.0.31. Needs PyTorch and timm.
 
-timm's modules are loaded from their files: timm itself imports torchvision, which these do not need. Pixels and targets
-must be equal; draws come from other generators, so their distributions are compared, over thousands of draws each: a
-p value below 1e-4 fails.
+timm's modules are loaded from their files, because timm imports torchvision, which they do not need. Pixels and targets
+must be equal. The random generators differ, so distributions of thousands of draws are compared; a p value below 1e-4
+fails.
 """
 
 import importlib.util
@@ -26,12 +26,12 @@ torch = pytest.importorskip("torch")
 timm = importlib.util.find_spec("timm")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(timm is None, reason="timm is not installed")]
 
-LEAST = 1e-4
+MIN_P = 1e-4
 MEAN = (0.485, 0.456, 0.406)
 FILL = (124, 116, 104)
 KEY = jax.random.key(0)
 HPARAMS = {"translate_const": 100, "img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}  # transforms_factory.py
-MOVE = {"resample": Image.Resampling.BICUBIC, "fillcolor": FILL}
+GEOMETRIC_OPTIONS = {"resample": Image.Resampling.BICUBIC, "fillcolor": FILL}
 
 
 def load(name: str):
@@ -82,7 +82,7 @@ def photograph(height: int = 45, width: int = 61) -> Image.Image:
 # --- RandAugment
 
 
-def test_every_operation_is_pixel_equal_at_every_magnitude(auto_augment, monkeypatch):
+def test_operations_have_the_pixels_of_timm_at_every_magnitude(auto_augment, monkeypatch):
     image = photograph()
     for operation in ours.OPERATIONS:
         theirs = auto_augment.AugmentOp(operation, prob=1.0, hparams={**HPARAMS, "magnitude_max": 30})
@@ -90,10 +90,10 @@ def test_every_operation_is_pixel_equal_at_every_magnitude(auto_augment, monkeyp
             for negative in (True, False):
                 monkeypatch.setattr(auto_augment.random, "random", lambda negative=negative: 0.75 if negative else 0.25)
                 theirs.magnitude = float(magnitude)
-                given = ours.apply(operation, image, float(magnitude), Coin(negative), MOVE)
+                given = ours.apply(operation, image, float(magnitude), Coin(negative), GEOMETRIC_OPTIONS)
                 try:
                     expected = theirs(image)
-                except ValueError:  # Pillow 13 refuses to keep no bits
+                except ValueError:  # Pillow 13 refuses 0 bits
                     assert operation.startswith("Posterize")
                     assert not np.asarray(given).any()
                     continue
@@ -102,7 +102,7 @@ def test_every_operation_is_pixel_equal_at_every_magnitude(auto_augment, monkeyp
 
 @pytest.mark.parametrize("name", ["rand", "rand-m9-mstd0.5-inc1", "rand-m15-n3-mmax20-p0.7", "rand-m7-mstd101-inc1",
                                   "rand-tweights-inc1", "rand-t3a", "rand-m5-t3aw-n4"])  # fmt: skip
-def test_a_string_is_read_as_timm_reads_it(auto_augment, name):
+def test_string_is_parsed_as_by_timm(auto_augment, name):
     policy, theirs = ours.parse(name), auto_augment.rand_augment_transform(name, dict(HPARAMS))
     assert policy.operations == tuple(op.name for op in theirs.ops)
     assert policy.layers == theirs.num_layers
@@ -112,11 +112,11 @@ def test_a_string_is_read_as_timm_reads_it(auto_augment, name):
         np.testing.assert_allclose(policy.weights, theirs.choice_weights)
     for op in theirs.ops:
         assert (policy.magnitude, policy.probability, policy.deviation) == (op.magnitude, op.prob, op.magnitude_std)
-        assert policy.most == (op.magnitude_max or 10)
+        assert policy.max_magnitude == (op.magnitude_max or 10)
 
 
 @pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "rand-m7-mstd101-n3-p0.7", "rand-tweights-inc1-mstd1"])
-def test_operations_their_number_and_their_arguments_are_distributed_as_timm_s(auto_augment, monkeypatch, name):
+def test_operations_and_arguments_have_the_distribution_of_timm(auto_augment, monkeypatch, name):
     draws = 6000
     seen: list[list[tuple[str, float]]] = []
     theirs = auto_augment.rand_augment_transform(name, dict(HPARAMS))
@@ -149,10 +149,10 @@ def test_operations_their_number_and_their_arguments_are_distributed_as_timm_s(a
         counts = [Counter(map(of, sample)) for sample in (seen, expected)]
         return np.array([[count[key] for key in sorted(set(counts[0]) | set(counts[1]))] for count in counts])
 
-    assert stats.chi2_contingency(table(len)).pvalue > LEAST
+    assert stats.chi2_contingency(table(len)).pvalue > MIN_P
     for place in range(2):  # which operation comes first, which second
         counts = table(lambda done, place=place: done[place][0] if len(done) > place else "")
-        assert stats.chi2_contingency(counts[:, counts.sum(axis=0) > 10]).pvalue > LEAST
+        assert stats.chi2_contingency(counts[:, counts.sum(axis=0) > 10]).pvalue > MIN_P
     arguments = [{}, {}]
     for sample, by_operation in zip((seen, expected), arguments, strict=True):
         for op, argument in (pair for done in sample for pair in done):
@@ -160,14 +160,14 @@ def test_operations_their_number_and_their_arguments_are_distributed_as_timm_s(a
     assert set(arguments[0]) == set(arguments[1])
     for op in arguments[0]:
         if len(arguments[0][op]) > 50:
-            assert stats.ks_2samp(arguments[0][op], arguments[1][op]).pvalue > LEAST, op
+            assert stats.ks_2samp(arguments[0][op], arguments[1][op]).pvalue > MIN_P, op
 
 
 # --- random erasing
 
 
 @pytest.mark.parametrize(("size", "count"), [((48, 64), 1), ((32, 32), 3)])
-def test_erased_boxes_are_distributed_as_timm_s(random_erasing, size, count):
+def test_erased_boxes_have_the_distribution_of_timm(random_erasing, size, count):
     draws = 3000
     theirs = random_erasing.RandomErasing(probability=0.25, mode="pixel", max_count=count, device="cpu")
     shade = torch.full((draws, 3, *size), 9.0)
@@ -176,7 +176,7 @@ def test_erased_boxes_are_distributed_as_timm_s(random_erasing, size, count):
     erase = jax.jit(partial(mixing.erase, probability=0.25, mode="pixel", count=count))
     seen = np.asarray(erase(images, KEY, jnp.arange(draws)))[..., 0] != 9.0
     counts = [[hidden.any(axis=(1, 2)).sum(), (~hidden.any(axis=(1, 2))).sum()] for hidden in (seen, expected)]
-    assert stats.chi2_contingency(np.array(counts)).pvalue > LEAST
+    assert stats.chi2_contingency(np.array(counts)).pvalue > MIN_P
     seen, expected = (hidden[hidden.any(axis=(1, 2))] for hidden in (seen, expected))
     measures = {
         "area": lambda hidden: hidden.sum(axis=(1, 2)),
@@ -187,7 +187,7 @@ def test_erased_boxes_are_distributed_as_timm_s(random_erasing, size, count):
         "left": lambda hidden: hidden.any(axis=1).argmax(axis=1),
     }
     for name, measure in measures.items():
-        assert stats.ks_2samp(measure(seen), measure(expected)).pvalue > LEAST, name
+        assert stats.ks_2samp(measure(seen), measure(expected)).pvalue > MIN_P, name
 
 
 # --- Mixup and CutMix
@@ -201,7 +201,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_mixes_are_distributed_as_timm_s(mixup, monkeypatch, name):
+def test_mixes_have_the_distribution_of_timm(mixup, monkeypatch, name):
     draws, options = 4000, OPTIONS[name]
     theirs = mixup.Mixup(
         mixup_alpha=options["mixup"], cutmix_alpha=options["cutmix"], prob=options["probability"],
@@ -210,7 +210,7 @@ def test_mixes_are_distributed_as_timm_s(mixup, monkeypatch, name):
     boxes, rand_bbox = [], mixup.rand_bbox
     monkeypatch.setattr(mixup, "rand_bbox", lambda *arguments, **_: boxes.append(rand_bbox(*arguments)) or boxes[-1])
     weights, cut = [], []
-    for _ in range(draws // 2):  # ones are mixed with zeros: their mean is then the weight
+    for _ in range(draws // 2):  # ones mixed with zeros: the mean is the weight
         mixed, _ = theirs(torch.stack([torch.ones(1, *SIZE), torch.zeros(1, *SIZE)]), torch.tensor([1, 0]))
         weights.append(float(mixed[0].mean()))
         cut.append(weights[-1] < 1 and bool(((mixed[0] == 0) | (mixed[0] == 1)).all()))
@@ -222,19 +222,21 @@ def test_mixes_are_distributed_as_timm_s(mixup, monkeypatch, name):
         [sample["cut"].sum(), ((sample["weight"] < 1) & ~sample["cut"]).sum(), (sample["weight"] == 1).sum()]
         for sample in (seen, expected)
     ]
-    assert stats.chi2_contingency(np.array(kinds) + 1).pvalue > LEAST  # cut, blended and whole; none may be whole
-    assert stats.ks_2samp(*(sample["weight"][sample["cut"]] for sample in (seen, expected))).pvalue > LEAST
+    assert (
+        stats.chi2_contingency(np.array(kinds) + 1).pvalue > MIN_P
+    )  # cut, blended and unchanged; no image may be unchanged
+    assert stats.ks_2samp(*(sample["weight"][sample["cut"]] for sample in (seen, expected))).pvalue > MIN_P
     blends = [sample["weight"][(sample["weight"] < 1) & ~sample["cut"]] for sample in (seen, expected)]
-    assert stats.ks_2samp(*blends).pvalue > LEAST
+    assert stats.ks_2samp(*blends).pvalue > MIN_P
     given, asked = drawn.box[seen["cut"]], np.array([box for box in boxes if box[1] > box[0] and box[3] > box[2]])
-    for our_edge, their_edge in {0: 0, 2: 1, 1: 2, 3: 3}.items():  # timm's are top, bottom, left, right
-        assert stats.ks_2samp(given[:, our_edge], asked[:, their_edge]).pvalue > LEAST
+    for our_edge, their_edge in {0: 0, 2: 1, 1: 2, 3: 3}.items():  # timm's order is top, bottom, left, right
+        assert stats.ks_2samp(given[:, our_edge], asked[:, their_edge]).pvalue > MIN_P
 
 
 @pytest.mark.parametrize("cutmix", [False, True])
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_images_and_targets_equal_timm_s_for_the_same_draws(mixup, monkeypatch, mode, cutmix):
-    """timm draws, and our `mix` and `mix_targets` are given what it drew."""
+def test_mixed_images_and_targets_equal_those_of_timm_for_the_same_draws(mixup, monkeypatch, mode, cutmix):
+    """Our `mix` and `mix_targets` receive the draws of timm."""
     count, classes, smoothing = 8, 5, 0.1
     images = np.random.default_rng(0).standard_normal((count, *SIZE, 3)).astype(np.float32)
     labels = np.arange(count) % classes
@@ -255,11 +257,11 @@ def test_images_and_targets_equal_timm_s_for_the_same_draws(mixup, monkeypatch, 
         box[:] = edges
     drawn = mixing.Mix(jnp.asarray(weight), jnp.asarray(box), jnp.full(count, cutmix))
     given = mixing.mix(jnp.asarray(images), jnp.asarray(images[::-1]), drawn)
-    # blends of two values of about 1, with one or two roundings
+    # one or two float32 roundings of values of about 1
     np.testing.assert_allclose(np.asarray(given).transpose(0, 3, 1, 2), mixed.numpy(), rtol=0, atol=1e-6)
     smooth = np.eye(classes, dtype=np.float32)[labels] * (1 - smoothing) + np.float32(smoothing / classes)
     mixed_targets = mixing.mix_targets(jnp.asarray(smooth), jnp.asarray(smooth[::-1].copy()), drawn)
     np.testing.assert_allclose(mixed_targets, targets.numpy(), rtol=0, atol=1e-6)
-    if cutmix:  # the weight is that of the box, as `draw_mix` has it
+    if cutmix:  # the weight is the area of the box, as in `draw_mix`
         area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
         np.testing.assert_allclose(weight, 1 - area / math.prod(SIZE), atol=1e-6)

@@ -1,4 +1,4 @@
-"""RandAugment and color jitter: Pillow's pixels, timm's chances and strengths, and nothing where nothing is asked."""
+"""RandAugment and color jitter: Pillow's pixels, timm's probabilities and magnitudes."""
 
 import math
 import pickle
@@ -25,11 +25,11 @@ from simmim_jax.errors import ConfigError
 
 OFFICIAL = "rand-m9-mstd0.5-inc1"
 MEAN = (0.485, 0.456, 0.406)
-FILL = {"RGB": (124, 116, 104), "L": 124}  # round(255 * mean), as timm has it
+FILL = {"RGB": (124, 116, 104), "L": 124}  # round(255 * mean), as in timm
 
 
 class Coin(np.random.Generator):
-    """A generator whose every coin falls on one side."""
+    """A generator whose coins all have the same result."""
 
     def __init__(self, negative: bool):
         super().__init__(np.random.PCG64(0))
@@ -61,7 +61,7 @@ def enhanced(kind, factor):
 
 
 def looked_up(function):
-    """Each value of 0..255 becomes another."""
+    """An operation on each value 0..255."""
     return lambda image, *_: Image.fromarray(np.array([function(v) for v in range(256)], np.uint8)[np.asarray(image)])
 
 
@@ -91,7 +91,7 @@ def by_magnitude(at_nine, at_two_and_a_half):
             for magnitude in (9, 2.5) for negative in (True, False)}  # fmt: skip
 
 
-# By operation: what Pillow is asked for, at magnitudes 9 and 2.5 and either side of the coin. 30 x 24 pixels.
+# Expected operation of Pillow, by (magnitude, result of the coin), on an image of 30 x 24 pixels.
 EXPECTED = {
     "AutoContrast": always(lambda image, *_: ImageOps.autocontrast(image)),
     "Equalize": always(lambda image, *_: ImageOps.equalize(image)),
@@ -125,7 +125,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_an_operation_gives_pillow_s_pixels(operation, mode):
+def test_operation_gives_the_pixels_of_pillow(operation, mode):
     image = photograph(mode)
     for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
         move = {"resample": resample, "fillcolor": FILL[mode]}
@@ -136,14 +136,14 @@ def test_an_operation_gives_pillow_s_pixels(operation, mode):
 
 
 @pytest.mark.parametrize("operation", ["PosterizeIncreasing", "Posterize"])
-def test_an_image_of_no_bits_is_black_and_one_of_all_bits_is_untouched(operation):
+def test_posterize_to_0_bits_is_black_and_to_8_bits_changes_nothing(operation):
     image = photograph()
     black, untouched = (10, -20) if operation == "PosterizeIncreasing" else (0, 30)
     assert not np.asarray(apply(operation, image, black, Coin(True), {})).any()
     assert np.array_equal(apply(operation, image, untouched, Coin(True), {}), image)
 
 
-def test_the_names_of_the_two_sets_are_timm_s():
+def test_names_of_the_two_sets_are_those_of_timm():
     changed = {"Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"}
     assert len(PLAIN) == len(INCREASING) == 15
     assert {name.removesuffix("Increasing") for name in INCREASING} == set(PLAIN)
@@ -160,12 +160,12 @@ def test_the_names_of_the_two_sets_are_timm_s():
         ("rand", RandAugment(PLAIN)),
         (OFFICIAL, RandAugment(INCREASING, magnitude=9, deviation=0.5)),
         ("rand-inc1-mstd0.5-m9", RandAugment(INCREASING, magnitude=9, deviation=0.5)),
-        ("rand-m15-n3-mmax20-p0.7-inc0", RandAugment(PLAIN, magnitude=15, most=20, layers=3, probability=0.7)),
+        ("rand-m15-n3-mmax20-p0.7-inc0", RandAugment(PLAIN, magnitude=15, max_magnitude=20, layers=3, probability=0.7)),
         ("rand-m7-mstd101", RandAugment(PLAIN, magnitude=7, deviation=math.inf)),
         ("rand-t3a-mstd1", RandAugment(("SolarizeIncreasing", "Desaturate", "GaussianBlur"), deviation=1.0)),
     ],
 )
-def test_a_string_says_what_it_says_in_timm(augment, policy):
+def test_string_is_parsed_as_in_timm(augment, policy):
     assert parse(augment) == policy
 
 
@@ -173,14 +173,14 @@ def test_a_string_says_what_it_says_in_timm(augment, policy):
     ("augment", "hint"),
     [
         ("v0-mstd0.5", "write it like rand-m9"), ("rand_m9", "write it like rand-m9"), ("random-m9", "like rand-m9"),
-        ("rand-m9-x3", "means nothing: 'x3'"), ("rand-m9-inc", "means nothing: 'inc'"), ("rand-", "means nothing: ''"),
-        ("rand-mstdinf", "means nothing: 'mstdinf'"), ("rand-w0", "means nothing: 'w0'"), ("rand-m9-m8", "m twice"),
-        ("rand-m9.5", "m must be a whole number"), ("rand-inc2", "inc must be 0 or 1"), ("rand-p1.5", "p must be"),
+        ("rand-m9-x3", "unknown part 'x3'"), ("rand-m9-inc", "unknown part 'inc'"), ("rand-", "unknown part ''"),
+        ("rand-mstdinf", "unknown part 'mstdinf'"), ("rand-w0", "unknown part 'w0'"), ("rand-m9-m8", "m twice"),
+        ("rand-m9.5", "m must be an integer"), ("rand-inc2", "inc must be 0 or 1"), ("rand-p1.5", "p must be"),
         ("rand-n0", "n must be"), ("rand-mmax0", "mmax must be"), ("rand-n16-tweights", "from 1 to 15"),
         ("rand-tweigths", "did you mean weights"),
     ],
 )  # fmt: skip
-def test_a_string_that_says_nothing_is_refused_in_one_line(augment, hint):
+def test_invalid_string_is_refused_in_one_line(augment, hint):
     with pytest.raises(ConfigError, match=hint) as refusal:
         make_augment(augment, color_jitter=0.0, mean=MEAN, interpolation="bicubic")
     assert "\n" not in str(refusal.value)
@@ -197,13 +197,13 @@ def test_a_string_that_says_nothing_is_refused_in_one_line(augment, hint):
         ({"color_jitter": math.nan, "augment": ""}, "color_jitter is nan"),
     ],
 )
-def test_what_cannot_be_augmented_is_refused(options, hint):
+def test_images_that_cannot_be_augmented_are_refused(options, hint):
     options = {"augment": OFFICIAL, "color_jitter": 0.0, "mean": MEAN, "interpolation": "bicubic", **options}
     with pytest.raises(ConfigError, match=hint):
         make_augment(options.pop("augment"), **options)
 
 
-def test_color_jitter_follows_the_three_operations_of_deit_iii():
+def test_color_jitter_comes_after_the_three_operations_of_deit_iii():
     options = {"mean": MEAN, "interpolation": "bicubic"}
     both, first = (make_augment("rand-t3a-n1-p1", color_jitter=c, **options) for c in (0.3, 0.0))
     jitter = make_augment("", color_jitter=0.3, **options)
@@ -212,14 +212,14 @@ def test_color_jitter_follows_the_three_operations_of_deit_iii():
     np.testing.assert_array_equal(both(image, rng), jitter(first(image, again), again))
 
 
-# --- chances
+# --- probabilities
 
 
 def five_deviations(share: float, draws: int) -> float:
     return 5 * math.sqrt(share * (1 - share) / draws)
 
 
-def test_each_operation_is_as_likely_and_done_in_half_of_the_cases():
+def test_operations_are_equally_likely_and_half_of_them_are_applied():
     policy, rng, draws = parse(OFFICIAL), np.random.default_rng(0), 3000
     drawn = [draw_operations(policy, rng) for _ in range(draws)]
     done = Counter(operation for operations in drawn for operation in operations)
@@ -232,7 +232,7 @@ def test_each_operation_is_as_likely_and_done_in_half_of_the_cases():
     assert any(len(operations) == 2 and operations[0] == operations[1] for operations in drawn)
 
 
-def test_weighted_operations_come_by_their_weights_and_never_twice():
+def test_weighted_operations_have_their_weights_and_never_repeat():
     policy, rng, draws = parse("rand-tweights-n2-p1"), np.random.default_rng(0), 3000
     drawn = [draw_operations(policy, rng) for _ in range(draws)]
     assert all(len(set(operations)) == 2 for operations in drawn)
@@ -249,7 +249,7 @@ def test_weighted_operations_come_by_their_weights_and_never_twice():
         ("rand-m12-mmax13-mstd1", stats.norm(12, 1), 13), ("rand-m8-mstd101", stats.uniform(0, 8), 10),
     ],
 )  # fmt: skip
-def test_magnitudes_are_a_normal_or_uniform_draw_whose_tails_gather_at_the_bounds(augment, distribution, most):
+def test_magnitudes_are_clipped_normal_or_uniform(augment, distribution, most):
     policy, rng, draws = parse(augment), np.random.default_rng(0), 5000
     magnitudes = np.array([draw_magnitude(policy, rng) for _ in range(draws)])
     below, above = distribution.cdf(0), distribution.sf(most)
@@ -260,15 +260,15 @@ def test_magnitudes_are_a_normal_or_uniform_draw_whose_tails_gather_at_the_bound
     assert stats.kstest(share, "uniform").pvalue > 1e-4
 
 
-def test_magnitudes_without_deviation_are_all_the_same():
+def test_magnitudes_without_deviation_are_equal():
     rng = np.random.default_rng(0)
     assert [draw_magnitude(parse(f"rand-m{m}"), rng) for m in (0, 7, 10, 12)] == [0, 7, 10, 10]
 
 
-def test_color_jitter_scales_by_factors_that_are_uniform_around_one():
+def test_factors_of_color_jitter_are_uniform_around_one():
     jitter = make_augment("", color_jitter=0.4, mean=MEAN, interpolation="bilinear")
     rng = np.random.default_rng(0)
-    level = np.full((2, 2, 3), 100, np.uint8)  # of one shade: contrast and saturation leave it as it is
+    level = np.full((2, 2, 3), 100, np.uint8)  # uniform gray: contrast and saturation change nothing
     values = np.array([jitter(level, rng)[0, 0, 0] for _ in range(2000)])
     assert values.min() >= 60
     assert values.max() <= 140
@@ -276,7 +276,7 @@ def test_color_jitter_scales_by_factors_that_are_uniform_around_one():
     assert np.allclose(quartiles, [80, 100, 120], atol=0.5 + 80 * five_deviations(0.5, 2000))
 
 
-def test_color_jitter_is_pillow_s_brightness_contrast_and_saturation_in_any_order():
+def test_color_jitter_is_brightness_contrast_and_saturation_of_pillow_in_any_order():
     jitter = make_augment("", color_jitter=0.4, mean=MEAN, interpolation="bilinear")
     orders = set()
     for seed in range(40):
@@ -295,22 +295,22 @@ def test_color_jitter_is_pillow_s_brightness_contrast_and_saturation_in_any_orde
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", [{"augment": OFFICIAL}, {"augment": "rand-t3aw-n3"}, {"color_jitter": 0.4}])
-def test_size_channels_and_type_stay_and_the_generator_decides_all(mode, options):
+def test_augmentation_keeps_shape_and_dtype_and_depends_on_the_generator_only(mode, options):
     image = np.atleast_3d(np.asarray(photograph(mode)))
     options = {"augment": "", "color_jitter": 0.0, "mean": MEAN[: image.shape[2]], **options}
     augment = make_augment(**options, interpolation="bicubic")
     before, changed = image.copy(), 0
     for seed in range(40):
         augmented = augment(image, np.random.default_rng(seed))
-        again = pickle.loads(pickle.dumps(augment))(image, np.random.default_rng(seed))  # as a worker process has it
+        again = pickle.loads(pickle.dumps(augment))(image, np.random.default_rng(seed))  # as in a worker process
         assert (augmented.shape, augmented.dtype) == (image.shape, np.uint8)
         assert np.array_equal(augmented, again)
         changed += not np.array_equal(augmented, image)
     assert np.array_equal(image, before)
-    assert changed >= 20  # of RandAugment a quarter stays as it is
+    assert changed >= 20  # RandAugment leaves a quarter unchanged
 
 
-def test_what_is_moved_in_has_the_mean_color():
+def test_pixels_from_outside_have_the_mean_color():
     augment = make_augment("rand-m10-n1-p1", color_jitter=0.0, mean=MEAN, interpolation="nearest")
     white = np.full((24, 30, 3), 255, np.uint8)
     colors = {tuple(c) for seed in range(60) for c in augment(white, np.random.default_rng(seed)).reshape(-1, 3)}
@@ -318,7 +318,7 @@ def test_what_is_moved_in_has_the_mean_color():
     assert (128, 128, 128) not in colors
 
 
-def test_nothing_to_do_is_no_function():
+def test_no_augmentation_is_no_function():
     assert make_augment("", color_jitter=0.0, mean=(), interpolation="lanczos") is None
 
 
@@ -335,7 +335,7 @@ def take(count: int, start_step=0, shard=(0, 1), **options) -> list[np.ndarray]:
     return images
 
 
-def test_augmented_batches_are_the_same_from_any_step_and_for_any_number_of_processes():
+def test_augmented_batches_do_not_depend_on_start_or_shards():
     options = {"augment": OFFICIAL, "mean": (0.3,)}
     whole = take(4, **options)
     assert not np.array_equal(whole, take(4))
@@ -344,11 +344,11 @@ def test_augmented_batches_are_the_same_from_any_step_and_for_any_number_of_proc
     assert np.array_equal(whole, np.stack(parts, axis=2).reshape(np.shape(whole)))
 
 
-def test_crop_and_flip_are_the_same_with_and_without_augmentation():
+def test_augmentation_does_not_change_crop_and_flip():
     assert np.array_equal(take(3), take(3, augment="rand-p0", mean=(0.3,)))
 
 
-def test_the_fingerprint_of_a_run_that_does_not_augment_is_what_it_was():
+def test_fingerprint_has_augmentation_only_if_it_is_used():
     options = {"seed": 0, "batch_size": 4, "image_size": (8, 8)}
     before = fingerprint(DIGITS, BatchSpec(**options))
     assert set(before) == {"source", "seed", "batch_size", "image_size", "channels", "crop_scale", "crop_ratio", "flip",
@@ -359,10 +359,10 @@ def test_the_fingerprint_of_a_run_that_does_not_augment_is_what_it_was():
     assert fingerprint(DIGITS, BatchSpec(color_jitter=0.4, mean=MEAN, **options)) == before | {"color_jitter": 0.4}
 
 
-def test_batches_that_cannot_be_augmented_are_refused_before_anything_is_opened():
+def test_invalid_augmentation_of_batches_is_refused():
     with pytest.raises(ConfigError, match="must have 1 numbers"):
         check_batches(DIGITS, BatchSpec(**BATCHES, augment=OFFICIAL), Loading())
-    with pytest.raises(ConfigError, match="means nothing: 'x3'"):
+    with pytest.raises(ConfigError, match="unknown part 'x3'"):
         check_batches(DIGITS, BatchSpec(**BATCHES, augment="rand-x3", mean=(0.5,)), Loading())
     with pytest.raises(ConfigError, match="5 channels"):
         check_batches(DIGITS, BatchSpec(**BATCHES | {"channels": 5}, color_jitter=0.4, mean=(0.5,) * 5), Loading())

@@ -1,4 +1,4 @@
-"""Bytes to pixels: whatever a folder may hold becomes an image of the right kind, or a BadImage that says why."""
+"""Decoding: any file becomes an image with the requested channels, or a BadImage with a reason."""
 
 import io
 import resource
@@ -29,11 +29,11 @@ def ramp(mode: str, size=(9, 7)) -> Image.Image:
         ("RGB", "BMP"), ("RGB", "TIFF"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("I;16", "PNG"),
     ],
 )  # fmt: skip
-def test_every_mode_becomes_gray_or_rgb(mode, form, channels):
+def test_each_mode_becomes_gray_or_rgb(mode, form, channels):
     image = ramp("L").convert("I").point(lambda value: value * 257).convert("I;16") if mode == "I;16" else ramp(mode)
     decoded = decode(encoded(image, form), channels)
     assert decoded.shape == (7, 9, channels)
-    if mode != "1":  # all else holds the ramp itself, up to JPEG's rounding
+    if mode != "1":  # the others hold the ramp itself; 12 covers JPEG's rounding
         error = np.abs(decoded.mean(axis=-1) - np.asarray(ramp("L"), float))
         assert error.max() <= 12
 
@@ -51,11 +51,13 @@ def test_alpha_is_dropped_and_not_composited():
     assert decode(encoded(palette, transparency=b"\xff\x00"), 3).tolist() == [[[9, 8, 7]]]
 
 
-@pytest.mark.parametrize("form", ["PNG", "TIFF", "JPEG"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation, form):
-    upright = (np.arange(6, dtype=np.uint8).reshape(2, 3) * 40).repeat(8, 0).repeat(8, 1)  # each a block of a JPEG's
-    # rows and columns of the stored image, for a viewer that turns it back (EXIF 2.3, table of Orientation)
+    upright = (
+        (np.arange(6, dtype=np.uint8).reshape(2, 3) * 40).repeat(8, 0).repeat(8, 1)
+    )  # each value fills a JPEG block
+    # The stored image by orientation (EXIF 2.3, table of Orientation).
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
               6: upright.T[::-1], 7: upright.T[::-1, ::-1], 8: upright.T[:, ::-1]}[orientation]  # fmt: skip
     exif = Image.Exif()
@@ -67,13 +69,13 @@ def test_exif_orientation_is_applied(orientation, form):
         assert np.abs(image.read(8)[..., 0].astype(int) - upright[::8, ::8]).max() <= 1
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f"])
-def test_damaged_exif_does_not_cost_the_image(form, exif):
-    assert decode(encoded(ramp("RGB"), form, exif=exif), 3).shape == (7, 9, 3)
+def test_damaged_exif_is_ignored(exif):
+    for form in ("JPEG", "PNG", "WEBP"):
+        assert decode(encoded(ramp("RGB"), form, exif=exif), 3).shape == (7, 9, 3)
 
 
-def test_an_animation_gives_its_first_frame():
+def test_animation_decodes_to_its_first_frame():
     frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
     assert decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), 1)[0, 0, 0] == 10
 
@@ -94,21 +96,20 @@ JPEG = encoded(ramp("RGB", (64, 64)), "JPEG")
         (JPEG[:2], "none of JPEG"),
         (b"<!DOCTYPE html><title>404</title>", "none of JPEG"),
         (encoded(ramp("RGB"))[:-30], "truncated|broken|CRC|bad"),
-        (encoded(ramp("RGB"), "PPM"), "none of JPEG"),  # a format that Pillow knows, and we do not take
+        (encoded(ramp("RGB"), "PPM"), "none of JPEG"),  # Pillow could read it, but it is not in FORMATS
         (encoded(Image.new("F", (2, 2)), "TIFF"), "32-bit"),
         (np.zeros((2, 2, 3), np.float32), "float32"),
         (np.zeros((0, 2, 3), np.uint8), "array"),
     ],
 )  # fmt: skip
-def test_what_does_not_decode_whole_is_a_bad_image_with_a_reason(data, reason):
+def test_image_that_does_not_decode_completely_is_bad(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode(data, 3)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_000, 15_000])
-@pytest.mark.parametrize("form", ["PNG", "GIF", "WEBP"])
-def test_a_bomb_is_refused_by_its_header_before_memory_is_taken(side, form):
+@pytest.mark.parametrize(("side", "form"), [(10_000, "PNG"), (15_000, "GIF"), (15_000, "WEBP")])
+def test_decompression_bomb_is_refused_before_memory_is_allocated(side, form):
     data = {
         "PNG": lambda: bytearray(encoded(Image.new("L", (8, 8)))),
         "GIF": lambda: bytearray(encoded(Image.new("L", (8, 8)), "GIF")),
@@ -128,23 +129,23 @@ def test_a_bomb_is_refused_by_its_header_before_memory_is_taken(side, form):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024  # kilobytes
 
 
-def test_max_pixels_holds_for_arrays_too():
+def test_max_pixels_limits_arrays():
     assert decode(np.zeros((4, 5, 3), np.uint8), 3, max_pixels=20).shape == (4, 5, 3)
-    with pytest.raises(BadImage, match="4 x 5 pixels, more than max_pixels=19"):
+    with pytest.raises(BadImage, match="4 x 5 pixels.*max_pixels=19"):
         decode(np.zeros((4, 5, 3), np.uint8), 3, max_pixels=19)
 
 
-def test_other_channel_counts_are_taken_as_stored_and_never_converted():
+def test_other_channel_counts_are_never_converted():
     pixels = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
     assert np.array_equal(decode(pixels, 5), pixels)
     assert decode(encoded(ramp("RGBA")), 4).shape == (7, 9, 4)
-    with pytest.raises(BadImage, match="5 channels where 3 are expected"):
+    with pytest.raises(BadImage, match="5 channels, expected 3"):
         decode(pixels, 3)
-    with pytest.raises(BadImage, match="3 channels where 5 are expected"):
+    with pytest.raises(BadImage, match="3 channels, expected 5"):
         decode(encoded(ramp("RGB")), 5)
 
 
-# --- JPEG, whose fast path must give what Pillow gives
+# --- JPEG: the fast path is equal to Pillow
 
 
 def noise(mode="RGB", size=(83, 61)) -> Image.Image:
@@ -153,12 +154,12 @@ def noise(mode="RGB", size=(83, 61)) -> Image.Image:
 
 
 def with_marker(data: bytes, marker: int, body: bytes) -> bytes:
-    """The file with one more segment at its start."""
+    """The file with another segment at its start."""
     return data[:2] + bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body + data[2:]
 
 
 JPEGS = {
-    **{f"quality {q} {s}": {"quality": q, "subsampling": s} for q in (30, 75, 98) for s in ("4:4:4", "4:2:2", "4:2:0")},
+    **{f"quality {q} {s}": {"quality": q, "subsampling": s} for q, s in ((30, "4:4:4"), (75, "4:2:2"), (98, "4:2:0"))},
     "progressive": {"progressive": True, "quality": 90},
     "optimized": {"optimize": True},
     "restarts": {"restart_marker_rows": 1},
@@ -166,54 +167,54 @@ JPEGS = {
 }
 
 
-@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS.keys())
-def test_a_jpeg_decodes_to_the_bits_that_pillow_gives(options, mode, channels):
+def test_jpeg_decodes_to_the_pixels_of_pillow(options, mode):
     if options.get("keep_rgb") and mode != "RGB":
         options = {}
     data = encoded(noise(mode), "JPEG", **options)
-    theirs = Image.open(io.BytesIO(data)).convert({1: "L", 3: "RGB"}[channels])
-    assert np.array_equal(decode(data, channels), np.atleast_3d(np.asarray(theirs)))
+    for channels in (1, 3):
+        theirs = Image.open(io.BytesIO(data)).convert({1: "L", 3: "RGB"}[channels])
+        assert np.array_equal(decode(data, channels), np.atleast_3d(np.asarray(theirs)))
 
 
-@pytest.mark.parametrize("reduce", [2, 4, 8])
 @pytest.mark.parametrize("size", [(83, 61), (64, 64), (8, 200)])
-def test_a_reduced_jpeg_has_its_sides_divided_and_its_look_kept(size, reduce):
+def test_reduced_jpeg_has_divided_sides_and_the_same_mean(size):
     data = encoded(ramp("RGB", size), "JPEG", quality=95)
-    small = Picture(data, 3).read(reduce)
-    assert small.shape == (-(-size[1] // reduce), -(-size[0] // reduce), 3)
-    assert abs(small.mean() - decode(data, 3).mean()) < 8  # a last row of fewer pixels weighs as much as the others
+    for reduce in (2, 4, 8):
+        small = Picture(data, 3).read(reduce)
+        assert small.shape == (-(-size[1] // reduce), -(-size[0] // reduce), 3)
+        assert abs(small.mean() - decode(data, 3).mean()) < 8  # an incomplete last row weighs as much as the others
 
 
-def test_what_is_no_jpeg_comes_whole_however_reduced():
+def test_other_formats_ignore_reduce():
     for image in (encoded(ramp("RGB", (64, 48))), np.zeros((48, 64, 3), np.uint8), encoded(noise("CMYK"), "JPEG")):
         assert np.array_equal(Picture(image, 3).read(4), decode(image, 3))
 
 
-def test_jpegs_that_are_damaged_get_pillows_verdict():
+def test_damaged_jpegs_decode_or_fail_as_in_pillow():
     data = encoded(noise(size=(160, 120)), "JPEG")
     rng = np.random.default_rng(0)
     same = {"decoded": 0, "refused": 0}
     for _ in range(200):
-        spoilt = bytearray(data)
+        damaged = bytearray(data)
         for _ in range(rng.integers(1, 4)):
-            spoilt[rng.integers(len(data))] = rng.integers(256)
+            damaged[rng.integers(len(data))] = rng.integers(256)
         if rng.random() < 0.3:
-            spoilt = spoilt[: rng.integers(len(data))]
+            damaged = damaged[: rng.integers(len(data))]
         try:
-            theirs = np.asarray(Image.open(io.BytesIO(spoilt), formats=["JPEG"]).convert("RGB"))
-        except Exception:  # whatever Pillow makes of it
+            theirs = np.asarray(Image.open(io.BytesIO(damaged), formats=["JPEG"]).convert("RGB"))
+        except Exception:  # Pillow raises many kinds
             with pytest.raises(BadImage):
-                decode(bytes(spoilt), 3)
+                decode(bytes(damaged), 3)
             same["refused"] += 1
         else:
-            assert np.array_equal(decode(bytes(spoilt), 3), theirs)
+            assert np.array_equal(decode(bytes(damaged), 3), theirs)
             same["decoded"] += 1
     assert min(same.values()) > 30
 
 
-def test_a_jpeg_with_two_headers_takes_no_more_memory_than_was_checked():
+def test_second_jpeg_header_cannot_exceed_the_checked_size():
     data = encoded(noise(), "JPEG")
     start = data.index(b"\xff\xc0")
     header = bytearray(data[start + 4 : start + 4 + 15])

@@ -1,11 +1,12 @@
-"""RandAugment and color jitter on the host: timm's choices and strengths, Pillow's operations, one image at a time.
+"""RandAugment and color jitter of one image on the host.
 
-RandAugment (Cubuk et al. 2019, arXiv 1909.13719) as `rand_augment_transform` of timm 1.0.31 has it, which is what
-official fine-tuning trains with (data_finetune.py, "rand-m9-mstd0.5-inc1"): operations are drawn, each is done with a
-probability, its magnitude is a draw around m, of 10. Color jitter as torchvision's ColorJitter, without hue.
+RandAugment (Cubuk et al. 2019, arXiv 1909.13719) follows `rand_augment_transform` of timm 1.0.31, which the official
+fine-tuning uses (data_finetune.py, "rand-m9-mstd0.5-inc1"). It draws operations, applies each with a probability, and
+draws the magnitude of each around m, on a scale of 10. Color jitter follows torchvision's ColorJitter, without hue.
 
-Each operation is Pillow's own, so that its pixels are too. No JAX here: worker processes load this.
-Letters of shapes: h height, w width, c channels, 1 or 3.
+Each operation is Pillow's, so the pixels are equal to timm's.
+
+Shapes: h height, w width, c channels, 1 or 3.
 """
 
 import functools
@@ -20,30 +21,30 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from simmim_jax.errors import ConfigError, check_minimum, choose
 
 EXAMPLE = "rand-m9-mstd0.5-inc1"
-RESAMPLING = {  # what Pillow turns and shears with
+RESAMPLING = {  # filters of Pillow that can rotate and shear
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # what color jitter changes
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # of color jitter
 
 Argument = int | float | None
 Strength = Callable[[int | float, np.random.Generator], Argument]
 
 
-# --- how strong an operation is: its argument, by the level (magnitude / 10) and, where it may go either way, a coin
+# --- strengths: (level, rng) -> argument of the operation, where level = magnitude / 10
 
 
 def _constant(level: int | float, rng: np.random.Generator) -> None:
-    """An operation that takes no argument."""
+    """No argument."""
 
 
-def _either_way(amount: int | float, rng: np.random.Generator) -> int | float:
+def _random_sign(amount: int | float, rng: np.random.Generator) -> int | float:
     return -amount if rng.random() < 0.5 else amount
 
 
-def _around_zero(most: float) -> Strength:
-    return lambda level, rng: _either_way(level * most, rng)
+def _around_zero(max_amount: float) -> Strength:
+    return lambda level, rng: _random_sign(level * max_amount, rng)
 
 
 def _enhanced(level: int | float, rng: np.random.Generator) -> float:
@@ -51,14 +52,14 @@ def _enhanced(level: int | float, rng: np.random.Generator) -> float:
 
 
 def _enhanced_increasing(level: int | float, rng: np.random.Generator) -> float:
-    return max(0.1, 1.0 + _either_way(level * 0.9, rng))
+    return max(0.1, 1.0 + _random_sign(level * 0.9, rng))
 
 
 def _between(low: float, high: float) -> Strength:
     return lambda level, rng: max(low, min(high, low + (high - low) * level))
 
 
-# --- what an operation does: (image, argument) -> image, and of those that move pixels a `move` of their options
+# --- operations: (image, argument) -> image. Geometric operations also take options of Pillow's `transform`
 
 
 def _enhance(enhancer) -> Callable[[Image.Image, float], Image.Image]:
@@ -66,7 +67,7 @@ def _enhance(enhancer) -> Callable[[Image.Image, float], Image.Image]:
 
 
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
-    if bits < 1:  # Pillow 13 refuses it and before gave black: m9-mstd0.5 has such a magnitude in 2.3 % of its draws
+    if bits < 1:  # black, as before Pillow 13, which refuses it: 2.3 % of the draws of m9-mstd0.5
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
@@ -77,26 +78,26 @@ def _solarize_add(image: Image.Image, added: int) -> Image.Image:
 
 
 def _affine(coefficients: Callable) -> Callable:
-    """Each pixel comes from the place (a x + b y + c, d x + e y + f) of the image."""
+    """An operation that takes each pixel from (a x + b y + c, d x + e y + f)."""
 
-    def moved(image: Image.Image, amount: float, **move) -> Image.Image:
-        return image.transform(image.size, Image.Transform.AFFINE, coefficients(amount, *image.size), **move)
+    def transform(image: Image.Image, amount: float, **options) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients(amount, *image.size), **options)
 
-    return moved
-
-
-def _rotate(image: Image.Image, degrees: float, **move) -> Image.Image:
-    return image.rotate(degrees, **move)
+    return transform
 
 
-MOVES: dict[str, tuple[Strength, Callable]] = {
+def _rotate(image: Image.Image, degrees: float, **options) -> Image.Image:
+    return image.rotate(degrees, **options)
+
+
+GEOMETRIC: dict[str, tuple[Strength, Callable]] = {
     "Rotate": (_around_zero(30.0), _rotate),
     "ShearX": (_around_zero(0.3), _affine(lambda amount, width, height: (1, amount, 0, 0, 1, 0))),
     "ShearY": (_around_zero(0.3), _affine(lambda amount, width, height: (1, 0, 0, amount, 1, 0))),
     "TranslateXRel": (_around_zero(0.45), _affine(lambda amount, width, height: (1, 0, amount * width, 0, 1, 0))),
     "TranslateYRel": (_around_zero(0.45), _affine(lambda amount, width, height: (1, 0, 0, 0, 1, amount * height))),
 }
-COLOURS: dict[str, tuple[Strength, Callable]] = {
+COLOR: dict[str, tuple[Strength, Callable]] = {
     "AutoContrast": (_constant, lambda image, _: ImageOps.autocontrast(image)),
     "Equalize": (_constant, lambda image, _: ImageOps.equalize(image)),
     "Invert": (_constant, lambda image, _: ImageOps.invert(image)),
@@ -116,16 +117,16 @@ COLOURS: dict[str, tuple[Strength, Callable]] = {
     "Desaturate": (_between(0.5, 1.0), lambda image, amount: ImageEnhance.Color(image).enhance(1.0 - amount)),
     "GaussianBlur": (_between(0.1, 2.0), lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius))),
 }
-OPERATIONS = COLOURS | MOVES
+OPERATIONS = COLOR | GEOMETRIC
 
-# --- which operations there are to draw from
+# --- sets of operations to draw from
 
 PLAIN = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
          "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")  # fmt: skip
-GROWING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")  # these have an increasing variant
-INCREASING = tuple(f"{name}Increasing" if name in GROWING else name for name in PLAIN)
-THREE = ("SolarizeIncreasing", "Desaturate", "GaussianBlur")  # of DeiT III, arXiv 2204.07118
-WEIGHTS = {  # by the name after t: how likely each operation is, relative to the others
+WITH_INCREASING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+INCREASING = tuple(f"{name}Increasing" if name in WITH_INCREASING else name for name in PLAIN)
+THREE = ("SolarizeIncreasing", "Desaturate", "GaussianBlur")  # DeiT III, arXiv 2204.07118
+WEIGHTS = {  # by the name after "t": relative probability of each operation
     "weights": {
         "Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1, "ColorIncreasing": 0.25,
         "SharpnessIncreasing": 0.25, "AutoContrast": 0.25, "SolarizeIncreasing": 0.05, "SolarizeAdd": 0.05,
@@ -142,17 +143,20 @@ SETS = ("3a", *WEIGHTS)
 
 
 class RandAugment(NamedTuple):
-    """What a string like "rand-m9-mstd0.5-inc1" says.
+    """The parsed form of a string like "rand-m9-mstd0.5-inc1".
 
-    magnitude: the mean of the magnitudes. deviation: their standard deviation; 0: all are the mean; infinite: uniform
-    between 0 and `magnitude`. most: the largest magnitude there is. layers: operations drawn for an image.
-    probability: that a drawn one is done. weights: how likely each is to be drawn, then never twice; None: all alike.
+    magnitude: mean of the magnitudes.
+    deviation: standard deviation of the magnitudes; infinite: uniform between 0 and `magnitude`.
+    max_magnitude: upper bound of the magnitudes.
+    layers: operations drawn for an image.
+    probability: probability of applying a drawn operation.
+    weights: probability of drawing each operation, without repetition; None: uniform, with repetition.
     """
 
     operations: tuple[str, ...]
     magnitude: int = 10
     deviation: float = 0.0
-    most: int = 10
+    max_magnitude: int = 10
     layers: int = 2
     probability: float = 0.5
     weights: tuple[float, ...] | None = None
@@ -161,17 +165,16 @@ class RandAugment(NamedTuple):
 def make_augment(
     augment: str, *, color_jitter: int | float, mean: tuple[int | float, ...], interpolation: str
 ) -> Callable[[UInt8[np.ndarray, "h w c"], np.random.Generator], UInt8[np.ndarray, "h w c"]] | None:
-    """A function (image, rng) -> image that augments; None where there is nothing to do.
+    """A function (image, rng) -> augmented image; None if there is nothing to do.
 
     Args:
-      augment: RandAugment as `parse` reads it; empty: none.
-      color_jitter: by how much brightness, contrast and saturation are changed at most, in either direction and in
-        random order; 0: not at all. timm's recipes have 0.4, and none of it where there is RandAugment, save that of
-        three operations (t3a, t3aw), which it follows.
-      mean: of the channels, 0..1. This color fills what is moved in from outside of the image.
-      interpolation: one of `RESAMPLING`, of operations that move pixels.
+      augment: RandAugment string for `parse`; empty: none.
+      color_jitter: largest relative change of brightness, contrast and saturation, applied in random order; 0: none.
+        timm's recipes use 0.4, and combine it only with the three-operation RandAugment (t3a, t3aw).
+      mean: channel means, 0..1. Pixels from outside of the image have this color.
+      interpolation: filter of the geometric operations, one of `RESAMPLING`.
 
-    Raises ConfigError for what cannot work: a string that is none, images that are neither gray nor RGB.
+    Raises ConfigError for an invalid string, or for images that are neither gray nor RGB.
     """
     check_minimum("data.color_jitter", color_jitter, 0)
     if not augment and not color_jitter:
@@ -180,30 +183,33 @@ def make_augment(
         fix = "set data.augment='' and data.color_jitter=0: Pillow's operations are for 1 or 3 channels"
         raise ConfigError(f"images of {len(mean)} channels cannot be augmented", "data.augment", fix)
     if not augment:
-        return functools.partial(_jittered, strength=color_jitter)
+        return functools.partial(_color_jitter, strength=color_jitter)
     policy = parse(augment)
     if color_jitter and "t3a" not in augment:
         what = f"color_jitter={color_jitter} and RandAugment together"
-        fix = "set it to 0 (timm leaves it out there, but with t3a), or data.augment to ''"
+        fix = "set it to 0 (timm combines them only with t3a), or data.augment to ''"
         raise ConfigError(what, "data.color_jitter", fix)
-    if not set(MOVES).isdisjoint(policy.operations) and interpolation not in RESAMPLING:
+    if not set(GEOMETRIC).isdisjoint(policy.operations) and interpolation not in RESAMPLING:
         fix = f"choose one of {', '.join(RESAMPLING)}, or set data.augment=''"
-        raise ConfigError(f"images cannot be turned by {interpolation}", "data.interpolation", fix)
+        raise ConfigError(f"{interpolation} cannot rotate images", "data.interpolation", fix)
     fill = tuple(min(255, max(0, round(255 * value))) for value in mean)
-    move = {"resample": RESAMPLING.get(interpolation), "fillcolor": fill if len(fill) == 3 else fill[0]}
-    jitter = functools.partial(_jittered, strength=color_jitter) if color_jitter else None
-    return functools.partial(_rand_augmented, policy=policy, move=move, jitter=jitter)
+    geometric_options = {"resample": RESAMPLING.get(interpolation), "fillcolor": fill if len(fill) == 3 else fill[0]}
+    jitter = functools.partial(_color_jitter, strength=color_jitter) if color_jitter else None
+    return functools.partial(_rand_augment, policy=policy, geometric_options=geometric_options, jitter=jitter)
 
 
 def parse(augment: str) -> RandAugment:
-    """The RandAugment that a string of timm 1.0 tells of: "rand", then parts in any order, with dashes between.
+    """Parse a RandAugment string of timm 1.0: "rand", then parts in any order, separated by dashes.
 
-    m9: magnitude, a whole number (default 10). mstd0.5: its standard deviation (default 0; above 100: uniform between
-    0 and m). mmax12: the largest magnitude (default 10). n2: operations drawn (default 2). p0.5: the probability of
-    each (default 0.5). inc1: all operations grow stronger with the magnitude (default 0). tweights, t3a, t3aw: other
-    operations, or not all equally likely.
+    - m9: magnitude, an integer (default 10).
+    - mstd0.5: standard deviation of the magnitude (default 0; above 100: uniform between 0 and m).
+    - mmax12: largest magnitude (default 10).
+    - n2: operations drawn (default 2).
+    - p0.5: probability of each (default 0.5).
+    - inc1: all operations get stronger with the magnitude (default 0).
+    - tweights, t3a, t3aw: other sets of operations and probabilities.
 
-    Raises ConfigError for a part that is none of these, or is there twice: timm passes over some of them in silence.
+    Raises ConfigError for any other part and for a repeated one, some of which timm ignores silently.
     """
     kind, *parts = augment.split("-")
     if kind != "rand":
@@ -212,7 +218,7 @@ def parse(augment: str) -> RandAugment:
     for part in parts:
         key, value = _read_part(part, augment)
         if key in given:
-            raise ConfigError(f"{augment} says {key} twice", "data.augment", "leave one of them out")
+            raise ConfigError(f"{augment} has {key} twice", "data.augment", "remove one of them")
         given[key] = value
     operations, weights = INCREASING if given.get("inc") else PLAIN, None
     if given.get("t") == "3a":
@@ -222,68 +228,68 @@ def parse(augment: str) -> RandAugment:
         operations, weights = tuple(weighted), tuple(weight / sum(weighted.values()) for weight in weighted.values())
     deviation = float(given.get("mstd", 0.0))
     policy = RandAugment(
-        operations, weights=weights, magnitude=given.get("m", 10), most=given.get("mmax", 10),
+        operations, weights=weights, magnitude=given.get("m", 10), max_magnitude=given.get("mmax", 10),
         deviation=deviation if deviation <= 100 else float("inf"),
         layers=given.get("n", 2), probability=float(given.get("p", 0.5)),
     )  # fmt: skip
-    most = len(operations) if weights else 100
-    _check(1 <= policy.layers <= most, augment, "n", f"a number of operations from 1 to {most}")
-    _check(policy.most >= 1, augment, "mmax", "a magnitude of 1 or more")
+    max_layers = len(operations) if weights else 100
+    _check(1 <= policy.layers <= max_layers, augment, "n", f"a number of operations from 1 to {max_layers}")
+    _check(policy.max_magnitude >= 1, augment, "mmax", "a magnitude of 1 or more")
     _check(policy.probability <= 1, augment, "p", "a probability, at most 1")
     _check(given.get("inc", 0) in (0, 1), augment, "inc", "0 or 1")
     return policy
 
 
 def apply(
-    operation: str, image: Image.Image, magnitude: int | float, rng: np.random.Generator, move: dict
+    operation: str, image: Image.Image, magnitude: int | float, rng: np.random.Generator, geometric_options: dict
 ) -> Image.Image:
-    """The image after an operation of `OPERATIONS` with this magnitude, 0 to 10 and beyond; `rng` decides which way.
+    """Apply an operation of `OPERATIONS` with this magnitude, 0 to 10 or more. `rng` draws the direction.
 
-    move: `resample` and `fillcolor`, as Pillow's `transform` has them.
+    geometric_options: `resample` and `fillcolor` of Pillow's `transform`.
     """
     strength, operate = OPERATIONS[operation]
     argument = strength(magnitude / 10, rng)
-    return operate(image, argument, **move) if operation in MOVES else operate(image, argument)
+    return operate(image, argument, **geometric_options) if operation in GEOMETRIC else operate(image, argument)
 
 
 def draw_magnitude(policy: RandAugment, rng: np.random.Generator) -> float:
-    """A magnitude, from 0 to `policy.most`."""
+    """A random magnitude from 0 to `policy.max_magnitude`."""
     drawn = policy.magnitude
     if policy.deviation == float("inf"):
         drawn = rng.uniform(0, drawn)
     elif policy.deviation > 0:
         drawn = rng.normal(drawn, policy.deviation)
-    return float(max(0, min(drawn, policy.most)))
+    return float(max(0, min(drawn, policy.max_magnitude)))
 
 
 def draw_operations(policy: RandAugment, rng: np.random.Generator) -> list[str]:
-    """The operations that are done to one image, in their order."""
+    """The operations to apply to one image, in order."""
     drawn = rng.choice(len(policy.operations), policy.layers, replace=policy.weights is None, p=policy.weights)
-    return [policy.operations[place] for place in drawn if rng.random() < policy.probability]
+    return [policy.operations[i] for i in drawn if rng.random() < policy.probability]
 
 
-def _rand_augmented(
+def _rand_augment(
     image: UInt8[np.ndarray, "h w c"],
     rng: np.random.Generator,
     *,
     policy: RandAugment,
-    move: dict,
+    geometric_options: dict,
     jitter: Callable | None = None,
 ) -> UInt8[np.ndarray, "h w c"]:
     if operations := draw_operations(policy, rng):
         picture = _as_picture(image)
         for operation in operations:
-            picture = apply(operation, picture, draw_magnitude(policy, rng), rng, move)
+            picture = apply(operation, picture, draw_magnitude(policy, rng), rng, geometric_options)
         image = np.atleast_3d(np.asarray(picture))
     return jitter(image, rng) if jitter else image
 
 
-def _jittered(
+def _color_jitter(
     image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator, *, strength: int | float
 ) -> UInt8[np.ndarray, "h w c"]:
     picture = _as_picture(image)
-    for place in rng.permutation(len(ENHANCERS)):
-        picture = ENHANCERS[place](picture).enhance(rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength))
+    for i in rng.permutation(len(ENHANCERS)):
+        picture = ENHANCERS[i](picture).enhance(rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength))
     return np.atleast_3d(np.asarray(picture))
 
 
@@ -292,18 +298,18 @@ def _as_picture(image: np.ndarray) -> Image.Image:
 
 
 def _read_part(part: str, augment: str) -> tuple[str, int | float | str]:
-    """("mstd", 0.5) of "mstd0.5"."""
+    """Parse a part: "mstd0.5" is ("mstd", 0.5)."""
     if part.startswith("t"):
         return "t", choose(f"operations in {augment}:", part[1:], set(SETS))
     parts = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
     key, number = parts.groups() if parts else (part, "")
     if key not in ("m", "n", "p", "mstd", "mmax", "inc") or not number:
-        fix = f"write it like {EXAMPLE}, of m, mstd, mmax, n, p, inc (each with its number) and t"
-        raise ConfigError(f"{augment} has a part that means nothing: {part!r}", "data.augment", fix)
-    _check("." not in number or key in ("p", "mstd"), augment, key, "a whole number")
+        fix = f"write it like {EXAMPLE}, with m, mstd, mmax, n, p, inc (each with its number) and t"
+        raise ConfigError(f"{augment} has an unknown part {part!r}", "data.augment", fix)
+    _check("." not in number or key in ("p", "mstd"), augment, key, "an integer")
     return key, float(number) if key in ("p", "mstd") else int(number)
 
 
-def _check(right: bool, augment: str, key: str, rule: str) -> None:
-    if not right:
-        raise ConfigError(f"{augment} cannot work", "data.augment", f"{key} must be {rule}")
+def _check(valid: bool, augment: str, key: str, rule: str) -> None:
+    if not valid:
+        raise ConfigError(f"{augment} is invalid", "data.augment", f"{key} must be {rule}")

@@ -23,7 +23,7 @@ from simmim_jax.data.augment import make_augment
 from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode
 from simmim_jax.data.label_maps import LabelMapSpec, check_pair, read_random_crop
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop
-from simmim_jax.data.workers import check_main, close, init_worker, let_grain_run_without_flags, watched
+from simmim_jax.data.workers import WatchedBatches, check_main, init_worker, let_grain_run_without_flags
 from simmim_jax.errors import ConfigError, DataError
 
 ON_ERROR = ("replace", "raise")  # policies for a bad image
@@ -197,11 +197,10 @@ def make_batches(
             batches = batches.mp_prefetch(processes, functools.partial(init_worker, main=os.getpid()))
         return iter(batches)
 
-    opened = [open_at(start_step)]
+    watched = WatchedBatches(open_at, start_step)
     rows = np.arange(shard.index, spec.batch_size, shard.count, dtype=np.int32)
-    batches = watched(opened, open_at, start_step)
-    batches = _count_bad(batches, source, check, max_bad_images(source, loading), rows, refuse=shard.count == 1)
-    weakref.finalize(batches, close, opened)  # also at exit, while workers can still be ended quietly
+    batches = _count_bad(watched, source, check, max_bad_images(source, loading), rows, refuse=shard.count == 1)
+    weakref.finalize(batches, watched.close)  # also at exit, while workers can still be ended quietly
     return batches
 
 
@@ -295,19 +294,24 @@ def _stride(count: int) -> int:
     return stride
 
 
-def _count_bad(batches, source, check, allowed: int, rows: np.ndarray, *, refuse: bool) -> Iterator[dict]:
+def _count_bad(
+    batches: WatchedBatches, source, check, allowed: int, rows: np.ndarray, *, refuse: bool
+) -> Iterator[dict]:
     """Complete the batches and log each bad image once. With `refuse`, raise DataError for more than `allowed`."""
     bad: set[int] = set()
-    for batch in batches:
-        bad_index = batch.pop("bad_index")
-        for index in sorted(set(bad_index.tolist()) - bad - {-1}):
-            bad.add(index)
-            fault = f"{source.name(index)}: {_reason(source, index, check)}"
-            logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)
-            if refuse and len(bad) > allowed:
-                what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
-                raise DataError(what, source.describe(), BAD_IMAGES_FIX)
-        yield batch | {"replaced": bad_index >= 0, "batch_index": rows}
+    try:
+        for batch in batches:
+            bad_index = batch.pop("bad_index")
+            for index in sorted(set(bad_index.tolist()) - bad - {-1}):
+                bad.add(index)
+                fault = f"{source.name(index)}: {_reason(source, index, check)}"
+                logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)
+                if refuse and len(bad) > allowed:
+                    what = f"{len(bad)} bad images, of at most {allowed}; the last: {fault}"
+                    raise DataError(what, source.describe(), BAD_IMAGES_FIX)
+            yield batch | {"replaced": bad_index >= 0, "batch_index": rows}
+    finally:
+        batches.close()
 
 
 def _reason(source, index: int, check) -> str:

@@ -1,10 +1,10 @@
-"""Encoded bytes, or pixels as a data set stores them, to 8-bit pixels; and what a bad image is.
+"""Decoding: encoded bytes, or the pixels that a data set stores, to 8-bit pixels.
 
-A bad image is one that does not decode whole: truncated, empty, of a format or pixel type that is not taken, or larger
-than `max_pixels` by its own header. In training another takes its place, which is decided where batches are made
-(`simmim_jax.data`); an evaluation goes without it (`leave_out`).
+An image is bad if it does not decode completely: truncated, empty, of an unsupported format or pixel type, or larger
+than `max_pixels` according to its header. Training replaces a bad image by another one (`simmim_jax.data.batches`).
+Evaluation leaves it out (`leave_out`).
 
-Letters of shapes: h height, w width, c channels.
+Shapes: h height, w width, c channels.
 """
 
 import contextlib
@@ -20,24 +20,24 @@ from PIL import ExifTags, Image, ImageOps
 
 from simmim_jax.errors import DataError
 
-# The parsers that bytes may reach. Pillow has forty more, and each is fed with strangers' files.
+# Supported formats. Pillow has about forty more parsers, which untrusted files must not reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
 MODES = {1: "L", 3: "RGB"}
-LYING = (5, 6, 7, 8)  # EXIF orientations of images that are stored on their side
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, and says so
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the pixels are what counts
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the pixels are still good
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason, in a few words."""
+    """An image that cannot be used. The message is the reason in a few words."""
 
 
 def leave_out(source, index: int, error: Exception, *, reported: set, allowed: bool) -> None:
-    """Name a bad record of an evaluation on the log, once: `reported` has those that were. DataError if not allowed."""
+    """Log a bad record of an evaluation, unless it is in `reported`. Raise DataError if bad images are not allowed."""
     if not allowed:
-        fix = "mend or remove the file, or set data.on_error=replace"
+        fix = "repair or remove the file, or set data.on_error=replace"
         raise DataError(f"a bad image: {source.name(index)}: {error}", source.describe(), fix) from error
     if index not in reported:
         logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
@@ -45,78 +45,80 @@ def leave_out(source, index: int, error: Exception, *, reported: set, allowed: b
 
 
 class Picture:
-    """An image whose header alone has been read: `height` and `width` are those of what `read` gives.
+    """An image of which only the header has been read. `height` and `width` are the size that `read` returns.
 
-    Colors are converted as torchvision's loader does, by Pillow's `convert`: alpha is dropped and not composited, gray
+    Colors are converted by Pillow's `convert`, as in torchvision's loader: alpha is dropped without compositing, gray
     is repeated, palettes and CMYK are looked up. 16-bit gray is scaled to 8 bits (`convert` would clip it). EXIF
-    orientation is applied; an animation gives its first frame. Other channel counts than 1 and 3 are taken as they
-    are stored, never converted.
+    orientation is applied. An animation yields its first frame. Images with other than 1 or 3 channels are never
+    converted.
 
     Args:
       image: the bytes of a file, or uint8 or uint16 pixels [h, w] or [h, w, c].
-      channels: that `read` gives.
-      max_pixels: the largest h * w, read from the header before any pixel is allocated. Beyond 178,956,970 Pillow
-        refuses by itself.
+      channels: number of channels that `read` returns.
+      max_pixels: the largest h * w, checked against the header before any pixel is allocated. Above 178,956,970 pixels
+        Pillow itself refuses.
 
     Raises:
-      BadImage: for anything that cannot be decoded so; also from `read`.
+      BadImage: the image cannot be decoded. `read` may raise it too.
     """
 
     def __init__(self, image: bytes | np.ndarray, channels: int, max_pixels: int = MAX_PIXELS):
         self._channels = channels
-        with _faults_told():
+        with _as_bad_image():
             if isinstance(image, np.ndarray):
                 self._pixels = _from_array(image, channels, max_pixels)
             else:
                 self._file = _open(image, max_pixels)
-                # of a JPEG the header tells all, and its pixels can wait until it is known how many are wanted
+                # The header of such a JPEG is enough for now: `read` may need only a fraction of the pixels.
                 lazy = self._file.format in ("JPEG", "MPO") and self._file.mode in ("L", "RGB") and channels in MODES
                 self._pixels = None if lazy else _from_file(self._file, channels)
             if self._pixels is None:
                 self._jpeg, self._orientation = image, self._file.getexif().get(ExifTags.Base.Orientation, 1)
-                size = self._file.size if self._orientation in LYING else self._file.size[::-1]
+                size = self._file.size if self._orientation in TRANSPOSED else self._file.size[::-1]
             else:
                 size = self._pixels.shape[:2]
         self.height, self.width = size
 
     def read(self, reduce: int = 1) -> UInt8[np.ndarray, "h w c"]:
-        """All pixels; of a JPEG `reduce` (1, 2, 4 or 8) times fewer in each direction, rounded up.
+        """All pixels. A JPEG is decoded with its sides divided by `reduce` (1, 2, 4 or 8), rounded up.
 
-        A JPEG's own transform gives these for less than the whole. Everything else comes whole.
+        JPEG's transform makes this cheaper than a full decode. Other images ignore `reduce`.
         """
         if self._pixels is not None:
             return self._pixels
-        with _faults_told():
+        with _as_bad_image():
             pixels = self._read_jpeg(reduce)
-            return _from_file(self._file, self._channels) if pixels is None else _turned(pixels, self._orientation)
+            return (
+                _from_file(self._file, self._channels) if pixels is None else _rotate_upright(pixels, self._orientation)
+            )
 
     def _read_jpeg(self, reduce: int) -> np.ndarray | None:
-        """What libjpeg-turbo gives without Pillow in between, to the same bits; None where it has a doubt."""
+        """The pixels of libjpeg-turbo, bit for bit those of Pillow but faster; None if it warns about the file."""
         width, height = self._file.size
         colors = "GRAY" if (self._file.mode, self._channels) == ("L", 1) else "RGB"
-        least = {} if reduce == 1 else {"min_height": -(-height // reduce), "min_width": -(-width // reduce)}
+        minimum = {} if reduce == 1 else {"min_height": -(-height // reduce), "min_width": -(-width // reduce)}
         try:
             if simplejpeg.decode_jpeg_header(self._jpeg, strict=False)[:2] != (height, width):
                 return None
-            pixels = simplejpeg.decode_jpeg(self._jpeg, colors, min_factor=reduce, **least)
+            pixels = simplejpeg.decode_jpeg(self._jpeg, colors, min_factor=reduce, **minimum)
             if pixels.shape[:2] != (-(-height // reduce), -(-width // reduce)):
                 return None
-        except ValueError:  # any warning of libjpeg's: Pillow forgives some of them, and its word counts
+        except ValueError:  # libjpeg warned: Pillow accepts some of these files, and decides
             return None
         return pixels if pixels.shape[2] == self._channels else _converted(pixels, self._channels)
 
 
 def decode(image: bytes | np.ndarray, channels: int, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w c"]:
-    """All pixels of an image, as a `Picture` of these arguments reads them."""
+    """All pixels of an image, read by a `Picture` with these arguments."""
     return Picture(image, channels, max_pixels).read()
 
 
 @contextlib.contextmanager
-def _faults_told() -> Iterator[None]:
-    """Whatever fails inside becomes a BadImage: the bytes are anybody's, and parsers raise whatever they trip over."""
+def _as_bad_image() -> Iterator[None]:
+    """Turn any exception into BadImage: on untrusted bytes, parsers raise all kinds of them."""
     try:
         yield
-    except (BadImage, MemoryError):  # too little memory is this machine's fault, not the image's
+    except (BadImage, MemoryError):  # a lack of memory is not the image's fault
         raise
     except Exception as error:
         raise BadImage(" ".join(str(error).split())[:200] or type(error).__name__) from error
@@ -128,16 +130,16 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise BadImage(f"is none of {', '.join(FORMATS)}, or damaged at its start") from error
+        raise BadImage(f"is none of {', '.join(FORMATS)}, or its start is damaged") from error
     _check_size(picture.height, picture.width, max_pixels)
     return picture
 
 
 def _from_file(picture: Image.Image, channels: int) -> np.ndarray:
     picture.load()
-    with contextlib.suppress(Exception):  # of damaged EXIF the parsers raise what they like, and the pixels are whole
+    with contextlib.suppress(Exception):  # damaged EXIF raises anything, but the pixels are good
         ImageOps.exif_transpose(picture, in_place=True)
-    picture.info.pop("transparency", None)  # dropped like all alpha; `convert` would warn of it
+    picture.info.pop("transparency", None)  # dropped like all alpha; `convert` would warn about it
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray(_to_uint8(np.asarray(picture)))
     if picture.mode in ("I", "F"):
@@ -156,7 +158,7 @@ def _from_array(pixels: np.ndarray, channels: int, max_pixels: int) -> np.ndarra
 
 
 def _converted(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """From gray to RGB, or from RGB to gray."""
+    """Convert gray to RGB or RGB to gray."""
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     return np.atleast_3d(np.asarray(picture.convert(MODES[channels])))
 
@@ -167,7 +169,7 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 def _checked(pixels: np.ndarray, channels: int) -> np.ndarray:
     if pixels.shape[2] != channels:
-        raise BadImage(f"has {pixels.shape[2]} channels where {channels} are expected")
+        raise BadImage(f"has {pixels.shape[2]} channels, expected {channels}")
     return pixels
 
 
@@ -176,9 +178,9 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise BadImage(f"has {height} x {width} pixels, more than max_pixels={max_pixels}")
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Upright, by the EXIF orientation, 1 to 8; anything else is as good as 1."""
-    if orientation in LYING:
+def _rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply the EXIF orientation, 1 to 8. Other values have no effect."""
+    if orientation in TRANSPOSED:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

@@ -24,7 +24,7 @@ from jaxtyping import UInt, UInt8
 from PIL import ExifTags, Image
 
 from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
-from simmim_jax.data.decode import LYING, MAX_PIXELS, BadImage, Picture, leave_out
+from simmim_jax.data.decode import MAX_PIXELS, TRANSPOSED, BadImage, Picture, leave_out
 from simmim_jax.data.transforms import resize
 from simmim_jax.errors import ConfigError, DataError, check_minimum
 
@@ -163,7 +163,7 @@ def read_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) 
     """
     picture, label_map = Picture(record["image"], channels, max_pixels), read_map(record["map"], maps, max_pixels)
     shape, orientation = (picture.height, picture.width), exif_orientation(record["image"])
-    fits_stored = label_map.shape == (shape[::-1] if orientation in LYING else shape)
+    fits_stored = label_map.shape == (shape[::-1] if orientation in TRANSPOSED else shape)
     if orientation != 1 and fits_stored and label_map.shape == shape:
         what = "its map may show the stored or the upright pixels"
         raise BadImage(f"{what} (EXIF orientation {orientation} of the image)")
@@ -185,7 +185,7 @@ def exif_orientation(image: bytes | np.ndarray) -> int:
 
 
 def turn_upright(label_map: UInt[np.ndarray, "h w"], orientation: int) -> UInt[np.ndarray, "w h"]:
-    """Turn a map by one of the EXIF orientations in `LYING`."""
+    """Turn a map by one of the EXIF orientations in `TRANSPOSED`."""
     label_map = label_map.T
     if orientation in (7, 8):
         label_map = label_map[::-1]
