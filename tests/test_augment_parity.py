@@ -150,7 +150,7 @@ def test_operations_and_arguments_have_the_distribution_of_timm(auto_augment, mo
         return np.array([[count[key] for key in sorted(set(counts[0]) | set(counts[1]))] for count in counts])
 
     assert stats.chi2_contingency(table(len)).pvalue > MIN_P
-    for place in range(2):  # which operation comes first, which second
+    for place in range(2):  # the first and the second operation
         counts = table(lambda done, place=place: done[place][0] if len(done) > place else "")
         assert stats.chi2_contingency(counts[:, counts.sum(axis=0) > 10]).pvalue > MIN_P
     arguments = [{}, {}]

@@ -131,7 +131,7 @@ def test_decompression_bomb_is_refused_before_memory_is_allocated(side, form):
 
 def test_max_pixels_limits_arrays():
     assert decode(np.zeros((4, 5, 3), np.uint8), 3, max_pixels=20).shape == (4, 5, 3)
-    with pytest.raises(BadImage, match="4 x 5 pixels.*max_pixels=19"):
+    with pytest.raises(BadImage, match=r"4 x 5 pixels.*max_pixels=19"):
         decode(np.zeros((4, 5, 3), np.uint8), 3, max_pixels=19)
 
 
