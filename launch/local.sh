@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Starts a run on this machine; the same command again goes on.
+# Start a run on this machine. Give the same command again to resume.
 #
 #   launch/local.sh --config configs/digits_vit_tiny.py --workdir runs/digits
 #   launch/local.sh --processes=2 --devices-per-process=4 --config configs/digits_vit_tiny.py --workdir runs/digits
 #
-# Its own options stand first; from the first other one on, all goes to the run as it stands:
-#   --processes=N            so many processes that find each other on a free loopback port; process I takes GPU I
-#   --devices-per-process=M  so many simulated CPU devices in each process, for tests
-#   --dry-run                print the commands and start nothing, as DRY_RUN=1 does
-# Without --processes it is one process with all devices of the machine. PYTHON is the interpreter (python).
+# Options of this script come first. Everything from the first other argument on is passed to the run:
+#   --processes=N            N processes, connected through a free loopback port; process I uses GPU I
+#   --devices-per-process=M  M simulated CPU devices per process, for tests
+#   --dry-run                print the commands without starting anything; same as DRY_RUN=1
+# Without --processes, one process uses all devices of the machine. PYTHON is the interpreter (default: python).
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
@@ -59,8 +59,8 @@ forward() {
 trap 'stopped=1 && forward TERM' TERM HUP
 trap 'stopped=1 && forward INT' INT
 
-# Job control gives each process a group of its own: a Ctrl-C of the terminal reaches this script alone, which hands it
-# on once. A second one would end the run before it has saved.
+# Job control gives each process its own group: Ctrl-C in the terminal reaches only this script, which forwards it once.
+# A second signal would end the run before it has saved.
 [[ $dry_run ]] || set -m
 for ((i = 0; i < processes; i++)); do
     if [[ $stopped ]]; then break; fi
@@ -90,8 +90,8 @@ while ((${#pids[@]})); do
         code=0
         wait "$pid" || code=$?
         ((status)) || status=$code
-        # Those who still look for one that failed would wait for minutes. One that stopped by a signal has saved with
-        # the others: they may take their time.
+        # After a failure, kill the others in 150 s: they would wait for the failed process for minutes. After a signal,
+        # let them finish saving.
         if ((code != 0 && code != 130 && code != 143)); then patience=${patience:-$((SECONDS + 150))}; fi
     done
     pids=(${running[@]+"${running[@]}"})

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU VM, or on all hosts of a slice, with gcloud. The hosts find each other by themselves.
+# A run on a Cloud TPU VM, or on all hosts of a slice, with gcloud. The hosts find each other automatically.
 #
 #   export TPU=my-tpu ZONE=us-central2-b TYPE=v4-32 VERSION=tpu-ubuntu2204-base
 #   launch/tpu_vm.sh create
@@ -7,10 +7,10 @@
 #   launch/tpu_vm.sh run --config configs/simmim_vit_b_800ep.py --workdir DIR
 #   launch/tpu_vm.sh status | logs | stop | delete
 #
-# The same `run` goes on with an interrupted run; after a preemption: delete, create, setup, run. It survives the ssh
-# connection. `stop` sends SIGTERM to all hosts and waits until they have saved. DIR must be seen by all hosts, and
-# outlive them: SETUP_COMMAND, which ends `setup` on each host, may mount it. --dry-run before the verb, or DRY_RUN=1:
-# print the commands, do nothing. Also: PROJECT, SPOT=1, WORKER (whose log, 0), JAX ("jax[tpu]").
+# `run` starts or resumes a run, which continues after the ssh connection ends. After a preemption: delete, create, setup,
+# run. `stop` sends SIGTERM to all hosts and waits until they have saved. All hosts must see DIR, and it must outlive them:
+# SETUP_COMMAND, the last command of `setup` on each host, can mount it. --dry-run before the verb, or DRY_RUN=1, prints
+# the commands without running them. More variables: PROJECT, SPOT=1, WORKER (whose log; default: 0), JAX ("jax[tpu]").
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
@@ -18,7 +18,7 @@ fail() {
     echo "ERROR[launch] $*" >&2
     exit 2
 }
-# The words as one line for a shell.
+# The words, quoted as one line for a shell.
 quoted() {
     local word quote="'" escaped="'\\''"
     for word; do
@@ -47,13 +47,13 @@ execute() {
         quoted "$@" && echo
         return
     fi
-    command -v "$1" >/dev/null || fail "no $1 - PATH - install it, or look with --dry-run"
+    command -v "$1" >/dev/null || fail "no $1 - PATH - install it, or use --dry-run"
     "$@"
 }
 tpu_vm() { execute gcloud compute tpus tpu-vm "$1" "$TPU" "${where[@]}" "${@:2}"; }
 on_all() { tpu_vm ssh --worker=all "--command=$1"; }
 
-# What runs on a host, in ~/simmim_jax.
+# Commands that run on a host, in ~/simmim_jax.
 alive="pgrep -F run.pid -f simmim_jax.main >/dev/null 2>&1"
 report="if $alive; then echo \"\$(hostname): running, process \$(cat run.pid)\"; else \
 echo \"\$(hostname): ended with code \$(cat run.code 2>/dev/null || echo unknown)\"; fi; tail -n 1 run.log"
@@ -68,13 +68,13 @@ case $verb in
         root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
         archive=$(mktemp -d)/simmim_jax.tar.gz
         trap 'rm -rf "$(dirname "$archive")"' EXIT
-        # With what is not committed, without what git ignores.
+        # Includes uncommitted files, except those that git ignores.
         if [[ ! $dry_run ]]; then
             git -C "$root" ls-files -z --cached --others --exclude-standard -- simmim_jax configs requirements.txt |
                 tar -C "$root" -czf "$archive" --null -T - || fail "cannot pack the repository - $root - see above"
         fi
         execute gcloud compute tpus tpu-vm scp "$archive" "$TPU:simmim_jax.tar.gz" "${where[@]}" --worker=all
-        # The hosts' own Python is 3.10, which is too old.
+        # Python 3.10 of the hosts is too old.
         on_all "set -e; mkdir -p ~/simmim_jax; cd ~/simmim_jax; rm -rf simmim_jax configs; tar -xzf ../simmim_jax.tar.gz; \
 uv=~/.local/bin/uv; [ -x \$uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh; \
 [ -x .venv/bin/python ] || \$uv venv --python 3.12 .venv; \
@@ -82,7 +82,7 @@ uv=~/.local/bin/uv; [ -x \$uv ] || curl -LsSf https://astral.sh/uv/install.sh | 
         ;;
     run)
         (($#)) || fail "no command line of the run - command line - give --config and --workdir after run"
-        on_all "cd ~/simmim_jax || exit 2; if $alive; then echo \"\$(hostname): runs already\" >&2; exit 1; fi; \
+        on_all "cd ~/simmim_jax || exit 2; if $alive; then echo \"\$(hostname): is already running\" >&2; exit 1; fi; \
 rm -f run.pid run.code; \
 setsid nohup bash -c '\"\$@\" & echo \$! >run.pid; wait \$!; echo \$? >run.code' \
 bash .venv/bin/python -m simmim_jax.main $(quoted "$@")</dev/null >>run.log 2>&1 & \

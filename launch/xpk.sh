@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on GKE, from an image of launch/Dockerfile: by xpk, or as a JobSet of our own.
+# A run on GKE with an image of launch/Dockerfile: with xpk, or as a JobSet.
 #
 #   export WORKLOAD=simmim-1 IMAGE=REGISTRY/simmim:tpu CLUSTER=my-cluster TYPE=v5litepod-64
 #   launch/xpk.sh --config configs/simmim_vit_b_800ep.py --workdir DIR
@@ -11,9 +11,10 @@
 #   export SLICES=1 HOSTS_PER_SLICE=16 CHIPS_PER_HOST=4 ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=8x8
 #   launch/xpk.sh --jobset=tpu --config configs/simmim_vit_b_800ep.py --workdir /runs/vit_b
 #
-# --dry-run first, or DRY_RUN=1: print the command, or the manifest, and do nothing. DIR must be on storage that all pods
-# share, such as CLAIM, a claim that many may write. The run restarts by itself, at most MAX_RESTARTS times (100), and
-# not after an error of the user. For xpk also: ZONE, PROJECT, SLICES, XPK_FLAGS (as "--storage=runs --priority=high").
+# --dry-run as the first option, or DRY_RUN=1, prints the command or the manifest without running it. DIR must be on
+# storage that all pods share, such as CLAIM, a ReadWriteMany volume claim. The run restarts automatically, at most
+# MAX_RESTARTS times (default: 100), but not after a user error. More variables for xpk: ZONE, PROJECT, SLICES, XPK_FLAGS
+# (such as "--storage=runs --priority=high").
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
@@ -21,7 +22,7 @@ fail() {
     echo "ERROR[launch] $*" >&2
     exit 2
 }
-# The words as one line for a shell.
+# The words, quoted as one line for a shell.
 quoted() {
     local word quote="'" escaped="'\\''"
     for word; do
@@ -62,8 +63,8 @@ if [[ $jobset ]]; then
     needs "${names[@]}"
     has envsubst
     has "${PYTHON:-python3}"
-    # JSON is YAML, whatever the words hold. Kubernetes would replace $(NAME), unless the dollar is doubled.
-    # shellcheck disable=SC2016 # not for the shell to expand
+    # JSON is valid YAML for any words. Kubernetes replaces $(NAME) unless the dollar is doubled.
+    # shellcheck disable=SC2016 # the shell must not expand this
     RUN_ARGS=$("${PYTHON:-python3}" -c \
         'import json, sys; print(json.dumps([word.replace("$(", "$$(") for word in sys.argv[1:]]))' "$@")
     export RUN_ARGS
@@ -80,8 +81,8 @@ fi
 
 needs CLUSTER TYPE
 read -ra flags <<<"${XPK_FLAGS:-}"
-# exec: xpk wraps the command in a shell, and its SIGTERM must reach Python. xpk restarts after codes from 127 on, so
-# after 143, and gives up after an error of the user.
+# exec: xpk wraps the command in a shell, and SIGTERM must reach Python. xpk restarts after exit codes of 127 or more,
+# such as 143, and not after a user error.
 command=(
     xpk workload create "--cluster=$CLUSTER" "--workload=$WORKLOAD" "--docker-image=$IMAGE" "--tpu-type=$TYPE"
     "--num-slices=${SLICES:-1}" "--max-restarts=$MAX_RESTARTS" --termination-grace-period-seconds=180
