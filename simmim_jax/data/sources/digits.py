@@ -1,4 +1,4 @@
-"""scikit-learn's hand-written digits: there without a download."""
+"""scikit-learn's handwritten digits, which need no download."""
 
 import hashlib
 
@@ -9,20 +9,20 @@ from simmim_jax.errors import ConfigError
 
 
 def make_digits(*, split: str, **_) -> "Digits":
-    """The digits of one split: "train", or "test" by any of its names."""
+    """The digits of one split: "train", or the test split by any of its names."""
     if split not in ("train", *EVALUATION):
         raise ConfigError(f"digits has no split {split!r}", "data.split", "choose one of train, test")
     return Digits("train" if split == "train" else "test")
 
 
 class Digits:
-    """scikit-learn's digits: 8 x 8 gray, 1,437 to train on and 360 to test on, drawn once and for ever."""
+    """scikit-learn's digits, 8 x 8 gray, in a fixed random split: 1,437 to train on and 360 to test on."""
 
     def __init__(self, split: str):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        # the file is cyclic in the class; RandomState's stream is frozen, where default_rng's may change with numpy
+        # the file is sorted by class in cycles; the stream of RandomState is frozen, unlike that of default_rng
         order = np.random.RandomState(0).permutation(len(digits.images))
         self.split, self.order = split, order[:1437] if split == "train" else order[1437:]
         self.images = np.round(digits.images[self.order] * (255 / 16)).astype(np.uint8)[..., None]  # n h w 1

@@ -1,6 +1,6 @@
-"""Images that a text file lists: `path[ label]` on each line, as SimMIM's and Swin's train_map.txt and val_map.txt do.
+"""Images listed in a text file, `path[ label]` on each line, like SimMIM's and Swin's train_map.txt and val_map.txt.
 
-The file is read once, in blocks, and of every 64th record the place is kept: ten million lines take a megabyte.
+The file is read once, in blocks, and the offset of every 64th record is stored: ten million lines take a megabyte.
 """
 
 import bisect
@@ -15,43 +15,42 @@ from collections.abc import Iterator
 import numpy as np
 
 from simmim_jax.data.decode import BadImage
-from simmim_jax.data.sources.files import File, changed, opener, stat_file
+from simmim_jax.data.sources.files import File, changed_error, make_opener, stat_file
 from simmim_jax.data.sources.names import Column
-from simmim_jax.data.sources.splits import EVALUATION, Selection, natural_classes, part_of, select
+from simmim_jax.data.sources.splits import EVALUATION, Selection, make_part, natural_classes, select
 from simmim_jax.errors import DataError
 
 LISTS = (".txt", ".lst", ".list", ".csv", ".tsv")
-EVERY = 64  # records from one whose place is known to the next
-BLOCK = 2**22  # bytes that are read at a time
-LONGEST = 2**16  # bytes of a line
+STRIDE = 64  # records between two stored offsets
+BLOCK = 2**22  # bytes read at a time
+MAX_LINE = 2**16  # bytes
 MAX_CLASSES = 1_000_000
-# The path reaches to the last image extension that ends it: names have spaces, and directories may be called x.jpg.
+# The path ends with the last image extension: names may contain spaces, and directories may be called x.jpg.
 PATH = rb"[^\n]*\.(?:jpe?g|png|webp|bmp|tiff?|gif)"
 REST = rb"(?:(?:[ \t]*,[ \t]*|[ \t]+)([^\s,][^\n]*?)?)?[ \t\r]*$"
 LINE = re.compile(rb"^(?!#)(" + PATH + rb")" + REST, re.IGNORECASE | re.MULTILINE)
-LABEL = re.compile(rb"^(?!#)" + PATH + REST, re.IGNORECASE | re.MULTILINE)  # thrice as quick, without the path
+LABEL = re.compile(rb"^(?!#)" + PATH + REST, re.IGNORECASE | re.MULTILINE)  # LINE without the path: 3 times as fast
 INTEGER = re.compile(rb"[+-]?\d+")
-COLUMNS = re.compile(rb",|\s#")  # in a label: more columns, or a comment
+COLUMNS = re.compile(rb",|\s#")  # more columns, or a comment, in a label
 NUMERAL = re.compile(rb"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?")
 BOM = b"\xef\xbb\xbf"
 
 
 def make_list(*, path: str, data_dir: str, split: str, heldout_fraction: float, **_):
-    """The images that a list file names, or several: in the order of the lines.
+    """The images named in one or several list files, in the order of the lines.
 
-    A label is an integer or the name of a class, without commas; all lines have one, or none. Paths are relative to
-    `data_dir` or, where that is "", to the list's folder or the folder of the split's name beside the list, whichever
-    has the first image. Absolute paths stand as they are. Blank lines and those that begin with # are skipped.
+    A label is an integer or the name of a class without commas. Either all lines have one, or none. Blank lines and
+    those that begin with # are skipped. Relative paths start at `data_dir`. If that is "", they start at the folder of
+    the list, or at the folder named like the split in it, depending on where the first image is.
 
-    Raises:
-      DataError: for a line that is no path, with its number; where the first image is not there.
+    Raises DataError for a line that is not a path, with its number, and if the first image does not exist.
     """
     selection = select(path, split, LISTS, "list")
-    return part_of(ListFile(selection, split, data_dir), selection, heldout_fraction)
+    return make_part(ListFile(selection, split, data_dir), selection, heldout_fraction)
 
 
 class ListFile:
-    """Image files that lists name."""
+    """Image files named in lists."""
 
     def __init__(self, selection: Selection, split: str, data_dir: str):
         self.path, self.split = selection.path, split
@@ -61,22 +60,16 @@ class ListFile:
         self.lists = [(file, stat_file(file), scan["starts"]) for file, scan in zip(paths, scans, strict=True)]
         self.ends = list(itertools.accumulate(scan["count"] for scan in scans))
         if not self.ends[-1]:
-            fix = "give a line `path[ label]` for each image"
-            raise DataError(f"{paths[0]} lists 0 images", f"split {split!r}", fix)
+            raise DataError(f"{paths[0]} lists 0 images", f"split {split!r}", "give a line `path[ label]` per image")
         self.classes, self.labeled = _classes([*scans, *rest], [*paths, *selection.absolute(others=True)])
         self.integers = not any(scan["named"] for scan in [*scans, *rest])
-        sides = [
-            selection.own,
-            split,
-            *(EVALUATION if split in EVALUATION and selection.held_out is None else ["train"]),
-        ]
-        self.roots = [
-            _root_of(file, scan, data_dir, list(dict.fromkeys(sides))) for file, scan in zip(paths, scans, strict=True)
-        ]
+        standard = EVALUATION if split in EVALUATION and selection.held_out is None else ("train",)
+        sides = list(dict.fromkeys((selection.own, split, *standard)))
+        self.roots = [_find_root(file, scan, data_dir, sides) for file, scan in zip(paths, scans, strict=True)]
         digest = hashlib.sha256()
         for scan in scans:
             digest.update(scan["digest"])
-        if not self.integers:  # the numbers of labels follow from the names of all classes
+        if not self.integers:  # the numbers of labels depend on the names of all classes
             digest.update("\0".join(self.classes).encode(errors="surrogateescape"))
         self.digest = digest.hexdigest()
 
@@ -95,13 +88,13 @@ class ListFile:
         which = bisect.bisect_right(self.ends, i)
         i -= self.ends[which - 1] if which else 0
         path, version, starts = self.lists[which]
-        block, rest = divmod(i, EVERY)
+        block, rest = divmod(i, STRIDE)
         starts = starts.array
         end = int(starts[block + 1]) if block + 1 < len(starts) else version[0]
         text = self._open(path, version).read(end - int(starts[block]), int(starts[block]))
         found = LINE.findall(text)
         if rest >= len(found):
-            raise changed(path)
+            raise changed_error(path)
         return which, os.fsdecode(found[rest][0]), self._label(found[rest][1])
 
     def _label(self, text: bytes) -> int:
@@ -115,9 +108,9 @@ class ListFile:
 
     @functools.cached_property
     def _open(self):
-        return opener(File)
+        return make_opener(File)
 
-    def __getstate__(self) -> dict:  # open files do not travel: each process opens its own
+    def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key not in ("_open", "_numbers")}
 
     def describe(self) -> str:
@@ -127,21 +120,21 @@ class ListFile:
         return {"source": "list", "split": self.split, "count": len(self), "lines_sha256": self.digest}
 
 
-@functools.lru_cache(4)  # both splits look at both lists
+@functools.lru_cache(4)  # both splits scan both lists
 def _scan(path: str, size: int, time: int) -> dict:
-    """What a list has: count, the places of every 64th record, its labels and on which line each is first."""
+    """The count, the offset of every 64th record, a digest of the records, and facts about the labels of a list."""
     starts, digest = Column(np.int64), hashlib.sha256()
     count, first, line, labeled, without, labels = 0, None, 1, 0, None, {}
     for offset, block in _blocks(path):
         if b"\0" in block:
             number = line + block.count(b"\n", 0, block.index(b"\0"))
-            raise DataError("a list with zero bytes in it", f"{path}, line {number}", "save it as UTF-8 text")
+            raise DataError("the list contains zero bytes", f"{path}, line {number}", "save it as UTF-8 text")
         ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
         found = LABEL.findall(block)
         places = np.concatenate([[0], ends[:-1] + 1])
         numbers = range(line, line + len(ends))
         if len(found) != len(ends) or b".." in block:
-            found, places, numbers = _look_at_each(path, block, line)
+            found, places, numbers = _scan_lines(path, block, line)
         if len(found) == len(ends):
             records = block
         else:
@@ -150,7 +143,7 @@ def _scan(path: str, size: int, time: int) -> dict:
         digest.update(records.replace(b"\r\n", b"\n"))
         if found and first is None:
             first = LINE.search(block)[1], numbers[0]
-        starts.append(offset + np.asarray(places, np.int64)[-count % EVERY :: EVERY])
+        starts.append(offset + np.asarray(places, np.int64)[-count % STRIDE :: STRIDE])
         new = set(found) - labels.keys()
         if new:
             firsts = dict(zip(reversed(found), reversed(numbers), strict=True))
@@ -161,7 +154,7 @@ def _scan(path: str, size: int, time: int) -> dict:
             without = labels[b""]
         if len(labels) > MAX_CLASSES:
             what = f"more than {MAX_CLASSES} classes"
-            raise DataError(what, f"{path}, line {numbers[-1]}", "give the class after each path, or nothing")
+            raise DataError(what, f"{path}, line {numbers[-1]}", "give only the class after each path")
     if 0 < labeled < count:
         number = next(number for label, number in labels.items() if label)
         what = f"line {without} has no label, and line {number} has one"
@@ -182,10 +175,9 @@ def _scan(path: str, size: int, time: int) -> dict:
 
 
 def _are_names(labels: dict[bytes, int], path: str) -> bool:
-    """Whether labels, each given with its first line, are names of classes and not integers.
+    """Whether labels are names of classes and not integers. `labels` has the first line of each.
 
-    Raises:
-      DataError: for what is neither: more columns, a comment, or numbers that are no integers.
+    Raises DataError for more columns, a comment, or numbers that are not integers.
     """
     others = [label for label in labels if not INTEGER.fullmatch(label)]
     numerals = all(NUMERAL.fullmatch(label) for label in labels)
@@ -194,13 +186,13 @@ def _are_names(labels: dict[bytes, int], path: str) -> bool:
             what = f"{os.fsdecode(label[:80])!r} is not the label of an image"
             fix = "give `path[ label]`: an integer, or the name of a class without a comma or a comment"
             if not COLUMNS.search(label):
-                fix = "give integers from 0 on, or the names of classes"
+                fix = "give integers, starting at 0, or names of classes"
             raise DataError(what, f"{path}, line {labels[label]}", fix)
     return bool(others)
 
 
 def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
-    """(place in the file, whole lines) of the file's parts; the last line ends in a newline too."""
+    """(offset, complete lines) of the blocks of a file. The last line ends with a newline even if the file does not."""
     rest, offset = b"", 0
     with open(path, "rb") as file:
         while True:
@@ -215,16 +207,16 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
                     yield offset, block + b"\n"
                 return
             end = block.rfind(b"\n") + 1
-            if len(block) - end > LONGEST:
-                what = f"a line of more than {LONGEST} bytes"
-                raise DataError(what, f"{path}, at byte {offset + end}", "give a text file, a path on each line")
+            if len(block) - end > MAX_LINE:
+                what = f"a line of more than {MAX_LINE} bytes"
+                raise DataError(what, f"{path}, at byte {offset + end}", "give a text file with a path on each line")
             if end:
                 yield offset, block[:end]
             rest, offset = block[end:], offset + end
 
 
-def _look_at_each(path: str, block: bytes, line: int) -> tuple[list[bytes], list[int], list[int]]:
-    """The labels in a block that has other lines too, with the place and number of each; or why it cannot be."""
+def _scan_lines(path: str, block: bytes, line: int) -> tuple[list[bytes], list[int], list[int]]:
+    """(labels, offsets in the block, line numbers) of the records of a block that also has other lines."""
     found, places, numbers, place = [], [], [], 0
     for number, text in enumerate(block.split(b"\n")[:-1], line):
         if text.strip() and not text.startswith(b"#"):
@@ -232,7 +224,7 @@ def _look_at_each(path: str, block: bytes, line: int) -> tuple[list[bytes], list
             where = f"{path}, line {number}"
             if not match:
                 shown = os.fsdecode(text[:80]).strip()
-                fix = "give `path[ label]`, the path with an image's extension; begin a comment or a heading with #"
+                fix = "give `path[ label]`, the path with an image extension; begin comments and headings with #"
                 raise DataError(f"{shown!r} is not the path of an image", where, fix)
             if _leaves(match[1]):
                 raise DataError(f"{os.fsdecode(match[1])!r} leaves the folder of the images", where, "remove the ..")
@@ -244,7 +236,7 @@ def _look_at_each(path: str, block: bytes, line: int) -> tuple[list[bytes], list
 
 
 def _leaves(name: bytes) -> bool:
-    """Whether a relative path climbs out of its root on the way."""
+    """Whether a relative path leaves its root at any point."""
     depth = 0
     for part in name.split(b"/") if not name.startswith(b"/") else ():
         depth += {b"..": -1, b".": 0, b"": 0}.get(part, 1)
@@ -254,7 +246,7 @@ def _leaves(name: bytes) -> bool:
 
 
 def _classes(scans: list[dict], paths: list[str]) -> tuple[tuple[str, ...], bool]:
-    """(names of the classes in all these lists, whether there are any)."""
+    """(names of the classes in all lists, whether there are labels)."""
     scans = [scan | {"path": path} for scan, path in zip(scans, paths, strict=True) if scan["count"]]
     labeled = [scan["labeled"] for scan in scans]
     if any(labeled) != all(labeled):
@@ -272,8 +264,8 @@ def _classes(scans: list[dict], paths: list[str]) -> tuple[tuple[str, ...], bool
     return tuple(sorted(set().union(*(scan["names"] for scan in scans)))), True
 
 
-def _root_of(path: str, scan: dict, data_dir: str, sides: list[str]) -> str:
-    """The folder that the paths of a list are relative to: of those it may be, the one that has the first image."""
+def _find_root(path: str, scan: dict, data_dir: str, sides: list[str]) -> str:
+    """The folder that the paths of a list are relative to: the first candidate with the first image."""
     folder = os.path.dirname(path)
     roots = [folder, *(os.path.join(folder, side) for side in sides if side)]
     if data_dir:
@@ -291,7 +283,7 @@ def _root_of(path: str, scan: dict, data_dir: str, sides: list[str]) -> str:
 
 
 def _read(path: str) -> bytes:
-    # a pipe would hang, and a list is anybody's
+    # O_NONBLOCK: a list is untrusted, and opening a pipe would hang
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

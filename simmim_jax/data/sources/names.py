@@ -1,4 +1,4 @@
-"""Many names and numbers in few bytes: in memory while they are few, else in a file that worker processes map too."""
+"""Compact lists of names and numbers: in memory if they are small, else in a file that worker processes map as well."""
 
 import functools
 import hashlib
@@ -11,25 +11,25 @@ import numpy as np
 
 from simmim_jax.errors import DataError
 
-LIMIT = 2**20  # bytes of one column that are kept in memory, and travel with a pickle
-CHUNK = 2**16  # names that are Python objects at a time
+LIMIT = 2**20  # bytes of a column in memory and in a pickle; larger ones are in a file
+CHUNK = 2**16  # names converted to Python objects at a time
 
 
 class Column:
-    """Numbers, appended first and then read as one `array`.
+    """Numbers that are first appended and then read as one `array`.
 
-    Beyond LIMIT bytes they go to a temporary file, which has no name, so that it is gone with this process however
-    that ends. A pickle says where to map it: it can be loaded, as by a worker, for as long as this process lives.
+    More than LIMIT bytes are stored in a temporary file without a name, which disappears with this process. A pickle
+    holds the path to map, and can be loaded by other processes, such as workers, as long as this process lives.
     """
 
     def __init__(self, dtype):
-        self.dtype, self.parts, self.waiting, self.file, self.path = np.dtype(dtype), [], 0, None, ""
+        self.dtype, self.parts, self.pending, self.file, self.path = np.dtype(dtype), [], 0, None, ""
 
     def append(self, values) -> None:
         values = np.ascontiguousarray(values, self.dtype)
         self.parts.append(values)
-        self.waiting += values.nbytes
-        if self.waiting > LIMIT:
+        self.pending += values.nbytes
+        if self.pending > LIMIT:
             self._write()
 
     def _write(self) -> None:
@@ -43,15 +43,13 @@ class Column:
             self.file.flush()
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            where = f"in {tempfile.gettempdir()}: {reason}"
-            raise DataError(
-                "the index of the images cannot be written", where, "set TMPDIR to a larger disk"
-            ) from error
-        self.parts, self.waiting = [], 0
+            what, where = "the index of the images cannot be written", f"in {tempfile.gettempdir()}: {reason}"
+            raise DataError(what, where, "set TMPDIR to a larger disk") from error
+        self.parts, self.pending = [], 0
 
     @functools.cached_property
     def array(self) -> np.ndarray:
-        """The numbers, not to be written to."""
+        """The numbers, read-only."""
         if self.file is None and not self.path:
             return np.concatenate([*self.parts, np.empty(0, self.dtype)])
         if self.file is not None and self.parts:
@@ -83,11 +81,12 @@ class Column:
             self.array = state["array"] if "array" in state else self._map(None)
             self.parts = [self.array] if "array" in state else []
         except OSError as error:
-            raise DataError("the index of the images is gone", self.path, "it lives as long as its process") from error
+            fix = "keep the process that made it alive"
+            raise DataError("the index of the images is gone", self.path, fix) from error
 
 
 class Names:
-    """Strings by number: their bytes, one after another, and where each ends."""
+    """A list of strings, stored as their joined bytes and the end of each."""
 
     def __init__(self, names: Iterable[str] = ()):
         self.bytes, self.ends, self.size = Column(np.uint8), Column(np.int64), 0
@@ -100,7 +99,7 @@ class Names:
         self.append(b"".join(part), [len(each) for each in part])
 
     def append(self, joined, lengths) -> None:
-        """Adds names, given as their bytes, one after another, and the length of each."""
+        """Append names, given as their joined bytes and the length of each."""
         self.bytes.append(np.frombuffer(joined, np.uint8))
         self.ends.append(self.size + np.cumsum(lengths, dtype=np.int64))
         self.size += len(joined)
@@ -129,7 +128,7 @@ class Names:
             start = part[-1]
 
     def take(self, keep: np.ndarray) -> "Names":
-        """Those for which the mask `keep`, bool [n], holds."""
+        """The names where `keep`, bool [n], is True."""
         taken = Names()
         for first, joined, lengths in self._slices():
             kept = keep[first : first + len(lengths)]
@@ -137,12 +136,12 @@ class Names:
         return taken
 
     def digest(self) -> str:
-        """SHA-256 of all names and their bounds."""
+        """SHA-256 of all names and their ends."""
         return digest_of(self.bytes.array, self.ends.array)
 
 
 def digest_of(*parts) -> str:
-    """SHA-256 of what has a buffer, in hexadecimal."""
+    """SHA-256 of buffers, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

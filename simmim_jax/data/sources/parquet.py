@@ -1,7 +1,7 @@
-"""Images in Parquet files, as Hugging Face data sets have them.
+"""Images in Parquet files, such as those of Hugging Face data sets.
 
-A row group is the least that can be read, so each process keeps some of them, decoded: reading in order is quick, and
-shuffled reading decodes a group for each image.
+The smallest readable unit is a row group. Each process caches some decoded row groups. Reading in order is fast, but
+shuffled reading decodes a whole row group for each image.
 """
 
 import bisect
@@ -16,37 +16,37 @@ import threading
 import numpy as np
 
 from simmim_jax.data.decode import BadImage
-from simmim_jax.data.sources.files import changed, opener, stat_file
+from simmim_jax.data.sources.files import changed_error, make_opener, stat_file
 from simmim_jax.data.sources.names import Column
-from simmim_jax.data.sources.splits import Selection, natural_classes, part_of, select
+from simmim_jax.data.sources.splits import Selection, make_part, natural_classes, select
 from simmim_jax.errors import DataError, warn_once
 
 PARQUETS = (".parquet",)
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "class_id", "label_id", "coarse_label")
-KEPT = 2**27  # bytes of decoded row groups that a process keeps
-MANY_ROWS, MANY_BYTES = 200, 2**26  # in a row group: shuffled reading is slow beyond
-SAMPLE = 2**12  # bytes of each column's part that the fingerprint looks at
+CACHE = 2**27  # bytes of decoded row groups per process
+SLOW_ROWS, SLOW_BYTES = 200, 2**26  # of a row group: above, shuffled reading is slow
+SAMPLE = 2**12  # bytes of each column chunk that are part of the fingerprint
 MAX_CLASSES = 1_000_000
-MAX_NAMES = 100_000  # of classes, in a column of strings; beyond they are captions
+MAX_NAMES = 100_000  # different strings in a column of class names; above, they are captions
+DOWNLOAD = "download the file again"
 
 
 def make_parquet(*, path: str, split: str, heldout_fraction: float, **_):
     """The images in Parquet files, in the order of the files and of their rows.
 
-    The image is a column of bytes, or of structs with "bytes", named image, img, jpg, ..., or the only such one. The
-    label is a column named label, Label, labels, ...: of integers, where the classes' names are those that Hugging Face
-    writes, or else of strings, which are the names.
+    The image column has bytes, or structs with "bytes". It is named image, img, jpg, ..., or is the only such column.
+    The label column is named label, Label, labels, .... It has integers, with class names from Hugging Face's metadata,
+    or strings, which are the class names.
 
-    Raises:
-      DataError: for a file that is no Parquet file, or has no such column.
+    Raises DataError for a file that is not Parquet, or has no such column.
     """
     selection = select(path, split, PARQUETS, "parquet")
-    return part_of(Parquet(selection, split), selection, heldout_fraction)
+    return make_part(Parquet(selection, split), selection, heldout_fraction)
 
 
 class Parquet:
-    """Rows of Parquet files that have an image."""
+    """Rows with an image of Parquet files."""
 
     def __init__(self, selection: Selection, split: str):
         self.path, self.split, self.names, self.paths = selection.path, split, selection.files, selection.absolute()
@@ -56,54 +56,52 @@ class Parquet:
         if not self.label:
             unused = _label_field(opened.schema_arrow, lambda _: True)
             if unused and unused.name != self.image:
-                warn_once(f"{self.path}: column {unused.name!r} is of type {str(unused.type)[:80]}, not used")
+                warn_once(f"{self.path}: column {unused.name!r} is not used: it has type {str(unused.type)[:80]}")
         names = () if self.named else _class_names(opened.schema_arrow, self.label)
         self.group_ends, self.group_files, self.group_numbers = Column(np.int64), Column(np.int32), Column(np.int32)
-        self.file_ends, samples, labels, self.count, most = [], [], [], 0, (0, 0)
+        self.file_ends, samples, labels, self.count, max_group = [], [], [], 0, (0, 0)
         for number, (path, version) in enumerate(zip(self.paths, self.versions, strict=True)):
             opened = _open(path, version)
             if _columns(opened.schema_arrow, path) != (self.image, self.label, self.named):
                 what = f"{path} has other columns than {self.paths[0]}"
                 raise DataError(what, f"image {self.image!r}, label {self.label!r}", "give files of one data set")
             if not self.named and _class_names(opened.schema_arrow, self.label) != names:
-                raise DataError(
-                    f"{path} has other classes than {self.paths[0]}", "data.path", "give files of one data set"
-                )
-            counts, largest = _group_sizes(opened.metadata, self.image)
+                what = f"{path} has other classes than {self.paths[0]}"
+                raise DataError(what, "data.path", "give files of one data set")
+            counts, max_bytes = _group_sizes(opened.metadata, self.image)
             self.group_ends.append(self.count + np.cumsum(counts))
             self.group_files.append(np.full(len(counts), number))
             self.group_numbers.append(np.arange(len(counts)))
             self.count += int(counts.sum())
             self.file_ends.append(self.count)
-            most = max(most, (int(counts.max(initial=0)), largest))
+            max_group = max(max_group, (int(counts.max(initial=0)), max_bytes))
             samples.append(_sample(path, opened.metadata))
             labels.append(None if self.named else _label_range(opened, self.label, path))
         if not self.count:
             raise DataError(f"{self.path} has 0 images", f"split {split!r}", "point data.path at files that have rows")
         if self.named:
-            self.classes = self._take_names(selection.absolute(others=True))
+            self.classes = self._find_names(selection.absolute(others=True))
         else:
             for other in selection.absolute(others=True) if self.label and not names else ():
                 opened = _open(other, stat_file(other))
-                has_it = _label_column(opened.schema_arrow) == (self.label, False)
-                labels.append(_label_range(opened, self.label, other) if has_it else None)
+                labeled = _label_column(opened.schema_arrow) == (self.label, False)
+                labels.append(_label_range(opened, self.label, other) if labeled else None)
             self.classes = _classes(labels, names, self.path)
         if not self.classes:
             self.label = ""
         listed = list(zip(self.names, samples, strict=True))
-        # the numbers of labels follow from the names of all classes
+        # the numbers of labels depend on the names of all classes
         listed = json.dumps([listed, self.classes] if self.named and self.classes else listed)
         self.sample = hashlib.sha256(listed.encode()).hexdigest()
-        if most[0] > MANY_ROWS or most[1] > MANY_BYTES:
-            logging.warning(
-                "%s: a row group has %d images (%.0f MiB), and shuffled reading decodes a whole one for each image: "
-                "prepare shards once with python -m simmim_jax.tools.prepare", self.path, most[0], most[1] / 2**20,
-            )  # fmt: skip
+        rows, size = max_group
+        if rows > SLOW_ROWS or size > SLOW_BYTES:
+            what = f"a row group has {rows} images ({size / 2**20:.0f} MiB), and shuffled reading decodes one per image"
+            logging.warning("%s: %s: run python -m simmim_jax.tools.prepare once", self.path, what)
         self._start()
 
-    def _take_names(self, others: list[str]) -> tuple[str, ...]:
-        """The names of the classes in all files, sorted; () where no row has one, or each its own."""
-        found, without, first_without = set(), 0, ""
+    def _find_names(self, others: list[str]) -> tuple[str, ...]:
+        """The sorted class names of all files; () if no row has one, or there are too many different ones."""
+        found, unlabeled, first_unlabeled = set(), 0, ""
         for path in (*self.paths, *others):
             opened = _open(path, stat_file(path))
             if path in others and _label_column(opened.schema_arrow) != (self.label, True):
@@ -111,29 +109,30 @@ class Parquet:
             new, missing = _label_names(opened, self.label, path)
             found |= new
             if path not in others and missing:
-                without, first_without = without + missing, first_without or path
+                unlabeled, first_unlabeled = unlabeled + missing, first_unlabeled or path
             if len(found) > MAX_NAMES:
-                warn_once(f"{self.path}: column {self.label!r} has more than {MAX_NAMES} different texts, not used")
+                what = f"it has more than {MAX_NAMES} different strings"
+                warn_once(f"{self.path}: column {self.label!r} is not used: {what}")
                 return ()
-        if 0 < without < self.count:
-            what = f"{first_without} has rows without a label"
+        if 0 < unlabeled < self.count:
+            what = f"{first_unlabeled} has rows without a label"
             raise DataError(what, f"column {self.label!r}", "label all of them, or none")
-        return () if without else tuple(sorted(found))
+        return () if unlabeled else tuple(sorted(found))
 
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.classes)}
 
     def _start(self) -> None:
-        self.lock, self.kept, self.kept_bytes = threading.Lock(), collections.OrderedDict(), 0
+        self.lock, self.cache, self.cache_bytes = threading.Lock(), collections.OrderedDict(), 0
 
     @functools.cached_property
     def _open(self):
-        return opener(_open)
+        return make_opener(_open)
 
-    def __getstate__(self) -> dict:  # neither open files nor what was read from them travels
-        mine = ("_open", "_numbers", "lock", "kept", "kept_bytes")
-        return {key: value for key, value in self.__dict__.items() if key not in mine}
+    def __getstate__(self) -> dict:
+        local = ("_open", "_numbers", "lock", "cache", "cache_bytes")
+        return {key: value for key, value in self.__dict__.items() if key not in local}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -158,16 +157,16 @@ class Parquet:
 
     def _group(self, group: int) -> tuple:
         """The columns (images, labels or None) of a row group."""
-        # one thread decodes at a time: Arrow has threads of its own, and two must not decode the same group
+        # one thread decodes at a time: Arrow has its own threads, and no group should be decoded twice
         with self.lock:
-            if group in self.kept:
-                self.kept.move_to_end(group)
-                return self.kept[group][:2]
+            if group in self.cache:
+                self.cache.move_to_end(group)
+                return self.cache[group][:2]
             columns, size = self._decode(group)
-            self.kept[group] = (*columns, size)
-            self.kept_bytes += size
-            while self.kept_bytes > KEPT and len(self.kept) > 1:
-                self.kept_bytes -= self.kept.popitem(last=False)[1][2]
+            self.cache[group] = (*columns, size)
+            self.cache_bytes += size
+            while self.cache_bytes > CACHE and len(self.cache) > 1:
+                self.cache_bytes -= self.cache.popitem(last=False)[1][2]
             return columns
 
     def _decode(self, group: int) -> tuple[tuple, int]:
@@ -194,24 +193,24 @@ class Parquet:
 
 
 def _open(path: str, version: tuple[int, int]):
-    """The file, or a DataError where it is damaged, or not of this version any more."""
+    """An open file. Raises DataError if it is damaged, or has another version."""
     import pyarrow
     import pyarrow.parquet
 
     if stat_file(path) != version:
-        raise changed(path)
+        raise changed_error(path)
     try:
-        with open(path, "rb") as file:  # Arrow reads from the end, and looks at no more to begin with
+        with open(path, "rb") as file:  # Arrow reads only the end at first
             if file.read(4) != b"PAR1":
-                raise pyarrow.ArrowInvalid("it does not begin as one")
+                raise pyarrow.ArrowInvalid("it does not begin with PAR1")
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is no whole Parquet file", reason, "fetch the file again") from error
+        raise DataError(f"{path} is not a complete Parquet file", reason, DOWNLOAD) from error
 
 
 def _columns(schema, path: str) -> tuple[str, str, bool]:
-    """(the column of images; that of labels, or "" where there is none; whether these are names and not integers)."""
+    """(the image column; the label column, or ""; whether labels are names and not integers)."""
     import pyarrow
 
     def has_bytes(kind) -> bool:
@@ -223,7 +222,7 @@ def _columns(schema, path: str) -> tuple[str, str, bool]:
     image = next((name for name in IMAGE_NAMES if name in images), images[0] if len(images) == 1 else "")
     if not image or len(set(schema.names)) != len(schema.names):
         columns = ", ".join(f"{field.name} ({str(field.type)[:40]})" for field in schema)
-        what = f"{path} has {len(images)} columns of images, and none named {' or '.join(IMAGE_NAMES[:2])}"
+        what = f"{path} has {len(images)} image columns, and none named {' or '.join(IMAGE_NAMES[:2])}"
         raise DataError(what, f"columns: {columns}", "name the column of encoded images 'image'")
     return image, *_label_column(schema)
 
@@ -237,7 +236,7 @@ def _label_column(schema) -> tuple[str, bool]:
 
 
 def _label_field(schema, is_kind):
-    """The likeliest field of labels among those of a kind, or None: `label` before `Label`, both before `class`."""
+    """The most likely label field among those of a kind, or None: `label` before `Label` before `class`."""
     fields = [field for field in schema if is_kind(field.type)]
     fields = [field for field in fields if field.name.casefold() in LABEL_NAMES]
     order = lambda field: (LABEL_NAMES.index(field.name.casefold()), field.name != field.name.casefold())  # noqa: E731
@@ -252,55 +251,55 @@ def _is_text(kind) -> bool:
 
 
 def _label_names(opened, label: str, path: str) -> tuple[set[str], int]:
-    """(the different names in the column of labels, how many rows have none)."""
+    """(the different names in the label column, the number of rows without one)."""
     import pyarrow
 
-    found, without = set(), 0
+    found, unlabeled = set(), 0
     for number in range(opened.metadata.num_row_groups):
         try:
             column = opened.read_row_group(number, columns=[label]).column(label)
             new = column.unique().to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path} is damaged", f"row group {number}: {reason}", "fetch the file again") from error
+            raise DataError(f"{path} is damaged", f"row group {number}: {reason}", DOWNLOAD) from error
         found.update(name for name in new if name is not None)
-        without += column.null_count
+        unlabeled += column.null_count
         if len(found) > MAX_NAMES:
             break
-    return found, without
+    return found, unlabeled
 
 
 def _class_names(schema, label: str) -> tuple[str, ...]:
-    """The names of the classes as Hugging Face writes them; () where it does not."""
+    """The class names in Hugging Face's metadata; () if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[label]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return ()
-    names = list(names.values()) if isinstance(names, dict) else names  # as some old cards have them
+    names = list(names.values()) if isinstance(names, dict) else names  # the form of some old dataset cards
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def _group_sizes(metadata, image: str) -> tuple[np.ndarray, int]:
-    """(rows of each row group, the bytes of the images of the largest)."""
-    counts, largest = np.empty(metadata.num_row_groups, np.int64), 0
+    """(rows of each row group, bytes of the largest image column chunk)."""
+    counts, max_bytes = np.empty(metadata.num_row_groups, np.int64), 0
     parts = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == image]
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         counts[number] = group.num_rows
-        largest = max(largest, sum(group.column(part).total_uncompressed_size for part in parts))
-    return counts, largest
+        max_bytes = max(max_bytes, sum(group.column(part).total_uncompressed_size for part in parts))
+    return counts, max_bytes
 
 
 def _label_range(opened, label: str, path: str) -> tuple[int, int] | None:
-    """The smallest and largest label of a file; None where it has no rows or no such column."""
+    """The smallest and largest label of a file; None if it has no rows or no such column."""
     import pyarrow
     import pyarrow.compute
 
     if not label or not opened.metadata.num_rows:
         return None
     lows, highs = [], []
-    # of leaves there may be more than columns
+    # nested columns have several leaves
     paths = [opened.metadata.schema.column(i).path for i in range(opened.metadata.num_columns)]
     column = paths.index(label)
     for number in range(opened.metadata.num_row_groups):
@@ -310,16 +309,16 @@ def _label_range(opened, label: str, path: str) -> tuple[int, int] | None:
         known = statistics is not None and statistics.has_min_max and statistics.has_null_count
         try:
             if known:
-                low, high, without = statistics.min, statistics.max, statistics.null_count
+                low, high, unlabeled = statistics.min, statistics.max, statistics.null_count
             else:
                 values = opened.read_row_group(number, columns=[label]).column(label)
                 bounds = pyarrow.compute.min_max(values)
-                low, high, without = bounds["min"].as_py(), bounds["max"].as_py(), values.null_count
+                low, high, unlabeled = bounds["min"].as_py(), bounds["max"].as_py(), values.null_count
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path} is damaged", f"row group {number}: {reason}", "fetch the file again") from error
-        if without or low is None:
-            what = f"{path} has {without} rows without a label"
+            raise DataError(f"{path} is damaged", f"row group {number}: {reason}", DOWNLOAD) from error
+        if unlabeled or low is None:
+            what = f"{path} has {unlabeled} rows without a label"
             raise DataError(what, f"column {label!r}, row group {number}", "label all of them, or none")
         lows.append(low)
         highs.append(high)
@@ -327,7 +326,7 @@ def _label_range(opened, label: str, path: str) -> tuple[int, int] | None:
 
 
 def _classes(ranges: list[tuple[int, int] | None], names: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """The names of the classes of labels in these ranges; () where all labels are -1, as in test sets without any."""
+    """The class names of labels in these ranges; () if all labels are -1, as in unlabeled test sets."""
     ranges = [each for each in ranges if each]
     if not ranges or all(each == (-1, -1) for each in ranges):
         return ()
@@ -339,9 +338,10 @@ def _classes(ranges: list[tuple[int, int] | None], names: tuple[str, ...], path:
 
 
 def _sample(path: str, metadata) -> str:
-    """SHA-256 of the footer (schema; place, size and bounds of each column's part) and of where each such part begins.
+    """SHA-256 of the footer and of the beginning of each column chunk.
 
-    The footer alone is the same when the rows of a group change places.
+    The footer has the schema and the offset, size and bounds of each chunk. It does not change if rows of a group are
+    exchanged.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -1,8 +1,8 @@
-"""Images in tar files, as WebDataset keeps them: read in place by their offsets, nothing is unpacked.
+"""Images in tar files of WebDataset's layout, read in place by their offsets, without extraction.
 
-Members that follow one another and share their path up to the first dot of the base name, their key, are one sample: an
-image, and perhaps a label. The places of a shard's images are kept in the user's cache folder, for to find them all
-headers must be read.
+Consecutive members with the same key, the path up to the first dot of the base name, are one sample: an image, and
+optionally a label. Finding the offsets takes a pass over all headers, so the index of a shard is stored in the user's
+cache folder.
 """
 
 import array
@@ -25,10 +25,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from simmim_jax.data.decode import BadImage
-from simmim_jax.data.sources.files import File, opener, stat_file
+from simmim_jax.data.sources.files import File, make_opener, stat_file
 from simmim_jax.data.sources.folder import EXTENSIONS
 from simmim_jax.data.sources.names import Column, Names, digest_of
-from simmim_jax.data.sources.splits import Selection, natural_classes, part_of, require_labels_of_all, select
+from simmim_jax.data.sources.splits import Selection, make_part, natural_classes, require_all_labels, select
 from simmim_jax.errors import DataError
 
 TARS = (".tar",)
@@ -37,9 +37,9 @@ COMPRESSED = {
     ".tar.lz4": "lz4 -d",
 }  # fmt: skip
 MAX_CLASSES = 1_000_000
-MAX_JSON = 2**20  # bytes of a member that is looked into for a label
-STRETCH = 4096  # bytes that are read at a place to tell whether others stand there now
-FETCH = "fetch the file again"
+MAX_JSON = 2**20  # bytes of a member that is searched for a label
+SAMPLE = 4096  # bytes read at an offset to detect other content
+DOWNLOAD = "download the file again"
 VERSION = "2"  # of the files in the cache
 COLUMNS = {
     "offsets": np.int64, "sizes": np.int64, "labels": np.int32, "ends": np.int64, "names": np.uint8,
@@ -50,10 +50,9 @@ COLUMNS = {
 def make_tar(*, path: str, split: str, heldout_fraction: float, **_):
     """The images in tar files, in the order of the files and of their members.
 
-    The label is the integer in the sample's `.cls`, or "label" in its `.json`; all samples have one, or none.
+    The label is the integer in the sample's `.cls`, or "label" in its `.json`. Either all samples have one, or none.
 
-    Raises:
-      DataError: for a compressed, truncated or damaged tar file.
+    Raises DataError for a compressed, truncated or damaged tar file.
     """
     try:
         selection = select(path, split, TARS, "tar")
@@ -64,26 +63,26 @@ def make_tar(*, path: str, split: str, heldout_fraction: float, **_):
         _refuse_compressed(compressed)
         raise
     _refuse_compressed(selection.absolute()[0])
-    return part_of(Tar(selection, split), selection, heldout_fraction)
+    return make_part(Tar(selection, split), selection, heldout_fraction)
 
 
 def _refuse_compressed(path: str) -> None:
-    """Raise DataError for the name of a compressed tar file."""
+    """Raise DataError if the name is that of a compressed tar file."""
     extension = next((extension for extension in COMPRESSED if path.lower().endswith(extension)), "")
     if extension:
-        what = f"{path} is compressed, and random access needs plain tar"
+        what = f"{path} is compressed, but random access needs an uncompressed tar file"
         fix = f"{COMPRESSED[extension]} {shlex.quote(path)}, then python -m simmim_jax.tools.prepare if disks are slow"
         raise DataError(what, "data.path", fix)
 
 
 class Tar:
-    """Images in tar files, by number."""
+    """Images in tar files."""
 
     def __init__(self, selection: Selection, split: str):
         self.path, self.split = selection.path, split
         self.shards = []  # (name, path, version)
         self.offsets, self.sizes, self.labels = Column(np.int64), Column(np.int64), Column(np.int32)
-        self.names, counts, summaries, sampled, passed = Names(), [], [], [], {}
+        self.names, counts, summaries, sampled, skipped = Names(), [], [], [], {}
         for name, path in zip(selection.files, selection.absolute(), strict=True):
             version = stat_file(path)
             shard = _index(path, version[0])
@@ -95,28 +94,30 @@ class Tar:
             summaries.append(_summary(shard))
             sampled.append(shard["sampled"])
             for why, (count, first) in json.loads(shard["passed"].tobytes()).items():
-                _pass_over(passed, why, f"{name}/{first}", count)
+                _skip(skipped, why, f"{name}/{first}", count)
         self.ends, self.sampled = list(itertools.accumulate(counts)), digest_of(*sampled)
         if not self.ends[-1]:
             what = f"looked for {' '.join(EXTENSIONS)} in {len(counts)} files"
             raise DataError(f"{selection.absolute()[0]} has 0 images", what, "point data.path at tar files of images")
-        if passed:
-            told = ", ".join(f"{count} {why} (the first {first!r})" for why, (count, first) in passed.items())
-            logging.warning("%s: passed over are %s", self.describe(), told)
+        if skipped:
+            counted = ", ".join(f"{count} {why} (the first {first!r})" for why, (count, first) in skipped.items())
+            logging.warning("%s: skipped %s", self.describe(), counted)
         labeled = sum(each[1] for each in summaries)
-        unlabeled = lambda: self.name(int(np.flatnonzero(self.labels.array < 0)[0]))  # noqa: E731
-        require_labels_of_all(labeled, len(self), self.path, unlabeled)
-        largest = [each[2] for each in summaries]
+        require_all_labels(labeled, len(self), self.path, self._first_unlabeled)
+        max_labels = [each[2] for each in summaries]
         if labeled:
             others = selection.absolute(others=True)
-            largest += [_summary(_index(path, stat_file(path)[0]))[2] for path in others]
-        self.classes = natural_classes(max(largest))
+            max_labels += [_summary(_index(path, stat_file(path)[0]))[2] for path in others]
+        self.classes = natural_classes(max(max_labels))
+
+    def _first_unlabeled(self) -> str:
+        return self.name(int(np.flatnonzero(self.labels.array < 0)[0]))
 
     @functools.cached_property
     def _open(self):
-        return opener(File)
+        return make_opener(File)
 
-    def __getstate__(self) -> dict:  # open files do not travel: each process opens its own
+    def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_open"}
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class Tar:
         size = int(self.sizes.array[i])
         image = self._open(path, version).read(size, int(self.offsets.array[i]))
         if len(image) < size:
-            raise BadImage(f"is cut short: {len(image)} of {size} bytes")
+            raise BadImage(f"is truncated: {len(image)} of {size} bytes")
         return {"image": image, "label": int(self.labels.array[i]), "name": self.name(i)}
 
     def name(self, i: int) -> str:
@@ -146,15 +147,16 @@ class Tar:
 
 
 def _summary(shard: dict[str, np.ndarray]) -> tuple[int, int, int]:
-    """(count, how many are labeled, the largest label or -1)."""
+    """(count, number of labeled images, largest label or -1)."""
     labels = shard["labels"]
     return len(labels), int((labels >= 0).sum()), int(labels.max(initial=-1))
 
 
 def _index(path: str, size: int) -> dict[str, np.ndarray]:
-    """Where the images of a shard are, from the cache if it knows; COLUMNS, of which `names` is all names' bytes.
+    """The index of a shard, from the cache if it is there: the arrays of COLUMNS.
 
-    `sampled` is a hash of bytes of some of the images, and `passed`, JSON, what is passed over: {why: [count, first]}.
+    `names` has the joined bytes of all names, `sampled` a hash of parts of some images, and `passed` the skipped
+    members as JSON: {reason: [count, name of the first]}.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.path.join(home, "simmim_jax", "tar")
@@ -164,11 +166,11 @@ def _index(path: str, size: int) -> dict[str, np.ndarray]:
             with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 with np.load(cached, allow_pickle=False) as arrays:
                     shard = {column: arrays[column] for column in COLUMNS}
-                if _is_sound(shard, size):
+                if _is_valid(shard, size):
                     return shard
-            shard = _read_headers(file, path, size)  # not there, or not whole: it is made anew
+            shard = _read_headers(file, path, size)  # no cached index, or a damaged one
     except OSError as error:
-        raise DataError(f"{path} cannot be read", error.strerror or type(error).__name__, FETCH) from error
+        raise DataError(f"{path} cannot be read", error.strerror or type(error).__name__, DOWNLOAD) from error
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz.part", delete=False) as part:
@@ -179,29 +181,29 @@ def _index(path: str, size: int) -> dict[str, np.ndarray]:
             except BaseException:
                 os.unlink(part.name)
                 raise
-    except OSError as error:  # a home that is full or read-only costs time, and nothing else
-        logging.info("the index of %s is not kept: %s", path, error)
+    except OSError as error:  # a full or read-only home only costs time
+        logging.info("the index of %s is not cached: %s", path, error)
     return shard
 
 
 def _key(path: str, descriptor: int) -> str:
-    """What a shard is known by in the cache: its path, what the file system says of it, and some of its bytes."""
+    """The key of a shard in the cache: a hash of its path, its file system attributes, and some of its bytes."""
     status = os.fstat(descriptor)
-    tail = tarfile.RECORDSIZE + STRETCH  # of which up to a record is padding
-    places = ((0, STRETCH), (status.st_size // 2, STRETCH), (max(0, status.st_size - tail), tail))
-    known = "\0".join((VERSION, os.path.abspath(path), *map(str, _identity(status))))
-    return digest_of(known.encode(errors="replace"), *_bytes_at(descriptor, places))[:32]
+    tail = tarfile.RECORDSIZE + SAMPLE  # padding may take up to a record
+    parts = ((0, SAMPLE), (status.st_size // 2, SAMPLE), (max(0, status.st_size - tail), tail))
+    attributes = "\0".join((VERSION, os.path.abspath(path), *map(str, _identity(status))))
+    return digest_of(attributes.encode(errors="replace"), *_read_parts(descriptor, parts))[:32]
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
 
 
-def _bytes_at(descriptor: int, places: Iterable[tuple[int, int]]) -> list[bytes]:
-    return [os.pread(descriptor, size, offset) for offset, size in places]
+def _read_parts(descriptor: int, parts: Iterable[tuple[int, int]]) -> list[bytes]:
+    return [os.pread(descriptor, size, offset) for offset, size in parts]
 
 
-def _is_sound(shard: dict[str, np.ndarray], size: int) -> bool:
+def _is_valid(shard: dict[str, np.ndarray], size: int) -> bool:
     ends, offsets, sizes = shard["ends"], shard["offsets"], shard["sizes"]
     return (
         all(array.dtype == COLUMNS[column] and array.ndim == 1 for column, array in shard.items())
@@ -214,10 +216,10 @@ def _is_sound(shard: dict[str, np.ndarray], size: int) -> bool:
 
 
 def _read_headers(file: BinaryIO, path: str, size: int) -> dict[str, np.ndarray]:
-    """The index of a shard, made from its headers."""
+    """Make the index of a shard from its headers."""
     offsets, sizes, labels, ends = (array.array("q") for _ in range(4))
-    names, passed = bytearray(), {}
-    for sample in _samples(_files(file, path, size, passed)):
+    names, skipped = bytearray(), {}
+    for sample in _samples(_files(file, path, size, skipped)):
         chosen = _images(sample)
         for image, sidecars in chosen:
             offsets.append(image.offset)
@@ -225,59 +227,59 @@ def _read_headers(file: BinaryIO, path: str, size: int) -> dict[str, np.ndarray]
             labels.append(_label(file.fileno(), sidecars, path))
             names += os.fsencode(image.name)
             ends.append(len(names))
-        taken = {image.name for image, _ in chosen}
+        used = {image.name for image, _ in chosen}
         for member in sample:
-            if member.is_image and member.name not in taken:
-                _pass_over(passed, "images beside another one of their sample", member.name)
+            if member.is_image and member.name not in used:
+                _skip(skipped, "further images of a sample", member.name)
             elif not chosen and _holds_label(file.fileno(), member, path):
-                _pass_over(passed, "labels that no image stands beside", member.name)
-    # from the middle of an image, for the first bytes of many are the same
+                _skip(skipped, "labels without an image", member.name)
+    # from the middle of an image, because the first bytes of many images are equal
     some = sorted({0, len(sizes) // 2, len(sizes) - 1}) if sizes else []
-    places = [(offsets[i] + max(0, sizes[i] - STRETCH) // 2, min(sizes[i], STRETCH)) for i in some]
-    sampled = hashlib.sha256(b"".join(_bytes_at(file.fileno(), places))).digest()
+    parts = [(offsets[i] + max(0, sizes[i] - SAMPLE) // 2, min(sizes[i], SAMPLE)) for i in some]
+    sampled = hashlib.sha256(b"".join(_read_parts(file.fileno(), parts))).digest()
     arrays = {"offsets": offsets, "sizes": sizes, "labels": labels, "ends": ends}
-    texts = {"names": names, "sampled": sampled, "passed": json.dumps(passed).encode()}
+    texts = {"names": names, "sampled": sampled, "passed": json.dumps(skipped).encode()}
     return {column: np.array(values, COLUMNS[column]) for column, values in arrays.items()} | {
         column: np.frombuffer(text, np.uint8) for column, text in texts.items()
     }
 
 
-def _pass_over(passed: dict[str, list], why: str, name: str, count: int = 1) -> None:
-    passed.setdefault(why, [0, name])[0] += count
+def _skip(skipped: dict[str, list], why: str, name: str, count: int = 1) -> None:
+    skipped.setdefault(why, [0, name])[0] += count
 
 
 def _members(file: BinaryIO, path: str, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file, and of those that `cat` has joined to it, all of which lie within `size` bytes."""
+    """The members of a tar file of `size` bytes, which may be several tar files joined by `cat`."""
     start, last = 0, -1
     while start is not None:
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # it would keep them all
+                    archive.members = []  # the module would store all of them
                     if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
                         what = f"{path} is truncated or damaged at byte {member.offset}"
-                        raise DataError(what, f"member {member.name!r}", FETCH)
+                        raise DataError(what, f"member {member.name!r}", DOWNLOAD)
                     last = member.offset
                     yield member
         except DataError:
             raise
-        except Exception as error:  # anybody's bytes, and of these tarfile raises what it trips over
+        except Exception as error:  # the bytes are untrusted, and tarfile raises exceptions of any type
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if os.pread(file.fileno(), 8, 0).startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
-                what = f"{path} is compressed, and random access needs plain tar"
+                what = f"{path} is compressed, but random access needs an uncompressed tar file"
                 raise DataError(what, "data.path", "decompress it") from error
-            raise DataError(f"{path} is truncated or damaged after byte {max(last, 0)}", reason, FETCH) from error
+            raise DataError(f"{path} is truncated or damaged after byte {max(last, 0)}", reason, DOWNLOAD) from error
         start = _start_after(file.fileno(), path, archive.offset)
 
 
 def _start_after(descriptor: int, path: str, offset: int) -> int | None:
-    """Where the tar file behind the end mark at `offset` begins; None where nothing but zeros follow."""
+    """The offset of the next tar file after the end marker at `offset`; None if only zeros follow."""
     end = os.pread(descriptor, tarfile.BLOCKSIZE, offset)
-    if end.strip(b"\0") or 0 < len(end) < tarfile.BLOCKSIZE:  # the module takes this for the end, silently
-        raise DataError(f"{path} is truncated or damaged at byte {offset}", "no header is there", FETCH)
+    if end.strip(b"\0") or 0 < len(end) < tarfile.BLOCKSIZE:  # the module silently stops here
+        raise DataError(f"{path} is truncated or damaged at byte {offset}", "there is no header", DOWNLOAD)
     if not end:
-        logging.warning("%s has no end mark at byte %d: it may be cut short", path, offset)
+        logging.warning("%s has no end marker at byte %d: it may be truncated", path, offset)
     while part := os.pread(descriptor, 2**20, offset):
         offset += len(part) - len(rest := part.lstrip(b"\0"))
         if rest:
@@ -286,7 +288,7 @@ def _start_after(descriptor: int, path: str, offset: int) -> int | None:
 
 
 class Member(NamedTuple):
-    """A file in a shard: its `key`, `kind`, in lower case what follows the dot that ends the key, and its bytes."""
+    """A file in a shard. `kind` is the part of the name after the dot that ends the `key`, in lower case."""
 
     name: str
     key: str
@@ -303,16 +305,16 @@ class Member(NamedTuple):
         return self.kind.rpartition(".")[0]
 
 
-def _files(file: BinaryIO, path: str, size: int, passed: dict[str, list]) -> Iterator[Member]:
-    """What of a shard may belong to a sample."""
-    places: dict[str, tuple[int, int]] | None = None  # by name, from the first hard link on: most shards have none
+def _files(file: BinaryIO, path: str, size: int, skipped: dict[str, list]) -> Iterator[Member]:
+    """The members of a shard that may belong to a sample."""
+    places: dict[str, tuple[int, int]] | None = None  # by name, filled at the first hard link: most shards have none
     for member in _members(file, path, size):
-        place, why = None, "images that are links or devices"  # which have no bytes of their own
+        place, why = None, "images that are links or devices"
         if member.islnk():
             places = _places(file, path, size, member.offset) if places is None else places
             place = places.get(member.linkname)
         elif member.isreg():
-            place, why = _place(member), "images that are sparse files"  # whose bytes do not lie in one piece
+            place, why = _place(member), "images that are sparse files"  # their bytes are not contiguous
         if place and places is not None:
             places[member.name] = place
         folder, base = os.path.split(member.name)
@@ -322,7 +324,7 @@ def _files(file: BinaryIO, path: str, size: int, passed: dict[str, list]) -> Ite
         if place:
             yield Member(member.name, os.path.join(folder, stem), kind.lower(), *place)
         elif base.lower().endswith(EXTENSIONS):
-            _pass_over(passed, why, member.name)
+            _skip(skipped, why, member.name)
 
 
 def _place(member: tarfile.TarInfo) -> tuple[int, int] | None:
@@ -330,13 +332,13 @@ def _place(member: tarfile.TarInfo) -> tuple[int, int] | None:
 
 
 def _places(file: BinaryIO, path: str, size: int, end: int) -> dict[str, tuple[int, int]]:
-    """Offset and size of each file that stands before `end`, the last of a name."""
+    """(offset, size) of each file before `end`, by name; the last one if a name occurs twice."""
     before = itertools.takewhile(lambda member: member.offset < end, _members(file, path, size))
     return {member.name: place for member in before if (place := _place(member))}
 
 
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Members by sample, as WebDataset has it: one ends with its key, or where a kind comes that it has already."""
+    """Group members by sample like WebDataset: a new key, or a kind that the sample already has, begins a new one."""
     key, sample = "", {}
     for member in members:
         if sample and (member.key != key or member.kind in sample):
@@ -348,10 +350,10 @@ def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
 
 
 def _images(sample: list[Member]) -> list[tuple[Member, list[Member]]]:
-    """The images that are taken of a sample, each with what may hold its label.
+    """The images used from a sample, each with the members that may hold its label.
 
-    It is one, 0.jpg rather than 0.depth.png, if anything but images belongs to the key. If nothing does, the names
-    have dots of their own, v1.0_000.jpg and v1.0_001.jpg, or end otherwise, 0.jpg and 0.png, and all are taken.
+    If the key also has members that are not images, one image is used: 0.jpg rather than 0.depth.png. Otherwise all are
+    used, because the names differ in their extension, 0.jpg and 0.png, or contain dots, v1.0_000.jpg and v1.0_001.jpg.
     """
     images = [member for member in sample if member.is_image]
     plain = [image for image in images if not image.stem]
@@ -370,13 +372,14 @@ def _is_hidden(name: str) -> bool:
 
 
 def _label(descriptor: int, sidecars: list[Member], path: str) -> int:
-    """The label that stands in a .cls, or else in a .json, or -1."""
+    """The label in a .cls, or else in a .json, or -1."""
     labels = {}
     for member in sidecars:
         kind = member.kind.rpartition(".")[2]
         if kind in ("cls", "json"):
             text = os.pread(descriptor, min(member.size, MAX_JSON), member.offset)
-            labels[kind] = (_label_of_cls if kind == "cls" else _label_of_json)(text, f"{path}, member {member.name!r}")
+            parse = _parse_cls if kind == "cls" else _parse_json
+            labels[kind] = parse(text, f"{path}, member {member.name!r}")
     return labels.get("cls", labels.get("json", -1))
 
 
@@ -386,26 +389,26 @@ def _holds_label(descriptor: int, member: Member, path: str) -> bool:
     return False
 
 
-def _label_of_cls(text: bytes, where: str) -> int:
+def _parse_cls(text: bytes, where: str) -> int:
     if not re.fullmatch(rb"\s*\d{1,18}\s*", text) or int(text) >= MAX_CLASSES:
-        raise _no_class(repr(os.fsdecode(text[:40])), where)
+        raise _label_error(repr(os.fsdecode(text[:40])), where)
     return int(text)
 
 
-def _label_of_json(text: bytes, where: str) -> int:
-    """The label, or -1 where there is none."""
+def _parse_json(text: bytes, where: str) -> int:
+    """The label, or -1 if there is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError("JSON that cannot be read", where, "mend it, or leave it out") from error
+        raise DataError("invalid JSON", where, "repair it, or leave it out") from error
     value = value.get("label", -1) if isinstance(value, dict) else -1
     if isinstance(value, bool) or not isinstance(value, int):
         return -1
     if not -1 <= value < MAX_CLASSES:
-        raise _no_class(str(value), where)
+        raise _label_error(str(value), where)
     return value
 
 
-def _no_class(shown: str, where: str) -> DataError:
+def _label_error(shown: str, where: str) -> DataError:
     fix = f"give a number from 0 to {MAX_CLASSES - 1}"
-    return DataError(f"label {shown} is not the number of a class", where, fix)
+    return DataError(f"label {shown} is not a class number", where, fix)

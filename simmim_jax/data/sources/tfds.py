@@ -1,4 +1,4 @@
-"""TensorFlow Datasets that have been prepared as ArrayRecord, read without TensorFlow."""
+"""TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow."""
 
 import difflib
 import functools
@@ -17,13 +17,13 @@ from simmim_jax.data.sources.listing import folders
 from simmim_jax.errors import ConfigError, DataError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-TAIL = 2**16  # bytes at a shard's end, which say where its records are
+TAIL = 2**16  # bytes at the end of a shard, which hold the offsets of its records
 
 
 def make_tfds(*, name: str, data_dir: str, split: str, path: str = "", **_) -> "Tfds":
-    """One split, or slice of one, of a TFDS data set that has been prepared. Never downloads.
+    """A split, or a slice of one, of a prepared TFDS data set. Never downloads.
 
-    It is the one of that name, or, without a name, the one that lies in the folder `path`.
+    The data set has that name or, if `name` is empty, is in the folder `path`.
     """
     if name or not path:
         if not name:
@@ -39,7 +39,7 @@ def make_tfds(*, name: str, data_dir: str, split: str, path: str = "", **_) -> "
 
 
 def prepared_directory(path: str) -> str:
-    """The folder of a prepared TFDS data set: `path`, or the highest version in it; "" where there is none."""
+    """The folder of a prepared TFDS data set: `path`, or the highest version in it; "" if there is none."""
     versions = [name for name in folders(path) if VERSION.fullmatch(name)]
     versions.sort(key=lambda name: [int(part) for part in name.split(".")], reverse=True)
     for directory in (path, *(os.path.join(path, version) for version in versions)):
@@ -49,7 +49,7 @@ def prepared_directory(path: str) -> str:
 
 
 class Tfds:
-    """A split of a prepared TFDS data set, read from its ArrayRecord files without TensorFlow."""
+    """A split of a prepared TFDS data set."""
 
     def __init__(self, name: str, data_dir: str, split: str, directory: str = ""):
         import tensorflow_datasets as tfds
@@ -84,14 +84,14 @@ class Tfds:
     def _make_builder(self):
         return _open_directory(self.directory) if self.directory else _make_tfds_builder(self.dataset, self.data_dir)
 
-    def __getstate__(self) -> dict:  # open files do not travel: each process opens its own
+    def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "records"}
 
     def __len__(self) -> int:
         return self.count
 
     def record(self, i: int) -> dict:
-        """All features of a record, images as their files' bytes. Raises BadImage where it cannot be read."""
+        """All features of a record, with images as encoded bytes. Raises BadImage if it cannot be read."""
         i = range(self.count)[i]
         records = self.records
         try:
@@ -112,17 +112,17 @@ class Tfds:
         return f"{self.full_name}, split {self.split} ({len(self)} images)"
 
     def file_instructions(self) -> list:
-        """Which records of which shards there are: of each shard `filename`, `skip` and `take`."""
+        """The records in this split by shard: objects with `filename`, `skip` and `take`."""
         return self._make_builder().info.splits[self.split].file_instructions
 
     def fingerprint(self) -> dict:
         files = sorted({each.filename for each in self.file_instructions()})
-        shards = json.dumps([[os.path.basename(file), *_end_of(file)] for file in files]).encode()
+        shards = json.dumps([[os.path.basename(file), *_digest_end(file)] for file in files]).encode()
         part = {"count": len(self), "shards_sha256": hashlib.sha256(shards).hexdigest()}
         return {"source": "tfds", "name": self.full_name, "split": self.split} | part
 
 
-def _end_of(path: str) -> tuple[int, str]:
+def _digest_end(path: str) -> tuple[int, str]:
     """(size of a shard in bytes, SHA-256 of its end)."""
     size = stat_file(path)[0]
     with open(path, "rb") as file:
@@ -134,11 +134,11 @@ def _make_tfds_builder(name: str, data_dir: str):
     import tensorflow_datasets as tfds
 
     fix = f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")
-    fix = f"set data.data_dir to where it is, or prepare it once: pip install tensorflow-cpu && {fix}"
+    fix = f"set data.data_dir to its folder, or prepare it once: pip install tensorflow-cpu && {fix}"
     absl, thread = logging.getLogger("absl"), threading.get_ident()
 
     def is_wanted(record: logging.LogRecord) -> bool:
-        # it warns of every folder that it looks into; what other threads tell meanwhile must be heard
+        # TFDS warns of every folder that it searches; messages of other threads must pass
         return record.thread != thread or record.levelno >= logging.ERROR
 
     absl.addFilter(is_wanted)
@@ -151,12 +151,15 @@ def _make_tfds_builder(name: str, data_dir: str):
         near = difflib.get_close_matches(name, known, n=3)
         meant = f"did you mean {' or '.join(near)}?" if near else "see tensorflow_datasets.list_builders()"
         raise DataError(f"TFDS has no data set {name!r}", f"data_dir={data_dir!r}", meant) from error
-    except Exception as error:  # a bad version, config or file format: TFDS asserts, and raises what it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rpartition('": ')[2][:200]
-        raise DataError(f"TFDS cannot open {name!r}", f"data_dir={data_dir!r}: {reason}", fix) from error
+    except Exception as error:  # a bad version, config or file format: TFDS raises exceptions of any type
+        raise DataError(f"TFDS cannot open {name!r}", f"data_dir={data_dir!r}: {_reason(error)}", fix) from error
     finally:
         absl.removeFilter(is_wanted)
     raise DataError(f"{name} is not prepared", f"looked in {builder.data_dir}", fix)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rpartition('": ')[2][:200]
 
 
 def _open_directory(directory: str):
@@ -167,7 +170,7 @@ def _open_directory(directory: str):
         if builder.info.splits:
             return builder
         reason = "it has no splits"
-    except Exception as error:  # files of anybody's, and TFDS raises what it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rpartition('": ')[2][:200]
+    except Exception as error:  # the files are untrusted, and TFDS raises exceptions of any type
+        reason = _reason(error)
     fix = "prepare it again, with --file_format=array_record"
     raise DataError("TFDS cannot open the data set", f"{directory}: {reason}", fix)
