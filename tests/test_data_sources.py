@@ -51,11 +51,8 @@ def make(kind: str, root: Path, split="train", count=7):
             TinyShades(data_dir=str(root), file_format="array_record").download_and_prepare()
         return make_source("tfds", name="tiny_shades", data_dir=str(root), split="test" if split == "val" else split)
     form = "tar" if kind == "auto" else kind
-    path = (
-        write_source(form, root, range(count))
-        if not root.exists()
-        else str(root / ("all.txt" if form == "list" else ""))
-    )
+    path = root / ("all.txt" if form == "list" else "")
+    path = str(path) if root.exists() else write_source(form, root, range(count))
     return make_source(kind, path=path, split=split, heldout_fraction=0.3)
 
 
