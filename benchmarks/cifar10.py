@@ -40,16 +40,17 @@ from PIL import Image, ImageDraw, ImageFont
 from step import ROOT, describe, markdown
 
 sys.path.insert(0, str(ROOT))
+
 from simmim_jax import train
 from simmim_jax.config import refuse_change
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, exit_with_message
-from simmim_jax.evals.subsets import spread
 from simmim_jax.files import read_json, write_atomically
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.runs import checkpoint, pretrained
 from simmim_jax.runs.records import read_rows
-from simmim_jax.tools.probe import probing
+from simmim_jax.tools.probe.results import DECIDING, DECIDING_ALL
+from simmim_jax.tools.probe.subsets import spread
 
 ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # names of runs, and in tables
 COLOURS = {"random": "#7d8590", "ours": "#1f6feb", "peer": "#d9730d"}
@@ -229,9 +230,9 @@ def finetuning_of(folder: Path) -> dict | None:
 def way_of(results: dict) -> dict:
     """What decided a probe's results: options that name its images, those of each kind of probe, how many images."""
     options = results["options"]
-    kinds = results.get("options_of") or probing.options_of(options, options.get("only", ()))
-    idle = {"run", "out", "only", "threads", "batch_size", *itertools.chain(*probing.DECIDES.values())}
-    of_images = {name: value for name, value in options.items() if name not in {*idle, *probing.DECIDES_ALL}}
+    kinds = results["options_by_method"]
+    idle = {"run", "out", "only", "threads", "batch_size", *itertools.chain(*DECIDING.values())}
+    of_images = {name: value for name, value in options.items() if name not in {*idle, *DECIDING_ALL}}
     return of_images | kinds | {"train_images": {row["images"]: row.get("train_images") for row in results["rows"]}}
 
 

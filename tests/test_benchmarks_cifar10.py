@@ -276,7 +276,7 @@ def test_encoders_that_were_probed_or_fine_tuned_in_other_ways_are_not_compared(
         cifar10.check_same_budget(options)
     of_both = [
         results | {"options": {"limit": 0, "only": ["knn"], "epochs": 30, "threads": threads},
-                   "options_of": {"linear": {"epochs": 100, "probe_batch_size": size}, "knn": {"temperature": 0.07}}}
+                   "options_by_method": {"linear": {"epochs": 100, "probe_batch_size": size}, "knn": {"temperature": 0.07}}}
         for threads, size in ((2, 1024), (16, 1024), (2, 512))
     ]  # fmt: skip
     (runs / "probe_random" / "results.json").write_text(json.dumps(of_both[0]))

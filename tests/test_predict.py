@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_trained import CLASSES, PIXELS, SIMMIM, SIZE, make_images, make_run, pixels_of
+from tiny_trained import CLASSES, PIXELS, SIMMIM, SIZE, make_images, make_run, image_pixels
 
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.objectives import make_objective
@@ -33,7 +33,7 @@ def classifier(tmp_path_factory, images):
     """(workdir, probabilities of the nine images) of a classifier that was trained on their folder."""
     own = {"source": "folder", "path": str(images[0]), "name": "", "data_dir": "", "heldout_fraction": 0.1}
     workdir, encoder, params = make_run(tmp_path_factory.mktemp("classifier") / "run", CLASSIFY, data=own)
-    batch = {"image": pixels_of(*images), "label": jnp.zeros(9, int), "batch_index": jnp.arange(9)}
+    batch = {"image": image_pixels(*images), "label": jnp.zeros(9, int), "batch_index": jnp.arange(9)}
     objective = make_objective(encoder=encoder, image_size=SIZE, **PIXELS, **CLASSIFY)
     logits = jax.jit(objective.predict)(params, batch, jax.random.key(0))["logits"]
     return workdir, np.asarray(jax.nn.softmax(logits))
@@ -100,7 +100,7 @@ def test_a_pretraining_run_draws_what_it_makes_of_each_image(images, tmp_path, c
     predict.run([workdir, *paths(images, 0, 5), f"--out={out}", "--seed=3", "--json"])
     losses = [each["masked_loss"] for each in json.loads(capsys.readouterr().out)]
     objective = make_objective(encoder=encoder, image_size=SIZE, **PIXELS, **SIMMIM)
-    both = pixels_of(images[0], [images[1][0], images[1][5]])
+    both = image_pixels(images[0], [images[1][0], images[1][5]])
     batch = {"image": both, "label": jnp.zeros(2, int), "batch_index": jnp.arange(2)}
     expected = jax.jit(objective.predict)(params, batch, jax.random.key(3))
     np.testing.assert_allclose(losses, expected["loss"], rtol=1e-5)

@@ -69,6 +69,6 @@ def make_images(folder, count=20, classes=CLASSES, size=SIZE, bad=()) -> list[st
     return names
 
 
-def pixels_of(folder, names) -> jax.Array:
+def image_pixels(folder, names) -> jax.Array:
     """uint8 [n, y, x, 3]."""
     return jnp.stack([jnp.asarray(Image.open(folder / name)) for name in names])

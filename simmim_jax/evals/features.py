@@ -1,4 +1,4 @@
-"""What a model makes of images, on all devices: features of two labeled sets, extracted once for all their readers."""
+"""Model outputs on all devices, and features of two labeled sets that several evaluators share."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -11,24 +11,24 @@ from jaxtyping import Float, Int
 from simmim_jax.errors import DataError, NonFiniteError
 from simmim_jax.runtime import sharding
 
-OF_IMAGES = ("label", "batch_index", "valid")
+PASSED_ON = ("label", "batch_index", "valid")  # batch entries that the outputs keep
 
 
 def jit_on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """`function` (params, batch) -> dict, compiled for batches that are split over `mesh`.
+    """Compile `function` (params, batch) -> dict for batches that are sharded over `mesh`.
 
-    The result is called with (params, this process's numpy batch) and gives what `function` and the batch itself
-    ("label", "batch_index", "valid") say of all processes' images, as numpy arrays.
+    The result takes (params, this process's numpy batch) and returns the outputs of `function` and the batch's "label",
+    "batch_index" and "valid", for the images of all processes, as numpy arrays.
     """
     jitted = jax.jit(
-        lambda params, batch: function(params, batch) | {name: batch[name] for name in OF_IMAGES},
+        lambda params, batch: function(params, batch) | {name: batch[name] for name in PASSED_ON},
         out_shardings=sharding.replicated(mesh),
     )
 
     def run(params, batch: dict) -> dict:
         with jax.set_mesh(mesh):
-            wanted = {name: batch[name] for name in ("image", *OF_IMAGES)}
-            return jax.device_get(jitted(params, sharding.to_global(wanted, mesh)))
+            inputs = {name: batch[name] for name in ("image", *PASSED_ON)}
+            return jax.device_get(jitted(params, sharding.to_global(inputs, mesh)))
 
     return run
 
@@ -41,12 +41,12 @@ class Features(NamedTuple):
 
 
 def make_feature_reader(*, extract: Callable, train: Iterable[dict], heldout: Iterable[dict]) -> Callable:
-    """A function state -> Features that works once for each step.
+    """Make a function state -> Features that extracts them once per step.
 
-    extract(params, batch) -> {"features" [b, d], "label" [b], "valid" [b]}. The function raises NonFiniteError, and
-    DataError where no image of a set has a label.
+    extract: (params, batch) -> {"features" [b, d], "label" [b], "valid" [b]}. The function raises NonFiniteError, and
+    DataError if no image of a set has a label.
     """
-    newest: dict[int, Features] = {}
+    newest: dict[int, Features] = {}  # by step; at most one entry
 
     def read(state) -> Features:
         step = int(state.step)
@@ -62,7 +62,7 @@ def make_feature_reader(*, extract: Callable, train: Iterable[dict], heldout: It
 
 
 def _collect(images: str, extract: Callable, params, batches: Iterable[dict]):
-    """Features and labels of the valid, labeled images of `batches`."""
+    """Return features and labels of the valid, labeled images."""
     features, labels = [], []
     for batch in batches:
         out = extract(params, batch)
@@ -70,13 +70,10 @@ def _collect(images: str, extract: Callable, params, batches: Iterable[dict]):
         features.append(out["features"][use])
         labels.append(out["label"][use])
     if not any(map(len, labels)):
-        raise DataError(
-            f"no {images} image with a label could be read", "evaluation by knn or linear",
-            "give a split with labels, or set config.online_probes to False and leave both out of config.evals",
-        )  # fmt: skip
+        fix = "give a split with labels, or set config.online_probes to False and remove both from config.evals"
+        raise DataError(f"no {images} image with a label could be read", "evaluators knn and linear", fix)
     features = np.concatenate(features)
     if not np.isfinite(features).all():
-        raise NonFiniteError(
-            "features are not finite", "evaluation", "look at config.mean, config.std and the learning rate"
-        )
+        fix = "check config.mean, config.std and the learning rate"
+        raise NonFiniteError("features are not finite", "evaluation", fix)
     return features, np.concatenate(labels)

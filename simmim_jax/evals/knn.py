@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor accuracy of frozen features: cosine similarity, weights exp(similarity / temperature).
+"""Weighted k-NN accuracy of frozen features: cosine similarity, weights exp(similarity / temperature).
 
 The protocol of Wu et al. 2018 (arXiv 1805.01978) as DINO uses it: k = 20, temperature 0.07.
 """
@@ -9,17 +9,20 @@ from simmim_jax.errors import check_minimum
 from simmim_jax.evals import probes
 
 
-def make_knn(*, features: Callable, k: int = 20, temperature: int | float = 0.07):
-    """features(state) -> `evals.features.Features`. Metric: "knn", top-1 accuracy on the held-out set in 0..1."""
+def make_knn(*, features: Callable, k: int = 20, temperature: int | float = 0.07) -> Callable:
+    """Make the k-NN evaluator. Metric: "knn", top-1 accuracy on the held-out images in 0..1.
+
+    features: state -> `evals.features.Features`.
+    """
     check_minimum("evals.knn.k", k, 1)
     check_minimum("evals.knn.temperature", temperature, 0, strict=True)
 
     def run(state) -> dict[str, float]:
         x = features(state)
-        found = probes.nearest_classes(
-            x.train, x.train_labels, x.heldout, classes=int(x.train_labels.max()) + 1, neighbors=(k,),
-            temperature=temperature,
-        )  # fmt: skip
-        return {"knn": float((found[0, :, 0] == x.heldout_labels).mean())}
+        classes = int(x.train_labels.max()) + 1
+        voted = probes.nearest_classes(
+            x.train, x.train_labels, x.heldout, classes=classes, k=(k,), temperature=temperature
+        )
+        return {"knn": float((voted[0, :, 0] == x.heldout_labels).mean())}
 
     return run

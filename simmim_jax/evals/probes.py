@@ -1,13 +1,13 @@
-"""Classifiers of frozen features, fitted and judged on the device in float32.
+"""Classifiers of frozen features: linear probe, logistic and ridge regression, k-NN.
 
-Letters of shapes: m training images, n images to classify, d feature width, k classes, g settings of a grid, s sets of
-features (blocks) that are fitted at once. Labels are 0 to k - 1. A linear classifier is (weights [d, k], bias [k]) of
-features that are standardized by the mean and scale of the training images, as by a batch norm without affine
-parameters (MAE, arXiv 2111.06377, appendix A).
+Shape letters: m training images, n images to classify, d feature width, c classes, g settings of a grid, s sets of
+features (blocks) that are fitted at once. Labels are 0 to c - 1. A linear classifier reads features that are
+standardized by the mean and scale of the training images, as by a batch norm without affine parameters (MAE, arXiv
+2111.06377, appendix A).
 
-All is on one device, one set of features at a time: ImageNet's 1.28 million of 768 numbers are 3.9 GB there, and about
-twice that while they are standardized or filled up. Logits are computed in parts of `ROWS` images. Ridge regression
-alone is solved on the host, in float64.
+Everything is float32 on one device, one set of features at a time, except ridge regression: float64 on the host.
+ImageNet's 1.28 million x 768 features are 3.9 GB on the device, and twice that while they are standardized or padded.
+Logits are computed for `ROWS` images at a time.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-ROWS = 4096  # images whose logits, and queries whose similarities, are computed at a time
-KEYS = 16384  # training images that these are compared with at a time
-MEMORY = 10  # pairs that L-BFGS remembers
-EXACT = jax.lax.Precision.HIGHEST  # float32 as it is, where accelerators would take fewer bits
+ROWS = 4096  # images whose logits or similarities are computed at a time
+KEYS = 16384  # training images that k-NN compares them with at a time
+MEMORY = 10  # gradient pairs that L-BFGS keeps
+MAX_VOTED = 5  # classes that k-NN returns
+EXACT = jax.lax.Precision.HIGHEST  # full float32: accelerators use fewer bits by default
 
-
-Anywhere = Array | np.ndarray  # what the device takes, or has
+Anywhere = Array | np.ndarray  # on the device or on the host
 
 
 class Linear(NamedTuple):
-    weights: Float[Array, "... d k"]
-    bias: Float[Array, "... k"]
+    weights: Float[Array, "... d c"]
+    bias: Float[Array, "... c"]
 
 
 def statistics(features: Float[np.ndarray, "m d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """(mean, scale) over the images, float32: the scale is the deviation, or 1 of a feature that does not vary."""
+    """Return float32 (mean, scale) over the images. The scale of a constant feature is 1, of others their deviation."""
     total = np.zeros(features.shape[1])
     for start in range(0, len(features), KEYS):
         total += features[start : start + KEYS].sum(axis=0, dtype=np.float64)
@@ -57,9 +57,9 @@ def standardize(
 
 @jax.jit
 def ranks(features: Float[Anywhere, "n d"], labels: Int[Anywhere, " n"], classifier: Linear) -> Int[Array, "n ..."]:
-    """The rank of each image's class among its logits, 0 for the highest, by each classifier [*g].
+    """Return the rank of the true class among the logits of each classifier [*g]; 0 is the highest logit.
 
-    A class that only ties with another comes after it. A classifier that is not finite finds nothing.
+    Ties rank the true class last, and so do logits that are not finite.
     """
 
     def rank(x, label):
@@ -70,7 +70,7 @@ def ranks(features: Float[Anywhere, "n d"], labels: Int[Anywhere, " n"], classif
 
 
 def accuracies(ranks: Int[Anywhere, " n"], classes: int) -> dict[str, float | None]:
-    """top1 and top5 in 0..1; top5 is None where there are no more than five classes."""
+    """Return top1 and top5 in 0..1. top5 is None for five classes or fewer."""
     ranks = np.asarray(ranks)
     return {"top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean()) if classes > 5 else None}
 
@@ -87,11 +87,11 @@ def sweep(
     batch_size: int = 1024,
     epochs: int = 100,
 ) -> Linear:
-    """Linear classifiers [s, g] of standardized features, one for each setting of each set, all trained at once.
+    """Train linear classifiers [s, g] of standardized features: one for each setting of each set, all at once.
 
-    SGD with momentum 0.9 and a cosine from learning_rates x batch / 256 to zero; from weights of zero; decay of the
-    weights, not of the bias. Every epoch is a permutation of the images by `key`, the same for all; what is left of
-    one after its last whole batch is dropped. A setting that diverges ends as NaN.
+    SGD with momentum 0.9 and a cosine schedule from learning_rate x batch_size / 256 to zero, from zero weights. Weight
+    decay applies to the weights, not to the bias. All classifiers see the same permutation of the images in an epoch,
+    drawn from `key`; an incomplete last batch is dropped. A setting that diverges ends as NaN.
     """
     count, width = features.shape[1:]
     batch_size = min(batch_size, count)
@@ -126,19 +126,19 @@ def sweep(
 def logistic_path(
     features: Float[Anywhere, "m d"],
     labels: Int[Anywhere, " m"],
-    inverse_regularizations: Float[Anywhere, " g"],
+    C: Float[Anywhere, " g"],
     start: Linear | None = None,
     *,
     classes: int,
     iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Linear:
-    """Multinomial logistic regression of standardized features: the classifier [g] of each `C` C.
+    """Fit multinomial logistic regression of standardized features for each C. Return the classifiers [g].
 
-    What is minimized is scikit-learn's: the sum over images of cross entropy, times C, and half the squared weights
-    (the bias is free). By L-BFGS, the first C from `start`, by default zero, each other from where the one before it
-    ended, until no derivative of that sum, divided by C and m, is above `tolerance`, the loss does not fall any more in
-    float32, or so many iterations are done.
+    The objective is scikit-learn's: C times the summed cross entropy, plus half the squared weights without the bias.
+    L-BFGS fits the first C from `start` (zero by default) and each further C from the solution before it. It stops if
+    no derivative of the objective / (C m) is above `tolerance`, if the loss does not fall in float32, or after
+    `iterations`.
     """
     count, width = features.shape
     parts = -(-count // ROWS)
@@ -147,12 +147,12 @@ def logistic_path(
     x = jnp.pad(features, ((0, pad), (0, 0))).reshape(parts, rows, width)
     y = jnp.pad(labels, (0, pad), constant_values=-1).reshape(parts, rows)
 
-    @jax.checkpoint  # else the logits of all images would be kept for the gradient
+    @jax.checkpoint  # otherwise the logits of all images are kept for the gradient
     def add(total, part, p):
         x, y = part
         logits = jnp.matmul(x, p[:-1], precision=EXACT) + p[-1]  # p: [d + 1, k], the bias last
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
-        return total + jnp.where(y >= 0, losses, 0).sum()  # the last part is filled up
+        return total + jnp.where(y >= 0, losses, 0).sum()  # -1: padding of the last part
 
     def fit(start, strength):
         def objective(p):
@@ -162,15 +162,14 @@ def logistic_path(
         return minimize(objective, start, iterations, tolerance)
 
     first = jnp.zeros((width + 1, classes)) if start is None else jnp.vstack(start)
-    _, found = jax.lax.scan(lambda p, strength: (fit(p, strength),) * 2, first, inverse_regularizations)
+    _, found = jax.lax.scan(lambda p, strength: (fit(p, strength),) * 2, first, C)
     return Linear(found[:, :-1], found[:, -1])
 
 
 def minimize(objective: Callable, start: Float[Array, "..."], iterations: int, tolerance: float) -> Float[Array, "..."]:
-    """Where a smooth `objective` is least, by L-BFGS from `start`.
+    """Minimize a smooth `objective` by L-BFGS from `start`.
 
-    It ends when no derivative is above `tolerance`, when the objective does not fall any more in float32, or after so
-    many iterations.
+    It stops if no derivative is above `tolerance`, if the objective does not fall in float32, or after `iterations`.
     """
     solver = optax.lbfgs(memory_size=MEMORY)
     value_and_grad = optax.value_and_grad_from_state(objective)
@@ -190,26 +189,26 @@ def minimize(objective: Callable, start: Float[Array, "..."], iterations: int, t
 def ridge_path(
     features: Float[Anywhere, "m d"], labels: Int[Anywhere, " m"], regularizations: tuple[float, ...], *, classes: int
 ) -> Linear:
-    """Ridge regression of one-hot targets on standardized features: the classifier [g] of each regularization.
+    """Fit ridge regression of one-hot targets on standardized features. Return the classifier [g] of each strength.
 
-    The squared errors' mean over images and `regularization` times the squared weights are minimized; the bias is free.
-    In closed form, all by one eigendecomposition of the features' covariance, which is summed in float64: its least
-    eigenvalues are below what float32 tells apart, and a regularization may be too.
+    The objective is the mean squared error plus `regularization` times the squared weights without the bias. The closed
+    form needs one eigendecomposition of the covariance. It is float64, because float32 does not resolve the smallest
+    eigenvalues and regularizations.
     """
     (count, width), labels = features.shape, np.asarray(labels)
-    gram, sums = np.zeros((width, width)), np.zeros((classes, width))  # sums: of the features of each class
+    gram, sums = np.zeros((width, width)), np.zeros((classes, width))  # sums: of the features in each class
     for start in range(0, count, ROWS):
         own = labels[start : start + ROWS]
         order = np.argsort(own, kind="stable")
-        there, first = np.unique(own[order], return_index=True)
+        present, first = np.unique(own[order], return_index=True)
         x = np.asarray(features[start : start + ROWS], np.float64)[order]
         gram += x.T @ x
-        sums[there] += np.add.reduceat(x, first)
-    center, shares = sums.sum(axis=0) / count, np.bincount(labels, minlength=classes) / count
+        sums[present] += np.add.reduceat(x, first)
+    center, frequency = sums.sum(axis=0) / count, np.bincount(labels, minlength=classes) / count
     values, vectors = np.linalg.eigh(gram / count - np.outer(center, center))
-    turned = vectors.T @ (sums.T / count - np.outer(center, shares))
-    weights = np.stack([vectors @ (turned / (np.maximum(values, 0) + r)[:, None]) for r in regularizations])
-    return Linear(jnp.float32(weights), jnp.float32(shares - center @ weights))
+    projected = vectors.T @ (sums.T / count - np.outer(center, frequency))
+    weights = np.stack([vectors @ (projected / (np.maximum(values, 0) + r)[:, None]) for r in regularizations])
+    return Linear(jnp.float32(weights), jnp.float32(frequency - center @ weights))
 
 
 def nearest_classes(
@@ -218,33 +217,30 @@ def nearest_classes(
     queries: Float[Anywhere, "n d"],
     *,
     classes: int,
-    neighbors: tuple[int, ...] = (10, 20, 100, 200),
+    k: tuple[int, ...] = (10, 20, 100, 200),
     temperature: int | float = 0.07,
 ) -> Int[np.ndarray, "g n 5"]:
-    """The five classes with the most votes among an image's nearest neighbors, for each number of them; -1 for none.
+    """Return the five classes with the most votes of the k nearest neighbors, for each k; -1 for no class.
 
-    Cosine similarity; each neighbor votes for its class with weight exp(similarity / temperature) (Wu et al. 2018,
-    arXiv 1805.01978; numbers and temperature are DINO's). Of equal votes the lowest class is first. At most so many
-    similarities as `ROWS` x `KEYS` are held at once. More neighbors than there are images are all images.
+    Neighbors by cosine similarity vote with weight exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978; k
+    and temperature as in DINO). Of equal votes the lowest class is first. k above m means all images. At most `ROWS` x
+    `KEYS` similarities are in memory.
     """
-    count = tuple(min(number, len(labels)) for number in neighbors)
-    return np.asarray(
-        _nearest_classes(train, labels, queries, jnp.float32(temperature), classes=classes, neighbors=count)
-    )
+    k = tuple(min(number, len(labels)) for number in k)
+    return np.asarray(_nearest_classes(train, labels, queries, jnp.float32(temperature), classes=classes, k=k))
 
 
-@partial(jax.jit, static_argnames=("classes", "neighbors"))
-def _nearest_classes(train, labels, queries, temperature, *, classes, neighbors):
+@partial(jax.jit, static_argnames=("classes", "k"))
+def _nearest_classes(train, labels, queries, temperature, *, classes, k):
     def unit(x):
         x = x.astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-    most, (count, width) = max(neighbors), train.shape
+    max_k, (count, width) = max(k), train.shape
     parts = -(-count // KEYS)
-    size = max(-(-count // parts), most)
+    size = max(-(-count // parts), max_k)
     pad = parts * size - count
     keys = jnp.pad(unit(train), ((0, pad), (0, 0))).reshape(parts, size, width)
-    there = (jnp.arange(parts * size) < count).reshape(parts, size)
     places = jnp.arange(parts * size).reshape(parts, size)
     rows = min(ROWS, len(queries))
     blocks = -(-len(queries) // rows)
@@ -252,38 +248,38 @@ def _nearest_classes(train, labels, queries, temperature, *, classes, neighbors)
 
     def classes_of(queries):
         def merge(best, part):
-            keys, there, places = part
-            similarity = jnp.where(there, jnp.matmul(queries, keys.T, precision=EXACT), -jnp.inf)
-            found, at = jax.lax.top_k(similarity, most)
+            keys, places = part
+            similarity = jnp.where(places < count, jnp.matmul(queries, keys.T, precision=EXACT), -jnp.inf)
+            found, at = jax.lax.top_k(similarity, max_k)
             similarities = jnp.concatenate([best[0], found], axis=1)
             indices = jnp.concatenate([best[1], places[at]], axis=1)
-            kept, at = jax.lax.top_k(similarities, most)
+            kept, at = jax.lax.top_k(similarities, max_k)
             return (kept, jnp.take_along_axis(indices, at, axis=1)), None
 
-        none = (jnp.full((rows, most), -jnp.inf), jnp.zeros((rows, most), int))
-        (similarities, indices), _ = jax.lax.scan(merge, none, (keys, there, places))
+        none = (jnp.full((rows, max_k), -jnp.inf), jnp.zeros((rows, max_k), int))
+        (similarities, indices), _ = jax.lax.scan(merge, none, (keys, places))
         weights = jnp.exp((similarities - similarities[:, :1]) / temperature)
         row = jnp.arange(rows)[:, None]
 
         def vote(number):
             votes = jnp.zeros((rows, classes)).at[row, labels[indices[:, :number]]].add(weights[:, :number])
-            votes, first = jax.lax.top_k(votes, min(5, classes))
+            votes, first = jax.lax.top_k(votes, min(MAX_VOTED, classes))
             first = jnp.where(votes > 0, first, -1)
-            return jnp.pad(first, ((0, 0), (0, 5 - first.shape[1])), constant_values=-1)
+            return jnp.pad(first, ((0, 0), (0, MAX_VOTED - first.shape[1])), constant_values=-1)
 
-        return jnp.stack([vote(number) for number in neighbors])
+        return jnp.stack([vote(number) for number in k])
 
     found = jax.lax.map(classes_of, unit_queries.reshape(blocks, rows, width))  # blocks g rows 5
-    return jnp.moveaxis(found, 1, 0).reshape(len(neighbors), -1, 5)[:, : len(queries)]
+    return jnp.moveaxis(found, 1, 0).reshape(len(k), -1, MAX_VOTED)[:, : len(queries)]
 
 
-def found_ranks(found: Int[np.ndarray, "n 5"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The rank of each image's class among the first five; 5 where it is not one of them."""
-    right: Bool[np.ndarray, "n 5"] = found == labels[:, None]
-    return np.where(right.any(axis=1), right.argmax(axis=1), 5)
+def class_ranks(voted: Int[np.ndarray, "n 5"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return the rank of the true class among the five of `nearest_classes`; 5 if it is none of them."""
+    right: Bool[np.ndarray, "n 5"] = voted == labels[:, None]
+    return np.where(right.any(axis=1), right.argmax(axis=1), MAX_VOTED)
 
 
 def choose_setting(ranks: Int[Anywhere, "n g"]) -> tuple[Float[np.ndarray, " g"], int]:
-    """(top-1 of each setting, the first of the best)."""
+    """Return (top-1 of each setting, index of the first best setting)."""
     top1 = (np.asarray(ranks) < 1).mean(axis=0)
     return top1, int(top1.argmax())

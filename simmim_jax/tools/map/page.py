@@ -1,27 +1,82 @@
-"""The page of a map of embeddings: one HTML file with its data, thumbnails and program in it, that asks no network.
+"""The page of a map of embeddings: one HTML file with its data, thumbnails and program, which loads nothing.
 
-Names of files and classes are strangers' text. They stand in the page as JSON without a "<", and reach the screen as
-text alone, never as HTML; a policy in the page forbids it to load anything.
+File and class names are untrusted text. They are in the page as JSON without "<" and are displayed as text, never as
+HTML. A content security policy in the page forbids loading anything.
 """
 
+import base64
 import html
+import io
 import json
+import math
 import re
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from simmim_jax.files import utf8_name, write_atomically
+from simmim_jax.tools.embed.embeddings import Listing
+from simmim_jax.tools.map.pictures import ReadPicture, square_tile
+from simmim_jax.tools.map.vectors import evenly_spaced, project, read_vectors
+
+SIDE = 64  # pixels of a thumbnail
+TITLES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+
+
+def write_page(listing: Listing, path: Path, options: Namespace, read_picture: ReadPicture) -> None:
+    """Write the page of at most `options.limit` images. path: the file of embeddings."""
+    rows = evenly_spaced(len(listing.names), options.limit)
+    positions = project(options.method, read_vectors(path, rows), options.seed, where=str(path))
+    columns = math.ceil(math.sqrt(len(rows)))
+    about = listing.about
+    data = {
+        "x": np.round(positions[:, 0], 4).tolist(),
+        "y": np.round(positions[:, 1], 4).tolist(),
+        "label": listing.labels[rows].tolist(),
+        "name": [listing.names[row] for row in rows],
+        "classes": about["classes"],
+        "tile": SIDE,
+        "columns": columns,
+        "method": TITLES[options.method],
+        "what": f"{about['what']}, step {about['step']} of {about['run']}",
+    }
+    page = make_page(data, make_sprite(rows, columns, read_picture), utf8_name(options.title or path.name))
+    out = Path(options.out)
+    write_atomically(out, page)
+    print(f"{out}: {len(rows):,} of {len(listing.names):,} images, {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def make_sprite(rows: Int[np.ndarray, " n"], columns: int, read_picture: ReadPicture) -> str:
+    """Return all thumbnails, row by row, in one JPEG as a data URI; "" if there are none."""
+    pictures = [read_picture(row, SIDE) for row in rows.tolist()]
+    if not any(pictures):
+        return ""
+    sprite = np.full((-(-len(rows) // columns) * SIDE, columns * SIDE, 3), 255, np.uint8)
+    for n, picture in enumerate(pictures):
+        top, left = n // columns * SIDE, n % columns * SIDE
+        sprite[top : top + SIDE, left : left + SIDE] = square_tile(picture, SIDE)
+    buffer = io.BytesIO()
+    Image.fromarray(sprite).save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def make_page(data: dict, sprite: str, title: str) -> str:
-    """The page, as HTML.
+    """Return the page as HTML.
 
-    data: "x", "y" in -1..1 and "label" (-1: none), "name" of each point; "classes"; "tile", the pixels of a thumbnail's
-    side, and "columns" of the sprite, in which they stand row by row; "method" and "what", a line of text each.
-    sprite: a data URI, or "" for none.
+    data: "x", "y" in -1..1, "label" (-1: none) and "name" of each point; "classes"; "tile", the side of a thumbnail in
+    pixels, and "columns" of the sprite; "method" and "what", a line of text each. sprite: a data URI, or "" for none.
     """
     content = json.dumps(data, separators=(",", ":"))
     for character in "<>&":
         content = content.replace(character, f"\\u{ord(character):04x}")
     picture = f'<img id="sprite" alt="" src="{sprite}" hidden>' if sprite else ""
     parts = {"TITLE": html.escape(title), "SPRITE": picture, "DATA": content}
-    return re.sub("@(TITLE|SPRITE|DATA)@", lambda found: parts[found[1]], PAGE)  # what is put in is not looked at again
+    return re.sub(
+        "@(TITLE|SPRITE|DATA)@", lambda found: parts[found[1]], PAGE
+    )  # one pass: inserted text is not searched
 
 
 PAGE = """\
@@ -29,6 +84,7 @@ PAGE = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="simmim_jax">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -66,7 +122,7 @@ PAGE = """\
   <label id="as"><input id="pictures" type="checkbox"> thumbnails as points</label>
   <div class="row"><button id="all">all</button><button id="none">none</button><button id="reset">reset</button></div>
   <div id="legend"></div>
-  <p>Wheel: zoom. Drag: move. Click a class: on or off. Double-click: that one alone.</p>
+  <p>Wheel: zoom. Drag: move. Click a class: on or off. Double-click: only this class.</p>
 </div>
 @SPRITE@
 <script type="application/json" id="data">@DATA@</script>

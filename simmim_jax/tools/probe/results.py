@@ -1,0 +1,172 @@
+"""The results of a probe: rows on disk that later calls extend, and their report on the screen."""
+
+import csv
+import io
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from simmim_jax.errors import ConfigError
+from simmim_jax.files import write_atomically
+
+# options that decide all rows, next to the features, and options that decide the rows of one method
+DECIDING_ALL = ("seed", "validation_fraction")
+DECIDING = {
+    "linear": ("learning_rates", "weight_decays", "epochs", "probe_batch_size"),
+    "logistic": ("C",),
+    "ridge": ("regularizations",),
+    "knn": ("neighbors", "temperature"),
+    "fewshot": ("shots", "fractions", "seeds", "temperature"),
+}
+POOLS = ("patches", "class_token", "both")
+COLUMNS = (
+    "method", "images", "pool", "block", "paper", "chosen", "setting", "validation_top1", "top1", "top5", "draws",
+    "top1_std", "top1_min", "top1_max", "train_images", "test_images", "seconds", "edge",
+)  # fmt: skip
+
+
+def row_method(row: dict) -> str:
+    """Return the name of the row's method in `--only`."""
+    return row["method"] if row["images"] == "all" else "fewshot"
+
+
+def block_name(block: int) -> str:
+    return f"block {block}" if block else "output"
+
+
+def deciding_options(options: dict, methods: Iterable[str]) -> dict[str, dict]:
+    """Return, for each method, the options that decide its rows, as JSON."""
+    as_json = json.loads(json.dumps(options))
+    return {name: {key: as_json.get(key) for key in (*DECIDING_ALL, *DECIDING[name])} for name in methods}
+
+
+def read_results(folder: Path) -> dict:
+    """Return results.json, or {} if there is none. Raises ConfigError for files that are not results of a probe."""
+    path, fix = folder / "results.csv", "give another OUT"
+    if path.exists():
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            if file.readline().strip().split(",") != [*COLUMNS]:
+                raise ConfigError("not the results of a probe", str(path), fix)
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text())
+        if all(row.keys() == set(COLUMNS) for row in results["rows"]) and results["options_by_method"].keys():
+            return results
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ConfigError("not the results of a probe", str(path), fix)
+
+
+class Results:
+    """The rows in a folder. header: everything else in results.json."""
+
+    def __init__(self, folder: Path, header: dict, earlier: dict, options: Namespace):
+        """Keep the rows of `earlier`, unless other features or options decided them.
+
+        Raises ConfigError if there are such rows and no --overwrite.
+        """
+        now = deciding_options(vars(options), options.only)
+        before = earlier.get("options_by_method", {})
+        same = {name for name in before if now.get(name, before[name]) == before[name]}
+        if earlier.get("features") != header["features"]:
+            same = set()
+        self.rows = [row for row in earlier.get("rows", []) if row_method(row) in same]
+        if len(self.rows) < len(earlier.get("rows", [])) and not options.overwrite:
+            replaced = ", ".join(name for name in before if name not in same)
+            what = f"results ({replaced}) of other weights, images or options exist"
+            raise ConfigError(what, str(folder), "give --overwrite, or another OUT")
+        if self.rows:
+            print(f"keeping {len(self.rows)} earlier results", flush=True)
+        kept = {name: before[name] for name in before if name in map(row_method, self.rows)}
+        self.folder, self.header = folder, header | {"options_by_method": kept | now}
+
+    def missing(self, pool: str, blocks: list[int], methods: tuple[str, ...]) -> dict[int, list[str]]:
+        """Return the methods without rows, for each block."""
+        there = {(row["block"], row_method(row)) for row in self.rows if row["pool"] == pool}
+        return {block: [name for name in methods if (block, name) not in there] for block in blocks}
+
+    def add(self, rows: list[dict]) -> None:
+        self.rows += [{name: row.get(name) for name in COLUMNS} for row in rows]
+
+    def write(self) -> None:
+        """Sort the rows, mark the best ones and write both files."""
+        methods = tuple(DECIDING)
+        self.rows.sort(
+            key=lambda row: (POOLS.index(row["pool"]), row["block"] or math.inf, methods.index(row_method(row)))
+        )
+        mark_chosen(self.rows)
+        content = self.header | {"edges": [*edges(self.rows)], "rows": self.rows}
+        write_atomically(self.folder / "results.json", json.dumps(content, indent=2) + "\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.folder / "results.csv", text.getvalue())
+
+
+def mark_chosen(rows: list[dict]) -> None:
+    """Set "chosen" on the row of each method and number of images that is best on the validation images."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        row["chosen"] = False
+        key = (row["method"], row["images"])
+        if row["validation_top1"] is None:  # the probe diverged
+            continue
+        if key not in best or row["validation_top1"] > best[key]["validation_top1"]:
+            best[key] = row
+    for row in best.values():
+        row["chosen"] = True
+
+
+def edges(rows: list[dict]) -> Iterator[str]:
+    """Yield a line for each grid that ended too early, with the blocks that it concerns."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.get("edge"):
+            found.setdefault((row["method"], row["edge"]), []).append(f"{block_name(row['block'])} of {row['pool']}")
+    for (method, edge), where in found.items():
+        yield f"{method}, {', '.join(where)}: {edge}"
+
+
+def block_summary(rows: list[dict]) -> str:
+    """Return one line for a block: the top-1 of each method on all training images, or else on few.
+
+    If a method has several rows, the validation images choose one.
+    """
+    best: dict[str, dict] = {}
+    for row in [row for row in rows if row["images"] == "all"] or rows:
+        name = row["method"] if row["images"] == "all" else f"{row['method']} {row['images']}"
+        if name not in best or row["validation_top1"] > best[name]["validation_top1"]:
+            best[name] = row
+    values = {name: "diverged" if row["top1"] is None else f"{100 * row['top1']:.1f}" for name, row in best.items()}
+    seconds = sum({(row["method"], row["images"]): row["seconds"] for row in rows}.values())
+    text = ", ".join(f"{name} {value}" for name, value in values.items())
+    return f"{block_name(rows[0]['block'])}, {rows[0]['pool']}: {text} ({seconds:.1f} s)"
+
+
+def table(rows: list[dict], paper: int, depth: int) -> Iterator[str]:
+    """Yield lines: for each method, the accuracy of the paper's block and of the block that validation chose."""
+    yield f"\npaper: block {paper} of {depth}, mean of patch tokens; best: the block that the validation images choose"
+    yield f"{'method':10}{'images':13}{'paper top-1':>17}{'top-5':>8}   {'best top-1':>17}{'top-5':>8}   setting"
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["images"]), []).append(row)
+    for (method, images), group in groups.items():
+        best = next((row for row in group if row["chosen"]), None)
+        papers = [row for row in group if row["paper"] and row["validation_top1"] is not None]
+        paper_row = max(papers, key=lambda row: row["validation_top1"], default=None)
+        setting = f"{block_name(best['block'])}, {best['pool']}, {best['setting']}" if best else "diverged everywhere"
+        yield f"{method:10}{images:13}{_percent(paper_row)}   {_percent(best)}   {setting}"
+
+
+def _percent(row: dict | None) -> str:
+    if row is None:
+        return f"{'-':>17}{'-':>8}"
+    spread = f" +- {100 * row['top1_std']:4.2f}" if row["top1_std"] is not None else ""
+    top5 = f"{100 * row['top5']:.2f}" if row["top5"] is not None else "-"
+    top1 = f"{100 * row['top1']:.2f}{spread}"
+    return f"{top1:>17}{top5:>8}"
