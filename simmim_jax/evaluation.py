@@ -16,8 +16,9 @@ from simmim_jax.errors import Preempted
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import jit_on_mesh, make_feature_reader
 from simmim_jax.evals.segmentation import make_windows_reader
-from simmim_jax.experiment import Experiment
+from simmim_jax.experiment import Experiment, make_keys, make_label_maps
 from simmim_jax.objectives import Objective
+from simmim_jax.runs.finished import Run
 from simmim_jax.runtime import processes, sharding
 from simmim_jax.runtime.processes import StopSignal
 
@@ -128,6 +129,40 @@ def make_evaluators(experiment: Experiment, workdir: str, stop: StopSignal) -> d
     )
     inputs = make_eval_inputs(subject)
     return {name: make_evaluator(name, inputs, **options) for name, options in evals.options.items()}
+
+
+def make_run_subject(
+    run: Run,
+    objective: Objective,
+    source,
+    *,
+    crop: data.CenterCrop,
+    batch_size: int,
+    limit: int,
+    loading: data.Loading,
+    folder: str = "",
+) -> Subject:
+    """A finished run on the images of `source`, with the masks of its own evaluations.
+
+    batch_size: rounded up to a multiple of what the devices need.
+    """
+    mesh = sharding.make_mesh()
+    num_shards = sharding.num_batch_shards(mesh)
+    label_maps = None
+    if "label_map" in objective.needs:
+        label_maps = make_label_maps(objective.num_classes, run.config["mean"], run.config["data"]["maps"])
+    return Subject(
+        objective=objective,
+        mesh=mesh,
+        key=make_keys(run.config.get("seed", 0)).eval,
+        heldout=source,
+        crop=crop,
+        batch_size=-(-batch_size // num_shards) * num_shards,
+        limit=limit,
+        loading=loading,
+        folder=folder,
+        label_maps=label_maps,
+    )
 
 
 def stoppable(function: Callable, stop: StopSignal) -> Callable:

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
-from simmim_jax import data, train
+from simmim_jax import data
 from simmim_jax.data.decode import MAX_PIXELS, BadImage
 from simmim_jax.data.sources import KINDS
 from simmim_jax.data.sources.folder import Folder, split_folders
@@ -21,10 +20,8 @@ from simmim_jax.data.sources.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, existing_part
 from simmim_jax.data.sources.tfds import prepared_directory
 from simmim_jax.errors import DataError, UserError
-from simmim_jax.evals.features import jit_on_mesh
-from simmim_jax.objectives import Objective
 from simmim_jax.runs import checkpoint
-from simmim_jax.runs.finished import Run, State, format_size, make_state
+from simmim_jax.runs.finished import Run, format_size
 from simmim_jax.runtime import sharding
 from simmim_jax.tools.cli import add_context
 
@@ -280,6 +277,16 @@ def crop_options(run: Run, crop_fraction: int | float | None, interpolation: str
     }
 
 
+def make_crop(run: Run, crop_fraction: int | float | None = None, interpolation: str = "") -> data.CenterCrop:
+    """How images are resized and cropped; as in the run, if the options are None and ""."""
+    return data.CenterCrop(
+        image_size=run.image_size,
+        channels=run.channels,
+        **crop_options(run, crop_fraction, interpolation),
+        max_pixels=run.config.get("data", {}).get("max_pixels", MAX_PIXELS),
+    )
+
+
 def describe_crop(run: Run, crop_fraction: int | float, interpolation: str) -> str:
     return f"{format_size(run.image_size)} pixels, crop {crop_fraction:g}, {interpolation}"
 
@@ -297,63 +304,28 @@ def make_pass(
 ) -> data.Epoch:
     """Each image of `source` once, as the model takes it: this process's batches (see `data.make_epoch`).
 
-    batch_size: rounded up to a multiple of what the devices of `mesh` need. crop_fraction, interpolation: the run's if
-    None and "". threads: decoder threads, a batch each; None: one per core, up to 16.
+    batch_size: rounded up to a multiple of what the devices of `mesh` need. crop_fraction, interpolation, threads: see
+    `crop_options` and `make_loading`.
     """
     ways = sharding.num_batch_shards(mesh)
-    threads = min(data.cores(), MAX_THREADS) if threads is None else threads
-    crop = data.CenterCrop(
-        image_size=run.image_size,
-        channels=run.channels,
-        **crop_options(run, crop_fraction, interpolation),
-        max_pixels=run.config.get("data", {}).get("max_pixels", MAX_PIXELS),
-    )
     return data.make_epoch(
         source,
-        crop,
+        make_crop(run, crop_fraction, interpolation),
         batch_size=-(-batch_size // ways) * ways,
         limit=limit,
         shard=data.Shard(*sharding.batch_shard(mesh)),
-        loading=data.Loading(threads=threads, max_bad_fraction=1.0),
+        loading=make_loading(threads),
     )
 
 
-def pass_options(options: argparse.Namespace) -> dict:
-    """The arguments of `make_pass` out of a command's options."""
-    names = ("batch_size", "crop_fraction", "interpolation", "threads")
-    return {name: getattr(options, name) for name in names} | {"limit": options.limit or 0}
+def make_loading(threads: int | None, max_bad_fraction: int | float = 1.0) -> data.Loading:
+    """How images are loaded. threads: decoder threads, a batch each; None: one per core, up to 16."""
+    threads = min(data.cores(), MAX_THREADS) if threads is None else threads
+    return data.Loading(threads=threads, max_bad_fraction=max_bad_fraction)
 
 
-def check_left_out(left_out: int, count: int, max_bad_fraction: float, source) -> None:
+def check_left_out(left_out: int, count: int, max_bad_fraction: int | float, source) -> None:
     """Raise DataError if more than this fraction of `count` images, rounded up, are left out."""
     if left_out > math.ceil(max_bad_fraction * count):
         what = f"{left_out} of {count} images cannot be read or have no class"
         raise DataError(what, source.describe(), "fix them, or set --max-bad-fraction higher")
-
-
-# --- segmentation
-
-
-def segmentation_settings(run: Run) -> dict:
-    """The options of the run's own segmentation evaluator."""
-    return run.config.get("evals", {}).get("segmentation") or {}
-
-
-def make_segmentation_inputs(
-    run: Run, objective: Objective, source, *, batch_size: int = 0, limit: int = 0, **data_options
-) -> tuple[dict, State]:
-    """What the evaluator of segmentation takes, as in the run, and the state to call it with.
-
-    batch_size: windows per batch, at most; 0: as in the run. Rounded up to a multiple of what the devices need.
-    """
-    mesh, key = sharding.make_mesh(), jax.random.key(0)
-    ways, windows = sharding.num_batch_shards(mesh), run.config["eval_batch_size"]
-    windows = min(batch_size or windows, windows)
-    config = run.config | {
-        "image_size": run.image_size,
-        "eval_batch_size": -(-windows // ways) * ways,
-        "eval_images": limit,
-        "data": run.config["data"] | data_options,
-    }
-    predict = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
-    return train.segmentation_inputs(config, predict, source, *sharding.batch_shard(mesh)), make_state(run, mesh)

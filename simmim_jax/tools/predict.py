@@ -43,7 +43,7 @@ def make_parser() -> Parser:
     add("--image-size", metavar="H[,W]", help="pixels (default: the run's); position embeddings are resized to it")
     add(
         "--out", default="", metavar="FILE.png",
-        help="write a picture (pretraining, segmentation); a segmentation run also writes FILE_mask.png, and for several "
+        help="write a picture (pretraining, segmentation); segmentation also writes FILE_mask.png, and for several "
         "images FILE_1.png, FILE_1_mask.png, ...",
     )  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="seed of a reconstruction's masks (default: 0)")
@@ -193,12 +193,12 @@ def segment_images(run, objective, options: argparse.Namespace) -> Iterator[tupl
     from functools import partial
 
     from simmim_jax.evals.segmentation import segment_all
-    from simmim_jax.tools import images
 
-    eval_inputs, state = images.make_segmentation_inputs(run, objective, images.Files(options.images))
+    eval_inputs, state = make_inputs(run, objective, options, run.config["eval_batch_size"])
     read = partial(eval_inputs["read_windows"], state.params)
     how = (eval_inputs[name] for name in ("whole", "window", "window_batch", "fill"))
-    for record, prediction, num_classes in segment_all(read, *how, images.segmentation_settings(run).get("step", 0)):
+    settings = run.config.get("evals", {}).get("segmentation") or {}
+    for record, prediction, num_classes in segment_all(read, *how, settings.get("step", 0)):
         yield record["index"], prediction, num_classes
 
 
@@ -219,22 +219,26 @@ def overlay(image, prediction, num_classes: int):
 
 def apply(run, objective, options: argparse.Namespace) -> Iterator[tuple]:
     """(index in `options.images`, the objective's prediction for it) of each image that can be read."""
-    import jax
-
-    from simmim_jax.evals.features import jit_on_mesh
-    from simmim_jax.runs.finished import make_state
-    from simmim_jax.runtime import sharding
-    from simmim_jax.tools import images
-
-    key, mesh = jax.random.key(options.seed), sharding.make_mesh()
-    predict = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
-    params = make_state(run, mesh).params
-    source = images.Files(options.images)
-    for batch in images.make_pass(run, source, mesh, batch_size=min(MAX_BATCH, len(source))):
-        out = predict(params, batch)
+    eval_inputs, state = make_inputs(run, objective, options, min(MAX_BATCH, len(options.images)))
+    for batch in eval_inputs["heldout"]:
+        out = eval_inputs["predict"](state.params, batch)
         for row, (i, valid) in enumerate(zip(out["batch_index"].tolist(), out["valid"], strict=True)):
             if valid:
                 yield i, {name: value[row] for name, value in out.items()}
+
+
+def make_inputs(run, objective, options: argparse.Namespace, batch_size: int) -> tuple:
+    """(the inputs of evaluators for `options.images`, the run's state)."""
+    import jax
+
+    from simmim_jax.evaluation import make_eval_inputs, make_run_subject
+    from simmim_jax.runs.finished import make_state
+    from simmim_jax.tools import images
+
+    source, crop, loading = images.Files(options.images), images.make_crop(run), images.make_loading(None)
+    subject = make_run_subject(run, objective, source, crop=crop, batch_size=batch_size, limit=0, loading=loading)
+    subject = subject._replace(key=jax.random.key(options.seed))
+    return make_eval_inputs(subject), make_state(run, subject.mesh)
 
 
 def check_all_read(read: int, options: argparse.Namespace) -> None:

@@ -5,16 +5,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import jax
-
 from simmim_jax.errors import DataError
 from simmim_jax.evals import accuracy, confusion
-from simmim_jax.evals.features import jit_on_mesh
 from simmim_jax.evals.sheet import save_png
+from simmim_jax.evaluation import make_eval_inputs, make_run_subject
 from simmim_jax.files import utf8_name, write_atomically
 from simmim_jax.objectives import Objective
 from simmim_jax.runs.finished import Run, make_state
-from simmim_jax.runtime import sharding
 from simmim_jax.tools import images
 from simmim_jax.tools.cli import Progress, check_output
 from simmim_jax.tools.evaluate import results
@@ -82,15 +79,22 @@ def classify(
     run: Run, objective: Objective, source, options: argparse.Namespace
 ) -> tuple[accuracy.Answers, list[confusion.Mistake]]:
     """(the classifier's answers, its mistakes of highest confidence)."""
-    mesh, key = sharding.make_mesh(), jax.random.key(0)
-    batches = images.make_pass(run, source, mesh, **images.pass_options(options))
-    predict = jit_on_mesh(lambda params, batch: objective.predict(params, batch, key), mesh)
-    params = make_state(run, mesh).params
+    subject = make_run_subject(
+        run,
+        objective,
+        source,
+        crop=images.make_crop(run, options.crop_fraction, options.interpolation),
+        batch_size=options.batch_size,
+        limit=options.limit or 0,
+        loading=images.make_loading(options.threads),
+    )
+    eval_inputs, params = make_eval_inputs(subject), make_state(run, subject.mesh).params
     mistakes = confusion.Mistakes(options.mistakes if options.out else 0)
+    progress = Progress("evaluate", min(options.limit or len(source), len(source)))
 
     def answer() -> Iterator[accuracy.Answers]:
-        for batch in Progress("evaluate", min(options.limit or len(source), len(source))).watch(batches):
-            answers, used = accuracy.read_answers(predict(params, batch))
+        for batch in progress.watch(eval_inputs["heldout"]):
+            answers, used = accuracy.read_answers(eval_inputs["predict"](params, batch))
             if mistakes.most:
                 mistakes.see(batch["image"][used], answers)
             yield answers

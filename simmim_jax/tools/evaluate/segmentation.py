@@ -12,8 +12,9 @@ from simmim_jax import data
 from simmim_jax.data.sources.label_maps import TRAINING
 from simmim_jax.errors import ConfigError
 from simmim_jax.evals import make_evaluator
+from simmim_jax.evaluation import Subject, make_eval_inputs, make_run_subject
 from simmim_jax.objectives import Objective
-from simmim_jax.runs.finished import Run, format_size
+from simmim_jax.runs.finished import Run, format_size, make_state
 from simmim_jax.tools import images
 from simmim_jax.tools.cli import check_output
 from simmim_jax.tools.evaluate.classification import is_table
@@ -30,16 +31,11 @@ def evaluate_segmentation(run: Run, objective: Objective, options: argparse.Name
         )
     source = open_pairs(run, options)
     own = not options.data or images.is_own(run, options.data)
-    settings = images.segmentation_settings(run)
-    chosen = {name: value for name in ("interpolation", "threads") if (value := getattr(options, name))}
-    eval_inputs, state = images.make_segmentation_inputs(
-        run, objective, source, batch_size=options.batch_size,
-        limit=options.limit if options.limit is not None else run.config["eval_images"] if own else 0,
-        max_bad_fraction=options.max_bad_fraction, on_error="replace", **chosen,
-    )  # fmt: skip
-    whole, known = eval_inputs["whole"], tuple(run.config.get("classes") or ())
-    data.check_maps(source, whole.maps, run.channels, run.config["data"]["max_pixels"])
+    subject = make_subject(run, objective, source, options, own=own)
+    eval_inputs, known = make_eval_inputs(subject), tuple(run.config.get("classes") or ())
+    data.check_maps(source, subject.label_maps, run.channels, subject.crop.max_pixels)
     images.warn_other_classes(known, source)
+    settings = run.config.get("evals", {}).get("segmentation") or {}
     names = ["segmentation.csv"] + [f"segmentation_{run.step}.png"] * bool(settings.get("pictures", 8))
     for name in names if options.out else ():
         check_output(
@@ -48,9 +44,9 @@ def evaluate_segmentation(run: Run, objective: Objective, options: argparse.Name
         )  # fmt: skip
     size = format_size(run.image_size)
     print(f"{options.run} at step {run.step}, {source.describe()}: windows of {size} pixels", flush=True)
-    eval_inputs |= {"folder": options.out, "classes": tuple(source.classes) or known}
-    metrics = make_evaluator("segmentation", eval_inputs, **settings)(state)
-    left_out = len(whole) - int(metrics["images"])
+    eval_inputs["classes"] = tuple(source.classes) or known
+    metrics = make_evaluator("segmentation", eval_inputs, **settings)(make_state(run, subject.mesh))
+    left_out = len(eval_inputs["whole"]) - int(metrics["images"])
     numbers = "  ".join(f"{name} {metrics[name]:.6f}" for name in ("miou", "pixel_accuracy", "mean_accuracy"))
     print(f"{numbers}  of {metrics['images']:.0f} images" + (f", {left_out} left out" if left_out else ""))
     if options.results:
@@ -58,6 +54,22 @@ def evaluate_segmentation(run: Run, objective: Objective, options: argparse.Name
     if options.out:
         print(f"{options.out}: {', '.join(names)}")
     return metrics
+
+
+def make_subject(run: Run, objective: Objective, source, options: argparse.Namespace, *, own: bool) -> Subject:
+    """The run on the images of `source`, with the settings of its own evaluation if `options` leave them open."""
+    limit = options.limit if options.limit is not None else run.config["eval_images"] if own else 0
+    threads = run.config["data"]["threads"] if options.threads is None else options.threads
+    return make_run_subject(
+        run,
+        objective,
+        source,
+        crop=images.make_crop(run, 1.0, options.interpolation),
+        batch_size=min(options.batch_size, run.config["eval_batch_size"]),
+        limit=limit,
+        loading=images.make_loading(threads, options.max_bad_fraction),
+        folder=options.out,
+    )
 
 
 def open_pairs(run: Run, options: argparse.Namespace):
