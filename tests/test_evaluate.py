@@ -332,7 +332,7 @@ def test_unreadable_images_are_left_out_up_to_a_fraction(place, tmp_path, capsys
     write_images(tmp_path, each=2)
     (tmp_path / "ant" / "0.png").write_bytes(b"no image")
     for name in ("classifier", "pretrained"):
-        arguments = (place / name, f"--data={tmp_path}", "--results=")
+        arguments = (place / name, f"--data={tmp_path}", "--results=", "--batch-size=8")
         assert "1 of 14 images" in error(*arguments, "--max-bad-fraction=0", kind=DataError)
         capsys.readouterr()
         tool(*arguments)  # a hundredth, rounded up

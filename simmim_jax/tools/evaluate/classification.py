@@ -40,9 +40,9 @@ def evaluate_classifier(run: Run, objective: Objective, options: argparse.Namesp
     percents = "".join(f"top-{k} {100 * metrics[f'top{k}']:.2f} %  " for k in (1, 5) if f"top{k}" in metrics)
     print(f"{percents}of {len(answers.label)} images" + (f", {left_out} left out" if left_out else ""), flush=True)
     if options.results:
-        columns = {"crop_pct": f"{crop['crop_fraction']:g}", "interpolation": crop["interpolation"]}
-        row = results.make_row(run, metrics, **columns, run=options.run, data=description)
-        results.append_row(Path(options.results), row)
+        given = {"crop_pct": f"{crop['crop_fraction']:g}", "interpolation": crop["interpolation"]}
+        given |= {"run": options.run, "data": description}
+        results.append_row(Path(options.results), results.make_row(run, metrics, given))
         print(f"a row added to {options.results}")
     if options.out:
         names = [utf8_name(str(name)) for name in source.classes] or [str(n) for n in range(num_classes)]

@@ -25,7 +25,7 @@ TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "pa
 COLUMNS = (*TIMM_COLUMNS, "images", "run", "step", "data", "date", "version")
 
 
-def make_row(run: Run, metrics: dict[str, float], **given: str) -> dict[str, str]:
+def make_row(run: Run, metrics: dict[str, float], given: dict[str, str]) -> dict[str, str]:
     """A row by column. metrics: "images", "top1" and, for more than five classes, "top5". given: other columns."""
     row = {}
     for name in ("top1", "top5"):
@@ -40,8 +40,7 @@ def make_row(run: Run, metrics: dict[str, float], **given: str) -> dict[str, str
         "step": str(run.step),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "version": version(),
-        **given,
-    }
+    } | given
 
 
 def model_name(run: Run) -> str:
