@@ -37,7 +37,7 @@ FIXED = (
     "base_learning_rate", "batch_size", "ema_decay", "epochs", "image_size", "init_from", "init_parts", "mean", "seed",
     "std", "steps",
     "data.augment", "data.color_jitter", "data.crop_ratio", "data.crop_scale", "data.flip", "data.heldout_fraction",
-    "data.heldout_split", "data.image_size", "data.interpolation", "data.max_pixels", "data.split",
+    "data.heldout_split", "data.interpolation", "data.max_pixels", "data.split",
     "data.maps.channel", "data.maps.ignore", "data.maps.most_of_one", "data.maps.photometric",
     "data.maps.reduce_zero_label", "data.maps.scale", "data.maps.short_side",
     "encoder.absolute_position", "encoder.class_token", "encoder.depth", "encoder.depths", "encoder.drop_path",
@@ -86,7 +86,6 @@ def base_config() -> ConfigDict:
     c.data.split = "train"  # part that is trained on
     c.data.heldout_split = "validation"  # part that is evaluated
     c.data.heldout_fraction = 0.02  # fraction of a folder without a held-out part of its own that is held out
-    c.data.image_size = c.get_ref("image_size")  # follows image_size
     c.data.crop_scale = (0.67, 1.0)  # range of a random crop's area as a fraction of the image
     c.data.crop_ratio = (3 / 4, 4 / 3)  # range of a random crop's width / height
     c.data.flip = 0.5  # probability of a horizontal flip

@@ -361,6 +361,7 @@ def make_batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
         label_maps = make_label_maps(config.objective.num_classes, config.mean, config.data.maps)
     return BatchSpec(
         **fields,
+        image_size=config.image_size,
         batch_size=config.batch_size,
         seed=config.seed,
         channels=len(config.mean),

@@ -83,7 +83,7 @@ def try_settings(experiment: Experiment, available: int) -> Iterator[dict]:
 
     mesh = experiment.record["mesh"]
     single = []
-    if experiment.encoder.options().get("remat", "full") != "full":
+    if "scan" in experiment.encoder.options() and experiment.encoder.remat != "full":
         single.append({"encoder.remat": "full"})
     if mesh["fsdp"] == 1:
         single.append({"mesh.fsdp": -1} if mesh["data"] == -1 else {"mesh.data": -1, "mesh.fsdp": -1})

@@ -331,7 +331,9 @@ ENTRY %main (x: f32[16], y: bf16[8], z: (s32[], f32[4])) -> f32[16] {
 
 
 def test_every_notation_of_hlo_is_read():
-    found = {(each.kind, each.group, each.local): each for each in collectives.parse_collectives(MODULE, devices_per_host=4)}
+    found = {
+        (each.kind, each.group, each.local): each for each in collectives.parse_collectives(MODULE, devices_per_host=4)
+    }
     sizes = {key: (each.count, each.size, each.sent) for key, each in found.items()}
     assert sizes == {
         ("all-reduce", 2, 2): (7, 7 * 16, 7 * 16),  # in the loop
