@@ -186,16 +186,16 @@ def parts(source, size: tuple[int, int]) -> dict[str, Callable]:
 
 
 def difference(own: Callable, reference: Callable, photographs: list[Photograph]) -> dict:
-    """Over all values of all photographs, on the scale of 0 to 255: the process_max, the mean, the share that differs."""
-    process_max = total = differ = count = 0
+    """Over all values of all photographs, on the scale of 0 to 255: the largest, the mean, the share that differs."""
+    largest = total = differ = count = 0
     for one in photographs:
         pixels, wanted = np.asarray(own(one)), np.asarray(reference(one))
         if pixels.shape != wanted.shape:
             raise ValueError(f"gives {list(pixels.shape)} where the reference has {list(wanted.shape)}")
         apart = np.abs(pixels.astype(np.int16) - wanted)
-        process_max, count = max(process_max, int(apart.max())), count + apart.size
+        largest, count = max(largest, int(apart.max())), count + apart.size
         total, differ = total + int(apart.sum(dtype=np.int64)), differ + int((apart > 0).sum())
-    return {"process_max": process_max, "mean": total / count, "share_that_differs": differ / count}
+    return {"largest": largest, "mean": total / count, "share_that_differs": differ / count}
 
 
 def measure(rows: dict[str, Callable], photographs: list[Photograph], rounds: int) -> list[dict]:
@@ -218,7 +218,7 @@ def measure(rows: dict[str, Callable], photographs: list[Photograph], rounds: in
 
 
 def spread(values: list[float]) -> list[float]:
-    """Least, median, process_max."""
+    """Least, median, largest."""
     return [min(values), statistics.median(values), max(values)]
 
 
@@ -240,20 +240,20 @@ def tables(report: dict) -> list[str]:
 
 
 def table(title: str, rows: list[dict]) -> str:
-    compared = "process_max" in rows[0]
+    compared = "largest" in rows[0]
     lines = [
-        [title, "ms", "x Pillow's", "process_max", "mean", "differ"] if compared else [title, "ms", "of the whole"]
+        [title, "ms", "x Pillow's", "largest", "mean", "differ"] if compared else [title, "ms", "of the whole"]
     ]
     for row in rows:
         lines.append([row["row"], span(row["milliseconds"], 3), span(row["times_first"], 2)])
         if compared:
-            lines[-1] += [str(row["process_max"]), f"{row['mean']:.3f}", f"{row['share_that_differs']:.2%}"]
+            lines[-1] += [str(row["largest"]), f"{row['mean']:.3f}", f"{row['share_that_differs']:.2%}"]
     return markdown(lines)
 
 
 def span(values: list[float], digits: int) -> str:
-    least, median, process_max = (f"{value:.{digits}f}" for value in values)
-    return f"{median} ({least}-{process_max})"
+    least, median, largest = (f"{value:.{digits}f}" for value in values)
+    return f"{median} ({least}-{largest})"
 
 
 def versions() -> dict:

@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python -m simmim_jax.tools.prepare --help          # makes the shards of --shards-path
     python benchmarks/input.py --path=PHOTOGRAPHS --shards-path=SHARDS --out=input.json
-    python benchmarks/input.py --path=PHOTOGRAPHS --peer=none --rounds=2 --seconds=1 --process_max-difference
+    python benchmarks/input.py --path=PHOTOGRAPHS --peer=none --rounds=2 --seconds=1 --max-difference
     python benchmarks/input.py --path=PHOTOGRAPHS --sweep
 
 Every side reads the same files and makes batches of random crops (0.67 to 1 of the area, 224 x 224) that are mirrored
@@ -118,8 +118,8 @@ def tf_side(path: str, batch: int, image: int, antialias: bool, cores: list[int]
     """tf.data as its guides have it: decode the crop alone, as much in parallel as it finds best on so many threads."""
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelizm_threads(len(cores))
-    tf.config.threading.set_inter_op_parallelizm_threads(len(cores))
+    tf.config.threading.set_intra_op_parallelism_threads(len(cores))
+    tf.config.threading.set_inter_op_parallelism_threads(len(cores))
     files = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
     whole = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
 
@@ -163,9 +163,9 @@ def greatest_difference(path: str, image: int) -> dict:
         theirs = upright.crop(box).resize(size, Image.Resampling.BILINEAR)
         apart = np.abs(own.astype(int) - np.asarray(theirs))
         found.append((int(apart.max()), float(apart.mean()), float((apart > 0).mean()), source.name(i)))
-    process_max, _, _, name = max(found)
+    largest, _, _, name = max(found)
     mean, share = (statistics.fmean(column) for column in list(zip(*found, strict=True))[1:3])
-    return {"images": len(found), "process_max": process_max, "in": name, "mean": mean, "share_that_differs": share}
+    return {"images": len(found), "largest": largest, "in": name, "mean": mean, "share_that_differs": share}
 
 
 def serve() -> None:
@@ -377,7 +377,7 @@ def median_rate(rounds: list[dict]) -> float:
 
 
 def quotients(own: list[dict], other: list[dict]) -> list[float]:
-    """Least, median and process_max of the quotients of the rates in the same round."""
+    """Least, median and largest of the quotients of the rates in the same round."""
     of_rounds = [a["images_per_second"] / b["images_per_second"] for a, b in zip(own, other, strict=True)]
     return [min(of_rounds), statistics.median(of_rounds), max(of_rounds)]
 
@@ -457,12 +457,12 @@ def sweep_table(rows: list[dict]) -> str:
 
 def difference_table(found: dict) -> str:
     numbers = [
-        str(found["process_max"]),
+        str(found["largest"]),
         f"{found['mean']:.3f}",
         f"{found['share_that_differs']:.2%}",
         str(found["images"]),
     ]
-    return markdown([["process_max difference", "mean", "values that differ", "images"], numbers])
+    return markdown([["largest difference", "mean", "values that differ", "images"], numbers])
 
 
 def said(row: dict) -> str:
@@ -527,7 +527,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of batches by each side in a round")
     parser.add_argument("--warm", type=float, default=1.0, help="seconds of batches thrown away before these")
     parser.add_argument("--sweep", action="store_true", help="instead: our sides at workers x threads x prefetch")
-    parser.add_argument("--process_max-difference", action="store_true", help="of our pixels from Pillow's, too")
+    parser.add_argument("--max-difference", action="store_true", help="of our pixels from Pillow's, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if not hasattr(os, "sched_setaffinity") or not os.path.exists("/proc/self/stat"):

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--models", default="vit_b,swin_b")
     parser.add_argument("--devices", default="8,64,256")
     parser.add_argument("--placements", default=",".join(PLACEMENTS))
-    parser.add_argument("--tensor", type=int, default=4, help="ways of tensor parallelizm: ViT-B has 12 heads")
+    parser.add_argument("--tensor", type=int, default=4, help="ways of tensor parallelism: ViT-B has 12 heads")
     parser.add_argument("--batch-per-device", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kind", default="h100", help="whose links make milliseconds of bytes")

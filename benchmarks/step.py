@@ -173,7 +173,7 @@ def ours(
     from simmim_jax.models import make_encoder
     from simmim_jax.objectives import make_objective
     from simmim_jax.runtime import sharding
-    from simmim_jax.train import compile_step
+    from simmim_jax.runtime.compilation import compile_step
     from simmim_jax.train_step import init_state, train_step
 
     phase("import")
@@ -183,10 +183,12 @@ def ours(
     microbatches = settings.pop("microbatches", 1)
     fixed = of_family.ours[side] | of_family.fitted(image) | settings
     encoder = make_encoder(of_family.encoder, size or None, dtype=dtype, **fixed)
-    masking = {"image_size": (image, image), "mask_patch_size": of_family.block, "ratio": RATIO}
+    masking = {"image_size": (image, image), "mask_patch_size": of_family.block, "mask_ratio": RATIO}
     objective = make_objective("simmim", encoder, mean=MEAN, std=STD, **masking)
     rate = {"schedule": "constant", "steps": 10**6, "steps_per_epoch": 1, "learning_rate": LEARNING_RATE}
-    tx, _ = optim.make_optimizer("adamw", weight_decay=WEIGHT_DECAY, clip=CLIP, stacks=encoder.scanned_layers, **rate)
+    tx, _ = optim.make_optimizer(
+        "adamw", weight_decay=WEIGHT_DECAY, grad_clip_norm=CLIP, scanned_layers=encoder.scanned_layers, **rate
+    )
     make_state = functools.partial(init_state, init=objective.init, tx=tx)
     abstract = sharding.shard_state(jax.eval_shape(make_state, key), mesh, tuple(encoder.scanned_layers))
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
