@@ -1,11 +1,12 @@
-"""The optimizer: learning-rate schedules, which parameters decay, which are frozen.
+"""The optimizer: learning-rate schedules, weight decay, layer-wise rates, frozen parameters.
 
-Rules go by parameter *path* ("encoder/block_0/attn/qkv/kernel"), never by the number of dimensions. Official sources:
-lr_scheduler.py, optimizer.py of microsoft/SimMIM and microsoft/Swin-Transformer; timm's CosineLRScheduler.
+Rules depend on a parameter's *path* ("encoder/block_0/attn/qkv/kernel"), never on its number of dimensions. Sources:
+lr_scheduler.py and optimizer.py of microsoft/SimMIM and microsoft/Swin-Transformer; timm's CosineLRScheduler.
 """
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,39 +17,71 @@ from jaxtyping import PyTree
 from simmim_jax.errors import ConfigError, check_minimum, check_options, choose
 from simmim_jax.runtime.scanning import ScannedLayers, path_name, stack, unstack
 
-# Names in a path that spare a parameter weight decay. Official code spares what has one dimension, and by name a Swin's
-# mask token, positions and tables ("cpb" and "logit_scale" are Swin V2's); but of a ViT the mask token and the tables
-# do decay there (microsoft/SimMIM#26): see `decay_mask_token` and `decay_bias_tables`. "mean" and "var" are measured.
+# Parameters with one of these names in their path get no weight decay. The official code excludes parameters of one
+# dimension, and, by name, a Swin's mask token, positions and tables ("cpb" and "logit_scale" are Swin V2's). A ViT's
+# mask token and tables do decay there (microsoft/SimMIM#26): see `decay_mask_token` and `decay_bias_tables`. "mean" and
+# "var" are running statistics.
 NO_DECAY = (
     "bias", "scale", "gamma", "q_bias", "v_bias", "cls_token", "pos_embed", "mask_token", "table", "cpb", "logit_scale",
     "mean", "var",
 )  # fmt: skip
 
 
-def make_schedule(
-    schedule: str,
-    *,
-    steps: int,
-    steps_per_epoch: int,
-    learning_rate: float,
-    warmup_epochs: float = 0.0,
-    warmup_learning_rate: float = 0.0,
-    min_learning_rate: float = 0.0,
-    milestones: tuple[float, ...] = (),
-    gamma: float = 0.1,
-    lr_step_offset: int = 0,
-) -> optax.Schedule:
-    """A function of the step (updates done before this one) to its learning rate.
+class ScheduleOptions(NamedTuple):
+    """Options of a learning-rate schedule. It starts with a linear warm-up from `warmup_learning_rate`.
 
-    schedule: after a linear warm-up from `warmup_learning_rate` over `warmup_epochs`,
-      "cosine"         to `min_learning_rate` over the steps that remain (Swin repository, WARMUP_PREFIX=True)
-      "cosine_global"  the cosine of the *global* step: at the end of the warm-up the rate drops at once to where a
-                       cosine over all steps would stand (official SimMIM; timm without `warmup_prefix`)
-      "multistep"      constant, times `gamma` at each of the epochs in `milestones`
-      "linear"         to `min_learning_rate` over the steps that remain
+    learning_rate: the peak.
+    schedule: what follows the warm-up:
+      "cosine"         cosine to `min_learning_rate` over the remaining steps (Swin repository, WARMUP_PREFIX=True)
+      "cosine_global"  cosine of the *global* step: after the warm-up, the rate drops to the value of a cosine over all
+                       steps (official SimMIM; timm without `warmup_prefix`)
+      "multistep"      constant, times `gamma` at each epoch in `milestones`
+      "linear"         linear to `min_learning_rate` over the remaining steps
       "constant"       constant
-    lr_step_offset: 1 for the official codes' habit of setting the rate after the update, so that each step uses the one before's.
+    warmup_epochs: length of the warm-up.
+    lr_step_offset: 1 to use the rate of the previous step, as the official code does by updating it after the step.
     """
+
+    learning_rate: float
+    schedule: str
+    warmup_epochs: float = 0.0
+    warmup_learning_rate: float = 0.0
+    min_learning_rate: float = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    lr_step_offset: int = 0
+
+
+class OptimizerOptions(NamedTuple):
+    """Options of the optimizer besides its schedule.
+
+    layer_decay: the peak rate of layer n is `learning_rate` * layer_decay ** (depth + 1 - n). The initial rate of the
+        warm-up and the final rate are the same for all layers, as in the official code.
+    betas, epsilon: of AdamW; SGD uses betas[0] as momentum.
+    weight_decay: times the learning rate. It is decoupled in AdamW, and part of the gradient in SGD, as in torch.optim.
+    no_decay: names in a path that exclude a parameter from weight decay.
+    decay_mask_token, decay_bias_tables: whether these decay even so; None: as in the encoder's official code.
+    grad_clip_norm: maximum global norm of the gradients; 0 disables clipping.
+    frozen, frozen_layers: parameters that get no update and no moments (see `make_frozen`).
+    """
+
+    layer_decay: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05
+    no_decay: tuple[str, ...] = NO_DECAY
+    decay_mask_token: bool | None = None
+    decay_bias_tables: bool | None = None
+    grad_clip_norm: float = 5.0
+    frozen: str = ""
+    frozen_layers: int = 0
+
+
+def make_schedule(options: ScheduleOptions, steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """A function from the step (the number of earlier updates) to the learning rate. Raises ConfigError."""
+    learning_rate, min_learning_rate = options.learning_rate, options.min_learning_rate
+    warmup_epochs, warmup_learning_rate = options.warmup_epochs, options.warmup_learning_rate
+    milestones, gamma = options.milestones, options.gamma
     if learning_rate < 0 or warmup_epochs < 0:
         raise ConfigError(f"learning rate {learning_rate}, {warmup_epochs} warm-up epochs", "optim", "give 0 or more")
     if not all(isinstance(epoch, int | float) for epoch in milestones):
@@ -75,16 +108,17 @@ def make_schedule(
         ),
         "constant": lambda t: learning_rate,
     }
-    shape = choose("schedule", schedule, shapes)
+    shape = choose("schedule", options.schedule, shapes)
 
     def rate(step):
-        t = jnp.maximum(jnp.asarray(step, jnp.float32) - lr_step_offset, 0)
+        t = jnp.maximum(jnp.asarray(step, jnp.float32) - options.lr_step_offset, 0)
         slope = (learning_rate - warmup_learning_rate) / max(warmup_steps, 1)
         return jnp.where(t < warmup_steps, warmup_learning_rate + t * slope, shape(t))
 
     return rate
 
 
+<<<<<<< HEAD
 def make_is_decayed(
     decayed_too: tuple[str, ...] = (),
     decay_mask_token: bool | None = None,
@@ -105,15 +139,21 @@ def make_is_decayed(
 def decayed(params: PyTree, is_decayed: Callable[[str], bool]) -> PyTree:
     """True for each parameter that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path_name(path)), params)
+=======
+def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
+    """True for each parameter that decays: those with no name of `no_decay` in their path."""
+    spared = lambda path: not set(no_decay).isdisjoint(path_name(path).split("/"))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, _: not spared(path), params)
+>>>>>>> d2205d1 (Masks become a package of pure functions; objectives, mixing, blocks and optimizer take named options)
 
 
 def layers(
     params: PyTree, layer_id: Callable[[str], int], depth: int, scanned_layers: ScannedLayers | None = None
 ) -> PyTree:
-    """The layer of each parameter: 0 what embeds and the mask token, 1 to `depth` the blocks, `depth` + 1 the rest.
+    """The layer of each parameter: 0 embedding and mask token, 1 to `depth` blocks, `depth` + 1 the rest.
 
-    Of a stack's leaves it is an array, [blocks, 1, ...]. layer_id: the encoder's, of paths below "encoder/". Official
-    `get_swin_layer` and `get_vit_layer`.
+    For stacked parameters it is an array [blocks, 1, ...]. layer_id: the encoder's, for paths below "encoder/".
+    Official `get_swin_layer` and `get_vit_layer`.
     """
 
     def layer(key_path, _):
@@ -122,40 +162,42 @@ def layers(
             return layer_id(rest)
         return 0 if part == "mask_token" else depth + 1
 
-    return of_each_block(layer, params, scanned_layers or {})
+    return map_blocks(layer, params, scanned_layers or {})
 
 
-def of_each_block(rule: Callable, params: PyTree, scanned_layers: ScannedLayers) -> PyTree:
-    """`rule` (key path, shape) of each parameter; of a stack's leaves an array of those of its blocks, [blocks, 1, ..].
+def map_blocks(rule: Callable, params: PyTree, scanned_layers: ScannedLayers) -> PyTree:
+    """`rule`(key path, shape) for each parameter. For stacked parameters, an array [blocks, 1, ...] of the blocks'
+    values.
 
-    So rules need to know the paths of blocks alone.
+    Rules therefore only need to know the paths of single blocks.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     blocks = unstack(shapes, scanned_layers)
     if jax.tree.structure(blocks) == jax.tree.structure(shapes):  # nothing is stacked
         return jax.tree_util.tree_map_with_path(rule, params)
-    of_blocks = jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(rule(path, x)), blocks)
-    together = stack(of_blocks, scanned_layers, np.stack)
-    return jax.tree.map(lambda value, x: _along(value, x.ndim), together, shapes)
+    values = jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(rule(path, x)), blocks)
+    stacked = stack(values, scanned_layers, np.stack)
+    return jax.tree.map(lambda value, x: _expand(value, x.ndim), stacked, shapes)
 
 
-def _along(value: np.ndarray, dimensions: int):
+def _expand(value: np.ndarray, dimensions: int):
     return value.reshape(-1, *[1] * (dimensions - 1)) if value.ndim else value[()]
 
 
 def make_frozen(
     frozen: str = "", frozen_layers: int = 0, layer_id: Callable[[str], int] | None = None
 ) -> Callable[[str], bool] | None:
-    """Whether the parameter of a path is frozen; None where none is.
+    """A function from a path to whether the parameter is frozen; None if no parameter is.
 
-    frozen: a regular expression that matches the path from its start. frozen_layers: so many of the encoder's lowest
-    layers too, as `layer_id` counts them: 1 what embeds, n that and n - 1 blocks; and with them what they read, though
-    its rate is that of the last layer: positions, and a bias table that all blocks share. Raises ConfigError.
+    frozen: a regular expression that matches the path from its start.
+    frozen_layers: number of the encoder's lowest layers that are frozen too: 1 the embedding, n also n - 1 blocks.
+        Position embeddings and a shared bias table, which these layers read, are then frozen as well. Raises
+        ConfigError.
     """
     try:
         pattern = re.compile(frozen)
     except re.error as error:
-        raise ConfigError(f"no regular expression: {error}", f"optim.frozen={frozen}", "like encoder/") from error
+        raise ConfigError(f"not a regular expression: {error}", f"optim.frozen={frozen}", "like encoder/") from error
     check_minimum("optim.frozen_layers", frozen_layers, 0)
     if not frozen and not frozen_layers:
         return None
@@ -173,35 +215,32 @@ def make_frozen(
 def train_labels(
     params: PyTree, is_frozen: Callable[[str], bool], scanned_layers: ScannedLayers | None = None
 ) -> PyTree:
-    """For each parameter "frozen" or "trained". Raises ConfigError if some of the blocks of a stack are frozen."""
+    """ "frozen" or "trained" for each parameter. Raises ConfigError if only some blocks of a stack are frozen."""
 
     def label(value) -> str:
         if np.ndim(value) and np.any(value) != np.all(value):
-            raise ConfigError(
-                "some blocks are frozen and others not, in one stack", "optim.frozen, encoder.scan",
-                "give --config.encoder.scan=false",
-            )  # fmt: skip
+            what = "only some blocks of a stack are frozen"
+            raise ConfigError(what, "optim.frozen, encoder.scan", "give --config.encoder.scan=false")
         return "frozen" if np.all(value) else "trained"
 
-    matches = of_each_block(lambda path, _: is_frozen(path_name(path)), params, scanned_layers or {})
+    matches = map_blocks(lambda path, _: is_frozen(path_name(path)), params, scanned_layers or {})
     return jax.tree.map(label, matches)
 
 
 def freeze(
     loss_fn: Callable, is_frozen: Callable[[str], bool] | None, scanned_layers: ScannedLayers | None = None
 ) -> Callable:
-    """`loss_fn` with no gradient, and so no backward pass, for the parameters that are frozen (see `make_frozen`).
+    """`loss_fn` without gradient, and so without backward pass, for frozen parameters (see `make_frozen`).
 
-    Nor are those measured anew: frozen running statistics stay as they are.
+    Frozen running statistics are not updated either.
     """
     if is_frozen is None:
         return loss_fn
 
     def frozen_loss_fn(params, batch, key, train):
         stop = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
-        loss, metrics = loss_fn(
-            jax.tree.map(stop, train_labels(params, is_frozen, scanned_layers), params), batch, key, train
-        )
+        labels = train_labels(params, is_frozen, scanned_layers)
+        loss, metrics = loss_fn(jax.tree.map(stop, labels, params), batch, key, train)
         old = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
         keep = lambda path, new: old[path_name(path)] if is_frozen(path_name(path)) else new  # noqa: E731
         kept = jax.tree_util.tree_map_with_path(keep, metrics.get("batch_stats", {}))
@@ -210,16 +249,16 @@ def freeze(
     return frozen_loss_fn
 
 
-def scale_by_rate(rates: list[optax.Schedule], layer_of_each: Callable[[PyTree], PyTree]):
-    """Times minus the rate of the parameter's layer at the `step` that `update` is given.
+def scale_by_rate(rates: list[optax.Schedule], layer_ids: Callable[[PyTree], PyTree]):
+    """Multiply updates by minus the rate of the parameter's layer at `step`, an argument of `update`.
 
-    optax's own count would fall behind at a skipped step.
+    The count that optax keeps would fall behind at a skipped step.
     """
 
     def update(updates, state, params=None, *, step, **_):
         factors = [-rate(step) for rate in rates]
         factor_of = lambda layer: jnp.stack(factors)[layer] if np.ndim(layer) else factors[layer]  # noqa: E731
-        return jax.tree.map(lambda x, layer: factor_of(layer) * x, updates, layer_of_each(updates)), state
+        return jax.tree.map(lambda x, layer: factor_of(layer) * x, updates, layer_ids(updates)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -229,38 +268,20 @@ def make_optimizer(
     *,
     steps: int,
     steps_per_epoch: int,
-    schedule: str,
-    learning_rate: float,
     layer_id: Callable[[str], int] | None = None,
     depth: int = 0,
-    layer_decay: float = 1.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    epsilon: float = 1e-8,
-    weight_decay: float = 0.05,
-    no_decay: tuple[str, ...] = NO_DECAY,
-    decay_mask_token: bool | None = None,
-    decay_bias_tables: bool | None = None,
     decayed_too: tuple[str, ...] = (),
-    grad_clip_norm: float = 5.0,
-    frozen: str = "",
-    frozen_layers: int = 0,
     scanned_layers: ScannedLayers | None = None,
-    **schedule_options,
+    **options,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(tx, schedule). Gradients are clipped to the global norm `clip` (0: not), then AdamW or SGD with momentum.
+    """(tx, schedule): gradient clipping by the global norm, then AdamW or SGD with momentum.
 
     `tx.update` takes the step as a keyword argument, `step`. `schedule` is that of the last layer.
 
-    layer_decay: below 1, the peak rate of layer n is `learning_rate` * layer_decay ** (depth + 1 - n), with the layers
-        of `layer_id` (see `layers`); the rates that warm-up starts from and that the schedule ends at are the same for
-        all, as official code has it.
-    Weight decay is times the learning rate; of AdamW it is decoupled, of SGD it is part of the gradient that momentum
-    sums up, as torch.optim has both. `no_decay` lists the names in paths that it spares. decay_mask_token,
-    decay_bias_tables: whether these decay nonetheless; None: if `decayed_too`, what official code decays of this
-    encoder, has "mask_token" or "table".
-    frozen, frozen_layers: parameters that get no update and no moments (see `make_frozen`).
-    scanned_layers: the encoder's (see `simmim_jax.runtime.scanning`).
+    layer_id, depth, decayed_too, scanned_layers: of the encoder (`layer_id`, `depth`, `DECAYED_TOO`, `scanned_layers`).
+    options: fields of `OptimizerOptions` and `ScheduleOptions`. Raises ConfigError for options that cannot work.
     """
+<<<<<<< HEAD
     check_options("optimizer", make_schedule, schedule_options)
     is_frozen = make_frozen(frozen, frozen_layers, layer_id)
     check_minimum("optim.layer_decay", layer_decay, 0, strict=True)
@@ -282,17 +303,40 @@ def make_optimizer(
     check_minimum("optim.grad_clip_norm", grad_clip_norm, 0)
     is_decayed = make_is_decayed(decayed_too, decay_mask_token, decay_bias_tables, no_decay)
     decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, is_decayed))
+=======
+    own = {key: options[key] for key in OptimizerOptions._fields if key in options}
+    rest = {key: value for key, value in options.items() if key not in own}
+    check_options("optimizer", ScheduleOptions, rest)
+    schedule, options = ScheduleOptions(**rest), OptimizerOptions(**own)
+    check_minimum("optim.layer_decay", options.layer_decay, 0, strict=True)
+    if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
+        raise ConfigError(f"betas {options.betas}", "optim.betas", "give two numbers in [0, 1), like 0.9,0.999")
+    check_minimum("optim.epsilon", options.epsilon, 0, strict=True)
+    check_minimum("optim.weight_decay", options.weight_decay, 0)
+    check_minimum("optim.grad_clip_norm", options.grad_clip_norm, 0)
+
+    def rate(layer):
+        peak = schedule.learning_rate * options.layer_decay ** (depth + 1 - layer)
+        return make_schedule(schedule._replace(learning_rate=peak), steps, steps_per_epoch)
+
+    one_rate = options.layer_decay == 1
+    rates = [rate(layer) for layer in ((depth + 1,) if one_rate else range(depth + 2))]
+
+    def layer_ids(params):
+        return jax.tree.map(lambda _: 0, params) if one_rate else layers(params, layer_id, depth, scanned_layers)
+
+    requested = {"mask_token": options.decay_mask_token, "table": options.decay_bias_tables}
+    decays = {word: word in decayed_too if choice is None else choice for word, choice in requested.items()}
+    no_decay = tuple(word for word in options.no_decay if not decays.get(word))
+    decay = optax.add_decayed_weights(options.weight_decay, lambda params: decayed(params, no_decay))
+>>>>>>> d2205d1 (Masks become a package of pure functions; objectives, mixing, blocks and optimizer take named options)
     rules = {
-        "adamw": (optax.scale_by_adam(*betas, eps=epsilon), decay),
-        "sgd": (decay, optax.trace(betas[0])),
+        "adamw": (optax.scale_by_adam(*options.betas, eps=options.epsilon), decay),
+        "sgd": (decay, optax.trace(options.betas[0])),
     }
-    clips = (optax.clip_by_global_norm(grad_clip_norm),) if grad_clip_norm else ()
-
-    def layer_of_each(params):
-        return jax.tree.map(lambda _: 0, params) if len(rates) == 1 else layers(params, layer_id, depth, scanned_layers)
-
-    tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rates, layer_of_each))
-    if is_frozen:
+    clips = (optax.clip_by_global_norm(options.grad_clip_norm),) if options.grad_clip_norm else ()
+    tx = optax.chain(*clips, *choose("optimizer", name, rules), scale_by_rate(rates, layer_ids))
+    if is_frozen := make_frozen(options.frozen, options.frozen_layers, layer_id):
         tx = optax.partition(
             {"frozen": optax.set_to_zero(), "trained": tx},
             lambda params: train_labels(params, is_frozen, scanned_layers),

@@ -1,4 +1,4 @@
-"""One training step, pure: (state, batch, key) -> (state, metrics). Knows no model, no data and no config."""
+"""One training step as a pure function: (state, batch, key) -> (state, metrics). Knows no model, data or config."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from jaxtyping import Array, Int32, Key, PyTree, UInt32
 
 @struct.dataclass
 class TrainState:
-    """Everything that changes from step to step, and nothing else: what is sharded is what is checkpointed.
+    """Everything that changes from step to step, and nothing else. All of it is sharded and checkpointed.
 
-    step: updates done so far, int32 []. params: float32. opt_state: of the optimizer. ema: exponential moving average
-    of the parameters, or None where a recipe has none.
+    step: number of updates done, int32 []. params: float32. opt_state: state of the optimizer.
+    ema: exponential moving average of the parameters, or None if a recipe has none.
     """
 
     step: PyTree
@@ -27,17 +27,17 @@ class TrainState:
 def init_state(
     key: Key[Array, ""], *, init: Callable, tx: optax.GradientTransformation, ema_decay: int | float = 0.0
 ) -> TrainState:
-    """The state at step 0; with an average, which begins at the parameters, if `ema_decay` is above 0."""
+    """The state at step 0. If `ema_decay` is above 0, it has an average, which starts at the parameters."""
     params = init(key)
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=ema)
 
 
 def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Callable, microbatches: int = 1):
-    """(loss, metrics, grads), each the mean over the batch, worked off in `microbatches` equal parts one after another.
+    """(loss, metrics, grads), each the mean over the batch, computed in `microbatches` equal parts in sequence.
 
-    Part m takes every `microbatches`-th image from the m-th on, so that a batch split over devices is split alike in
-    each part and no image moves between devices.
+    Part m takes every `microbatches`-th image, starting from the m-th. Each part is then sharded like the whole batch,
+    and no image moves between devices.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:
@@ -55,10 +55,10 @@ def mean_grads(params: PyTree, batch: dict, key: Key[Array, ""], *, loss_fn: Cal
 
 
 def hash_samples(index: UInt32[Array, " b"], batch_index: Int32[Array, " b"]) -> UInt32[Array, ""]:
-    """32 bits that tell which images a batch holds and where, the same however the batch is split over devices.
+    """A 32-bit hash of the images in a batch and their positions, the same for any split over devices.
 
-    index: of each image in its source. batch_index: of each row in the whole batch. A sum, so that order does not matter,
-    of each pair hashed (the finalizer of MurmurHash3, Appleby 2011).
+    index: each image's index in its source. batch_index: each image's index in the global batch. The result is the sum
+    of the hashed pairs (the finalizer of MurmurHash3, Appleby 2011), so the order of the rows does not matter.
     """
     bits = index * np.uint32(0x9E3779B1) + batch_index.astype(jnp.uint32) * np.uint32(0x85EBCA77)
     bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
@@ -67,7 +67,7 @@ def hash_samples(index: UInt32[Array, " b"], batch_index: Int32[Array, " b"]) ->
 
 
 def write_over(params: PyTree, part: PyTree) -> PyTree:
-    """`params` with the arrays of `part`, a tree of some of its paths, in the place of its own."""
+    """`params` with some arrays replaced by those of `part`, a tree with a subset of its paths."""
     if not isinstance(params, dict):
         return part
     return {name: write_over(value, part[name]) if name in part else value for name, value in params.items()}
@@ -84,13 +84,14 @@ def train_step(
     microbatches: int = 1,
     ema_decay: int | float = 0.0,
 ) -> tuple[TrainState, dict]:
-    """One update, and its metrics: loss, grad_norm (before clipping), those of `loss_fn`, and `skipped`.
+    """One update, and its metrics: "loss", "grad_norm" (before clipping), those of `loss_fn`, and "skipped".
 
-    The key of the step is `key` folded with `state.step`: nothing random is stored, and a resumed run draws the same.
-    Running statistics that `loss_fn` has measured are written over those in the parameters. A step whose loss or
-    gradient is not finite changes neither parameters nor moments, and says `skipped` = 1. prepare: of the whole batch,
-    before it is worked off in parts: brings to each image what its loss needs of others. ema_decay: what the average
-    keeps of itself at each update; the rest is of the new parameters.
+    The key of the step is `key` folded with `state.step`. No random state is stored, and a resumed run draws the same
+    numbers. New running statistics in the metrics' "batch_stats" replace those in the parameters. A step whose loss or
+    gradient is not finite changes neither parameters nor moments, and reports "skipped" = 1.
+
+    prepare: applied to the whole batch before it is split into microbatches (see `Objective.prepare`).
+    ema_decay: weight of the old average at each update.
     """
     key = jax.random.fold_in(key, state.step)
     batch = prepare(batch)

@@ -173,7 +173,7 @@ def test_erased_boxes_have_the_distribution_of_timm(random_erasing, size, count)
     shade = torch.full((draws, 3, *size), 9.0)
     expected = (theirs(shade)[:, 0] != 9.0).numpy()
     images = jnp.full((draws, *size, 1), 9.0)
-    erase = jax.jit(partial(mixing.erase, probability=0.25, mode="pixel", count=count))
+    erase = jax.jit(partial(mixing.erase, erasing=mixing.Erasing(reprob=0.25, recount=count)))
     seen = np.asarray(erase(images, KEY, jnp.arange(draws)))[..., 0] != 9.0
     counts = [[hidden.any(axis=(1, 2)).sum(), (~hidden.any(axis=(1, 2))).sum()] for hidden in (seen, expected)]
     assert stats.chi2_contingency(np.array(counts)).pvalue > MIN_P
@@ -195,8 +195,8 @@ def test_erased_boxes_have_the_distribution_of_timm(random_erasing, size, count)
 
 SIZE = (24, 32)
 OPTIONS = {
-    "official": {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "switch": 0.5},
-    "sometimes": {"mixup": 0.2, "cutmix": 2.0, "probability": 0.7, "switch": 0.2},
+    "official": {"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5},
+    "sometimes": {"mixup": 0.2, "cutmix": 2.0, "mixup_prob": 0.7, "mixup_switch_prob": 0.2},
 }
 
 
@@ -204,8 +204,8 @@ OPTIONS = {
 def test_mixes_have_the_distribution_of_timm(mixup, monkeypatch, name):
     draws, options = 4000, OPTIONS[name]
     theirs = mixup.Mixup(
-        mixup_alpha=options["mixup"], cutmix_alpha=options["cutmix"], prob=options["probability"],
-        switch_prob=options["switch"], mode="elem", num_classes=2,
+        mixup_alpha=options["mixup"], cutmix_alpha=options["cutmix"], prob=options["mixup_prob"],
+        switch_prob=options["mixup_switch_prob"], mode="elem", num_classes=2,
     )  # fmt: skip
     boxes, rand_bbox = [], mixup.rand_bbox
     monkeypatch.setattr(mixup, "rand_bbox", lambda *arguments, **_: boxes.append(rand_bbox(*arguments)) or boxes[-1])
@@ -214,7 +214,7 @@ def test_mixes_have_the_distribution_of_timm(mixup, monkeypatch, name):
         mixed, _ = theirs(torch.stack([torch.ones(1, *SIZE), torch.zeros(1, *SIZE)]), torch.tensor([1, 0]))
         weights.append(float(mixed[0].mean()))
         cut.append(weights[-1] < 1 and bool(((mixed[0] == 0) | (mixed[0] == 1)).all()))
-    draw = jax.jit(partial(mixing.draw_mix, image_size=SIZE, mode="elem", **options))
+    draw = jax.jit(partial(mixing.draw_mix, image_size=SIZE, mixing=mixing.Mixing(mixup_mode="elem", **options)))
     drawn = jax.tree.map(np.asarray, draw(KEY, jnp.arange(draws), jnp.arange(draws)[::-1]))
     seen = {"weight": drawn.weight, "cut": drawn.use_cutmix & (drawn.weight < 1)}
     expected = {"weight": np.array(weights), "cut": np.array(cut)}

@@ -82,12 +82,9 @@ def peers_batch(batch: dict, key, config) -> tuple:
     erase_key, mix_key = random.split(random.fold_in(key, 1))
     images = normalize(jnp.asarray(batch["image"]), config.mean, config.std)
     batch_index = jnp.asarray(batch["batch_index"])
-    erased = np.asarray(mixing.erase(images, erase_key, batch_index, probability=objective.reprob))
-    drawn = mixing.draw_mix(
-        mix_key, batch_index, batch_index, image_size=(SIDE, SIDE), mixup=objective.mixup, cutmix=objective.cutmix,
-        probability=objective.mixup_prob, switch=objective.mixup_switch_prob, mode=objective.mixup_mode,
-        group=objective.mixup_group,
-    )  # fmt: skip
+    erased = np.asarray(mixing.erase(images, erase_key, batch_index, mixing.Erasing(objective.reprob)))
+    options = mixing.Mixing(*(objective[name] for name in mixing.Mixing._fields))
+    drawn = mixing.draw_mix(mix_key, batch_index, batch_index, (SIDE, SIDE), options)
     smoothing = objective.label_smoothing
     hot = torch.nn.functional.one_hot(torch.from_numpy(batch["label"]).long(), CLASSES).float()
     hot = hot * (1 - smoothing) + smoothing / CLASSES

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from simmim_jax import interop
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.classify import make_classify
+from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.pixels import from_patches, local_moments
 from simmim_jax.objectives.simmim import make_forward, masked_l1
 from simmim_jax.optim import layers, make_optimizer, path_name
@@ -103,8 +103,8 @@ def test_fine_tuning_equals_the_official_one(reference):
     """Logits and loss, and the gradient of every parameter."""
     arrays = reference.arrays
     options = {name: value for name, value in reference.objective.items() if name != "name"}
-    made = make_classify(reference.encoder, **PIXELS, **options)
-    loss_fn, predict = made["loss_fn"], made["predict"]
+    objective = make_objective("classify", reference.encoder, **PIXELS, **options)
+    loss_fn, predict = objective.loss_fn, objective.predict
     batch = {
         "image": reference.images,  # drawn, not pixels: they go in normalized
         "label": jnp.asarray(arrays["labels"], jnp.int32),

@@ -10,7 +10,7 @@ from tiny import relative_difference
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
-from simmim_jax.models.blocks import drop_of, drops
+from simmim_jax.models.blocks import block_drop, drops
 from simmim_jax.runtime.scanning import stack, unstack
 
 KEY = jax.random.key(0)
@@ -126,8 +126,8 @@ def test_the_first_block_drops_nothing_and_each_block_draws_for_itself():
     encoder = tiny("vit").bind({}, rngs={"drop_path": KEY})
     drop = drops(encoder, True, None, jnp.zeros((4, 1)))
     assert drop.keep[0] == 1.0
-    assert drop_of(drop, 0) is None
-    keys = {tuple(jax.random.key_data(drop_of(drop, n).key).tolist()) for n in (1, 2)}
+    assert block_drop(drop, 0) is None
+    keys = {tuple(jax.random.key_data(block_drop(drop, n).key).tolist()) for n in (1, 2)}
     assert len(keys) == 2
     assert drops(encoder, False, None, jnp.zeros((4, 1))) is None
 

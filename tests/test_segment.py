@@ -22,7 +22,7 @@ from tiny_trained import ENCODER, SIZE, random_weights
 
 from simmim_jax import data, train
 from simmim_jax.config import load
-from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, warn_once
 from simmim_jax.evals import make_evaluator, segmentation
 from simmim_jax.evals.segmentation import (
     Canvas,
@@ -35,9 +35,9 @@ from simmim_jax.evals.segmentation import (
     segment_all,
 )
 from simmim_jax.models import make_encoder
-from simmim_jax.models.pyramid import Rescale, pyramid_blocks, pyramid_factors
+from simmim_jax.objectives.pyramid import Rescale, pyramid_blocks, pyramid_factors
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives.segment import masked_cross_entropy, mean_labeled, pooling_weights, warn_other_head
+from simmim_jax.objectives.segment import masked_cross_entropy, mean_labeled, pooling_weights
 from simmim_jax.runs import checkpoint
 from simmim_jax.runs.finished import load_run
 from simmim_jax.runtime import processes, sharding
@@ -470,10 +470,10 @@ def test_evaluators_that_do_not_fit_the_objective_are_refused(config):
 
 @pytest.mark.parametrize(("head", "trained"), [("linear", False), ("linear", True), ("upernet", False)])
 def test_a_head_over_an_encoder_that_the_other_configs_rates_are_for_is_told(head, trained, caplog):
-    warn_other_head.cache_clear()
+    warn_once.cache_clear()
     objective = segment(MeanColors(), head=head, channels=16, train_encoder=trained)
     jax.eval_shape(objective.init, jax.random.key(0))
-    assert (f"configs/folder_segment.py:{head} sets them all" in caplog.text) == (trained != (head == "upernet"))
+    assert (f"--config=configs/folder_segment.py:{head}" in caplog.text) == (trained != (head == "upernet"))
 
 
 TRAINED = {"name": "segment", "num_classes": 5, "head": "linear", "train_encoder": False}

@@ -8,7 +8,7 @@ from tiny import tiny_encoder
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
-from simmim_jax.models.blocks import drop_of, drop_path, drops
+from simmim_jax.models.blocks import block_drop, drop_path, drops
 from simmim_jax.models.layers import relative_position_index
 from simmim_jax.models.vit import SIZES, sincos_position
 
@@ -86,10 +86,10 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
         tiny_encoder(depth=5, drop_path=0.4).bind({}, rngs={"drop_path": KEY}), True, None, jnp.zeros((20000, 1))
     )
     np.testing.assert_allclose(drop.keep, [1, 0.9, 0.8, 0.7, 0.6], rtol=1e-6)
-    assert drop_of(drop, 0) is None
+    assert block_drop(drop, 0) is None
     x = jnp.ones((20000, 1, 1))
     for number in (1, 4):
-        out = drop_path(x, drop_of(drop, number), 0)
+        out = drop_path(x, block_drop(drop, number), 0)
         np.testing.assert_allclose(np.unique(out), [0.0, 1 / drop.keep[number]], rtol=1e-6)
         np.testing.assert_allclose(out.mean(), 1.0, atol=5 * ((1 / drop.keep[number] - 1) / 20000) ** 0.5)
     np.testing.assert_array_equal(drop_path(x, None, 0), x)

@@ -1,73 +1,58 @@
-"""Masks from a key: the heart of masked image modeling. `mask`: True means hidden.
+"""Mask strategies: where an image is masked. True means masked.
 
-A strategy is a small pure function of one image's key. It runs inside the compiled step, mapped over the images; each
-image's key depends on the step and the image's place in the global batch alone, so that the masks are the same for any
-number of devices, processes and microbatches. Shape letters: b images, i and j the token grid.
+A strategy is a pure function (key, grid, count, context) -> Bool[i, j] for one image:
+
+    key      the image's own JAX key
+    grid     (i, j), the mask patches in a column and in a row
+    count    how many of them to mask, exactly
+    context  what the strategy knows about the image, like a score map [i, j]; None for strategies that need nothing
+
+It runs inside the compiled step. `make_masks` maps it over a batch and enlarges its result to the token grid. An
+image's key depends only on the step and on its index in the global batch. Masks are therefore the same for any number
+of devices, processes and microbatches.
+
+To add a strategy, write one file, and add one line to `MASKS`.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int, Key
-from scipy.ndimage import distance_transform_edt
 
 from simmim_jax.errors import ConfigError, check_multiple, choose
+from simmim_jax.masking import random
+
+MASKS = {"random": random.mask_random}
 
 
-def random_patches(
-    key: Key[Array, ""], grid: tuple[int, int], block_tokens: int, mask_ratio: float
-) -> Bool[Array, "i j"]:
-    """Hide exactly ceil(mask_ratio * blocks) blocks of `block_tokens` x `block_tokens` tokens, all choices equally likely.
-
-    Paper section 3.1, "random masking"; official data/data_simmim.py, `MaskGenerator`.
-    """
-    rows, columns = grid[0] // block_tokens, grid[1] // block_tokens
-    order = jax.random.permutation(key, rows * columns)  # the places of a random order below the count are hidden
-    hidden = (order < num_masked(rows * columns, mask_ratio)).reshape(rows, columns)
-    return jnp.repeat(jnp.repeat(hidden, block_tokens, axis=0), block_tokens, axis=1)
-
-
-MASKS = {"random": random_patches}
-
-
-def num_masked(blocks: int, mask_ratio: float) -> int:
-    """How many of `blocks` are hidden: ceil(blocks * mask_ratio) in floating point, as the official code has it."""
-    return math.ceil(blocks * mask_ratio)
+def num_masked(patches: int, mask_ratio: float) -> int:
+    """ceil(patches * mask_ratio), rounded up from the floating-point product as in the official code."""
+    return math.ceil(patches * mask_ratio)
 
 
 def make_masks(
     mask: str, *, image_size: tuple[int, int], token_stride: int, mask_patch_size: int, mask_ratio: float
 ) -> Callable[[Key[Array, ""], Int[Array, " b"]], Bool[Array, "b i j"]]:
-    """A function (key, batch_indices) -> masks [b, i, j], one for each image at that batch_index of the global batch.
+    """A function (key, batch_index) -> masks [b, i, j] on the token grid, one for each image.
 
-    image_size: (height, width) in pixels; both multiples of `mask_patch_size`, and `mask_patch_size` of `token_stride`.
-    mask_ratio: the share of blocks to hide, in (0, 1).
-    Raises ConfigError, with the nearest sizes that work.
+    image_size: (height, width) in pixels, multiples of `mask_patch_size`.
+    mask_patch_size: side of a mask patch in pixels, a multiple of `token_stride`.
+    mask_ratio: fraction of mask patches to mask, between 0 and 1.
+    Raises ConfigError for sizes that do not divide, with the nearest that do.
     """
-    make_mask = choose("mask", mask, MASKS)
+    strategy = choose("mask", mask, MASKS)
     if not 0 < mask_ratio < 1:
-        raise ConfigError(f"mask_ratio {mask_ratio} is not between 0 and 1", "objective.mask_ratio", "SimMIM's is 0.6")
+        raise ConfigError(f"mask_ratio {mask_ratio} is not between 0 and 1", "objective.mask_ratio", "SimMIM uses 0.6")
     check_multiple(mask_patch_size, token_stride, "objective.mask_patch_size", "the encoder's token stride")
     for size, side in zip(image_size, ("height", "width"), strict=True):
-        check_multiple(size, mask_patch_size, f"image {side}", "the mask's block size")
-    grid = (image_size[0] // token_stride, image_size[1] // token_stride)
-    draw = partial(make_mask, grid=grid, block_tokens=mask_patch_size // token_stride, mask_ratio=mask_ratio)
+        check_multiple(size, mask_patch_size, f"image {side}", "the mask patch size")
+    grid = (image_size[0] // mask_patch_size, image_size[1] // mask_patch_size)
+    count, side = num_masked(math.prod(grid), mask_ratio), mask_patch_size // token_stride
 
-    def masks(key: Key[Array, ""], batch_indices: Int[Array, " b"]) -> Bool[Array, "b i j"]:
-        return jax.vmap(lambda batch_index: draw(jax.random.fold_in(key, batch_index)))(batch_indices)
+    def one(key: Key[Array, ""], batch_index: Int[Array, ""]) -> Bool[Array, "i j"]:
+        patches = strategy(jax.random.fold_in(key, batch_index), grid, count, None)
+        return jnp.repeat(jnp.repeat(patches, side, axis=0), side, axis=1)
 
-    return masks
-
-
-def average_distance(hidden: Bool[np.ndarray, "y x"]) -> float:
-    """The mean distance of a hidden pixel to the nearest visible one, in pixels: AvgDist (paper section 4.1.2).
-
-    The paper finds 10 to 20 to serve best. Raises ValueError where no pixel is hidden, or none visible.
-    """
-    if hidden.all() or not hidden.any():
-        raise ValueError("a mask that hides all or nothing has no distances")
-    return float(distance_transform_edt(hidden)[hidden].mean())
+    return jax.vmap(one, in_axes=(None, 0))

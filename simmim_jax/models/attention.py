@@ -1,8 +1,11 @@
-"""Multi-head attention: its projection, and softmax(query key^T) value in the form that is fastest where it runs.
+"""Multi-head attention: the projections, and softmax(query key^T) value in the fastest available form.
 
-Three forms compute the same. "cudnn": the fused kernel of cuDNN, through `jax.nn.dot_product_attention`, on NVIDIA GPUs
-in bfloat16; it never writes the weights to memory. "xla": matrix products with a gradient of their own, which keeps
-the unnormalized weights, or computes them again. "auto": cudnn where it can, else xla.
+Three options compute the same values:
+
+    cudnn  the fused kernel of cuDNN through `jax.nn.dot_product_attention`, on NVIDIA GPUs in bfloat16. It never writes
+           the attention weights to memory.
+    xla    matrix products with a custom gradient, which keeps the unnormalized weights or recomputes them.
+    auto   cudnn if it is available, else xla.
 
 Shape letters: b images, n tokens of one sequence, "..." images and windows, h heads, c width of a head, d of a token.
 """
@@ -18,11 +21,11 @@ from jaxtyping import Array, Float
 from simmim_jax.errors import ConfigError
 
 ATTENTION = ("auto", "xla", "cudnn")
-MASKED = -1e9  # added to the logits of keys that only pad
+PADDING_BIAS = -1e9  # added to the logits of padding keys
 
 
 class QueryKeyValue(nn.Module):
-    """Queries, keys and values of all heads, each a linear map of the tokens."""
+    """Queries, keys and values of all heads, by linear maps of the tokens."""
 
     num_heads: int
     use_bias: bool
@@ -36,14 +39,14 @@ class QueryKeyValue(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (width, *features))
         bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        # Three products of plain matrices: one for all would be cut apart by copies, and split badly over `tensor`.
+        # Three matrix products: a single one would be split by copies, and would shard badly over `tensor`.
         rows, shape = x.reshape(-1, width), (*x.shape[:-1], *features[1:])
         out = ((rows @ kernel[:, part].reshape(width, -1)).reshape(shape) for part in range(3))
         return tuple(out if bias is None else (one + bias[part] for part, one in enumerate(out)))
 
 
 def refusal_of_cudnn(dtype: str, head_width: int) -> str:
-    """Why cuDNN's attention cannot run here on a model with these heads; empty where it can.
+    """Why cuDNN's attention cannot run here on a model with these heads; "" if it can.
 
     The conditions are those of `check_is_flash_attention` in jax/_src/cudnn/fused_attention_stablehlo.py, for any GPU.
     """
@@ -59,19 +62,19 @@ def refusal_of_cudnn(dtype: str, head_width: int) -> str:
 
 
 def choose_attention(name: str, dtype: str, head_width: int) -> str:
-    """ "cudnn" or "xla": of an encoder that asks for `name`. Raises ConfigError where cuDNN is asked for and cannot."""
+    """ "cudnn" or "xla" for the option `name`. Raises ConfigError if "cudnn" is requested and not available."""
     if name == "xla":
         return name
     refusal = refusal_of_cudnn(dtype, head_width)
     if refusal and name == "cudnn":
-        raise ConfigError(f"attention by cuDNN cannot be: {refusal}", "encoder.attention", "leave it at auto")
+        raise ConfigError(f"cuDNN attention is not available: {refusal}", "encoder.attention", "leave it at auto")
     return "xla" if refusal else "cudnn"
 
 
 def cudnn_padding(tokens: int) -> int:
-    """How many tokens to add so that cuDNN trains with a sequence: JAX wants an even number, with a bias and without.
+    """The number of padding tokens to add. JAX trains with cuDNN only for an even number of tokens.
 
-    Then up to the next multiple of 8, so that each row of a bias starts at 16 bytes.
+    An odd number is padded to the next multiple of 8, so that each row of a bias is aligned to 16 bytes.
     """
     return -tokens % 8 if tokens % 2 else 0
 
@@ -83,15 +86,15 @@ def attend_by_cudnn(
     bias: Float[Array, "h m m"] | None,
     tokens: int,
 ) -> Float[Array, "b n h c"]:
-    """softmax(query key^T / sqrt(c) + bias) value by the kernel of cuDNN, and its gradients, those of the bias too.
+    """softmax(query key^T / sqrt(c) + bias) value by the kernel of cuDNN, with gradients for the bias too.
 
-    tokens: how many of the n are attended to; the others, at the end, only pad. bias: for these, so m = tokens; it is
-    rounded to bfloat16, as the kernel takes it. Logits and softmax are in float32.
+    tokens: number of tokens to attend to; the others, at the end, are padding.
+    bias: without padding, so m = tokens. It is rounded to bfloat16 for the kernel. Logits and softmax are in float32.
     """
     more, lengths = query.shape[1] - tokens, None
     if bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, more), (0, 0)))
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more)), constant_values=MASKED)[None].astype(query.dtype)
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more)), constant_values=PADDING_BIAS)[None].astype(query.dtype)
     elif more:
         lengths = jnp.full(query.shape[:1], tokens, jnp.int32)
     return jax.nn.dot_product_attention(
@@ -108,10 +111,10 @@ def attend(
     scale: float,
     recompute: bool,
 ) -> Float[Array, "... h n c"]:
-    """softmax(scale * query key^T + bias) value, with the logits and the softmax in float32.
+    """softmax(scale * query key^T + bias) value, with logits and softmax in float32.
 
-    bias: float32, of a shape that broadcasts to the logits [..., h, n, n].
-    recompute: keep nothing of [..., h, n, n] for the gradient.
+    bias: float32, broadcasts to the logits [..., h, n, n].
+    recompute: keep no array of shape [..., h, n, n] for the gradient.
     """
     return _attend(query, key, value, bias, scale, recompute)[0]
 
@@ -135,10 +138,10 @@ def _attend(query, key, value, bias, scale, recompute):
 def _attend_gradient(scale, recompute, kept, grad):
     query, key, value, bias, out, over, weights = kept
     if recompute:
-        # Else a compiler finds that these are the logits of the forward pass, and keeps them.
+        # The barrier stops the compiler from reusing the logits of the forward pass, which would keep them.
         query, key, bias, grad = jax.lax.optimization_barrier((query, key, bias, grad))
         weights = jnp.exp(_logits(query, key, bias, scale) - weights).astype(value.dtype)
-    # The softmax's division goes into the gradient of the output, which is smaller than the weights.
+    # Divide the gradient of the output instead of the weights, which are larger.
     grad = grad * over
     inner = (grad * out).sum(axis=-1, keepdims=True)
     grad = grad.astype(value.dtype)
@@ -153,7 +156,7 @@ def _attend_gradient(scale, recompute, kept, grad):
 
 
 def _sum_to(x, shape):
-    """`x` summed over the axes along which an array of `shape` was broadcast to it."""
+    """Sum `x` over the axes along which an array of `shape` was broadcast."""
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
     return x.sum(axis=tuple(axis for axis, size in enumerate(shape) if size != x.shape[axis]), keepdims=True)
 

@@ -1,17 +1,16 @@
-"""ConvNeXt, the first version: a ResNet's stages with the habits of a transformer.
+"""ConvNeXt, version 1.
 
 Shape letters: b images, y x pixels, i j the token grid, k l a feature map, d channels.
 Source: Liu et al. 2022, arXiv 2201.03545; facebookresearch/ConvNeXt models/convnext.py.
 
-How a ConvNeXt is masked. Its first convolution is 4x4 with stride 4: tokens of 4x4 pixels that share none, so the
-learned token can take their place between `embed` and `trunk`, as in SimMIM's Swin, and no hidden pixel reaches a
-feature. SegmentationSet squares of 32 pixels, the stride of the features, should be hidden, as for Swin.
+Masking. The first convolution is 4x4 with stride 4, so tokens do not overlap. The mask token replaces them between
+`embed` and `trunk`, as in SimMIM's Swin, and no masked pixel has influence on a feature. Use mask patches of 32 pixels,
+the feature stride, as for Swin.
 
-This is SimMIM applied as it is; the literature on convolutions goes other ways, because a dense convolution also works
-on the hidden places: A2MIM (Li et al. 2022, arXiv 2205.13943) fills hidden pixels with the mean color and adds its
-learned token to a feature map further up; SparK (Tian et al. 2023, arXiv 2301.03580) computes on the visible places
-alone, by sparse convolutions; so does ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808), which found a masked autoencoder
-on a plain ConvNeXt to fall short and changed the block too (global response normalization, which is not built here).
+This is SimMIM unchanged. A dense convolution also computes at masked positions, so the literature differs: A2MIM (Li et
+al. 2022, arXiv 2205.13943) fills masked pixels with the mean color and adds its learned token to a later feature map.
+SparK (Tian et al. 2023, arXiv 2301.03580) and ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808) compute only at visible
+positions, by sparse convolutions. ConvNeXt V2 also adds global response normalization, which is not implemented here.
 """
 
 import re
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
+from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
     LayerScale,
@@ -39,7 +38,7 @@ SIZES = {
 
 
 class Downsample(nn.Module):
-    """LayerNorm, and a 2x2 convolution of stride 2 to `width` channels: between two stages."""
+    """LayerNorm, and a 2x2 convolution of stride 2 to `width` channels, between two stages."""
 
     width: int
     norm_epsilon: float
@@ -61,7 +60,7 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """A 7x7 convolution of each channel by itself, LayerNorm and an MLP, in one residual branch."""
+    """A depthwise 7x7 convolution, LayerNorm and an MLP, in one residual branch."""
 
     layer_scale: float
     norm_epsilon: float
@@ -88,18 +87,18 @@ class Block(nn.Module):
 
 
 class ConvNeXt(Encoder):
-    """A ConvNeXt under the encoder contract (see `simmim_jax.models`); how it is masked stands above.
+    """A ConvNeXt (contract: `simmim_jax.models`).
 
-    depths, widths: number of blocks, and channels, of each of the four stages.
-    layer_scale: initial value of LayerScale; 0 for none.
-    drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
-    init_truncation: cut of the initial normals, in standard deviations; the official one, an absolute 2, is at 100.
-    remat: what the backward pass computes again: "none"; "full", all but each block's input; "dots", all but those and
-        the products with weights and convolutions.
-    scan: run the blocks of each stage by `lax.scan`; their parameters are then scanned_layers, like "stage_2_blocks".
-    dtype: of the convolutions and matmuls, "float32" or "bfloat16".
+    The last map is not normalized: a classifier normalizes after pooling (`fc_norm`).
 
-    The last map is not normalized: a classifier's LayerNorm comes after pooling (`fc_norm` of its objective).
+    depths, widths: blocks and channels of each of the four stages.
+    layer_scale: initial value of LayerScale; 0 disables it.
+    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
+    init_truncation: cut of the initial normals in standard deviations (official: an absolute 2, which is 100 of them).
+    remat: what the backward pass recomputes: "none"; "dots", all but each block's input, convolutions and products with
+        weights; "full", all but each block's input.
+    scan: run the blocks of each stage by `lax.scan`; their parameters are then stacks, like "stage_2_blocks".
+    dtype: dtype of convolutions and matmuls, "float32" or "bfloat16".
     """
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
@@ -113,7 +112,7 @@ class ConvNeXt(Encoder):
     dtype: str = "float32"
 
     fc_norm = True
-    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
+    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012
 
     def check(self) -> None:
         super().check()
@@ -144,9 +143,9 @@ class ConvNeXt(Encoder):
         return tuple(f"stage_{stage}_block_{n}" for n in range(self.depths[stage]))
 
     def layer_id(self, path: str) -> int:
-        """The layer of a parameter, for layer-wise learning rates: each block is one, as for a ViT.
+        """Each block is one layer, as for a ViT. Downsampling counts with the next block.
 
-        What leads to a stage counts with its first block. (Official ConvNeXt groups its blocks into 12 layers.)
+        (Official ConvNeXt groups its blocks into 12 layers.)
         """
         if place := re.match(r"stage_(\d+)_(?:down|block_(\d+))/", path):
             stage, number = (int(group or 0) for group in place.groups())
@@ -165,7 +164,7 @@ class ConvNeXt(Encoder):
         self.patch_norm = layer_norm(self.norm_epsilon)
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
-        """One token for each 4x4 pixels: a linear map of them, normalized."""
+        """One token per 4x4 pixels: their linear map, normalized."""
         return self.patch_norm(self.patch_embed(images).astype(jnp.float32))
 
     @nn.compact
@@ -179,12 +178,9 @@ class ConvNeXt(Encoder):
         block = Block(self.layer_scale, self.norm_epsilon, self.init_truncation, self.dtype, parent=None)
         for stage, width in enumerate(self.widths):
             if stage > 0:
-                x = Downsample(
-                    width, self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_down"
-                )(x)  # fmt: skip
-            scanned_layers = (f"stage_{stage}_blocks",) if self.scan else ()
-            first = sum(self.depths[:stage])
-            x = run_blocks(
-                self, x, (block,), self._blocks(stage), first=first, scanned_layers=scanned_layers, key=key, drop=drop
-            )
+                name = f"stage_{stage}_down"
+                x = Downsample(width, self.norm_epsilon, self.init_truncation, self.dtype, name=name)(x)
+            stacks = (f"stage_{stage}_blocks",) if self.scan else ()
+            blocks = Blocks((block,), self._blocks(stage), sum(self.depths[:stage]), stacks)
+            x = run_blocks(self, x, blocks, key=key, drop=drop)
         return x

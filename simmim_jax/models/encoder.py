@@ -15,9 +15,9 @@ from simmim_jax.errors import ConfigError, check_minimum
 class Encoder(nn.Module):
     """An image encoder in two parts, `embed` and `trunk`; `simmim_jax.models` states the contract.
 
-    A subclass defines `embed`, `trunk`, `layer_id`, `depth`, `token_stride` and `feature_stride`, and overrides any other
-    attribute whose default does not fit. It may make an attribute a field by annotating it. The attributes below have no
-    annotation, so that Linen does not make them fields of every encoder.
+    A subclass defines `embed`, `trunk`, `layer_id`, `depth`, `token_stride` and `feature_stride`, and overrides any
+    other attribute whose default does not fit. It may make an attribute a field by annotating it. The attributes below
+    have no annotation, so that Linen does not make them fields of every encoder.
     """
 
     # Constants of a class.
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
         return {}
 
     def layer_id(self, path: str) -> int:
-        """The layer of a parameter, for layer-wise rates: 0 the embedding, 1 to depth the blocks, depth + 1 the rest."""
+        """The layer of a parameter, for layer-wise rates: 0 embedding, 1 to depth blocks, depth + 1 the rest."""
         raise NotImplementedError
 
     def options(self) -> dict:

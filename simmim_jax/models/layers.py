@@ -1,10 +1,10 @@
-"""What encoders share: how they are called, initializers, Mlp, LayerScale, relative position bias.
+"""Layers and initializers that encoders share.
 
 Shape letters: b images, n tokens of one image (class token included), d width, h heads, i and j the token grid; "..."
 stands for n tokens or for a map of them.
 
-Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16); the residual stream, norms, softmax and biases of
-the attention logits stay in float32, as under PyTorch's automatic mixed precision, which the official recipes use.
+Parameters are float32. Matmuls run in `dtype` (float32 or bfloat16). The residual stream, norms, softmax and biases of
+attention logits stay in float32, as in PyTorch's automatic mixed precision, which the official recipes use.
 """
 
 import math
@@ -20,32 +20,32 @@ from simmim_jax.errors import ConfigError, check_minimum
 
 
 def check_heads(width: int, heads: int, where: str) -> None:
-    """Raise ConfigError unless `width` divides into `heads`; name the nearest widths that do."""
+    """Raise ConfigError unless `width` is a multiple of `heads`; suggest the nearest widths that are."""
     check_minimum(where, heads, 1)
     if width % heads:
         near = width // heads * heads
         raise ConfigError(
-            f"width {width} is no multiple of {heads} heads", where, f"try {near or heads} or {near + heads}"
+            f"width {width} is not a multiple of {heads} heads", where, f"try {near or heads} or {near + heads}"
         )
 
 
 def truncated_normal(sigmas: float, scale: float = 1.0) -> jax.nn.initializers.Initializer:
-    """N(0, 0.02) cut at `sigmas` standard deviations, not rescaled for the cut, then times `scale`.
+    """N(0, 0.02) cut at `sigmas` standard deviations, without rescaling for the cut, times `scale`.
 
-    Official SimMIM cuts a ViT at one sigma (vision_transformer.py, `VisionTransformerForSimMIM._trunc_normal_`), which
-    leaves an effective deviation of 0.0108, and everything else at an absolute 2, which is 100 sigmas.
+    Official SimMIM cuts a ViT at one sigma (vision_transformer.py, `VisionTransformerForSimMIM._trunc_normal_`). Its
+    effective deviation is 0.0108. Everything else is cut at an absolute 2, which is 100 sigmas.
     """
     return jax.nn.initializers.truncated_normal(0.02 * scale, lower=-sigmas, upper=sigmas)
 
 
 def uniform_by_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for the weight and the bias of a convolution."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for the weight and bias of a convolution."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Linear(nn.Module):
-    """A linear map of the last axes of x, as many as `axes`, to `features` channels; its kernel is [those axes, d]."""
+    """A linear map of the last `axes` axes to `features` channels. The kernel has shape [*those axes, features]."""
 
     features: int
     dtype: str
@@ -60,7 +60,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*inputs, self.features))
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        # Plain matrices: of arrays with more axes XLA:CPU makes slower products (benchmarks/README.md).
+        # XLA:CPU multiplies plain matrices faster than arrays of more axes (benchmarks/README.md).
         out = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(-1, self.features)
         out = out.reshape(*x.shape[: x.ndim - self.axes], self.features)
         return out if bias is None else out + bias
@@ -68,7 +68,7 @@ class Linear(nn.Module):
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x times the normal distribution's share below x: exact, by erf, and computed in float32 whatever the dtype."""
+    """Exact GELU, by erf, computed in float32 for any dtype."""
     return _gelu_and_slope(x)[0]
 
 
@@ -80,7 +80,7 @@ def _gelu_and_slope(x):
 
 
 def _gelu_forward(x):
-    # A CPU computes value and slope together and keeps the slope; where arithmetic is cheap and memory slow, x is kept.
+    # On CPU, compute value and slope together and keep the slope. Elsewhere memory is slower than arithmetic: keep x.
     value, slope = _gelu_and_slope(x)
     return value, slope if jax.default_backend() == "cpu" else x
 
@@ -97,10 +97,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 def normalize_channels(
     x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
 ) -> Float[Array, "... d"]:
-    """x less its mean over the channels, over their standard deviation, times `scale`, plus `bias`.
-
-    The variance is the mean square of what is left of x, as PyTorch has it, plus `epsilon`.
-    """
+    """LayerNorm over the channels. The variance is the mean square of the centered x, as in PyTorch, plus `epsilon`."""
     return _normalize(x, scale, bias, epsilon)[0]
 
 
@@ -123,7 +120,7 @@ normalize_channels.defvjp(_normalize, _normalize_gradient)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the channels, in float32. initial: what its weights start from; its bias starts from 0."""
+    """LayerNorm over the channels, in float32. initial: initial value of the scale."""
 
     epsilon: float
     initial: float = 1.0
@@ -136,12 +133,12 @@ class LayerNorm(nn.Module):
 
 
 def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -> LayerNorm:
-    """A LayerNorm whose weights start from `scale`."""
+    """A LayerNorm. scale: its initial scale."""
     return LayerNorm(epsilon, scale, name=name)
 
 
 class PatchEmbed(nn.Module):
-    """One token for each square of `patch_size` pixels: a convolution without overlap, initialized as PyTorch does."""
+    """One token per patch: a convolution without overlap, initialized as in PyTorch."""
 
     width: int
     patch_size: int
@@ -160,7 +157,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, linear; `hidden` units between."""
+    """Linear, exact GELU, linear. hidden: hidden units."""
 
     hidden: int
     init_truncation: float
@@ -175,7 +172,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """One learned factor per channel, `initial` at the start (Touvron et al. 2021, arXiv 2103.17239, eq. 4)."""
+    """One learned factor per channel, starting at `initial` (Touvron et al. 2021, arXiv 2103.17239, eq. 4)."""
 
     initial: float
 
@@ -185,10 +182,10 @@ class LayerScale(nn.Module):
 
 
 def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.ndarray, "n n"]:
-    """Row of the bias table for each (query, key) pair of tokens on a `grid` of (i, j) patches.
+    """The row of the bias table for each (query, key) pair of tokens on a `grid` of (i, j) patches.
 
-    The first (2i-1)(2j-1) rows are the displacements. With a class token three more follow, in the official order:
-    class to patch, patch to class, class to class (microsoft/SimMIM models/vision_transformer.py, `Attention`).
+    The first (2i-1)(2j-1) rows are displacements. With a class token, three more follow in the official order: class to
+    patch, patch to class, class to class (microsoft/SimMIM models/vision_transformer.py, `Attention`).
     """
     i, j = grid
     coordinates = np.stack(np.meshgrid(np.arange(i), np.arange(j), indexing="ij"), axis=-1).reshape(-1, 2)
@@ -202,7 +199,7 @@ def relative_position_index(grid: tuple[int, int], class_token: bool) -> Int[np.
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number per head and displacement, added to the attention logits."""
+    """A learned bias of the attention logits per head and displacement."""
 
     num_heads: int
     class_token: bool = False

@@ -1,20 +1,19 @@
-"""ResNet with bottleneck blocks: the v1.5 layout of torchvision and timm, whose stride sits on the 3x3 convolution.
+"""ResNet with bottleneck blocks in the v1.5 layout of torchvision and timm: the 3x3 convolution has the stride.
 
 Shape letters: b images, y x pixels, k l a feature map, c channels, d the feature width.
 Source: He et al. 2015, arXiv 1512.03385; the names of the layers in torchvision and timm (`layer1.0.conv2`) are
 `stage_0_block_0/conv2` here.
 
-How a ResNet is masked. Its stem is a 7x7 convolution of stride 2: no group of its outputs belongs to one square of the
-image, so a token put in after it would come too late, with hidden pixels already in the visible outputs beside them. So
-`embed` is the identity, a token is a pixel, and a hidden pixel becomes the learned token, one value for each channel,
-before any convolution sees it: exact, and the same SimMIM as for a transformer. Pixels are normalized, so a token that
-starts near zero starts near the mean color.
+Masking. The stem is a 7x7 convolution of stride 2, so its outputs near a mask patch already contain masked pixels. A
+mask token placed after the stem would come too late. Therefore `embed` is the identity and a token is a pixel: the
+mask token, one value per channel, replaces masked pixels before any convolution. Pixels are normalized, so a mask
+token that starts near zero starts near the mean color.
 
-The SimMIM paper pretrains a ResNet-50x4 in an appendix, but the released code has no ResNet to follow. Others chose
-otherwise: A2MIM (Li et al. 2022, arXiv 2205.13943) fills hidden pixels with the mean color and adds a learned token to
-a feature map further up; SparK (Tian et al. 2023, arXiv 2301.03580) and ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808)
-leave hidden places out by sparse convolutions. Here the network sees dense images with filled squares, and batch norm's
-running statistics are those of such images, until fine-tuning has moved them.
+The SimMIM paper pretrains a ResNet-50x4 in an appendix; the released code has no ResNet. Other methods: A2MIM (Li et
+al. 2022, arXiv 2205.13943) fills masked pixels with the mean color and adds a learned token to a later feature map.
+SparK (Tian et al. 2023, arXiv 2301.03580) and ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808) skip masked positions by
+sparse convolutions. Here, pretraining gives batch norm the running statistics of images with filled patches;
+fine-tuning updates them.
 """
 
 import itertools
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.models.blocks import REMAT, Drop, drop_of, drop_path, drops, remat_options
+from simmim_jax.models.blocks import REMAT, Drop, block_drop, drop_path, drops, remat_options
 from simmim_jax.models.encoder import Encoder
 
 SIZES = {
@@ -35,11 +34,11 @@ SIZES = {
     "50x4": {"depths": (3, 4, 6, 3), "width": 256},
 }
 
-EXPANSION = 4  # a block's output channels for each of its inner ones
+EXPANSION = 4  # output channels of a block per inner channel
 
 
 def convolution(channels: int, size: int, stride: int, dtype: str, name: str) -> nn.Conv:
-    """A convolution without bias, padded by half its odd size on every side, with He initialization by fan out."""
+    """A convolution without bias, padded by half its odd size, with He initialization by fan out."""
     initial = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nn.Conv(
         channels, (size, size), stride, size // 2, use_bias=False, dtype=dtype, kernel_init=initial, name=name
@@ -49,11 +48,13 @@ def convolution(channels: int, size: int, stride: int, dtype: str, name: str) ->
 class BatchNorm(nn.Module):
     """Batch normalization in float32, over all axes but the last (Ioffe and Szegedy 2015, arXiv 1502.03167).
 
-    While `train` is true it normalizes by the mean and the biased variance of the batch: under `jit` over a mesh the
-    whole batch, whatever the number of devices; but of each microbatch by itself, so that their number changes the
-    update, as of no other layer here. Otherwise it does by the running ones, the parameters "mean" and "var",
-    which have no gradient. What training makes of these, (1 - momentum) * old + momentum * new with an unbiased
-    variance, as PyTorch counts, goes to the collection "batch_stats" where that is mutable.
+    While `train` is true, it normalizes by the mean and biased variance of the batch. Under `jit` over a mesh this is
+    the whole batch, for any number of devices. Each microbatch has its own statistics, so, unlike for any other layer,
+    the number of microbatches changes the update.
+
+    Otherwise it normalizes by the running statistics, the parameters "mean" and "var", which have no gradient. Training
+    puts their new values into the collection "batch_stats" if it is mutable: (1 - momentum) * old + momentum * new,
+    with an unbiased variance, as in PyTorch.
     """
 
     epsilon: float
@@ -88,8 +89,8 @@ class BatchNorm(nn.Module):
 class Block(nn.Module):
     """1x1, 3x3 and 1x1 convolutions, each with batch norm, added to the input before the last ReLU.
 
-    The last norm's scale starts at zero, so that a block without a shortcut convolution starts as the identity (Goyal
-    et al. 2017, arXiv 1706.02677; timm's default).
+    The last norm's scale starts at zero, so a block without a shortcut convolution starts as the identity (Goyal et al.
+    2017, arXiv 1706.02677; timm's default).
     """
 
     channels: int
@@ -117,16 +118,17 @@ class Block(nn.Module):
 
 
 class ResNet(Encoder):
-    """A ResNet under the encoder contract (see `simmim_jax.models`); how it is masked, and why so, stands above.
+    """A ResNet (contract: `simmim_jax.models`).
 
-    depths: number of blocks in each of the four stages.
-    width: channels of the stem; a stage's blocks have 1, 2, 4 and 8 times as many inside, and 4 times those outside.
-    drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
-    norm_epsilon, norm_momentum: of batch norm, as PyTorch means them: momentum is the share of the new.
-    init_truncation: cut of the mask token's initial normal, in standard deviations; no kernel's normal is cut.
-    remat: what the backward pass computes again: "none"; "full", all but each block's input; "dots", all but those and
-        the convolutions.
-    dtype: of the convolutions, "float32" or "bfloat16".
+    depths: blocks in each of the four stages.
+    width: channels of the stem. The stages' blocks have 1, 2, 4 and 8 times as many inner channels, and 4 times those
+        at their output.
+    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
+    norm_epsilon, norm_momentum: as in PyTorch: momentum is the weight of the new statistics.
+    init_truncation: cut of the mask token's initial normal in standard deviations; kernels are not cut.
+    remat: what the backward pass recomputes: "none"; "dots", all but each block's input and convolutions; "full", all
+        but each block's input.
+    dtype: dtype of the convolutions, "float32" or "bfloat16".
     """
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -138,7 +140,7 @@ class ResNet(Encoder):
     remat: str = "none"
     dtype: str = "float32"
 
-    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - a constant, not a field: see `ViT.CHOICES`
+    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012
 
     def check(self) -> None:
         super().check()
@@ -162,14 +164,14 @@ class ResNet(Encoder):
         return sum(self.depths)
 
     def layer_id(self, path: str) -> int:
-        """The layer of a parameter, for layer-wise learning rates: each block is one, as for a ViT."""
+        """Each block is one layer, as for a ViT."""
         if block := re.match(r"stage_(\d+)_block_(\d+)/", path):
             stage, number = map(int, block.groups())
             return sum(self.depths[:stage]) + number + 1
         return 0 if path.startswith("stem_") else self.depth + 1
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b y x c"]:
-        """The images themselves: a token is a pixel."""
+        """The images: a token is a pixel."""
         return images
 
     @nn.compact
@@ -182,7 +184,7 @@ class ResNet(Encoder):
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
         drop, number = drops(self, train, batch_index, x), itertools.count()
-        # `train` goes by batch_index: remat traces keyword arguments.
+        # `train` is positional, because remat traces keyword arguments.
         recomputed = self.remat != "none"
         block_class = nn.remat(Block, static_argnums=(2,), **remat_options(self.remat)) if recomputed else Block
         for stage, blocks in enumerate(self.depths):
@@ -195,6 +197,6 @@ class ResNet(Encoder):
                     dtype=self.dtype,
                     name=f"stage_{stage}_block_{n}",
                 )
-                x = block(x, train, drop_of(drop, next(number)))
+                x = block(x, train, block_drop(drop, next(number)))
                 self.sow("intermediates", "blocks", x)
         return x

@@ -1,7 +1,7 @@
-"""Swin Transformer as official SimMIM pretrains it (Liu et al. 2021, arXiv 2103.14030).
+"""Swin Transformer as in official SimMIM (Liu et al. 2021, arXiv 2103.14030).
 
 Shape letters: b images, i and j the token map, m windows of one image, n tokens of one window, d width, h heads.
-Source: models/swin_transformer.py of microsoft/SimMIM. Padding of maps that windows do not tile: see `windows`.
+Source: models/swin_transformer.py of microsoft/SimMIM.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models.attention import QueryKeyValue, attend_by_xla
-from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
+from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
     Linear,
@@ -43,7 +43,7 @@ SIZES = {
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within windows, with a learned bias for each displacement and head."""
+    """Self-attention within windows, with a learned bias per displacement and head."""
 
     num_heads: int
     qkv_bias: str
@@ -66,14 +66,15 @@ class WindowAttention(nn.Module):
 def with_mask(
     bias: Float[Array, "h n n"], mask: Float[Array, "m n n"] | None
 ) -> Float[Array, "h n n"] | Float[Array, "m h n n"]:
-    """What to add to the logits of every window: its mask, where there is one, besides the bias of each head."""
+    """The bias for the logits of every window: the bias of each head, plus the window's shift mask if there is one."""
     return bias if mask is None else bias + mask[:, None]
 
 
 def in_windows(attention: Callable, x: Float[Array, "b i j d"], window: int, shifted: bool) -> Float[Array, "b i j d"]:
-    """`attention` within windows of the map, which is padded where they do not tile it, and rolled where they shift.
+    """`attention` within windows of the map. A map that windows do not tile is padded; for shifted windows it is
+    rolled.
 
-    attention: a function (windows [b, m, n, d], their side, what to add to the logits or None) -> [b, m, n, d].
+    attention: a function (windows [b, m, n, d], side, shift mask or None) -> [b, m, n, d].
     """
     side, shift = window_and_shift(x.shape[1:3], window, shifted)
     padded = pad_to_multiple(x, side)
@@ -88,7 +89,7 @@ def in_windows(attention: Callable, x: Float[Array, "b i j d"], window: int, shi
 
 
 class Block(nn.Module):
-    """Pre-norm attention in windows and MLP, each with stochastic depth."""
+    """Pre-norm window attention and MLP, each with stochastic depth."""
 
     num_heads: int
     window: int
@@ -113,14 +114,14 @@ class Block(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four tokens to one of twice the width: LayerNorm of the four, then a linear map without bias."""
+    """Merge four tokens into one of twice the width: LayerNorm, then a linear map without bias."""
 
     norm_epsilon: float
     init_truncation: float
     dtype: str
 
     def reduce(self, x: Float[Array, "b k l c"]) -> Float[Array, "b k l d"]:
-        """The linear map, from all four tokens to half of their width."""
+        """The linear map, from four tokens to half of their total width."""
         initial = truncated_normal(self.init_truncation)
         width = x.shape[-1] // 2
         reduction = Linear(width, self.dtype, initial, use_bias=False, name="reduction")
@@ -132,21 +133,23 @@ class PatchMerging(nn.Module):
 
 
 class Swin(Encoder):
-    """A Swin Transformer under the encoder contract (see `simmim_jax.models`).
+    """A Swin Transformer (contract: `simmim_jax.models`).
 
-    width: of the first stage; each later stage doubles it. depths, num_heads: blocks and heads of each stage.
-    window: side of the attention windows in tokens; every second block shifts them by half. A stage whose map is no
-        larger than that has one window of the map's shorter side, and no shift; maps that windows do not tile are
-        padded.
-    patch_size: side of a patch in pixels; the features' stride is that times 2 for each stage after the first.
-    absolute_position: "none" or "learned". patch_norm: LayerNorm after the patch embedding.
-    qkv_bias: "qkv" or "none". drop_path: rate of stochastic depth in the last block; linear from 0 in the first.
-    init_truncation: cut of the initial normal in standard deviations (official: an absolute 2, which is 100 of them).
-    remat: what the backward pass computes again, as of a ViT.
-    scan: run the blocks of a stage with two pairs or more by `lax.scan`, each time a plain and a shifted one. Their
-        parameters are then two scanned_layers, like "stage_2_blocks_0" (plain) and "stage_2_blocks_1".
-    attention: "auto" or "xla", which are the same: windows are too small, and too many, for cuDNN's kernel.
-    dtype: of the matmuls, "float32" or "bfloat16".
+    width: channels of the first stage; each later stage doubles them.
+    depths, num_heads: blocks and heads of each stage.
+    window: side of the attention windows in tokens; every second block shifts them by half. If a map's shorter side is
+        no larger, the window shrinks to it and there is no shift. Maps that windows do not tile are padded.
+    patch_size: side of a patch in pixels. The feature stride is twice that for each stage after the first.
+    absolute_position: "none" or "learned".
+    patch_norm: LayerNorm after the patch embedding.
+    qkv_bias: "qkv" or "none".
+    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
+    init_truncation: cut of the initial normals in standard deviations (official: an absolute 2, which is 100 of them).
+    remat: what the backward pass recomputes, as for a ViT.
+    scan: run each stage of two or more pairs of blocks by `lax.scan`, a plain and a shifted block per turn. Their
+        parameters are then two stacks, like "stage_2_blocks_0" (plain) and "stage_2_blocks_1" (shifted).
+    attention: "auto" or "xla", which are equal: windows are too small and too many for cuDNN's kernel.
+    dtype: dtype of the matmuls, "float32" or "bfloat16".
     """
 
     width: int = 96
@@ -167,7 +170,6 @@ class Swin(Encoder):
     attention: str = "auto"
     dtype: str = "float32"
 
-    # Constants, not fields: no annotations, so that Linen leaves them alone.
     CHOICES = {  # noqa: RUF012
         "absolute_position": ("none", "learned"),
         "qkv_bias": ("qkv", "none"),
@@ -184,9 +186,10 @@ class Swin(Encoder):
         whole = all(isinstance(number, int) for number in numbers) and min(numbers, default=0) > 0
         if not whole or len(self.depths) != len(self.num_heads):
             raise ConfigError(
-                f"depths {self.depths} and num_heads {self.num_heads}", "encoder.depths, encoder.num_heads",
+                f"depths {self.depths} and num_heads {self.num_heads}",
+                "encoder.depths, encoder.num_heads",
                 "give one number above 0 per stage for each, like 2,2,6,2 and 3,6,12,24",
-            )  # fmt: skip
+            )
         for stage, heads in enumerate(self.num_heads):
             check_heads(self.width * 2**stage, heads, "encoder.num_heads")
         self.check_minimum("mlp_ratio", "init_truncation", "norm_epsilon", strict=True)
@@ -212,7 +215,7 @@ class Swin(Encoder):
         return {name: blocks for stage in range(len(self.depths)) for name, blocks in self._stacks(stage).items()}
 
     def _stacks(self, stage: int) -> dict[str, tuple[str, ...]]:
-        """Of one stage: the plain blocks and the shifted ones, but for a last one without a partner."""
+        """The stacks of one stage: plain blocks and shifted blocks. A last block without a partner is in neither."""
         pairs = self.depths[stage] // 2
         if not self.scan or pairs < 2:
             return {}
@@ -222,9 +225,9 @@ class Swin(Encoder):
         return tuple(f"stage_{stage}_block_{n}" for n in range(self.depths[stage]))
 
     def layer_id(self, path: str) -> int:
-        """The layer of a parameter, for layer-wise learning rates: official `get_swin_layer`.
+        """Official `get_swin_layer`.
 
-        Merging counts as the stage's last block, and an absolute position embedding, by a slip of theirs, as the rest.
+        Merging counts as its stage's last block. An absolute position embedding counts as "the rest", an official slip.
         """
         first_block = (0, *itertools.accumulate(self.depths))
         if block := re.match(r"stage_(\d+)_block_(\d+)/", path):
@@ -233,8 +236,8 @@ class Swin(Encoder):
             return first_block[int(merge.group(1)) + 1]
         return 0 if path.startswith("patch_") else self.depth + 1
 
-    def of_stage(self, stage: int) -> dict:
-        """What the blocks of one stage are given besides what all are."""
+    def stage_options(self, stage: int) -> dict:
+        """Options of the blocks that differ between stages."""
         return {"num_heads": self.num_heads[stage], "window": self.window}
 
     def setup(self):
@@ -260,7 +263,7 @@ class Swin(Encoder):
         key = self.make_rng("params") if self.is_initializing() else None
         first = 0
         for stage, depth in enumerate(self.depths):
-            kinds = tuple(
+            modules = tuple(
                 self.BLOCK(
                     shifted=shifted,
                     mlp_ratio=self.mlp_ratio,
@@ -270,17 +273,15 @@ class Swin(Encoder):
                     init_truncation=self.init_truncation,
                     dtype=self.dtype,
                     parent=None,
-                    **self.of_stage(stage),
+                    **self.stage_options(stage),
                 )
                 for shifted in (False, True)
             )
-            names, scanned_layers = self._blocks(stage), self._stacks(stage)
-            paired = sum(map(len, scanned_layers.values()))
-            if scanned_layers:
-                x = run_blocks(
-                    self, x, kinds, names[:paired], first=first, scanned_layers=tuple(scanned_layers), key=key, drop=drop
-                )  # fmt: skip
-            x = run_blocks(self, x, kinds, names[paired:], first=first + paired, key=key, drop=drop)
+            names, stacks = self._blocks(stage), self._stacks(stage)
+            paired = sum(map(len, stacks.values()))
+            if stacks:
+                x = run_blocks(self, x, Blocks(modules, names[:paired], first, tuple(stacks)), key=key, drop=drop)
+            x = run_blocks(self, x, Blocks(modules, names[paired:], first + paired), key=key, drop=drop)
             first += depth
             if stage < len(self.depths) - 1:
                 x = self.MERGING(self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_merge")(x)

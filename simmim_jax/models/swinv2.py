@@ -1,8 +1,12 @@
-"""Swin Transformer V2 as official SimMIM pretrains it (Liu et al. 2022, arXiv 2111.09883).
+"""Swin Transformer V2 as in official SimMIM (Liu et al. 2022, arXiv 2111.09883).
 
-What differs from Swin: norms stand after each branch and start at zero; attention is the cosine of query and key over a
-learned temperature; the bias of a displacement comes from a small network of its logarithm, so that a model fits other
-windows than those it was trained with; merging norms after it reduces.
+Differences from Swin:
+
+    - Norms come after each branch, and their scales start at zero.
+    - Attention logits are cosines of query and key, divided by a learned temperature.
+    - A small network computes the bias from the logarithm of a displacement, so a model can change its window size.
+    - Patch merging normalizes after its linear map.
+
 Shape letters: b images, i and j the token map, m windows of one image, n tokens of one window, d width, h heads, w side
 of a window. Source: models/swin_transformer_v2.py of microsoft/Swin-Transformer.
 """
@@ -32,10 +36,10 @@ SIZES = {
 
 
 def log_displacements(side: int, pretrained_window: int) -> Float[np.ndarray, "r 2"]:
-    """The logarithmic displacement (rows, columns) of each row of a window's bias table, r = (2 * side - 1)**2.
+    """The logarithmic displacement (rows, columns) for each row of a window's bias table, r = (2 * side - 1)**2.
 
-    Displacements are a share of the window's reach, or of that of `pretrained_window` (0: the window itself), times 8;
-    then sign * log2(1 + magnitude) / log2(8). The paper's equation 5, with the official scale.
+    A displacement is divided by the largest one in a window of side `pretrained_window` (0: `side`), times 8, then
+    sign * log2(1 + magnitude) / log2(8). The paper's equation 5, with the official scale.
     """
     steps = np.arange(1 - side, side, dtype=np.float32)
     steps *= np.float32(8) / max((pretrained_window or side) - 1, 1)
@@ -44,7 +48,7 @@ def log_displacements(side: int, pretrained_window: int) -> Float[np.ndarray, "r
 
 
 class ContinuousPositionBias(nn.Module):
-    """The bias of each displacement and head, between 0 and 16, from two linear layers with ReLU between."""
+    """The bias of each displacement and head, between 0 and 16, from two linear layers with a ReLU in between."""
 
     num_heads: int
     pretrained_window: int
@@ -60,7 +64,7 @@ class ContinuousPositionBias(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Scaled cosine attention within windows; biases on queries and values alone."""
+    """Scaled cosine attention within windows, with biases on queries and values only."""
 
     num_heads: int
     qkv_bias: str
@@ -82,32 +86,35 @@ class WindowAttention(nn.Module):
         query, key = (unit_length(x.astype(jnp.float32)) for x in (query, key))
         query *= jnp.exp(jnp.minimum(scale, np.log(100.0)))[:, None]
         bias = ContinuousPositionBias(self.num_heads, self.pretrained_window, self.init_truncation, name="cpb")(side)
-        out = attend_by_xla(
-            query.astype(self.dtype), key.astype(self.dtype), value, with_mask(bias, mask),
-            scale=1.0, recompute=self.recompute,
-        )  # fmt: skip
+        query, key, bias = query.astype(self.dtype), key.astype(self.dtype), with_mask(bias, mask)
+        out = attend_by_xla(query, key, value, bias, scale=1.0, recompute=self.recompute)
         out = Linear(x.shape[-1], self.dtype, initial, axes=2, name="proj")(out)
         return out.astype(jnp.float32)
 
 
 def unit_length(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
-    """Each vector over its length, or over 1e-12 if it is shorter (PyTorch's `normalize`)."""
+    """Each vector divided by its length, which is at least 1e-12 (PyTorch's `normalize`)."""
     squared = (x * x).sum(axis=-1, keepdims=True)
-    long = squared > 1e-24  # else the root has no gradient at zero
+    long = squared > 1e-24  # the square root has no gradient at zero
     return x / jnp.where(long, jnp.sqrt(jnp.where(long, squared, 1.0)), 1e-12)
 
 
 class Block(swin.Block):
-    """Attention in windows and MLP, each with a norm after it that starts at zero, and stochastic depth."""
+    """Window attention and MLP, each followed by a norm whose scale starts at zero, and stochastic depth."""
 
     pretrained_window: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"], drop: Drop | None) -> Float[Array, "b i j d"]:
         attention = WindowAttention(
-            self.num_heads, self.qkv_bias, self.pretrained_window, self.recompute, self.init_truncation, self.dtype,
+            num_heads=self.num_heads,
+            qkv_bias=self.qkv_bias,
+            pretrained_window=self.pretrained_window,
+            recompute=self.recompute,
+            init_truncation=self.init_truncation,
+            dtype=self.dtype,
             name="attn",
-        )  # fmt: skip
+        )
         branch = in_windows(attention, x, self.window, self.shifted)
         branch = layer_norm(self.norm_epsilon, "norm1", scale=0.0)(branch)
         x += drop_path(branch, drop, 0)
@@ -117,7 +124,7 @@ class Block(swin.Block):
 
 
 class PatchMerging(swin.PatchMerging):
-    """Four tokens to one of twice the width: a linear map without bias, then LayerNorm."""
+    """Merge four tokens into one of twice the width: a linear map without bias, then LayerNorm."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b k l 2*d"]:
@@ -125,10 +132,11 @@ class PatchMerging(swin.PatchMerging):
 
 
 class SwinV2(swin.Swin):
-    """A Swin Transformer V2 under the encoder contract: `swin.Swin` with other blocks.
+    """A Swin Transformer V2: `swin.Swin` with other blocks.
 
-    qkv_bias: "qv" or "none". pretrained_windows: for a model that was trained with other windows, the side that each
-    stage's windows had there, like 12,12,12,6 (official PRETRAINED_WINDOW_SIZES); empty: this model's own.
+    qkv_bias: "qv" or "none".
+    pretrained_windows: side of each stage's windows in the model that this one's weights come from, like 12,12,12,6
+        (official PRETRAINED_WINDOW_SIZES); (): the same as this model's.
     """
 
     qkv_bias: str = "qv"
@@ -141,15 +149,13 @@ class SwinV2(swin.Swin):
         super().check()
         whole = all(isinstance(side, int) and side >= 0 for side in self.pretrained_windows)
         if not whole or (self.pretrained_windows and len(self.pretrained_windows) != len(self.depths)):
-            raise ConfigError(
-                f"pretrained_windows {self.pretrained_windows} for {len(self.depths)} stages",
-                "encoder.pretrained_windows", "give one number per stage, like 12,12,12,6, or none",
-            )  # fmt: skip
+            what = f"pretrained_windows {self.pretrained_windows} for {len(self.depths)} stages"
+            raise ConfigError(what, "encoder.pretrained_windows", "give one number per stage, like 12,12,12,6, or none")
 
-    def of_stage(self, stage: int) -> dict:
+    def stage_options(self, stage: int) -> dict:
         pretrained = self.pretrained_windows[stage] if self.pretrained_windows else 0
-        return {**super().of_stage(stage), "pretrained_window": pretrained}
+        return {**super().stage_options(stage), "pretrained_window": pretrained}
 
     def stage_windows(self, image_size: tuple[int, int]) -> tuple[int, ...]:
-        """The side of each stage's windows for images of this size: what `pretrained_windows` of a later model is."""
+        """The side of each stage's windows at this image size: `pretrained_windows` of a model that starts from it."""
         return stage_windows(image_size, self.patch_size, len(self.depths), self.window)

@@ -1,4 +1,4 @@
-"""Vision Transformer as official SimMIM pretrains it: BEiT's, with every option of it.
+"""Vision Transformer as in official SimMIM: BEiT's, with all of its options.
 
 Shape letters: b images, i and j the token grid, n tokens of one image (class token included), d width, h heads.
 Source: microsoft/SimMIM models/vision_transformer.py; the paper's section 4.1 and appendix.
@@ -21,7 +21,7 @@ from simmim_jax.models.attention import (
     choose_attention,
     cudnn_padding,
 )
-from simmim_jax.models.blocks import REMAT, Drop, drop_path, drops, run_blocks
+from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
     LayerScale,
@@ -43,10 +43,10 @@ SIZES = {
 
 
 def sincos_position(grid: tuple[int, int], width: int, class_token: bool) -> Float[np.ndarray, "n d"]:
-    """Fixed 2-D sine and cosine embedding: half of the channels for the column, half for the row (MAE, arXiv
+    """Fixed 2-D sine and cosine embedding: half of the channels encode the column, half the row (MAE, arXiv
     2111.06377).
 
-    The class token's row, where there is one, comes first and is zero.
+    With a class token, its row comes first and is zero.
     """
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
@@ -56,7 +56,7 @@ def sincos_position(grid: tuple[int, int], width: int, class_token: bool) -> Flo
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases on queries and values alone (`qkv_bias="qv"`), on all three, or on none."""
+    """Multi-head self-attention. qkv_bias: biases on queries and values ("qv"), on all three ("qkv"), or "none"."""
 
     num_heads: int
     qkv_bias: str
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         if cudnn and (more := cudnn_padding(tokens)):
             x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
         query, key, value = QueryKeyValue(self.num_heads, self.qkv_bias == "qkv", self.dtype, initial, name="qkv")(x)
-        if self.qkv_bias == "qv":  # a bias on the keys shifts all logits of a query alike: softmax does not see it
+        if self.qkv_bias == "qv":  # a bias on the keys shifts all logits of a query equally, so softmax ignores it
             query += self.param("q_bias", nn.initializers.zeros, (self.num_heads, head_width)).astype(query.dtype)
             value += self.param("v_bias", nn.initializers.zeros, (self.num_heads, head_width)).astype(value.dtype)
         if cudnn:
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 def rescale(params: PyTree, number: Int[Array, ""]) -> PyTree:
-    """A block's initial parameters with the last kernel of both branches over sqrt(2 * (number + 1)).
+    """A block's initial parameters with the last kernel of both branches divided by sqrt(2 * (number + 1)).
 
     Official `fix_init_weight`. `number` counts from 0.
     """
@@ -134,26 +134,27 @@ def rescale(params: PyTree, number: Int[Array, ""]) -> PyTree:
 
 
 class ViT(Encoder):
-    """A plain Vision Transformer under the encoder contract (see `simmim_jax.models`).
+    """A plain Vision Transformer (contract: `simmim_jax.models`).
 
-    width, depth, num_heads: of the transformer; width must be a multiple of heads.
-    patch_size: side of a patch in pixels, which is both strides.
-    class_token: whether one learned token joins the patches. Features never contain it.
-    absolute_position: "none", "learned", or "sincos" (fixed); added to all tokens after the class token joins.
+    width: channels of a token, a multiple of num_heads.
+    patch_size: side of a patch in pixels; both strides.
+    class_token: whether a learned token is added to the patches. Features never contain it.
+    absolute_position: "none", "learned", or "sincos" (fixed); added to all tokens, the class token included.
     relative_position: "none", "shared" (one table for all blocks), or "per_block".
     qkv_bias: "qv" (official), "qkv" (timm), or "none".
-    layer_scale: initial value of LayerScale; 0 for none.
-    drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
-    final_norm: LayerNorm after the last block. The released pretraining has it; see spec 1.4 for the doubt about it.
-    init_truncation: cut of the initial normal in standard deviations: 1 in SimMIM pretraining, 100 elsewhere.
-    remat: what the backward pass computes again: "none"; "attention", the logits and weights of attention, which cuDNN
-        never keeps; "dots", all but each block's input and the products with weights: norms, GELU and attention;
-        "full", all but each block's input: least memory, a third more work.
-    scan: run the blocks by `lax.scan`: one program for all, so that compilation takes as long for any depth. Their
-        parameters are then one stack, "blocks".
-    attention: "cudnn", the fused kernel for bfloat16 on NVIDIA GPUs, which takes a relative position bias in bfloat16;
-        "xla"; or "auto", the former where it can be.
-    dtype: of the matmuls, "float32" or "bfloat16".
+    layer_scale: initial value of LayerScale; 0 disables it.
+    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
+    final_norm: LayerNorm after the last block, as in the released pretraining.
+    init_truncation: cut of the initial normals in standard deviations: 1 in SimMIM pretraining, 100 elsewhere.
+    remat: what the backward pass recomputes:
+        "none"       nothing
+        "attention"  the logits and weights of attention, which cuDNN never keeps
+        "dots"       norms, GELU and attention; keeps each block's input and the products with weights
+        "full"       everything but each block's input: the least memory, a third more work
+    scan: run the blocks by `lax.scan`. Compile time is then the same for any depth, and the blocks' parameters are one
+        stack, "blocks".
+    attention: "auto", "xla" or "cudnn" (see `models.attention`). cuDNN takes a relative position bias in bfloat16.
+    dtype: dtype of the matmuls, "float32" or "bfloat16".
     """
 
     width: int = 768
@@ -175,7 +176,7 @@ class ViT(Encoder):
     attention: str = "auto"
     dtype: str = "float32"
 
-    CHOICES = {  # noqa: RUF012 - a constant, not a field: no annotation, so that Linen leaves it alone
+    CHOICES = {  # noqa: RUF012
         "absolute_position": ("none", "learned", "sincos"),
         "relative_position": ("none", "shared", "per_block"),
         "qkv_bias": ("qv", "qkv", "none"),
@@ -191,7 +192,7 @@ class ViT(Encoder):
         self.check_minimum("width", "depth", "num_heads", "patch_size", minimum=1)
         check_heads(self.width, self.num_heads, "encoder.width")
         if self.absolute_position == "sincos" and self.width % 4:
-            raise ConfigError(f"sincos positions need a width in fours, not {self.width}", "encoder.width")
+            raise ConfigError(f"sincos positions with width {self.width}", "encoder.width", "give a multiple of 4")
         self.check_minimum("mlp_ratio", "init_truncation", "norm_epsilon", strict=True)
         self.check_minimum("layer_scale")
 
@@ -215,7 +216,7 @@ class ViT(Encoder):
         return tuple(f"block_{n}" for n in range(self.depth))
 
     def layer_id(self, path: str) -> int:
-        """The layer of a parameter, for layer-wise learning rates: official `get_vit_layer`."""
+        """Official `get_vit_layer`."""
         if block := re.match(r"block_(\d+)/", path):
             return int(block.group(1)) + 1
         return 0 if path.startswith(("cls_token", "pos_embed", "patch_embed")) else self.depth + 1
@@ -231,16 +232,16 @@ class ViT(Encoder):
         )
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
-        """One token for each patch: a linear map of its normalized pixels."""
+        """One token per patch: a linear map of its normalized pixels."""
         return self.patch_embed(images).astype(jnp.float32)
 
     @nn.compact
     def trunk(
         self, tokens: Float[Array, "b i j d"], train: bool = False, batch_index: Int[Array, " b"] | None = None
     ) -> Float[Array, "b i j d"]:
-        """The features of the patches. Each block's output is sown as `intermediates/blocks`, before the final norm.
+        """The features of the patches. Block outputs are sown as `intermediates/blocks`, before the final norm.
 
-        With a class token, the blocks' and the output's are sown as `intermediates/class_tokens`.
+        With a class token, those of the blocks and of the output are sown as `intermediates/class_tokens`.
         """
         b, i, j, d = tokens.shape
         x = tokens.reshape(b, i * j, d)  # b n d
@@ -258,7 +259,7 @@ class ViT(Encoder):
         def to_map(x):
             return x[:, int(self.class_token) :].reshape(b, i, j, d)
 
-        def seen(x):
+        def sow_fn(x):
             return {"blocks": to_map(x)} | ({"class_tokens": x[:, 0]} if self.class_token else {})
 
         block = Block(
@@ -275,18 +276,16 @@ class ViT(Encoder):
             dtype=self.dtype,
             parent=None,
         )
-        x = run_blocks(
-            self,
-            x,
+        blocks = Blocks(
             (block,),
             self._blocks(),
             scanned_layers=tuple(self.scanned_layers),
-            key=self.make_rng("params") if self.is_initializing() else None,
-            drop=drops(self, train, batch_index, x),
-            given=(bias, (i, j)),
-            adapt=rescale,
-            seen=seen,
+            args=(bias, (i, j)),
+            init_fn=rescale,
+            sow_fn=sow_fn,
         )
+        key = self.make_rng("params") if self.is_initializing() else None
+        x = run_blocks(self, x, blocks, key=key, drop=drops(self, train, batch_index, x))
         if self.final_norm:
             x = layer_norm(self.norm_epsilon, "norm")(x)
         if self.class_token:

@@ -1,7 +1,7 @@
 """Objectives: what is learned.
 
-`make_objective(name, encoder, **options)` returns an `Objective`: four pure functions, and facts about them. Code outside
-this folder asks for these facts and never for an objective's name.
+`make_objective(name, encoder, **options)` returns an `Objective`: four pure functions, and facts about them. Code
+outside this folder asks for these facts and never for an objective's name.
 
 A batch is a dict of arrays whose first axis is b, the images:
 
@@ -12,9 +12,9 @@ A batch is a dict of arrays whose first axis is b, the images:
 
 `params` is a dict of float32 arrays. The encoder's own parameters are under "encoder".
 
-Randomness comes from `key`, which the training step has already folded with the step number. An objective splits it into
-named streams first. Each stream is folded with an image's `batch_index` where it is used. No draw then depends on how the
-batch is split over devices, processes and microbatches.
+Randomness comes from `key`, which the training step has already folded with the step number. An objective splits it
+into named streams first. Each stream is folded with an image's `batch_index` where it is used. No draw then depends on
+how the batch is split over devices, processes and microbatches.
 
     simmim    mask_key, drop_key = split(key)
     classify  drop_key = key; erase_key, mix_key = split(fold_in(key, 1))
@@ -37,9 +37,9 @@ class Objective(NamedTuple):
 
     Functions:
       init: (key) -> params.
-      loss_fn: (params, batch, key, train) -> (loss, metrics). The loss is a float32 scalar to minimize. metrics is a dict
-        of float32 scalars, plus "batch_stats": new values for those parameters that training measures instead of learns,
-        as batch norm's running mean. It is empty for most encoders.
+      loss_fn: (params, batch, key, train) -> (loss, metrics). The loss is a float32 scalar to minimize. metrics is a
+        dict of float32 scalars, plus "batch_stats": new values for those parameters that training measures instead of
+        learns, as batch norm's running mean. It is empty for most encoders.
       predict: (params, batch, key) -> dict of arrays, with the keys `outputs`. Evaluators read it.
       prepare: (batch) -> batch. Runs on a whole training batch before it is split into microbatches. It adds to each
         image what its loss needs from the other images.
@@ -63,11 +63,27 @@ class Objective(NamedTuple):
     num_classes: int = 0
 
 
-OBJECTIVES = {"simmim": simmim.make_simmim, "classify": classify.make_classify, "segment": segment.make_segment}
+OBJECTIVES = {  # name: (its maker, its options)
+    "classify": (classify.make_classify, classify.Options),
+    "segment": (segment.make_segment, segment.Options),
+    "simmim": (simmim.make_simmim, simmim.Options),
+}
 
 
-def make_objective(name: str, encoder: nn.Module, **options) -> Objective:
-    """The objective `name` over `encoder`. Raises ConfigError for an unknown name or invalid options."""
-    make = choose("objective", name, OBJECTIVES)
-    check_options(f"{name} objective", make, options)
-    return Objective(**make(encoder, **options))
+def make_objective(
+    name: str,
+    encoder: nn.Module,
+    *,
+    image_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    **options,
+) -> Objective:
+    """The objective `name` over `encoder`, for images of `image_size` (height, width) in pixels.
+
+    mean, std: per channel, on the scale 0..1. options: fields of the objective's `Options`.
+    Raises ConfigError for an unknown name or option, or for options that cannot work.
+    """
+    make, options_class = choose("objective", name, OBJECTIVES)
+    check_options(f"{name} objective", options_class, options)
+    return Objective(**make(encoder, image_size=image_size, mean=mean, std=std, options=options_class(**options)))

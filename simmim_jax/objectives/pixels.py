@@ -1,6 +1,6 @@
-"""Pixels as objectives see them: normalized, and cut into the squares that one feature predicts.
+"""Pixels as objectives use them: normalized, and cut into the patches that one feature predicts.
 
-Shape letters: b images, y x pixels, c channels, k l the grid of squares, p = c * stride**2 values of one square.
+Shape letters: b images, y x pixels, c channels, k l the patch grid, p = c * stride**2 values of one patch.
 """
 
 import jax
@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, UInt8
 
 
 def normalize(images: UInt8[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
-    """Pixels 0..255 to float32 with `mean` and `std` per channel, both given on the scale 0..1."""
+    """float32 pixels, normalized by `mean` and `std` per channel. These are on the scale 0..1, `images` on 0..255."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 def denormalize(images: Float[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
-    """The inverse of `normalize` on the scale 0..1, clipped to it: fit to look at."""
+    """The inverse of `normalize` on the scale 0..1, clipped to that range for display."""
     return jnp.clip(images * jnp.asarray(std) + jnp.asarray(mean), 0, 1)
 
 
@@ -23,9 +23,9 @@ def local_moments(
 ) -> tuple[Float[Array, "b y x c"], Float[Array, "b y x c"]]:
     """(mean, standard deviation) of each channel in the `window` x `window` pixels around each pixel, `window` odd.
 
-    Pixels outside the image do not count. The variance is the unbiased one, at least 0, plus 1e-6. Official
-    `norm_targets` (Swin-Transformer models/simmim.py), which averages twice in two dimensions; here the sums run along
-    one axis after the other, which costs `window` / 2 times less.
+    Pixels outside the image do not count. The variance is unbiased, clipped at 0, plus 1e-6. Official `norm_targets`
+    (Swin-Transformer models/simmim.py) averages twice in two dimensions. Summing along one axis after the other costs
+    `window` / 2 times less.
     """
 
     def sums(x):
@@ -41,17 +41,17 @@ def local_moments(
 
 
 def to_patches(images: Float[Array, "b y x c"], stride: int) -> Float[Array, "b k l p"]:
-    """Cut into squares of `stride` pixels; the values of a square run channel first, then row, then column.
+    """Patches of `stride` pixels. The values of a patch are ordered by channel, then row, then column.
 
-    That is the order in which PyTorch's PixelShuffle reads them, so that official heads fit as they are.
+    PyTorch's PixelShuffle uses the same order, so official heads load unchanged.
     """
     b, y, x, c = images.shape
-    squares = images.reshape(b, y // stride, stride, x // stride, stride, c)
-    return squares.transpose(0, 1, 3, 5, 2, 4).reshape(b, y // stride, x // stride, c * stride**2)
+    patches = images.reshape(b, y // stride, stride, x // stride, stride, c)
+    return patches.transpose(0, 1, 3, 5, 2, 4).reshape(b, y // stride, x // stride, c * stride**2)
 
 
 def from_patches(patches: Float[Array, "b k l p"], stride: int) -> Float[Array, "b y x c"]:
     """The inverse of `to_patches`."""
     b, rows, columns, values = patches.shape
-    squares = patches.reshape(b, rows, columns, values // stride**2, stride, stride)
-    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(b, rows * stride, columns * stride, values // stride**2)
+    patches = patches.reshape(b, rows, columns, values // stride**2, stride, stride)
+    return patches.transpose(0, 1, 4, 2, 5, 3).reshape(b, rows * stride, columns * stride, values // stride**2)

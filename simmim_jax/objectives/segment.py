@@ -1,38 +1,58 @@
-"""Semantic segmentation: a class for each pixel, by a linear map of one block's features or by UPerNet.
+"""Semantic segmentation: a class for each pixel, from a linear map of one block's features or from UPerNet.
 
 Shape letters: b images, y x pixels, c channels, k l the grid of a head's logits, d channels of features, n classes.
 Source: Xiao et al. 2018, arXiv 1807.10221 (UPerNet); uper_head.py, psp_head.py and fcn_head.py of mmsegmentation.
 """
 
-import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from simmim_jax.errors import ConfigError, check_minimum, check_multiple, choose
+from simmim_jax.errors import ConfigError, check_minimum, check_multiple, choose, warn_once
 from simmim_jax.models.layers import Linear, layer_norm, truncated_normal
-from simmim_jax.models.pyramid import ConvNormRelu, Rescale, pyramid_blocks, pyramid_factors
 from simmim_jax.objectives.features import check_readable
 from simmim_jax.objectives.pixels import normalize
+from simmim_jax.objectives.pyramid import ConvNormRelu, Rescale, pyramid_blocks, pyramid_factors
 
 HEADS = ("linear", "upernet")
-BINS = (1, 2, 3, 6)
-AUXILIARY = 256  # channels of the auxiliary head
-DROPPED = 0.1  # of a head's channels, before its last layer
-AUXILIARY_LEVEL = 2  # of the pyramid
+BINS = (1, 2, 3, 6)  # sides of the pooled grids in pyramid pooling
+AUXILIARY_CHANNELS = 256
+AUXILIARY_LEVEL = 2  # pyramid level that the auxiliary head reads
+DROP_RATE = 0.1  # fraction of a head's channels dropped before its last layer
+
+
+class Options(NamedTuple):
+    """Options of segmentation.
+
+    num_classes: number of classes, 2 or more. Labels from there on mean "no class".
+    head: "linear" or "upernet".
+    block: block that the linear head reads, 1 to depth; 0 for the output of the trunk, after its final norm.
+    blocks: the four blocks of UPerNet's pyramid in a plain transformer; (): those at each quarter of the depth.
+    channels: channels of UPerNet's maps.
+    auxiliary_weight: weight of the loss of UPerNet's auxiliary head, on the third level; 0 disables it.
+    train_encoder: whether the encoder runs in training mode, with stochastic depth; false if it is frozen.
+    """
+
+    num_classes: int
+    head: str = "linear"
+    block: int = 0
+    blocks: tuple[int, ...] | list[int] = ()
+    channels: int = 512
+    auxiliary_weight: int | float = 0.4
+    train_encoder: bool = True
 
 
 def resized(x: Float[Array, "b k l d"], size: tuple[int, int]) -> Float[Array, "b k2 l2 d"]:
-    """Bilinear, pixels as areas: PyTorch's `interpolate(mode="bilinear", align_corners=False)`."""
+    """Bilinear resampling as PyTorch's `interpolate(mode="bilinear", align_corners=False)`."""
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
 
 
 def pooling_weights(size: int, bins: int) -> Float[np.ndarray, "m n"]:
-    """Rows of weights that average `size` values into `bins` overlapping parts, as PyTorch's adaptive pooling does."""
+    """Rows of weights that average `size` values into `bins` overlapping parts, as in PyTorch's adaptive pooling."""
     weights = np.zeros((bins, size), np.float32)
     for n in range(bins):
         first, last = n * size // bins, -(-(n + 1) * size // bins)
@@ -43,12 +63,12 @@ def pooling_weights(size: int, bins: int) -> Float[np.ndarray, "m n"]:
 def drop_channels(
     x: Float[Array, "b k l d"], key: Key[Array, ""] | None, batch_index: Int[Array, " b"] | None
 ) -> Float[Array, "b k l d"]:
-    """SegmentationSet channels of an image at zero, the others scaled up; drawn by the image's batch_index. No key: nothing."""
+    """Dropout of whole channels, drawn by each image's batch_index. Without a key it changes nothing."""
     if key is None:
         return x
-    draw = lambda place: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - DROPPED, x.shape[-1:])  # noqa: E731
+    draw = lambda n: jax.random.bernoulli(jax.random.fold_in(key, n), 1 - DROP_RATE, x.shape[-1:])  # noqa: E731
     kept: Bool[Array, "b d"] = jax.vmap(draw)(batch_index)
-    return jnp.where(kept[:, None, None], x / (1 - DROPPED), 0.0)
+    return jnp.where(kept[:, None, None], x / (1 - DROP_RATE), 0.0)
 
 
 def logits_layer(num_classes: int, name: str) -> Linear:
@@ -56,7 +76,7 @@ def logits_layer(num_classes: int, name: str) -> Linear:
 
 
 class LinearHead(nn.Module):
-    """LayerNorm of a feature and a linear map: the dense counterpart of a linear probe."""
+    """LayerNorm and a linear map of each feature: the dense counterpart of a linear probe."""
 
     num_classes: int
 
@@ -66,10 +86,10 @@ class LinearHead(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling on the coarsest map, a feature pyramid from there up, and all levels together at the finest.
+    """Pyramid pooling of the coarsest map, a feature pyramid upwards from it, and all levels fused at the finest scale.
 
-    Group norms stand where official code has batch norms over all devices. The second output, while there is a key, is
-    that of the auxiliary head.
+    Uses group norms instead of the official batch norms over all devices. With a key, the second output is that of the
+    auxiliary head; without one it is None.
     """
 
     num_classes: int
@@ -94,7 +114,7 @@ class UPerNet(nn.Module):
         ]
         auxiliary = None
         if key is not None or self.is_initializing():
-            x = self.block(3, "auxiliary", AUXILIARY)(levels[min(AUXILIARY_LEVEL, len(levels) - 1)])
+            x = self.block(3, "auxiliary", AUXILIARY_CHANNELS)(levels[min(AUXILIARY_LEVEL, len(levels) - 1)])
             auxiliary = logits_layer(self.num_classes, "auxiliary_logits")(drop_channels(x, keys[1], batch_index))
         *finer, last = levels
         laterals = [self.block(1, f"lateral_{n}")(x) for n, x in enumerate(finer)]
@@ -108,7 +128,7 @@ class UPerNet(nn.Module):
         return logits_layer(self.num_classes, "logits")(x), auxiliary
 
     def pool(self, x: Float[Array, "b k l d"]) -> list[Float[Array, "b k l _"]]:
-        """The means of 1, 4, 9 and 36 parts of a map, each mapped to `channels` and brought back to its size."""
+        """Means over 1, 4, 9 and 36 parts of a map, each projected to `channels` and resized back."""
         size, pooled = x.shape[1:3], []
         for bins in BINS:
             down, across = (jnp.asarray(pooling_weights(side, bins)) for side in size)
@@ -118,7 +138,7 @@ class UPerNet(nn.Module):
 
 
 def mean_labeled(label_map: UInt[Array, "b y x"], num_classes: int) -> Float[Array, " b"]:
-    """How many pixels of an image have a class, in the mean over the images: the same for each, and never 0."""
+    """The mean number of pixels per image that have a class, repeated for each image; never 0."""
     counts = (label_map < num_classes).sum(axis=(1, 2), dtype=jnp.float32)
     return jnp.full(counts.shape, jnp.maximum(counts.mean(), 1 / len(counts)))
 
@@ -126,11 +146,10 @@ def mean_labeled(label_map: UInt[Array, "b y x"], num_classes: int) -> Float[Arr
 def masked_cross_entropy(
     logits: Float[Array, "b k l n"], label_map: UInt[Array, "b y x"], labeled: Float[Array, " b"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(cross entropy, share of right pixels), each summed over the pixels that have a class and divided by how many of
-    them the whole batch has for so many images.
+    """(cross entropy, pixel accuracy), averaged over the pixels that have a class. Logits are resized to the label map.
 
-    Labels from n on are no class. labeled: `mean_labeled` of the whole batch, so that the mean over the equal parts
-    of a batch is that over the pixels of all its images. The logits are brought to the map's size.
+    labeled: `mean_labeled` of the whole batch. The sum is divided by it instead of by these images' own count, so that
+    the mean over microbatches equals the mean over all labeled pixels of the batch. Labels from n on are no class.
     """
     logits = resized(logits, label_map.shape[1:])
     labels = label_map.astype(jnp.int32)
@@ -139,17 +158,8 @@ def masked_cross_entropy(
     right = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - right
     count = labeled.sum()
-    hits = (logits.argmax(axis=-1) == chosen) & valid
-    return jnp.where(valid, loss, 0.0).sum() / count, hits.sum(dtype=jnp.float32) / count
-
-
-@functools.cache  # a run that begins is initialized twice
-def warn_other_head(head: str, train_encoder: bool) -> None:
-    """Warn of a head that was chosen without its config."""
-    logging.warning(
-        "head %s over an encoder that is %s: rates and schedule are those for the other head; "
-        "--config=configs/folder_segment.py:%s sets them all", head, "trained" if train_encoder else "frozen", head,
-    )  # fmt: skip
+    correct = (logits.argmax(axis=-1) == chosen) & valid
+    return jnp.where(valid, loss, 0.0).sum() / count, correct.sum(dtype=jnp.float32) / count
 
 
 def make_segment(
@@ -158,45 +168,33 @@ def make_segment(
     image_size: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    num_classes: int,
-    head: str = "linear",
-    block: int = 0,
-    blocks: tuple[int, ...] | list[int] = (),
-    channels: int = 512,
-    auxiliary_weight: int | float = 0.4,
-    train_encoder: bool = True,
-):
-    """(init, loss_fn, predict, prepare) of cross entropy over the pixels of "label_map" [b, y, x] that have a class.
+    options: Options,
+) -> dict:
+    """Cross entropy over the pixels of "label_map" [b, y, x] that have a class.
 
-    `predict` gives "logits" [b, k, l, n], one for each `y // k` pixels: UPerNet's stride is that of its finest level,
-    4 pixels for a ViT, the linear head's that of its block.
-    params: "encoder" and "head". loss_fn's metric: "pixel_accuracy".
-
-    block: whose output the linear head reads, 1 to depth; 0 for what the trunk puts out after its final norm.
-    blocks: of a plain transformer, the four that UPerNet's pyramid is made of; by default those at each quarter.
-    channels: of UPerNet's maps. auxiliary_weight: of the loss of its auxiliary head, on the third level; 0: none.
-    train_encoder: whether the encoder is in training mode, with stochastic depth; false where it is frozen.
+    params: "encoder" and "head". metrics: "pixel_accuracy". predict: "logits" [b, k, l, n] at the head's own stride:
+        that of its block for the linear head, and that of its finest level for UPerNet, 4 pixels for a ViT.
     """
+    num_classes, head = options.num_classes, options.head
     choose("head", head, HEADS)
     if num_classes < 2:
-        raise ConfigError(
-            f"num_classes is {num_classes}", "objective.num_classes", "give the number of classes, 2 or more"
-        )
-    check_minimum("objective.channels", channels, 1)
-    check_minimum("objective.auxiliary_weight", auxiliary_weight, 0)
-    check_readable(encoder, block, "patches", "objective.block")
+        what = f"num_classes is {num_classes}"
+        raise ConfigError(what, "objective.num_classes", "give the number of classes, 2 or more")
+    check_minimum("objective.channels", options.channels, 1)
+    check_minimum("objective.auxiliary_weight", options.auxiliary_weight, 0)
+    check_readable(encoder, options.block, "patches", "objective.block")
     for size in image_size:
         check_multiple(size, encoder.feature_stride, "image size", "the encoder's feature stride")
     if head == "linear":
-        taken, decoder = (block,), LinearHead(num_classes)
+        blocks, decoder = (options.block,), LinearHead(num_classes)
     else:
-        taken = pyramid_blocks(encoder, tuple(blocks))
-        decoder = UPerNet(num_classes, channels, pyramid_factors(encoder), encoder.dtype)
+        blocks = pyramid_blocks(encoder, tuple(options.blocks))
+        decoder = UPerNet(num_classes, options.channels, pyramid_factors(encoder), encoder.dtype)
 
-    def see(params, images, *mode):
-        """(the maps that the head takes, the encoder's new running statistics)."""
+    def forward(params, images, *mode):
+        """(the maps that the head reads, batch_stats)."""
         train, key, batch_index = mode or (False, None, None)
-        out, seen = encoder.apply(
+        out, sown = encoder.apply(
             {"params": params},
             normalize(images, mean, std),
             train,
@@ -204,16 +202,20 @@ def make_segment(
             rngs=None if key is None else {"drop_path": key},
             mutable=["batch_stats", "intermediates"],
         )
-        blocks_seen = seen["intermediates"]["blocks"]
-        return [blocks_seen[n - 1] if n else out for n in taken], seen.get("batch_stats", {})
+        outputs = sown["intermediates"]["blocks"]
+        return [outputs[n - 1] if n else out for n in blocks], sown.get("batch_stats", {})
 
     def init(key):
-        if train_encoder != (head == "upernet"):
-            warn_other_head(head, train_encoder)
+        if options.train_encoder != (head == "upernet"):
+            state = "trained" if options.train_encoder else "frozen"
+            warn_once(
+                f"head {head} over a {state} encoder: rates and schedule are those of the other head; "
+                f"--config=configs/folder_segment.py:{head} sets all of them"
+            )
         encoder_key, head_key = jax.random.split(key)
         images = jnp.zeros((1, *image_size, len(mean)), jnp.uint8)
         encoder_params = encoder.init(encoder_key, normalize(images, mean, std))["params"]
-        maps, _ = jax.eval_shape(see, encoder_params, images)
+        maps, _ = jax.eval_shape(forward, encoder_params, images)
         head_params = decoder.init(head_key, [jnp.zeros(x.shape) for x in maps])["params"]
         return {"encoder": encoder_params, "head": head_params}
 
@@ -222,20 +224,19 @@ def make_segment(
 
     def loss_fn(params, batch, key, train):
         drop_key, head_key = jax.random.split(key)
-        maps, statistics = see(
-            params["encoder"], batch["image"], train and train_encoder, drop_key, batch["batch_index"]
-        )
+        train_mode = train and options.train_encoder
+        maps, batch_stats = forward(params["encoder"], batch["image"], train_mode, drop_key, batch["batch_index"])
         logits, auxiliary = decoder.apply(
             {"params": params["head"]}, maps, *((head_key, batch["batch_index"]) if train else ())
         )
         truth = batch["label_map"], batch["mean_labeled"]
         loss, accuracy = masked_cross_entropy(logits, *truth)
-        if auxiliary is not None and auxiliary_weight:
-            loss += auxiliary_weight * masked_cross_entropy(auxiliary, *truth)[0]
-        return loss, {"pixel_accuracy": accuracy, "batch_stats": {"encoder": statistics}}
+        if auxiliary is not None and options.auxiliary_weight:
+            loss += options.auxiliary_weight * masked_cross_entropy(auxiliary, *truth)[0]
+        return loss, {"pixel_accuracy": accuracy, "batch_stats": {"encoder": batch_stats}}
 
     def predict(params, batch, key):
-        maps, _ = see(params["encoder"], batch["image"])
+        maps, _ = forward(params["encoder"], batch["image"])
         return {"logits": decoder.apply({"params": params["head"]}, maps)[0]}
 
     return {

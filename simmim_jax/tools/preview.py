@@ -179,7 +179,7 @@ def samples_of(batches: list[dict], hidden_by_step: list, start_step: int) -> It
 
 def mask_numbers(hidden: list, objective) -> dict | None:
     """The share of pixels that masks hide, and AvgDist in pixels; None where nothing is masked."""
-    from simmim_jax.masking import average_distance
+    from simmim_jax.masking.distance import average_distance
 
     if hidden[0] is None:
         return None

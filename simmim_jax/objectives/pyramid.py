@@ -1,7 +1,7 @@
-"""An encoder's maps at four scales, as dense heads want them; and the convolution that such heads are made of.
+"""A feature pyramid of four scales from any encoder, and the convolution block of dense heads.
 
-A hierarchical encoder has such maps: the outputs of its stages. A plain transformer has maps of one scale, of which
-four are taken at a quarter, half, three quarters and the end of its depth, and scaled by learned layers.
+For a hierarchical encoder, the pyramid is the outputs of its stages. For a plain transformer, it is four blocks, by
+default at a quarter, half, three quarters and the end of its depth, rescaled by learned layers.
 
 Shape letters: b images, k l a feature map, c d channels.
 Source: BEiT's semantic_segmentation/backbone/beit.py (`fpn1` to `fpn4`), which SimMIM's segmentation uses too.
@@ -18,13 +18,14 @@ from simmim_jax.errors import ConfigError
 from simmim_jax.models.layers import gelu
 
 STRIDES = (4, 8, 16, 32)
-GROUPS, CHANNELS = 32, 16  # of a group norm: at most so many groups, and at least so many channels in each
+MAX_GROUPS = 32  # of a group norm
+MIN_GROUP_CHANNELS = 16
 
 
 def pyramid_blocks(encoder: nn.Module, blocks: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """The blocks, counted from 1, whose outputs make the pyramid of `encoder`.
+    """The blocks, counted from 1, whose outputs form the pyramid of `encoder`.
 
-    blocks: of a plain transformer, other four than those at each quarter of its depth. Raises ConfigError.
+    blocks: for a plain transformer, four blocks instead of those at each quarter of its depth. Raises ConfigError.
     """
     if len(encoder.stages) > 1:
         if blocks:
@@ -33,31 +34,30 @@ def pyramid_blocks(encoder: nn.Module, blocks: tuple[int, ...] = ()) -> tuple[in
     if not blocks:
         return tuple(math.ceil(encoder.depth * part / 4) for part in (1, 2, 3, 4))
     if len(blocks) != 4 or not all(1 <= n <= encoder.depth for n in blocks) or list(blocks) != sorted(blocks):
-        raise ConfigError(
-            f"blocks {blocks} of an encoder of {encoder.depth}", "objective.blocks",
-            f"give four, in order, of 1 to {encoder.depth}, like 4,6,8,12",
-        )  # fmt: skip
+        fix = f"give four in ascending order, 1 to {encoder.depth}, like 4,6,8,12"
+        raise ConfigError(f"blocks {blocks} of an encoder of {encoder.depth} blocks", "objective.blocks", fix)
     return tuple(blocks)
 
 
 def pyramid_factors(encoder: nn.Module) -> tuple[int | float, ...]:
-    """How many times finer each level is than what the encoder gives; powers of two.
+    """The factor by which each level is finer than its block's map; powers of two.
 
-    Raises ConfigError where its patches do not come to the strides 4, 8, 16 and 32 so.
+    Raises ConfigError if the encoder's patches do not lead to strides of 4, 8, 16 and 32 pixels.
     """
     if len(encoder.stages) > 1:
         return (1,) * len(encoder.stages)
     factors = tuple(encoder.feature_stride / stride for stride in STRIDES)
     if not all(math.log2(factor).is_integer() for factor in factors):
         raise ConfigError(
-            f"patches of {encoder.feature_stride} pixels make no pyramid of strides 4, 8, 16 and 32",
-            "objective.head=upernet", "give --config=configs/folder_segment.py:linear, or patches of 4, 8, 16 or 32",
-        )  # fmt: skip
+            f"patches of {encoder.feature_stride} pixels cannot form a pyramid of strides 4, 8, 16 and 32",
+            "objective.head=upernet",
+            "give --config=configs/folder_segment.py:linear, or patches of 4, 8, 16 or 32",
+        )
     return factors
 
 
 class ConvNormRelu(nn.Module):
-    """A convolution without bias, a group norm and a ReLU. kernel: its side, odd. He initialization by fan out."""
+    """A convolution without bias, a group norm and a ReLU. kernel: odd side. He initialization by fan out."""
 
     channels: int
     kernel: int
@@ -68,25 +68,30 @@ class ConvNormRelu(nn.Module):
         initial = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         size = (self.kernel, self.kernel)
         x = nn.Conv(
-            self.channels, size, padding=self.kernel // 2, use_bias=False, dtype=self.dtype, kernel_init=initial,
+            self.channels,
+            size,
+            padding=self.kernel // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=initial,
             name="conv",
-        )(x)  # fmt: skip
+        )(x)
         return nn.relu(group_norm(self.channels, "norm")(x.astype(jnp.float32)))
 
 
 def group_norm(channels: int, name: str) -> nn.GroupNorm:
-    """A group norm in float32, of at most 32 groups, of 16 channels or more where there are as many.
+    """A float32 group norm of at most 32 groups, each of at least 16 channels if there are that many.
 
-    So that it leaves something of a map of one pixel.
+    Small groups would erase a map of one pixel.
     """
-    return nn.GroupNorm(math.gcd(GROUPS, channels // CHANNELS or 1, channels), epsilon=1e-5, name=name)
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels // MIN_GROUP_CHANNELS or 1, channels), epsilon=1e-5, name=name)
 
 
 class Rescale(nn.Module):
-    """One level of a plain transformer's pyramid: its map, made `factor` times finer.
+    """One level of a plain transformer's pyramid: a block's map, made `factor` times finer.
 
-    Each doubling is a transposed convolution of 2x2, with a norm and a GELU between two of them; a factor below 1 is a
-    maximum over squares of 1 / factor.
+    Each doubling is a 2x2 transposed convolution, with a norm and a GELU between two of them. A factor below 1 is a
+    max pool over squares of 1 / factor.
     """
 
     factor: int | float
