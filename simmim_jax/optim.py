@@ -118,17 +118,16 @@ def make_schedule(options: ScheduleOptions, steps: int, steps_per_epoch: int) ->
     return rate
 
 
-<<<<<<< HEAD
 def make_is_decayed(
     decayed_too: tuple[str, ...] = (),
     decay_mask_token: bool | None = None,
     decay_bias_tables: bool | None = None,
     no_decay: tuple[str, ...] = NO_DECAY,
 ) -> Callable[[str], bool]:
-    """A function: parameter path -> whether weight decay applies to it.
+    """A function from a parameter's path to whether weight decay applies to it.
 
-    It applies to all paths without a name of `no_decay`. decay_mask_token, decay_bias_tables: override this for the mask
-    token and the relative position bias tables; None: decay them if the official code does, which `decayed_too` says.
+    It applies to all paths without a name of `no_decay`. decay_mask_token, decay_bias_tables: override this for the
+    mask token and the relative position bias tables; None: they decay if `decayed_too` has "mask_token" or "table".
     """
     choices = {"mask_token": decay_mask_token, "table": decay_bias_tables}
     decayed = {name for name, choice in choices.items() if (name in decayed_too if choice is None else choice)}
@@ -139,12 +138,6 @@ def make_is_decayed(
 def decayed(params: PyTree, is_decayed: Callable[[str], bool]) -> PyTree:
     """True for each parameter that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path_name(path)), params)
-=======
-def decayed(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
-    """True for each parameter that decays: those with no name of `no_decay` in their path."""
-    spared = lambda path: not set(no_decay).isdisjoint(path_name(path).split("/"))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: not spared(path), params)
->>>>>>> d2205d1 (Masks become a package of pure functions; objectives, mixing, blocks and optimizer take named options)
 
 
 def layers(
@@ -281,29 +274,6 @@ def make_optimizer(
     layer_id, depth, decayed_too, scanned_layers: of the encoder (`layer_id`, `depth`, `DECAYED_TOO`, `scanned_layers`).
     options: fields of `OptimizerOptions` and `ScheduleOptions`. Raises ConfigError for options that cannot work.
     """
-<<<<<<< HEAD
-    check_options("optimizer", make_schedule, schedule_options)
-    is_frozen = make_frozen(frozen, frozen_layers, layer_id)
-    check_minimum("optim.layer_decay", layer_decay, 0, strict=True)
-    scales = [1.0] if layer_decay == 1 else [layer_decay ** (depth + 1 - layer) for layer in range(depth + 2)]
-    rates = [
-        make_schedule(
-            schedule,
-            steps=steps,
-            steps_per_epoch=steps_per_epoch,
-            learning_rate=learning_rate * scale,
-            **schedule_options,
-        )
-        for scale in scales
-    ]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"betas {betas}", "optim.betas", "give two numbers in [0, 1), like 0.9,0.999")
-    check_minimum("optim.epsilon", epsilon, 0, strict=True)
-    check_minimum("optim.weight_decay", weight_decay, 0)
-    check_minimum("optim.grad_clip_norm", grad_clip_norm, 0)
-    is_decayed = make_is_decayed(decayed_too, decay_mask_token, decay_bias_tables, no_decay)
-    decay = optax.add_decayed_weights(weight_decay, lambda params: decayed(params, is_decayed))
-=======
     own = {key: options[key] for key in OptimizerOptions._fields if key in options}
     rest = {key: value for key, value in options.items() if key not in own}
     check_options("optimizer", ScheduleOptions, rest)
@@ -325,11 +295,8 @@ def make_optimizer(
     def layer_ids(params):
         return jax.tree.map(lambda _: 0, params) if one_rate else layers(params, layer_id, depth, scanned_layers)
 
-    requested = {"mask_token": options.decay_mask_token, "table": options.decay_bias_tables}
-    decays = {word: word in decayed_too if choice is None else choice for word, choice in requested.items()}
-    no_decay = tuple(word for word in options.no_decay if not decays.get(word))
-    decay = optax.add_decayed_weights(options.weight_decay, lambda params: decayed(params, no_decay))
->>>>>>> d2205d1 (Masks become a package of pure functions; objectives, mixing, blocks and optimizer take named options)
+    is_decayed = make_is_decayed(decayed_too, options.decay_mask_token, options.decay_bias_tables, options.no_decay)
+    decay = optax.add_decayed_weights(options.weight_decay, lambda params: decayed(params, is_decayed))
     rules = {
         "adamw": (optax.scale_by_adam(*options.betas, eps=options.epsilon), decay),
         "sgd": (decay, optax.trace(options.betas[0])),

@@ -1,4 +1,4 @@
-"""Schedules in closed form, decayed parameters written out, and what a frozen parameter keeps."""
+"""Schedules in closed form, lists of decayed parameters, layer-wise rates, and frozen parameters."""
 
 import math
 
@@ -12,21 +12,16 @@ from tiny import PIXELS, tiny_batch, tiny_encoder, tiny_objective
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.optim import freeze, make_frozen, make_optimizer, make_schedule, path_name
+from simmim_jax.optim import ScheduleOptions, freeze, make_frozen, make_optimizer, make_schedule, path_name
 from simmim_jax.train_step import init_state, train_step
 
 KEY = jax.random.key(0)
 
 
 def rates(schedule, steps=100, **options):
-    options = {
-        "steps_per_epoch": 10,
-        "learning_rate": 4e-4,
-        "warmup_epochs": 1.0,
-        "warmup_learning_rate": 2e-6,
-        **options,
-    }
-    rate = make_schedule(schedule, steps=steps, min_learning_rate=4e-5, **options)
+    warmup = {"warmup_epochs": 1.0, "warmup_learning_rate": 2e-6}
+    options = {"learning_rate": 4e-4, "min_learning_rate": 4e-5, **warmup, **options}
+    rate = make_schedule(ScheduleOptions(schedule=schedule, **options), steps, steps_per_epoch=10)
     return np.array([float(rate(step)) for step in range(steps)])
 
 
@@ -35,7 +30,7 @@ def warmup(t):
 
 
 def closed_form(schedule, t):
-    """As the official schedulers compute it: lr_scheduler.py and timm's CosineLRScheduler._get_lr."""
+    """The official lr_scheduler.py and timm's CosineLRScheduler._get_lr."""
     if t < 10:
         return warmup(t)
     cosine = lambda progress: 4e-5 + 0.5 * (4e-4 - 4e-5) * (1 + math.cos(math.pi * progress))  # noqa: E731
@@ -50,26 +45,25 @@ def closed_form(schedule, t):
 
 @pytest.mark.parametrize("lr_step_offset", [0, 1])
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_global", "multistep", "linear", "constant"])
-def test_the_rate_of_every_step_equals_the_closed_form(schedule, lr_step_offset):
+def test_rate_of_every_step_equals_the_closed_form(schedule, lr_step_offset):
     expected = [closed_form(schedule, max(step - lr_step_offset, 0)) for step in range(100)]
-    np.testing.assert_allclose(
-        rates(schedule, milestones=(7.0,), lr_step_offset=lr_step_offset), expected, rtol=1e-5
-    )  # float32
+    actual = rates(schedule, milestones=(7.0,), lr_step_offset=lr_step_offset)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)  # float32
 
 
-def test_the_official_cosine_drops_at_the_end_of_the_warm_up():
-    """SimMIM's 100-epoch recipe: to 0.976 of the peak (spec 1.5); the Swin repository's goes on smoothly."""
+def test_cosine_global_drops_at_the_end_of_the_warm_up():
+    """In SimMIM's 100-epoch recipe it drops to 0.976 of the peak. "cosine" continues smoothly."""
     drop = rates("cosine_global", learning_rate=1.0, warmup_learning_rate=0.0)
     assert 0.975 < drop[10] < 0.977
     assert rates("cosine")[10] == pytest.approx(4e-4)
 
 
-def test_a_run_shorter_than_its_warm_up_warms_up_throughout():
+def test_run_shorter_than_its_warm_up_only_warms_up():
     assert (np.diff(rates("cosine", steps=5)) > 0).all()
 
 
 def names_of_decayed(params, **options) -> set[str]:
-    """The paths of all parameters that an update with no gradient changes."""
+    """The paths of all parameters that an update with zero gradients changes."""
     tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, **options)
 
     @jax.jit
@@ -81,7 +75,7 @@ def names_of_decayed(params, **options) -> set[str]:
     return {path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(updates) if (x != 0).any()}
 
 
-def test_exactly_these_parameters_of_a_vit_decay():
+def test_decayed_parameters_of_vit():
     params = jax.eval_shape(tiny_objective(tiny_encoder(absolute_position="learned")).init, KEY)
     layers = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
     kernels = {f"encoder/block_{n}/{name}/kernel" for n in range(2) for name in layers}
@@ -96,7 +90,7 @@ def test_exactly_these_parameters_of_a_vit_decay():
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2"])
-def test_exactly_these_parameters_of_a_swin_decay(name):
+def test_decayed_parameters_of_swin(name):
     encoder = make_encoder(name, "t", width=8, depths=(1, 1), num_heads=(1, 2), absolute_position="learned")
     params = jax.eval_shape(make_objective("simmim", encoder, **PIXELS, mask_patch_size=16).init, KEY)
     layers = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
@@ -105,8 +99,8 @@ def test_exactly_these_parameters_of_a_swin_decay(name):
     assert names_of_decayed(params) == kernels
 
 
-def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
-    """What the official fine-tuning does, and a factor on the whole schedule would not."""
+def test_each_layer_has_its_own_peak_and_the_same_first_and_last_rate():
+    """As in official fine-tuning. A factor on the whole schedule would also scale the first and last rate."""
     encoder = tiny_encoder()
     params = jax.eval_shape(tiny_objective(encoder).init, KEY)
     tx, schedule = make_optimizer(
@@ -135,16 +129,9 @@ def test_each_layer_has_its_own_peak_and_all_the_same_first_and_last_rate():
 
 
 def test_adamw_equals_its_equations():
-    """Decoupled decay times the rate, bias-corrected moments (torch.optim.AdamW), after clipping to the global norm."""
-    tx, _ = make_optimizer(
-        "adamw",
-        steps=10,
-        steps_per_epoch=1,
-        schedule="constant",
-        learning_rate=0.1,
-        weight_decay=0.05,
-        grad_clip_norm=5.0,
-    )
+    """torch.optim.AdamW: decay times the rate, bias-corrected moments; after clipping to the global norm."""
+    options = {"schedule": "constant", "learning_rate": 0.1, "weight_decay": 0.05, "grad_clip_norm": 5.0}
+    tx, _ = make_optimizer("adamw", steps=10, steps_per_epoch=1, **options)
     w, b = np.array([[3.0, -2.0]]), np.array([1.0])
     params = {"kernel": jnp.asarray(w), "bias": jnp.asarray(b)}
     opt_state = tx.init(params)
@@ -188,15 +175,15 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
         (3, {"patch_embed", "pos_embed", "rel_pos_bias", "block_0", "block_1"}),
     ],
 )  # fmt: skip
-def test_what_frozen_layers_read_is_frozen_with_them(layers, frozen):
-    """Else their output would change all the same: a bias table that all blocks share, the positions of a Swin."""
+def test_position_parameters_are_frozen_with_the_layers_that_read_them(layers, frozen):
+    """Otherwise the output of frozen layers would change."""
     layer_id = {"patch_embed": 0, "pos_embed": 3, "rel_pos_bias": 3, "block_0": 1, "block_1": 2, "norm": 3}
     is_frozen = make_frozen("", layers, lambda path: layer_id[path.split("/")[0]]) or (lambda path: False)
     assert {name for name in layer_id if is_frozen(f"encoder/{name}/kernel")} == frozen
     assert not is_frozen("head/kernel")
 
 
-def test_frozen_statistics_are_not_measured_anew():
+def test_frozen_running_statistics_do_not_change():
     def loss_fn(params, batch, key, train):
         return params["head"] * 1.0, {"batch_stats": {"encoder": {"mean": jnp.float32(5.0), "var": jnp.float32(6.0)}}}
 
@@ -206,22 +193,18 @@ def test_frozen_statistics_are_not_measured_anew():
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "hint"),
     [
-        {"frozen": "enc("},
-        {"betas": (2.0, 3.0)},
-        {"clip": -5.0},
-        {"weight_decay": -1.0},
-        {"lr": 1.0},
+        ({"frozen": "enc("}, "optim.frozen"),
+        ({"betas": (2.0, 3.0)}, "optim.betas"),
+        ({"grad_clip_norm": -5.0}, "optim.grad_clip_norm"),
+        ({"weight_decay": -1.0}, "optim.weight_decay"),
+        ({"lr": 1.0}, "learning_rate"),
+        ({"schedule": "cosin"}, "did you mean cosine"),
+        ({"name": "lars"}, "choose one of adamw, sgd"),
     ],
 )
-def test_options_that_cannot_work_are_refused(option):
-    with pytest.raises(ConfigError):
-        make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, **option)
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ConfigError, match="did you mean cosine"):
-        make_schedule("cosin", steps=1, steps_per_epoch=1, learning_rate=1.0)
-    with pytest.raises(ConfigError, match="choose one of adamw, sgd"):
-        make_optimizer("lars", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0)
+def test_invalid_options_are_refused(option, hint):
+    options = {"name": "adamw", "schedule": "constant", "learning_rate": 1.0, **option}
+    with pytest.raises(ConfigError, match=hint):
+        make_optimizer(steps=1, steps_per_epoch=1, **options)
