@@ -1,0 +1,332 @@
+"""Folders that prepare writes: their plan, their manifest, and whether they are undamaged.
+
+An unfinished folder has a plan, `.prepare.json`, with every decision that a resumed run must repeat. A finished folder
+has a manifest, written last. `shards` writes the files in between.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from simmim_jax.data import prepared
+from simmim_jax.data.decode import BadImage
+from simmim_jax.data.prepared import HEAD, MANIFEST, PLAN, SHARD
+from simmim_jax.errors import ConfigError, DataError, differences
+from simmim_jax.files import lock_folder, write_json
+from simmim_jax.tools.prepare.shards import (
+    Settings,
+    Statistics,
+    Task,
+    disk_errors,
+    file_hash,
+    make_tasks,
+    read_statistics,
+    remove_hidden,
+    shrink,
+    write_bytes,
+)
+
+LOCK, REFUSED, SIDECARS = ".prepare.lock", "refused.csv", ".part-*.json"
+SHARD_BYTES, MAX_SHARDS = 256 * 2**20, 1024
+SMALL_SHARDS, MIN_IMAGES = 16, 500  # small data sets: at most 16 shards, with at least 500 images each
+MAX_CLASSES = 1_000_000  # if labels have no names
+SAMPLES = 32  # images from which the size of all is estimated
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a folder will hold. `manifest` is {} until it is finished, `shards` 0 until it is decided."""
+
+    folder: str
+    source: dict
+    settings: Settings
+    classes: list[str]
+    shards: int = 0
+    manifest: dict = dataclasses.field(default_factory=dict)
+    overwrite: bool = False
+
+    def content(self) -> dict:
+        """What plan and manifest have in common."""
+        return HEAD | {"source": self.source, "settings": self.settings._asdict(), "classes": self.classes}
+
+
+def check_paths(source: str, dest: str) -> None:
+    """Refuse a DEST that is SOURCE, inside of it or around it, or a folder of other files."""
+    ends = os.path.realpath(source), os.path.realpath(dest)
+    if source and os.path.exists(source) and os.path.commonpath(ends) in ends:
+        raise ConfigError("SOURCE and DEST are the same, or one is inside the other", dest, "give another DEST")
+    if os.path.exists(dest) and not os.path.isdir(dest):
+        raise ConfigError("a file instead of a folder", dest, "give another DEST")
+    if not os.path.isdir(dest):
+        return
+    folders = prepared_folders(dest)
+    if dest in folders:
+        raise ConfigError("the folder of one split", dest, "give its parent folder as DEST")
+    for path in (os.path.join(dest, name) for name in sorted(_names(dest) - {LOCK}) if not folders):
+        # a run that was killed early leaves folders with nothing but partial files
+        if not os.path.isdir(path) or not all(name.endswith(".partial") for name in _names(path)):
+            raise _foreign_error(dest, path)
+
+
+@contextlib.contextmanager
+def lock(dest: str) -> Iterator[None]:
+    """Hold DEST for this process. Raises BusyError if another process holds it."""
+    with disk_errors(dest):
+        os.makedirs(dest, exist_ok=True)
+        open(os.path.join(dest, LOCK), "a").close()
+    with lock_folder(Path(dest), LOCK, "DEST is in use"):
+        yield
+
+
+def prepared_folders(dest: str) -> list[str]:
+    """The finished and unfinished folders: `dest`, or those in it."""
+    folders = [dest, *(os.path.join(dest, name) for name in sorted(_names(dest)))]
+    return [folder for folder in folders if {PLAN, MANIFEST} & _names(folder)]
+
+
+def check_classes(dest: str, classes: list[str], *, splits: set[str]) -> None:
+    """Refuse classes by which a label would mean another class than in the other splits of `dest` than `splits`."""
+    for folder in prepared_folders(dest):
+        theirs = (read_manifest(folder) or read_plan(folder))["classes"]
+        common = min(len(theirs), len(classes))
+        if os.path.basename(folder) not in splits and theirs[:common] != classes[:common]:
+            what = f"a label would mean another class than in {folder}"
+            raise ConfigError(what, dest, "prepare all splits in one run, with --split=A,B and --overwrite")
+
+
+def make_plan(
+    folder: str, source, *, classes: list[str], settings: Settings, shards: int | None, overwrite: bool
+) -> Plan:
+    """The plan of `folder`, which continues what is in it unless `overwrite` is set.
+
+    Raises:
+      ConfigError: the folder has other files, or was begun with another source or other settings.
+      DataError: it was finished and is damaged.
+    """
+    described = {"described": source.describe(), "fingerprint": source.fingerprint()}
+    plan = Plan(folder, described, settings, classes, min(shards or 0, len(source)), overwrite=overwrite)
+    names, manifest = _names(folder), read_manifest(folder)
+    found = manifest or read_plan(folder)
+    visible = {name for name in names if not name.startswith(".")}
+    foreign = {name for name in visible - {MANIFEST, REFUSED} if not SHARD.fullmatch(name)}
+    if (visible and not found) or (foreign and overwrite):
+        raise _foreign_error(folder, min(foreign or visible))
+    if not found or overwrite:
+        return plan
+    count = len(manifest["shards"]) if manifest else found["shards"]
+    now = _compared(plan.content(), plan.shards or count)
+    if not plan.classes:  # known only at the end
+        now["classes"] = _compared(found, count)["classes"]
+    if changed := differences(_compared(found, count), now):
+        what = f"{'finished' if manifest else 'begun'} with another SOURCE or other settings: {changed}"
+        raise ConfigError(what, folder, "repeat the first command, or give another DEST or --overwrite")
+    if manifest and (faults := missing_shards(folder, manifest)):
+        raise DataError(f"finished, and damaged since: {faults[0]}", folder, "give --overwrite to prepare it again")
+    return dataclasses.replace(plan, shards=count, manifest=manifest)
+
+
+def _compared(content: dict, shards: int) -> dict:
+    """What a plan or manifest must have in common with a command that continues it."""
+    digest = hashlib.sha256("\0".join(content["classes"]).encode(errors="surrogateescape")).hexdigest()[:8]
+    classes = f"{len(content['classes'])} (SHA-256 {digest})"
+    return content["source"]["fingerprint"] | content["settings"] | {"shards": shards, "classes": classes}
+
+
+def begin(plan: Plan, source) -> tuple[list[Task], dict[Task, Statistics]]:
+    """(all shards of a plan, the finished ones). Decides the number of shards once, and writes the plan."""
+    with disk_errors(plan.folder):
+        os.makedirs(plan.folder, exist_ok=True)
+        remove_hidden(plan.folder)
+        if plan.overwrite:
+            for name in _names(plan.folder):
+                if SHARD.fullmatch(name) or name == REFUSED:
+                    os.unlink(os.path.join(plan.folder, name))
+            remove_hidden(plan.folder, SIDECARS)
+            for name in (PLAN, MANIFEST):  # last: if this is killed, they still identify the folder
+                Path(plan.folder, name).unlink(missing_ok=True)
+    if not os.path.exists(os.path.join(plan.folder, PLAN)):
+        plan.shards = plan.shards or _choose_shards(source, plan.settings)
+        with disk_errors(plan.folder):
+            write_json(Path(plan.folder, PLAN), plan.content() | {"shards": plan.shards})
+    tasks = make_tasks(plan.folder, len(source), plan.shards)
+    return tasks, {task: made for task in tasks if (made := read_statistics(task))}
+
+
+def _choose_shards(source, settings: Settings) -> int:
+    """The number of shards of about SHARD_BYTES, estimated from the first images; more for small data and workers."""
+    sizes = []
+    for i in range(min(SAMPLES, len(source))):
+        with contextlib.suppress(BadImage, OSError):
+            sizes.append(len(shrink(source[i]["image"], settings)[0]["image"]))
+    by_size = math.ceil(len(source) * np.mean(sizes or [0]) / SHARD_BYTES)
+    return min(MAX_SHARDS, max(1, by_size, min(SMALL_SHARDS, len(source) // MIN_IMAGES)))
+
+
+def finish(plan: Plan, tasks: list[Task]) -> tuple[dict, Statistics]:
+    """Write `refused.csv` and the manifest. Returns the manifest and the statistics of all shards together."""
+    done = [read_statistics(task) for task in tasks]
+    if None in done:
+        raise DataError("a shard has disappeared", tasks[done.index(None)].path, "run the same command again")
+    made = _add_up(done, plan.settings.channels)
+    described = plan.source["described"]
+    if not plan.classes and made.max_label >= MAX_CLASSES:
+        raise DataError(f"a label is {made.max_label}", described, "give a SOURCE with labels from 0 to classes - 1")
+    if not made.count:
+        name, reason = made.refused[0]
+        raise DataError(f"no image can be used, the first is {name!r} ({reason})", described, "repair the images")
+    table = io.StringIO()
+    csv.writer(table).writerows([["name", "reason"], *made.refused])
+    write_bytes(os.path.join(plan.folder, REFUSED), table.getvalue().encode(errors="surrogateescape"))
+    # exact integers up to here: the variance is a difference of two large numbers
+    variance = [made.pixels * square - total**2 for total, square in zip(made.sums, made.squares, strict=True)]
+    packages = ("array_record", "pillow", "simplejpeg", "cykooz_resizer", "numpy")
+    manifest = plan.content() | {
+        "count": made.count,
+        "classes": plan.classes or [str(label) for label in range(made.max_label + 1)],
+        "channels": plan.settings.channels,
+        "mean": [total / made.pixels / 255 for total in made.sums],
+        "std": [math.sqrt(value) / made.pixels / 255 for value in variance],
+        "bytes": made.bytes,
+        "shards": [
+            {"file": os.path.basename(task.path), "count": one.count, "bytes": one.bytes, "sha256": one.sha256}
+            for task, one in zip(tasks, done, strict=True)
+        ],
+        "refused": len(made.refused),
+        "made": {
+            "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            "versions": {name: metadata.version(name) for name in packages},
+        },
+    }
+    with disk_errors(plan.folder):
+        write_json(Path(plan.folder, MANIFEST), manifest)
+    remove_working_files(plan.folder)
+    return manifest, made
+
+
+def _add_up(done: list[Statistics], channels: int) -> Statistics:
+    sums = {key: sum(getattr(one, key) for one in done) for key in ("count", "bytes", "source_bytes", "kept", "pixels")}
+    return Statistics(
+        **sums,
+        sums=[sum(one.sums[c] for one in done) for c in range(channels)],
+        squares=[sum(one.squares[c] for one in done) for c in range(channels)],
+        refused=[fault for one in done for fault in one.refused],
+        max_label=max(one.max_label for one in done),
+    )
+
+
+def remove_working_files(folder: str) -> None:
+    """Remove the files that only an unfinished folder needs."""
+    for pattern in (".*.partial", SIDECARS, PLAN):
+        remove_hidden(folder, pattern)
+
+
+# --- plans and manifests of earlier runs
+
+
+def read_manifest(folder: str) -> dict:
+    """The manifest of a finished folder; {} if there is none. Raises DataError if prepare did not write it."""
+    path = os.path.join(folder, MANIFEST)
+    manifest = prepared.read_manifest(folder)
+    if manifest is None:
+        if os.path.exists(path):
+            raise _invalid_error(path, "another format")
+        return {}
+    _check_content(manifest, path)
+    if not all(SHARD.fullmatch(shard["file"]) for shard in manifest["shards"]):
+        raise _invalid_error(path, "other names of shards")
+    return manifest
+
+
+def read_plan(folder: str) -> dict:
+    """The plan of an unfinished folder; {} if there is none. Raises DataError if prepare did not write it."""
+    path = os.path.join(folder, PLAN)
+    try:
+        plan = json.loads(Path(path).read_bytes())
+        if any(plan[key] != value for key, value in HEAD.items()) or not isinstance(plan["shards"], int):
+            raise ValueError("another format")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _invalid_error(path, f"{type(error).__name__}: {error}") from error
+    _check_content(plan, path)
+    return plan
+
+
+def _check_content(content: dict, path: str) -> None:
+    kinds = {"source": dict, "settings": dict, "classes": list}
+    valid = all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+    if not valid or not {"described", "fingerprint"} <= set(content["source"]):
+        raise _invalid_error(path, "a field is missing or has a wrong type")
+
+
+def _invalid_error(path: str, reason: str) -> DataError:
+    return DataError(f"not written by prepare: {reason}", path, "give another DEST, or remove this file")
+
+
+def _foreign_error(folder: str, name: str) -> ConfigError:
+    what = f"it has {os.path.basename(name)!r}, which prepare has not written"
+    return ConfigError(what, folder, "give another DEST, empty or new")
+
+
+def _names(folder: str) -> set[str]:
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+
+# --- verification
+
+
+def missing_shards(folder: str, manifest: dict) -> list[str]:
+    """Faults of shards, judged by their sizes."""
+    faults = []
+    for shard in manifest["shards"]:
+        try:
+            size = os.path.getsize(os.path.join(folder, shard["file"]))
+        except OSError as error:
+            faults.append(f"{shard['file']}: {error.strerror}")
+            continue
+        if size != shard["bytes"]:
+            faults.append(f"{shard['file']}: {size} bytes, but {shard['bytes']} in {MANIFEST}")
+    return faults
+
+
+def damaged_shards(folder: str, *, workers: int) -> list[str]:
+    """Faults of a folder, judged by every byte, by the number of records, and by surplus files."""
+    manifest = read_manifest(folder)
+    if not manifest:
+        return ["unfinished: run the command that began it again"]
+    faults = missing_shards(folder, manifest)
+    missing = {fault.split(":")[0] for fault in faults}
+    existing = [shard for shard in manifest["shards"] if shard["file"] not in missing]
+    with ThreadPoolExecutor(workers) as threads:  # hashing releases the GIL
+        faults += filter(None, threads.map(lambda shard: _damage(folder, shard), existing))
+    count = sum(shard["count"] for shard in manifest["shards"])
+    if count != manifest["count"]:
+        faults.append(f"{MANIFEST}: {manifest['count']} images, but {count} in its shards")
+    surplus = {name for name in _names(folder) if SHARD.fullmatch(name)} - {s["file"] for s in manifest["shards"]}
+    return sorted(faults) + [f"{name}: not in {MANIFEST}" for name in sorted(surplus)]
+
+
+def _damage(folder: str, shard: dict) -> str:
+    path = os.path.join(folder, shard["file"])
+    try:
+        if file_hash(path) != shard["sha256"]:
+            return f"{shard['file']}: its bytes have changed"
+        reader = ArrayRecordReader(os.fsencode(path))
+        count = reader.num_records()
+        reader.close()
+    except (OSError, RuntimeError) as error:
+        return f"{shard['file']}: {getattr(error, 'strerror', None) or error}"
+    return "" if count == shard["count"] else f"{shard['file']}: {count} records, but {shard['count']} in {MANIFEST}"
