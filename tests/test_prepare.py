@@ -519,7 +519,7 @@ def test_other_settings_and_sources_are_refused_for_finished_and_unfinished_fold
 def test_overwrite_replaces_only_files_of_prepare(small, tmp_path):
     shutil.copytree(small / "to", tmp_path / "to")
     write(tmp_path / "to" / "train" / "mine.txt", b"")
-    with pytest.raises(ConfigError, match="'mine.txt'"):
+    with pytest.raises(ConfigError, match=r"'mine\.txt'"):
         prepare(small / "from", tmp_path / "to", "--overwrite")
     assert (tmp_path / "to" / "train" / "manifest.json").exists()
     (tmp_path / "to" / "train" / "mine.txt").unlink()
@@ -720,7 +720,7 @@ def test_labels_mean_the_same_classes_in_every_split(tmp_path):
     prepare(tmp_path / "from", tmp_path / "to")
     for name in ("val/b/1.jpg", "val/a/1.jpg"):
         write(tmp_path / "from" / name)
-    with pytest.raises(ConfigError, match="another class than in .*train"):
+    with pytest.raises(ConfigError, match=r"another class than in .*train"):
         prepare(tmp_path / "from", tmp_path / "to", "--split=val")
 
 
@@ -772,5 +772,5 @@ def test_manifest_of_another_program_is_refused(change, small, tmp_path):
     shutil.copytree(small / "to", tmp_path / "to")
     (train / "manifest.json").write_text(json.dumps(manifest(train) | change))
     for arguments in (["--verify", str(tmp_path / "to")], [str(small / "from"), str(tmp_path / "to")]):
-        with pytest.raises(DataError, match="manifest.json"):
+        with pytest.raises(DataError, match=r"manifest\.json"):
             command.run(arguments)
