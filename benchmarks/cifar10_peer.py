@@ -40,7 +40,7 @@ from simmim_jax.config import refuse_change, to_dict
 from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, exit_with_message
 from simmim_jax.files import lock_folder, read_json
 from simmim_jax.flags import define_config_flag, parse_flags
-from simmim_jax.interop.huggingface import preprocessor_config_of
+from simmim_jax.interop.huggingface import make_preprocessor_config
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.runs import checkpoint
@@ -260,7 +260,7 @@ def pretrain(config, workdir: str) -> dict:
         evaluations = [{k: v for k, v in records.evaluations[n].items() if k != "step"} for n in (0, settings.steps)]
         records.close()
         model.save_pretrained(folder / "huggingface")
-        pixels = preprocessor_config_of(
+        pixels = make_preprocessor_config(
             tuple(config.image_size), tuple(config.mean), tuple(config.std), config.data.interpolation
         )
         (folder / "huggingface" / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")

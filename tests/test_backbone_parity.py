@@ -79,7 +79,7 @@ def our_maps(encoder, params, images) -> dict[str, np.ndarray]:
     out, seen = encoder.apply({"params": params}, jnp.asarray(images), mutable=["intermediates"])
     blocks = seen["intermediates"]["blocks"]
     maps = {f"stage{n + 1}": blocks[end - 1] for n, end in enumerate(backbone.stage_ends(encoder))}
-    kind = backbone.kind_of(encoder)
+    kind = backbone.backbone_type(encoder)
     if kind in ("swin", "convnext"):
         maps = {name: unscaled_norm(x, {"swin": 1e-5, "convnext": 1e-6}[kind]) for name, x in maps.items()}
     if kind == "swin":
@@ -101,7 +101,7 @@ def test_auto_backbone_gives_the_maps_of_our_stages_and_every_name_has_its_place
     images = np.random.default_rng(1).standard_normal((2, SIZE, SIZE, 3)).astype(np.float32)
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     model, info = auto_backbone(tmp_path / "backbone")
-    assert type(model).__name__ == backbone.CLASSES[backbone.kind_of(encoder)]
+    assert type(model).__name__ == backbone.CLASSES[backbone.backbone_type(encoder)]
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.out_features == backbone.out_features(encoder)
     assert len(model.out_features) == 4

@@ -23,7 +23,7 @@ from test_interop import (
 from torch_files import Call, CfgNode, Global, write_pth
 
 from simmim_jax.errors import CheckpointError, ConfigError
-from simmim_jax.interop.reading import metadata_of
+from simmim_jax.interop.reading import read_metadata
 from simmim_jax.models import make_encoder
 from simmim_jax.runs import checkpoint
 from simmim_jax.tools.convert import __main__ as convert
@@ -299,7 +299,7 @@ def test_what_the_names_do_not_tell_comes_back_from_our_own_metadata(tmp_path, c
 )  # fmt: skip
 def test_metadata_of_ours_that_somebody_changed_is_told(tmp_path, state, workdir, change):
     tool(workdir, tmp_path / "a.safetensors", "--format=official")
-    metadata = metadata_of(tmp_path / "a.safetensors")
+    metadata = read_metadata(tmp_path / "a.safetensors")
     metadata["model"] = json.dumps(json.loads(metadata["model"]) | change) if change else "{"
     save_file(load_file(state[0]), tmp_path / "b.safetensors", metadata=metadata)
     with pytest.raises((CheckpointError, ConfigError), match=r"b\.safetensors"):

@@ -56,13 +56,13 @@ class Reference:
         weights = interop.read_weights(str(folder / "official.safetensors"))
         # What these weights do not tell: a ViT's heads where it has no tables, a Swin V2's window without its buffers.
         given = {"num_heads": config["num_heads"]} if "vit" in name else {"window": config["window_size"]}
-        found = interop.settle(interop.describe(weights), given, (64, 64), weights.where)
+        found = interop.resolve(interop.detect(weights), given, (64, 64), weights.where)
         assert found.format == "official"
         fields = {field: value for field, value in found.encoder.items() if field != "name"}
         self.encoder, self.objective = make_encoder(found.encoder["name"], None, **fields), dict(found.objective)
         made = make_objective(encoder=self.encoder, **PIXELS, **self.objective)
         self.abstract = jax.eval_shape(made.init, KEY)
-        self.rules = interop.rules_of("official", self.encoder, self.objective, found.prefix, (64, 64))
+        self.rules = interop.make_rules("official", self.encoder, self.objective, found.prefix, (64, 64))
         self.params, self.gradients = (
             jax.tree.map(jnp.asarray, interop.to_ours(self.rules, of_file, self.abstract, name))
             for of_file in (weights.arrays, part(arrays, "grad/"))
@@ -154,7 +154,7 @@ def test_fine_tuning_gives_each_parameter_the_official_rate_and_decay(golden_jso
     objective = {"name": "classify", "num_classes": 7, "fc_norm": "vit" in name}
     params = jax.eval_shape(make_objective(encoder=encoder, **PIXELS, **objective).init, KEY)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
-    rules = interop.rules_of("official", encoder, objective, "", (64, 64))
+    rules = interop.make_rules("official", encoder, objective, "", (64, 64))
     official_name = {rule.ours: rule.theirs for rule in rules}
 
     scales = jax.tree.map(

@@ -14,7 +14,7 @@ from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import backbone, huggingface, mae, official, rules
 from simmim_jax.interop.reading import Weights, read_weights
-from simmim_jax.interop.weight_spec import ratio_of, side_of_table, whole_root
+from simmim_jax.interop.weight_spec import integer_sqrt, mlp_ratio_from, table_side
 from simmim_jax.models import make_encoder
 from simmim_jax.tools.convert.weights import abstract_model
 
@@ -103,16 +103,16 @@ def exported(format, options, objective, image_size=None):
     table = chosen.rules(encoder, objective, chosen.export_prefix(objective["name"]), image_size)
     config = {}
     if format == "huggingface":
-        config = json.loads(json.dumps(huggingface.config_of(encoder, objective, image_size, 3)))
+        config = json.loads(json.dumps(huggingface.make_config(encoder, objective, image_size, 3)))
     return Weights(rules.to_theirs(table, params), {}, config, {}, "file", ""), params
 
 
 def imported(weights, given=None, image_size=None):
     """(parameters, what was found) of a file; `given` and `image_size` as on the command line."""
-    found = interop.settle(interop.describe(weights), given or {}, image_size, weights.where)
+    found = interop.resolve(interop.detect(weights), given or {}, image_size, weights.where)
     encoder, abstract = make({"size": "t" if "swin" in found.encoder["name"] else SIZES[found.encoder["name"]],
                               **found.encoder}, found.objective, found.image_size)  # fmt: skip
-    table = interop.rules_of(found.format, encoder, found.objective, found.prefix, found.image_size)
+    table = interop.make_rules(found.format, encoder, found.objective, found.prefix, found.image_size)
     return rules.to_ours(table, weights.arrays, abstract, weights.where), found
 
 
@@ -152,14 +152,14 @@ def test_what_is_exported_and_imported_is_the_same_to_the_bit(format, options, o
 def test_a_table_or_a_position_embedding_tells_the_image_size():
     for options in ({"absolute_position": "learned", "relative_position": "none"}, {"relative_position": "shared"}):
         weights, _ = exported("official", {**VIT, **options}, SIMMIM)
-        assert interop.describe(weights).image_size == (32, 32)
+        assert interop.detect(weights).image_size == (32, 32)
     weights, _ = exported("official", {**SWINS[0], "absolute_position": "learned"}, SIMMIM)
-    assert interop.describe(weights).image_size == (64, 64)
+    assert interop.detect(weights).image_size == (64, 64)
 
 
 def test_a_window_that_shrank_tells_the_image_size():
     weights, _ = exported("official", SWINS[0], SIMMIM)
-    found = interop.describe(weights)
+    found = interop.detect(weights)
     assert (found.image_size, found.encoder["window"], found.windows) == ((64, 64), 4, (4, 4, 4, 2))
 
 
@@ -198,11 +198,11 @@ def test_the_buffers_of_an_official_swin_v2_tell_windows_image_size_and_the_wind
 
 def test_what_weights_do_not_tell_is_asked_for():
     weights, _ = exported("timm", SWINS[1], BARE)
-    found = interop.describe(weights)
+    found = interop.detect(weights)
     with pytest.raises(CheckpointError, match=r"give --encoder.window=VALUE, --image_size=HEIGHT,WIDTH"):
-        interop.settle(found, {}, None, "file")
+        interop.resolve(found, {}, None, "file")
     with pytest.raises(CheckpointError, match=r"give --image_size=HEIGHT,WIDTH"):
-        interop.settle(found, {"window": 4}, None, "file")
+        interop.resolve(found, {"window": 4}, None, "file")
     weights, _ = exported("official", {**VIT, "absolute_position": "none", "relative_position": "none"}, SIMMIM)
     with pytest.raises(CheckpointError, match=r"give --encoder.num_heads=VALUE, --image_size=HEIGHT,WIDTH"):
         imported(weights)
@@ -217,7 +217,8 @@ def test_heads_that_are_guessed_are_told():
 
 
 def test_heads_of_a_known_size_are_those_of_the_size():
-    assert [official.heads_of(*size) for size in ((1280, 32), (768, 12), (384, 6), (100, 2))] == [16, 12, 6, None]
+    sizes = ((1280, 32), (768, 12), (384, 6), (100, 2))
+    assert [official.guess_num_heads(*size) for size in sizes] == [16, 12, 6, None]
 
 
 def test_a_folder_of_timm_on_the_hub_tells_image_size_and_pixels():
@@ -227,16 +228,15 @@ def test_a_folder_of_timm_on_the_hub_tells_image_size_and_pixels():
     back, found = imported(weights)
     assert_same(back, params)
     assert found.image_size == (64, 64)
-    assert interop.pixels_of(weights) == {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    assert interop.find_normalization(weights) == {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
 def test_sides_of_tables_and_ratios():
-    assert [side_of_table((2 * n - 1) ** 2) for n in range(1, 20)] == list(range(1, 20))
-    assert side_of_table(16) is None
-    assert whole_root(15) is None
-    assert all(
-        int(width * ratio_of(hidden, width)) == hidden for width in range(90, 1200, 37) for hidden in (1, 999, 4304)
-    )
+    assert [table_side((2 * n - 1) ** 2) for n in range(1, 20)] == list(range(1, 20))
+    assert table_side(16) is None
+    assert integer_sqrt(15) is None
+    sizes = [(width, hidden) for width in range(90, 1200, 37) for hidden in (1, 999, 4304)]
+    assert all(int(width * mlp_ratio_from(hidden, width)) == hidden for width, hidden in sizes)
 
 
 # What does not fit.
@@ -358,7 +358,7 @@ def test_foreign_names_are_told_with_what_is_supported():
     with pytest.raises(
         CheckpointError, match=r"unknown weights: 1 arrays .* transformer.wte.weight - gpt.pth - supported"
     ):
-        interop.describe(weights)
+        interop.detect(weights)
 
 
 def test_a_hugging_face_file_without_its_config_is_told():
@@ -471,7 +471,7 @@ PLAIN_VIT = {**VIT, "relative_position": "none", "qkv_bias": "qkv"}
 def test_a_backbone_has_a_place_for_all_of_an_encoder_and_a_norm_for_each_stage_that_transformers_norms(options):
     weights, params = exported("backbone", options, BARE)
     encoder = make_encoder(**options)
-    config = backbone.config_of(encoder, IMAGE[options["name"]], 3)
+    config = backbone.make_config(encoder, IMAGE[options["name"]], 3)
     assert config["architectures"] == [backbone.CLASSES[config["model_type"]]]
     assert set(config["out_features"]) <= {f"stage{n + 1}" for n in range(len(backbone.stage_ends(encoder)))}
     assert config["out_features"][-1] == f"stage{len(backbone.stage_ends(encoder))}"
@@ -523,12 +523,12 @@ def test_windows_that_timm_pads_elsewhere_are_told():
 
 def test_models_of_timm_with_the_names_of_others_are_refused_or_told():
     weights, _ = exported("timm", RESNET, BARE)
-    assert any("anti-aliased" in note for note in interop.describe(weights).notes)
+    assert any("anti-aliased" in note for note in interop.detect(weights).notes)
     for architecture in ("resnetblur50", "resnetaa50"):
         assert f"architecture '{architecture}'" in message(weights._replace(config={"architecture": architecture}))
     config = {"architecture": "resnet50", "model_args": {"aa_layer": "avg"}}
     assert "model_args has aa_layer 'avg'" in message(weights._replace(config=config))
-    assert interop.describe(weights._replace(config={"architecture": "resnet50"})).notes == ()
+    assert interop.detect(weights._replace(config={"architecture": "resnet50"})).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -537,15 +537,15 @@ def test_models_of_timm_with_the_names_of_others_are_refused_or_told():
 def test_pixel_statistics_that_are_no_numbers_are_told(mean):
     weights, _ = exported("timm", RESNET, BARE)
     with pytest.raises(CheckpointError, match=r"mean .* is not 3 number\(s\) - file - give --mean"):
-        interop.pixels_of(weights._replace(pixels={"image_mean": mean}))
-    assert interop.pixels_of(weights._replace(pixels={"image_mean": mean}), 3, ("std",)) == {}
+        interop.find_normalization(weights._replace(pixels={"image_mean": mean}))
+    assert interop.find_normalization(weights._replace(pixels={"image_mean": mean}), 3, ("std",)) == {}
 
 
 def test_one_pixel_statistic_is_that_of_every_channel_and_no_std_is_0():
     weights, _ = exported("timm", RESNET, BARE)
-    assert interop.pixels_of(weights._replace(pixels={"image_std": 0.5})) == {"std": (0.5, 0.5, 0.5)}
+    assert interop.find_normalization(weights._replace(pixels={"image_std": 0.5})) == {"std": (0.5, 0.5, 0.5)}
     with pytest.raises(CheckpointError, match=r"std \[0, 1, 1\] is not 3 number\(s\) above 0"):
-        interop.pixels_of(weights._replace(pixels={"image_std": [0, 1, 1]}))
+        interop.find_normalization(weights._replace(pixels={"image_std": [0, 1, 1]}))
 
 
 # Names.
@@ -577,7 +577,7 @@ def test_every_name_and_shape_of_an_official_model_goes_in_and_comes_out(golden,
 
 def test_a_rectangular_model_goes_out_and_comes_back():
     weights, params = exported("official", VIT, SIMMIM, (32, 64))
-    assert interop.describe(weights).image_size is None  # 7 * 15 displacements are no square
+    assert interop.detect(weights).image_size is None  # 7 * 15 displacements are no square
     back, _ = imported(weights, {}, (32, 64))
     assert_same(back, params)
 

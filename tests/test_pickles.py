@@ -23,7 +23,8 @@ import pytest
 from torch_files import MAGIC, STORAGE_OF, AsNumpy, Call, CfgNode, Global, Parameter, Storage, pack, pickled, write_pth
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.pickles import MAX_DEPTH, Dropped, read_pth, state_dict
+from simmim_jax.interop.pickles import MAX_DEPTH, Dropped
+from simmim_jax.interop.pth import read_pth, state_dict
 from simmim_jax.interop.reading import read_weights
 
 WAYS = [{}, {"protocol": 4}, {"protocol": 5}, {"legacy": True}]
@@ -354,7 +355,7 @@ def test_a_file_that_asks_to_run_something_is_refused_and_what_it_is_named(path,
 LISTENER = """
 import contextlib, pickle, sys
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.pickles import read_pth
+from simmim_jax.interop.pth import read_pth
 
 telling = "compile ctypes exec import open os pickle shutil socket subprocess".split()
 seen, listening = [], False
@@ -405,12 +406,12 @@ def test_a_plain_pickle_that_asks_to_run_something_is_refused(path, marker):
         (b"\x80\x02\x83\x01\x01.", "asks to run extension 257"),
         (b"\x80\x02\x84\x01\x01\x00\x00.", "asks to run extension 257"),
         (b"Pid\n.", "damaged: .*PERSID"),
-        (b"\x80\x02K\x01Q.", "damaged: a persistent id is not of a storage"),
+        (b"\x80\x02K\x01Q.", "damaged: a persistent id"),
         (b"\x80\x02X\x06\x00\x00\x00moduleK\x01K\x02K\x03tQ.", "damaged"),
         (b"\x80\x05\x97.", "damaged: .*NEXT_BUFFER"),
         (b"\x80\x02cos;x\nsystem\n.", "damaged: .*not a name"),
         (b"\x80\x02cpeople\nx y\n.", "damaged: .*not a name"),
-        (b"\x80\x04K\x01K\x02\x93.", "damaged: a global has no name"),
+        (b"\x80\x04K\x01K\x02\x93.", "damaged: .*STACK_GLOBAL"),
     ],
 )
 def test_the_rarer_ways_to_name_and_call_are_refused_too(path, marker, data, match):
@@ -466,10 +467,10 @@ def test_a_rebuilding_function_with_wrong_arguments_is_an_error_of_ours_or_plain
         ((0, (2**40,), (0,)), "larger than its storage"),
         ((0, (2**40, 2**40), (0, 0)), "larger than its storage"),
         ((0, (0, 2**62), (1, 1)), "damaged"),
-        ((0, (2,), (-1,)), "not of whole numbers"),
-        ((-1, (2,), (1,)), "not of whole numbers"),
+        ((0, (2,), (-1,)), "whole numbers"),
+        ((-1, (2,), (1,)), "whole numbers"),
         ((0, (2,), (1, 1)), "no shape"),
-        ((0, (1,) * 65, (1,) * 65), "not of whole numbers"),
+        ((0, (1,) * 65, (1,) * 65), "whole numbers"),
     ],
 )
 def test_a_tensor_beyond_its_storage_is_refused(path, arguments, match):
@@ -486,7 +487,7 @@ def test_a_storage_larger_than_the_file_is_refused_before_memory_is_taken(path, 
 
     data, _ = pickled([Storage("DoubleStorage", "0", Claim)], legacy=legacy)
     pack(path, data, {"0": array(4)}, legacy=legacy)
-    refused(path, "smaller than it says|larger than the file")
+    refused(path, "its storage 0 is smaller|larger than the file")
 
 
 def test_two_types_of_one_storage_in_a_stream_are_refused(path):
@@ -630,7 +631,7 @@ OTHERS = {
     "not a PyTorch file ": b"{'detail': 'not found'}",
     "a tar file": tar_of("storages"),
     "a TorchScript archive": archive_of(**{"m/data.pkl": b"N.", "m/constants.pkl": b"N.", "m/code/a.py": b""}),
-    "a zip archive, but not of torch.save": archive_of(**{"arr_0.npy": b""}),
+    "a zip archive, but not": archive_of(**{"arr_0.npy": b""}),
     "a plain pickle": pickle.dumps({"x": 1}),
     "damaged: .*contradicts": archive_of(**{"a/data.pkl": b"N."}).replace(b"a/data.pkl", b"a/data.pkl", 1)
     .replace(struct.pack("<II", 2, 2), struct.pack("<II", 2**30, 2**30)),

@@ -3,7 +3,7 @@
 The contract. A format is a module with
 
     recognize(weights) -> encoder               its name if the names in the file are this format's; else None
-    describe(encoder, weights) -> WeightSpec         options, objective and image size as far as the file tells them
+    detect(encoder, weights) -> WeightSpec         options, objective and image size as far as the file tells them
     rules(encoder, objective, prefix, image_size) -> [Rule]
                                                 which array of ours is which of theirs: one table, read both ways
 and, where we write it too,
@@ -37,16 +37,16 @@ __all__ = [
     "MAX_IMAGE",
     "WeightSpec",
     "Weights",
-    "describe",
-    "fields_of",
-    "pixels_of",
+    "detect",
+    "encoder_fields",
+    "find_normalization",
+    "make_rules",
     "read_weights",
-    "rules_of",
-    "settle",
+    "resolve",
     "skip",
     "to_ours",
     "to_theirs",
-    "why_not",
+    "why_invalid",
 ]
 
 CLASSES = {
@@ -65,13 +65,13 @@ SUPPORTED = (
 )
 
 
-def describe(weights: Weights) -> WeightSpec:
+def detect(weights: Weights) -> WeightSpec:
     """What `weights` are. Raises CheckpointError, with some of the names, if no format knows them."""
     formats = [FORMATS.get(weights.made["names"])] if weights.made else FORMATS.values()
     for format in filter(None, formats):
         if encoder := format.recognize(weights):
             try:
-                found = format.describe(encoder, weights)
+                found = format.detect(encoder, weights)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 raise CheckpointError(
                     f"shapes or fields that no {encoder} has ({type(error).__name__}: {error})",
@@ -91,9 +91,9 @@ def _as_made(found: WeightSpec, weights: Weights) -> WeightSpec:
     """`found`, of a file of ours, with all that its metadata says in place of what was taken or guessed."""
     made, name = weights.made, found.encoder["name"]
     said = {field: tuple(x) if isinstance(x, list) else x for field, x in made["encoder"].items()}
-    defaults = fields_of(name)
+    defaults = encoder_fields(name)
     fields = {field for field in said.keys() & defaults.keys() if field in found.encoder or field == "norm_momentum"}
-    if said.get("name") != name or any(why_not(said[field], defaults[field]) for field in fields):
+    if said.get("name") != name or any(why_invalid(said[field], defaults[field]) for field in fields):
         raise CheckpointError("its metadata is of another model", weights.where, "export it again")
     return found._replace(
         encoder=found.encoder | {field: said[field] for field in sorted(fields)},
@@ -102,12 +102,12 @@ def _as_made(found: WeightSpec, weights: Weights) -> WeightSpec:
     )
 
 
-def fields_of(name: str) -> dict:
+def encoder_fields(name: str) -> dict:
     """The fields of an encoder and their defaults."""
     return {f.name: f.default for f in dataclasses.fields(CLASSES[name]) if f.name not in ("parent", "name")}
 
 
-def why_not(value, default) -> str:
+def why_invalid(value, default) -> str:
     """Why `value` cannot be that of a field with this default; empty if it can."""
     if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
         return f"give a {type(default).__name__}, like {default!r}"
@@ -118,7 +118,7 @@ def why_not(value, default) -> str:
     return "give a number from 0 to 1000" if isinstance(default, float) and not 0 <= value <= 1000 else ""  # nor NaN
 
 
-def pixels_of(weights: Weights, channels: int = 3, names: tuple[str, ...] = ("mean", "std")) -> dict:
+def find_normalization(weights: Weights, channels: int = 3, names: tuple[str, ...] = ("mean", "std")) -> dict:
     """Those of mean and std of the images that the files beside the weights, or our metadata, tell.
 
     Raises CheckpointError if they are no numbers that can be those of so many channels.
@@ -146,12 +146,12 @@ def _statistic(name: str, values, channels: int, where: str) -> tuple[float, ...
     return tuple(map(float, values))
 
 
-def rules_of(format: str, encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
+def make_rules(format: str, encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
     """The table of a format for a model."""
     return FORMATS[format].rules(encoder, objective, prefix, image_size)
 
 
-def settle(found: WeightSpec, given: dict, image_size: tuple[int, int] | None, where: str) -> WeightSpec:
+def resolve(found: WeightSpec, given: dict, image_size: tuple[int, int] | None, where: str) -> WeightSpec:
     """`found` with the encoder's fields and the image size that the user gives, which have the last word.
 
     Raises CheckpointError if something is still unknown, with the options that say it, or if the windows of a Swin in
@@ -187,7 +187,7 @@ def settle(found: WeightSpec, given: dict, image_size: tuple[int, int] | None, w
 
 
 def _misfits(encoder: dict):
-    defaults = fields_of(encoder["name"])
+    defaults = encoder_fields(encoder["name"])
     for field, value in encoder.items():
-        if field != "name" and (why := why_not(value, defaults[field])):
+        if field != "name" and (why := why_invalid(value, defaults[field])):
             yield field, why

@@ -61,7 +61,7 @@ RESNET = (  # of timm's names, and what they are here
 )
 
 
-def kind_of(encoder) -> str:
+def backbone_type(encoder) -> str:
     """The model type of transformers whose backbone this encoder is."""
     name = type(encoder).__name__.lower()
     return name if name != "vit" else "dinov2" if encoder.relative_position == "none" else "beit"
@@ -69,7 +69,7 @@ def kind_of(encoder) -> str:
 
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
     """Why no backbone of transformers is this encoder; empty if one is."""
-    kind = kind_of(encoder)
+    kind = backbone_type(encoder)
     if kind in ("swin", "swinv2"):
         return huggingface.refusal(encoder, BARE, image_size)
     if kind in ("resnet", "convnext"):
@@ -100,7 +100,7 @@ def export_prefix(objective: str) -> str:
 
 def export_notes(encoder) -> tuple[str, ...]:
     """What its maps are, and what transformers says where it takes fewer of them."""
-    kind = kind_of(encoder)
+    kind = backbone_type(encoder)
     normed = "each with a LayerNorm that does not scale"
     maps = {
         "swin": f"those of our stages' ends, {normed}; the last, with our final norm, is the encoder's output",
@@ -122,25 +122,25 @@ def export_notes(encoder) -> tuple[str, ...]:
 
 def out_features(encoder) -> list[str]:
     """The stages whose maps are put out where none are asked for: all four, of a ViT four blocks, evenly spread."""
-    parts = 4 if kind_of(encoder) not in ("beit", "dinov2") else encoder.depth
+    parts = 4 if backbone_type(encoder) not in ("beit", "dinov2") else encoder.depth
     return [f"stage{n}" for n in sorted({-(-parts * quarter // 4) for quarter in (1, 2, 3, 4)})]
 
 
 def stage_ends(encoder) -> tuple[int, ...]:
     """How many blocks there are up to the end of each stage; those of a ViT are a stage each."""
-    if kind_of(encoder) in ("beit", "dinov2"):
+    if backbone_type(encoder) in ("beit", "dinov2"):
         return tuple(range(1, encoder.depth + 1))
     return tuple(sum(encoder.depths[: stage + 1]) for stage in range(len(encoder.depths)))
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
     """The table of this encoder. Raises LookupError for one that no backbone is; see `refusal`."""
-    return under_encoder(TABLES[kind_of(encoder)](encoder, image_size))
+    return under_encoder(TABLES[backbone_type(encoder)](encoder, image_size))
 
 
-def config_of(encoder, image_size: tuple[int, int], channels: int) -> dict:
+def make_config(encoder, image_size: tuple[int, int], channels: int) -> dict:
     """config.json of the folder."""
-    kind = kind_of(encoder)
+    kind = backbone_type(encoder)
     config = {
         "model_type": kind,
         "architectures": [CLASSES[kind]],
@@ -186,7 +186,7 @@ def config_of(encoder, image_size: tuple[int, int], channels: int) -> dict:
             "use_mask_token": False,
             "apply_layernorm": False,
         }
-    return huggingface.config_of(encoder, BARE, image_size, channels) | config
+    return huggingface.make_config(encoder, BARE, image_size, channels) | config
 
 
 def fixed(value: float, theirs: str, shape: tuple[int, ...]) -> list[Rule]:

@@ -10,7 +10,13 @@ import json
 import math
 
 from simmim_jax.errors import CheckpointError, choose
-from simmim_jax.interop.official import of_class_token, position_of, positions, reads_class_token, under_encoder
+from simmim_jax.interop.official import (
+    class_token_classifier,
+    position_type,
+    positions,
+    reads_class_token,
+    under_encoder,
+)
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import (
     PER_HEAD,
@@ -29,11 +35,11 @@ from simmim_jax.interop.rules import (
 from simmim_jax.interop.weight_spec import (
     Shapes,
     WeightSpec,
-    prefix_of,
-    ratio_of,
-    refuse_disagreement,
-    side_of_table,
+    check_agreement,
+    find_prefix,
+    mlp_ratio_from,
     square,
+    table_side,
     without_prefix,
 )
 from simmim_jax.models.windows import stage_grids, window_and_shift
@@ -46,7 +52,7 @@ TABLE = "relative_position_bias_table"
 
 def recognize(weights: Weights) -> str | None:
     """The encoder that config.json names. Raises CheckpointError for a model type that has no place here."""
-    if not weights.config and prefix_of(weights.arrays, f"{PATCHES}.weight") is not None:
+    if not weights.config and find_prefix(weights.arrays, f"{PATCHES}.weight") is not None:
         raise CheckpointError(
             "a Hugging Face model without its config.json", weights.where, "give the folder that has both"
         )
@@ -58,7 +64,7 @@ def recognize(weights: Weights) -> str | None:
         raise CheckpointError(
             f"model_type {model_type!r} in config.json", weights.where, f"one of {', '.join(MODEL_TYPES)} can be read"
         )
-    if prefix_of(weights.arrays, f"{PATCHES}.weight") is None:
+    if find_prefix(weights.arrays, f"{PATCHES}.weight") is None:
         names = ", ".join(sorted(weights.arrays)[:3])
         raise CheckpointError(
             f"no {PATCHES}.weight among the names ({names})", weights.where,
@@ -67,17 +73,17 @@ def recognize(weights: Weights) -> str | None:
     return MODEL_TYPES[model_type]
 
 
-def describe(name: str, weights: Weights) -> WeightSpec:
+def detect(name: str, weights: Weights) -> WeightSpec:
     """The model, by config.json; what the weights say of it must be the same."""
-    prefix = prefix_of(weights.arrays, f"{PATCHES}.weight")
+    prefix = find_prefix(weights.arrays, f"{PATCHES}.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     if weights.config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"hidden_act {weights.config['hidden_act']!r}", weights.where, "only gelu is here")
-    found = (_describe_vit if name == "vit" else _describe_swin)(name, weights, shapes, prefix)
-    return found._replace(image_size=_image_size(weights), channels=_whole(weights, "num_channels", 3))
+    found = (_detect_vit if name == "vit" else _detect_swin)(name, weights, shapes, prefix)
+    return found._replace(image_size=_image_size(weights), channels=_positive_int(weights, "num_channels", 3))
 
 
-def _of(weights: Weights, field: str, default=None):
+def _field(weights: Weights, field: str, default=None):
     """A field of config.json; `default` is that of transformers, which leaves out nothing else."""
     value = weights.config.get(field, default)
     if value is None:
@@ -85,17 +91,17 @@ def _of(weights: Weights, field: str, default=None):
     return value
 
 
-def _whole(weights: Weights, field: str, default=None) -> int:
+def _positive_int(weights: Weights, field: str, default=None) -> int:
     """A field that is a whole number above 0."""
-    value = _of(weights, field, default)
+    value = _field(weights, field, default)
     if type(value) is not int or value < 1:
         raise CheckpointError(f"{field} {str(value)[:100]!r} in config.json", weights.where, "make it a whole number")
     return value
 
 
-def _real(weights: Weights, field: str, default: float) -> float:
+def _positive_float(weights: Weights, field: str, default: float) -> float:
     """A field that is a finite number above 0."""
-    value = _of(weights, field, default)
+    value = _field(weights, field, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise CheckpointError(f"{field} {str(value)[:100]!r} in config.json", weights.where, "make it a number above 0")
     return float(value)
@@ -103,7 +109,7 @@ def _real(weights: Weights, field: str, default: float) -> float:
 
 def _image_size(weights: Weights) -> tuple[int, int]:
     """(height, width): one number or two."""
-    size = _of(weights, "image_size", 224)
+    size = _field(weights, "image_size", 224)
     sides = size if isinstance(size, list) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise CheckpointError(
@@ -113,19 +119,19 @@ def _image_size(weights: Weights) -> tuple[int, int]:
 
 
 def _patch_size(weights: Weights, shapes: Shapes, default: int) -> int:
-    size = _of(weights, "patch_size", default)
+    size = _field(weights, "patch_size", default)
     patch = shapes[f"{PATCHES}.weight"]
     sides = size if isinstance(size, list) else [size, size]
-    refuse_disagreement({
-        "patch_size": (list(patch[2:]), sides), "num_channels": (patch[1], _whole(weights, "num_channels", 3))
+    check_agreement({
+        "patch_size": (list(patch[2:]), sides), "num_channels": (patch[1], _positive_int(weights, "num_channels", 3))
     }, weights.where)  # fmt: skip
     return square(patch, weights.where)
 
 
-def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
+def _detect_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
     beit = weights.config["model_type"] == "beit"
-    width, depth = _whole(weights, "hidden_size", 768), _whole(weights, "num_hidden_layers", 12)
-    heads = _whole(weights, "num_attention_heads", 12)
+    width, depth = _positive_int(weights, "hidden_size", 768), _positive_int(weights, "num_hidden_layers", 12)
+    heads = _positive_int(weights, "num_attention_heads", 12)
     patch_size = _patch_size(weights, shapes, 16)
     table = shapes.first(TABLE)
     shared = f"encoder.relative_position_bias.{TABLE}" in shapes
@@ -134,8 +140,8 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> W
     (size, width_in_pixels), grid = _image_size(weights), None
     if size == width_in_pixels:
         grid = size // patch_size
-    side_in_table = side_of_table(table[0] - 3) if table and grid else None
-    refuse_disagreement({
+    side_in_table = table_side(table[0] - 3) if table and grid else None
+    check_agreement({
         "hidden_size": (shapes[f"{PATCHES}.weight"][0], width),
         "num_hidden_layers": (shapes.count("encoder.layer."), depth),
         "num_attention_heads": (table[1] if table else None, heads),
@@ -150,15 +156,15 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> W
         "width": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": ratio_of(_whole(weights, "intermediate_size", 3072), width),
+        "mlp_ratio": mlp_ratio_from(_positive_int(weights, "intermediate_size", 3072), width),
         "patch_size": patch_size,
         "class_token": "embeddings.cls_token" in shapes,
-        "absolute_position": position_of(weights.arrays.get(f"{prefix}embeddings.position_embeddings"), True),
+        "absolute_position": position_type(weights.arrays.get(f"{prefix}embeddings.position_embeddings"), True),
         "relative_position": said,
         "qkv_bias": bias,
         "layer_scale": scale,
         "final_norm": "layernorm.weight" in shapes,
-        "norm_epsilon": _real(weights, "layer_norm_eps", 1e-12),
+        "norm_epsilon": _positive_float(weights, "layer_norm_eps", 1e-12),
     }
     objective, notes = {"name": "none"}, []
     if "decoder.0.weight" in weights.arrays:
@@ -168,24 +174,24 @@ def _describe_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> W
         of_patches = "pooler.layernorm.weight" in shapes
         objective = {"name": "classify", "num_classes": classes, "fc_norm": True}
         if not of_patches:
-            objective = of_class_token(classes)
+            objective = class_token_classifier(classes)
         elif encoder["norm_epsilon"] != 1e-6:
             notes.append(f"the norm after pooling has epsilon 1e-6 here, {encoder['norm_epsilon']:g} there")
     return WeightSpec(NAME, encoder, objective, None, 3, prefix, tuple(notes))
 
 
-def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
-    depths, heads = tuple(_of(weights, "depths")), tuple(_of(weights, "num_heads"))
-    width, window = _whole(weights, "embed_dim", 96), _whole(weights, "window_size", 7)
-    epsilon = _real(weights, "layer_norm_eps", 1e-5)
+def _detect_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
+    depths, heads = tuple(_field(weights, "depths")), tuple(_field(weights, "num_heads"))
+    width, window = _positive_int(weights, "embed_dim", 96), _positive_int(weights, "window_size", 7)
+    epsilon = _positive_float(weights, "layer_norm_eps", 1e-5)
     stages = shapes.count("encoder.layers.")
     firsts = [f"encoder.layers.{stage}.blocks.0.attention.self" for stage in range(stages)]
     if name == "swin":
         tables = [shapes[f"{first}.{TABLE}"] for first in firsts]
-        windows, columns = [side_of_table(table[0]) for table in tables], [table[1] for table in tables]
+        windows, columns = [table_side(table[0]) for table in tables], [table[1] for table in tables]
     else:
         windows, columns = [None], [shapes[f"{first}.logit_scale"][0] for first in firsts]
-    refuse_disagreement({
+    check_agreement({
         "embed_dim": (shapes[f"{PATCHES}.weight"][0], width),
         "depths": (tuple(shapes.count(f"encoder.layers.{stage}.blocks.") for stage in range(stages)), depths),
         "num_heads": (tuple(columns), heads),
@@ -203,8 +209,8 @@ def _describe_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> 
         "num_heads": heads,
         "window": window,
         "patch_size": _patch_size(weights, shapes, 4),
-        "mlp_ratio": _real(weights, "mlp_ratio", 4.0),
-        "qkv_bias": {"swin": "qkv", "swinv2": "qv"}[name] if _of(weights, "qkv_bias", True) else "none",
+        "mlp_ratio": _positive_float(weights, "mlp_ratio", 4.0),
+        "qkv_bias": {"swin": "qkv", "swinv2": "qv"}[name] if _field(weights, "qkv_bias", True) else "none",
         "absolute_position": "learned" if "embeddings.position_embeddings" in shapes else "none",
         "patch_norm": "embeddings.norm.weight" in shapes,
         "final_norm": "layernorm.weight" in shapes,
@@ -411,7 +417,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def config_of(encoder, objective: dict, image_size: tuple[int, int], channels: int) -> dict:
+def make_config(encoder, objective: dict, image_size: tuple[int, int], channels: int) -> dict:
     """config.json of the folder."""
     kind = model_type(encoder)
     config = {
@@ -470,7 +476,7 @@ def config_of(encoder, objective: dict, image_size: tuple[int, int], channels: i
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
-def preprocessor_config_of(
+def make_preprocessor_config(
     image_size: tuple[int, int], mean: tuple, std: tuple, interpolation: str, crop_fraction: int | float = 1.0
 ) -> dict:
     """preprocessor_config.json: of a decoded image the pixels that `resize_and_center_crop` gives here, normalized.

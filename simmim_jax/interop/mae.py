@@ -17,6 +17,6 @@ def recognize(weights: Weights) -> str | None:
     return "vit" if any(name.startswith(("decoder_embed.", "decoder_blocks.")) for name in weights.arrays) else None
 
 
-def describe(name: str, weights: Weights) -> WeightSpec:
+def detect(name: str, weights: Weights) -> WeightSpec:
     """The encoder."""
-    return official.describe_vit(weights, NAME)._replace(objective={"name": "none"})
+    return official.detect_vit(weights, NAME)._replace(objective={"name": "none"})

@@ -28,11 +28,11 @@ from simmim_jax.interop.rules import (
 from simmim_jax.interop.weight_spec import (
     Shapes,
     WeightSpec,
-    prefix_of,
-    ratio_of,
-    side_of_table,
+    find_prefix,
+    integer_sqrt,
+    mlp_ratio_from,
     square,
-    whole_root,
+    table_side,
     without_prefix,
 )
 from simmim_jax.models.vit import SIZES, sincos_position
@@ -45,9 +45,9 @@ LAYER_SCALE = 0.1  # its initial value in every official ViT; trained weights do
 def recognize(weights: Weights) -> str | None:
     """The encoder that these names are of; None if they are not official."""
     names = weights.arrays.keys()
-    prefix = prefix_of(names, "patch_embed.proj.weight")
+    prefix = find_prefix(names, "patch_embed.proj.weight")
     if prefix is None:
-        return "convnext" if prefix_of(names, "downsample_layers.0.0.weight") is not None else None
+        return "convnext" if find_prefix(names, "downsample_layers.0.0.weight") is not None else None
     if any(name.startswith(f"{prefix}layers.0.downsample.") for name in names) or (
         prefix == "encoder." and any(name.startswith(f"{prefix}layers.0.") for name in names)
     ):
@@ -59,23 +59,23 @@ def recognize(weights: Weights) -> str | None:
     return None
 
 
-def describe(name: str, weights: Weights) -> WeightSpec:
+def detect(name: str, weights: Weights) -> WeightSpec:
     """The model that these weights are, as far as they tell."""
-    return {"vit": describe_vit, "swin": describe_swin, "swinv2": describe_swin, "convnext": describe_convnext}[name](
+    return {"vit": detect_vit, "swin": detect_swin, "swinv2": detect_swin, "convnext": detect_convnext}[name](
         weights, NAME, name
     )
 
 
-def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: float = LAYER_SCALE) -> WeightSpec:
+def detect_vit(weights: Weights, format: str, name: str = "vit", layer_scale: float = LAYER_SCALE) -> WeightSpec:
     """A ViT, or BEiT, with blocks named `blocks.0`."""
-    prefix = prefix_of(weights.arrays, "patch_embed.proj.weight")
+    prefix = find_prefix(weights.arrays, "patch_embed.proj.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     patch = shapes["patch_embed.proj.weight"]
     width, notes = patch[0], []
     table, shared = shapes.first("relative_position_bias_table"), "rel_pos_bias.relative_position_bias_table" in shapes
     depth, heads = shapes.count("blocks."), table[1] if table else None
     if heads is None:
-        heads = heads_of(width, depth)
+        heads = guess_num_heads(width, depth)
         notes += [f"took {heads} heads, which these weights do not tell: see --encoder.num_heads"] if heads else []
     class_token = "cls_token" in shapes
     encoder = {
@@ -83,10 +83,10 @@ def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: 
         "width": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": ratio_of(shapes["blocks.0.mlp.fc1.weight"][0], width),
+        "mlp_ratio": mlp_ratio_from(shapes["blocks.0.mlp.fc1.weight"][0], width),
         "patch_size": square(patch, weights.where),
         "class_token": class_token,
-        "absolute_position": position_of(weights.arrays.get(f"{prefix}pos_embed"), class_token),
+        "absolute_position": position_type(weights.arrays.get(f"{prefix}pos_embed"), class_token),
         "relative_position": "shared" if shared else "per_block" if table else "none",
         "qkv_bias": "qv" if shapes.any("attn.q_bias") else "qkv" if shapes.any("attn.qkv.bias") else "none",
         "layer_scale": layer_scale if shapes.any("gamma_1") or shapes.any("ls1.gamma") else 0.0,
@@ -94,25 +94,25 @@ def describe_vit(weights: Weights, format: str, name: str = "vit", layer_scale: 
         "norm_epsilon": 1e-6,
     }
     extra = 3 if class_token else 0
-    side = side_of_table(table[0] - extra) if table else None
+    side = table_side(table[0] - extra) if table else None
     if "pos_embed" in shapes:
-        side = whole_root(shapes["pos_embed"][1] - class_token)
+        side = integer_sqrt(shapes["pos_embed"][1] - class_token)
     image_size = (side * encoder["patch_size"],) * 2 if side else None
-    objective = objective_of(weights, shapes, prefix, encoder["final_norm"], of_patches="fc_norm.weight")
+    objective = detect_objective(weights, shapes, prefix, encoder["final_norm"], of_patches="fc_norm.weight")
     return WeightSpec(format, encoder, objective, image_size, patch[1], prefix, tuple(notes))
 
 
-def heads_of(width: int, depth: int) -> int | None:
+def guess_num_heads(width: int, depth: int) -> int | None:
     """The heads of the known ViT of this width and depth; else one for every 64 channels; None where that fails."""
     known = [size["num_heads"] for size in SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
     return known[0] if known else width // 64 if width % 64 == 0 else None
 
 
-def position_of(table: np.ndarray | None, class_token: bool) -> str:
+def position_type(table: np.ndarray | None, class_token: bool) -> str:
     """Of an absolute position embedding [1, n, d]: "learned", or "sincos" where it holds just those numbers."""
     if table is None:
         return "none"
-    side = whole_root(table.shape[1] - class_token)
+    side = integer_sqrt(table.shape[1] - class_token)
     if side and table.shape[2] % 4 == 0:
         fixed = sincos_position((side, side), table.shape[2], class_token)
         if np.allclose(table[0], fixed, rtol=0, atol=1e-5):
@@ -120,7 +120,7 @@ def position_of(table: np.ndarray | None, class_token: bool) -> str:
     return "learned"
 
 
-def objective_of(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool, of_patches: str = "") -> dict:
+def detect_objective(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool, of_patches: str = "") -> dict:
     """The objective that the heads in the file are of.
 
     of_patches: of a ViT, the name of the norm whose presence says that the classifier pools patches; without it, it
@@ -132,7 +132,7 @@ def objective_of(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool
         return {"name": "none"}
     classes = weights.arrays["head.weight"].shape[0]
     if of_patches and of_patches not in shapes and final_norm and "cls_token" in shapes:
-        return of_class_token(classes)
+        return class_token_classifier(classes)
     if of_patches and (of_patches not in shapes or final_norm):
         raise CheckpointError(
             "the classifier in this file reads neither fc_norm of the mean of the patches nor the class token after "
@@ -141,7 +141,7 @@ def objective_of(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool
     return {"name": "classify", "num_classes": classes, "fc_norm": bool(of_patches)}
 
 
-def of_class_token(classes: int) -> dict:
+def class_token_classifier(classes: int) -> dict:
     """The objective of a classifier that reads the class token of the output."""
     return {"name": "classify", "num_classes": classes, "fc_norm": False, "pool": "class_token"}
 
@@ -151,9 +151,9 @@ def reads_class_token(encoder, objective: dict) -> bool:
     return objective.get("pool") == "class_token" and encoder.final_norm and not objective["fc_norm"]
 
 
-def describe_swin(weights: Weights, format: str, name: str) -> WeightSpec:
+def detect_swin(weights: Weights, format: str, name: str) -> WeightSpec:
     """A Swin or Swin V2 with stages named `layers.0`."""
-    prefix = prefix_of(weights.arrays, "patch_embed.proj.weight")
+    prefix = find_prefix(weights.arrays, "patch_embed.proj.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     derived = {n.removeprefix(prefix): x for n, x in weights.derived.items()}
     patch, stages = shapes["patch_embed.proj.weight"], shapes.count("layers.")
@@ -164,7 +164,7 @@ def describe_swin(weights: Weights, format: str, name: str) -> WeightSpec:
         "width": patch[0],
         "depths": tuple(shapes.count(f"layers.{stage}.blocks.") for stage in range(stages)),
         "patch_size": patch_size,
-        "mlp_ratio": ratio_of(shapes["layers.0.blocks.0.mlp.fc1.weight"][0], patch[0]),
+        "mlp_ratio": mlp_ratio_from(shapes["layers.0.blocks.0.mlp.fc1.weight"][0], patch[0]),
         "absolute_position": "learned" if "absolute_pos_embed" in shapes else "none",
         "patch_norm": "patch_embed.norm.weight" in shapes,
         "final_norm": "norm.weight" in shapes,
@@ -172,7 +172,7 @@ def describe_swin(weights: Weights, format: str, name: str) -> WeightSpec:
     }
     if name == "swin":
         tables = [shapes[f"{first}.attn.relative_position_bias_table"] for first in firsts]
-        windows = [side_of_table(table[0]) for table in tables]
+        windows = [table_side(table[0]) for table in tables]
         encoder["num_heads"] = tuple(table[1] for table in tables)
         encoder["qkv_bias"] = "qkv" if shapes.any("attn.qkv.bias") else "none"
     else:
@@ -181,7 +181,7 @@ def describe_swin(weights: Weights, format: str, name: str) -> WeightSpec:
         coordinates = [derived.get(f"{first}.attn.relative_coords_table") for first in firsts]
         indices = [derived.get(f"{first}.attn.relative_position_index") for first in firsts]
         windows = [
-            (c.shape[1] + 1) // 2 if c is not None else whole_root(i.shape[0]) if i is not None else None
+            (c.shape[1] + 1) // 2 if c is not None else integer_sqrt(i.shape[0]) if i is not None else None
             for c, i in zip(coordinates, indices, strict=True)
         ]
         encoder["pretrained_windows"] = pretrained_windows(coordinates, windows)
@@ -189,13 +189,13 @@ def describe_swin(weights: Weights, format: str, name: str) -> WeightSpec:
     encoder["window"] = max(windows) if known else None
     grid = None  # of the first stage
     if "absolute_pos_embed" in shapes:
-        grid = whole_root(shapes["absolute_pos_embed"][1])
+        grid = integer_sqrt(shapes["absolute_pos_embed"][1])
     elif mask := shifted_map(derived):
         grid = mask
     elif known and min(windows) < encoder["window"]:
         stage = next(s for s in range(stages) if windows[s] < encoder["window"])
         grid = windows[stage] * 2**stage  # a window shrinks to its map
-    objective = objective_of(weights, shapes, prefix, encoder["final_norm"])
+    objective = detect_objective(weights, shapes, prefix, encoder["final_norm"])
     return WeightSpec(
         format, encoder, objective, (grid * patch_size,) * 2 if grid else None, patch[1], prefix,
         windows=tuple(windows) if known else None,
@@ -206,7 +206,7 @@ def shifted_map(derived: dict[str, np.ndarray]) -> int | None:
     """The side of the first stage's map, from the mask [windows, n, n] of a block of it that shifts."""
     for name, mask in sorted(derived.items()):
         if name.endswith("attn_mask") and name.startswith("layers.0.") and mask.ndim == 3:
-            return whole_root(mask.shape[0] * mask.shape[1])
+            return integer_sqrt(mask.shape[0] * mask.shape[1])
     return None
 
 
@@ -221,9 +221,9 @@ def pretrained_windows(coordinates: list[np.ndarray | None], windows: list[int |
     return () if sides == windows else tuple(sides)
 
 
-def describe_convnext(weights: Weights, format: str, name: str = "convnext") -> WeightSpec:
+def detect_convnext(weights: Weights, format: str, name: str = "convnext") -> WeightSpec:
     """A ConvNeXt under the names of facebookresearch/ConvNeXt."""
-    prefix = prefix_of(weights.arrays, "downsample_layers.0.0.weight")
+    prefix = find_prefix(weights.arrays, "downsample_layers.0.0.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     stages = shapes.count("stages.")
     encoder = {
@@ -261,7 +261,7 @@ def export_notes(encoder) -> tuple[str, ...]:
 EPSILONS = {"ViT": 1e-6, "ConvNeXt": 1e-6, "Swin": 1e-5, "SwinV2": 1e-5, "ResNet": 1e-5}
 
 
-def refusal_of_norm(encoder) -> str:
+def norm_refusal(encoder) -> str:
     """Why official and timm models, whose norms have a fixed epsilon, are other ones; empty if they are not."""
     theirs = EPSILONS[type(encoder).__name__]
     if math.isclose(encoder.norm_epsilon, theirs, rel_tol=1e-6):
@@ -281,10 +281,10 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
             return "the official ViT has no bias on keys; timm's ViT has, if it has no relative positions"
     elif name in ("Swin", "SwinV2") and not encoder.final_norm:
         return "the official Swin always has a final norm"
-    return refusal_of_norm(encoder) or refusal_of_head(name, encoder, objective)
+    return norm_refusal(encoder) or head_refusal(name, encoder, objective)
 
 
-def refusal_of_head(name: str, encoder, objective: dict) -> str:
+def head_refusal(name: str, encoder, objective: dict) -> str:
     """Why official and timm models have no such classifier; empty if they do."""
     if objective["name"] != "classify":
         return ""

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from simmim_jax import config
+from simmim_jax import files
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop import pickles
+from simmim_jax.interop import pth
 
 MADE_BY = "simmim_jax"  # in the metadata of the safetensors that we write
 PICKLED = (".pth", ".pt", ".tar", ".bin")
@@ -69,7 +69,7 @@ def read_weights(path: str) -> Weights:
     )
 
 
-def metadata_of(file: Path) -> dict[str, str]:
+def read_metadata(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty where there is none, or no such file."""
     try:
         with safe_open(file, framework="numpy") as opened:
@@ -80,7 +80,7 @@ def metadata_of(file: Path) -> dict[str, str]:
 
 def _made(file: Path) -> dict:
     """What the metadata of a file of ours says of its model."""
-    metadata = metadata_of(file) if file.suffix == ".safetensors" else {}
+    metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
     if metadata.get("made_by") != MADE_BY or "model" not in metadata:
         return {}
     try:
@@ -148,8 +148,8 @@ def _read(file: Path) -> dict[str, np.ndarray]:
                 f"damaged safetensors file: {str(error)[:200]}", str(file), "download or write it again"
             ) from error
     if file.suffix in PICKLED:
-        arrays = pickles.state_dict(pickles.read_pth(str(file)), str(file))
-        pickles.refuse_expanded(arrays, file)
+        arrays = pth.state_dict(pth.read_pth(str(file)), str(file))
+        pth.check_expanded_size(arrays, file)
         return arrays
     raise CheckpointError(f"unknown kind of file {file.suffix or file.name!r}", str(file), SUPPORTED)
 
@@ -182,7 +182,7 @@ def _tidy(arrays: dict[str, np.ndarray], where: str) -> tuple[dict[str, np.ndarr
 
 def read_json(path: Path) -> dict:
     """A JSON object; empty where there is no such file. Raises CheckpointError if it is anything else."""
-    return config.read_json(path, CheckpointError, "download or write it again")
+    return files.read_json(path, CheckpointError, "download or write it again")
 
 
 def _sha256(files: list[Path]) -> str:

@@ -123,7 +123,7 @@ def to_ours(rules: list[Rule], arrays: dict[str, np.ndarray], abstract: dict, wh
     weights are integers.
     """
     wanted = flatten(abstract)
-    refuse_difference(rules, {name: array.shape for name, array in arrays.items()}, abstract, where)
+    check_names_and_shapes(rules, {name: array.shape for name, array in arrays.items()}, abstract, where)
     if whole := [name for name in sorted(arrays) if arrays[name].dtype.kind in "biuc"]:
         raise CheckpointError(
             f"{len(whole)} arrays are {arrays[whole[0]].dtype}, no real numbers: {_examples(whole)}", where,
@@ -137,7 +137,7 @@ def to_ours(rules: list[Rule], arrays: dict[str, np.ndarray], abstract: dict, wh
     return unflatten_dict(out, sep="/")
 
 
-def shapes_of(rules: list[Rule], abstract: dict) -> dict[str, Shape]:
+def expected_shapes(rules: list[Rule], abstract: dict) -> dict[str, Shape]:
     """The shape that each of their arrays has for parameters of the shapes of `abstract`."""
     ours, shapes = flatten(abstract), {}
     for rule in rules:
@@ -147,9 +147,9 @@ def shapes_of(rules: list[Rule], abstract: dict) -> dict[str, Shape]:
     return shapes
 
 
-def refuse_difference(rules: list[Rule], shapes: dict[str, Shape], abstract: dict, where: str) -> None:
+def check_names_and_shapes(rules: list[Rule], shapes: dict[str, Shape], abstract: dict, where: str) -> None:
     """Raise CheckpointError unless names and shapes of a file are exactly those that the rules expect."""
-    expected = shapes_of(rules, abstract)
+    expected = expected_shapes(rules, abstract)
     surplus = sorted(shapes.keys() - expected.keys())
     missing = sorted(expected.keys() - shapes.keys())
     other = [name for name in sorted(shapes.keys() & expected.keys()) if shapes[name] != expected[name]]

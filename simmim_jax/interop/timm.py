@@ -12,7 +12,7 @@ from simmim_jax.interop import official
 from simmim_jax.interop.official import under_encoder
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import Rule, batch_norm, convolution, dense, norm
-from simmim_jax.interop.weight_spec import WeightSpec, prefix_of, without_prefix
+from simmim_jax.interop.weight_spec import WeightSpec, find_prefix, without_prefix
 from simmim_jax.models.windows import stage_grids, stage_windows
 
 NAME = "timm"
@@ -34,11 +34,11 @@ OTHER_KINDS = {  # what timm's `architecture` may say of models that have the na
 def recognize(weights: Weights) -> str | None:
     """The encoder that these names are of; None if they are not timm's."""
     names = weights.arrays.keys()
-    if prefix_of(names, "layer1.0.conv1.weight") is not None:
+    if find_prefix(names, "layer1.0.conv1.weight") is not None:
         return "resnet"
-    if prefix_of(names, "stages.0.blocks.0.conv_dw.weight") is not None:
+    if find_prefix(names, "stages.0.blocks.0.conv_dw.weight") is not None:
         return "convnext"
-    prefix = prefix_of(names, "patch_embed.proj.weight")
+    prefix = find_prefix(names, "patch_embed.proj.weight")
     if prefix is None:
         return None
     if any(name.startswith(f"{prefix}layers.0.") for name in names):
@@ -46,22 +46,22 @@ def recognize(weights: Weights) -> str | None:
     return "vit" if any(name.startswith(f"{prefix}blocks.0.") for name in names) else None
 
 
-def describe(name: str, weights: Weights) -> WeightSpec:
+def detect(name: str, weights: Weights) -> WeightSpec:
     """The model that these weights are, as far as they tell."""
-    refuse_other_kinds(weights)
+    check_variant(weights)
     if name == "vit":
-        found = official.describe_vit(weights, NAME, layer_scale=LAYER_SCALE)
+        found = official.detect_vit(weights, NAME, layer_scale=LAYER_SCALE)
     elif name in ("swin", "swinv2"):
-        found = _describe_swin(name, weights)
+        found = _detect_swin(name, weights)
     else:
-        found = _describe_resnet(weights) if name == "resnet" else _describe_convnext(weights)
+        found = _detect_resnet(weights) if name == "resnet" else _detect_convnext(weights)
     if name == "resnet" and not weights.config and not weights.made:
         found = found._replace(notes=(*found.notes, ANTI_ALIASED))
     size = weights.config.get("pretrained_cfg", {}).get("input_size")  # of timm's folders on the Hugging Face hub
     return found._replace(image_size=tuple(size[1:])) if size else found
 
 
-def refuse_other_kinds(weights: Weights) -> None:
+def check_variant(weights: Weights) -> None:
     """Raise CheckpointError if a timm folder says that its model is another one with the same names."""
     architecture, arguments = weights.config.get("architecture", ""), weights.config.get("model_args") or {}
     for pattern, why in OTHER_KINDS.items():
@@ -81,8 +81,8 @@ def pads(image_size: tuple[int, int], patch_size: int, window: int, stages: int)
     return any(size % side for grid, side in zip(grids, windows, strict=True) for size in grid)
 
 
-def _describe_swin(name: str, weights: Weights) -> WeightSpec:
-    found = official.describe_swin(weights, NAME, name)
+def _detect_swin(name: str, weights: Weights) -> WeightSpec:
+    found = official.detect_swin(weights, NAME, name)
     found = found._replace(objective=_classifier(weights, "head.fc", fc_norm=False))
     if name == "swinv2":
         note = "took the windows for those of pretraining, which timm's weights do not tell: after fine-tuning with "
@@ -97,8 +97,8 @@ def _classifier(weights: Weights, name: str, *, fc_norm: bool) -> dict:
     return {"name": "classify", "num_classes": weights.arrays[f"{name}.weight"].shape[0], "fc_norm": fc_norm}
 
 
-def _describe_resnet(weights: Weights) -> WeightSpec:
-    prefix = prefix_of(weights.arrays, "layer1.0.conv1.weight")
+def _detect_resnet(weights: Weights) -> WeightSpec:
+    prefix = find_prefix(weights.arrays, "layer1.0.conv1.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     if "layer1.0.conv3.weight" not in shapes or "conv1.weight" not in shapes:
         raise CheckpointError(
@@ -114,8 +114,8 @@ def _describe_resnet(weights: Weights) -> WeightSpec:
     return WeightSpec(NAME, encoder, _classifier(weights, "fc", fc_norm=False), None, stem[1], prefix)
 
 
-def _describe_convnext(weights: Weights) -> WeightSpec:
-    prefix = prefix_of(weights.arrays, "stages.0.blocks.0.conv_dw.weight")
+def _detect_convnext(weights: Weights) -> WeightSpec:
+    prefix = find_prefix(weights.arrays, "stages.0.blocks.0.conv_dw.weight")
     shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
     stages = shapes.count("stages.")
     encoder = {
@@ -175,7 +175,7 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
                 f"windows of {encoder.window} do not tile the maps of these images, and timm pads maps elsewhere; "
                 "the official and transformers' names hold it"
             )
-    return official.refusal_of_norm(encoder) or official.refusal_of_head(name, encoder, objective)
+    return official.norm_refusal(encoder) or official.head_refusal(name, encoder, objective)
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:

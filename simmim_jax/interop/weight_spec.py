@@ -49,7 +49,7 @@ class Shapes(dict):
         return next((self[name] for name in sorted(self) if name.endswith(ending)), None)
 
 
-def prefix_of(names, anchor: str) -> str | None:
+def find_prefix(names, anchor: str) -> str | None:
     """What stands before `anchor` in the one name that ends with it; None if no name does."""
     found = sorted((name.removesuffix(anchor) for name in names if name.endswith(anchor)), key=len)
     return found[0] if found else None
@@ -60,19 +60,19 @@ def without_prefix(shapes: dict, prefix: str, where: str) -> Shapes:
     return Shapes({name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)}, where)
 
 
-def whole_root(number: int) -> int | None:
+def integer_sqrt(number: int) -> int | None:
     """The square root where it is a whole number."""
     root = math.isqrt(max(number, 0))
     return root if root * root == number else None
 
 
-def side_of_table(rows: int) -> int | None:
+def table_side(rows: int) -> int | None:
     """The side of the square window or grid whose displacements fill a table of so many rows."""
-    root = whole_root(rows)
+    root = integer_sqrt(rows)
     return (root + 1) // 2 if root and root % 2 else None
 
 
-def ratio_of(hidden: int, width: int) -> float:
+def mlp_ratio_from(hidden: int, width: int) -> float:
     """hidden / width, such that int(width * ratio) is `hidden` again."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
@@ -85,7 +85,7 @@ def square(patch: tuple[int, ...], where: str) -> int:
     return patch[2]
 
 
-def refuse_disagreement(pairs: dict[str, tuple], where: str) -> None:
+def check_agreement(pairs: dict[str, tuple], where: str) -> None:
     """Raise CheckpointError if the weights and the config.json beside them disagree; `pairs`: (weights, config)."""
     different = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
     if different:

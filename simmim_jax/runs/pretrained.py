@@ -184,7 +184,7 @@ def fit(
     for name, x in want.items():
         source = name if name in have else re.sub(r"block_\d+/rel_pos_bias/", "rel_pos_bias/", name)
         if source not in have:
-            failed.append(f"{name} is absent there and {shape_of(x)} here")
+            failed.append(f"{name} is absent there and {dtype_and_shape(x)} here")
             continue
         used.add(source)
         value = have[source]
@@ -195,7 +195,7 @@ def fit(
             failed.append(f"{name}: {error}")
             continue
         if value.shape != x.shape:
-            failed.append(f"{name} is {shape_of(value)} there and {shape_of(x)} here")
+            failed.append(f"{name} is {dtype_and_shape(value)} there and {dtype_and_shape(x)} here")
             continue
         if value is not have[source]:
             notes.append((name, f"resized from {len(have[source])} to {len(value)} rows"))
@@ -207,7 +207,7 @@ def fit(
         if name.removeprefix("encoder/").startswith("norm/"):
             notes.append((name, "left out, as this encoder has no final norm"))
         else:
-            failed.append(f"{name} is {shape_of(have[name])} there and absent here")
+            failed.append(f"{name} is {dtype_and_shape(have[name])} there and absent here")
     if failed:
         more = f", and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise CheckpointError(
@@ -218,7 +218,7 @@ def fit(
     return unflatten_dict(taken, sep="/"), notes
 
 
-def shape_of(x) -> str:
+def dtype_and_shape(x) -> str:
     return f"{np.dtype(x.dtype).name}{list(x.shape)}"
 
 

@@ -72,7 +72,7 @@ def export_run(options: argparse.Namespace) -> None:
     print_names(f"left out, as {format} has no place for it", no_place)
     read_it = READ_IT_WITH[format].replace("FILE", repr(options.target))
     if format == "backbone":
-        read_it = read_it.replace("CLASS", backbone.CLASSES[backbone.kind_of(run.encoder)])
+        read_it = read_it.replace("CLASS", backbone.CLASSES[backbone.backbone_type(run.encoder)])
     print(f"read it with {read_it}")
 
 
@@ -85,7 +85,7 @@ def write_state_dict(path: Path, run: Run, objective: dict, format: str) -> None
         **run.normalization,
     }
     metadata = {"format": "pt", "names": format, "made_by": MADE_BY, "model": json.dumps(told)}
-    save_file(arrays_of(run, objective, format), path, metadata=metadata)
+    save_file(exported_arrays(run, objective, format), path, metadata=metadata)
 
 
 def write_folder(
@@ -94,12 +94,12 @@ def write_folder(
 ) -> None:  # fmt: skip
     """A folder of transformers, with a card of what the run's own files say."""
     if format == "backbone":
-        config = backbone.config_of(run.encoder, run.image_size, run.channels)
+        config = backbone.make_config(run.encoder, run.image_size, run.channels)
     else:
-        config = huggingface.config_of(run.encoder, objective, run.image_size, run.channels)
+        config = huggingface.make_config(run.encoder, objective, run.image_size, run.channels)
     files = {
         "config.json": config,
-        "preprocessor_config.json": huggingface.preprocessor_config_of(
+        "preprocessor_config.json": huggingface.make_preprocessor_config(
             run.image_size, **run.normalization, interpolation=run.interpolation, crop_fraction=run.crop_fraction
         ),
     }
@@ -118,10 +118,10 @@ def write_folder(
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
     (path / "README.md").write_text(card)
     metadata = {"format": "pt", "made_by": MADE_BY}
-    save_file(arrays_of(run, objective, format), path / "model.safetensors", metadata=metadata)
+    save_file(exported_arrays(run, objective, format), path / "model.safetensors", metadata=metadata)
 
 
-def arrays_of(run: Run, objective: dict, format: str) -> dict:
+def exported_arrays(run: Run, objective: dict, format: str) -> dict:
     """The run's arrays under their names."""
     chosen = interop.EXPORTS[format]
     rules = chosen.rules(run.encoder, objective, chosen.export_prefix(objective["name"]), run.image_size)

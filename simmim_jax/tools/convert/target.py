@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import stablehlo
-from simmim_jax.interop.reading import MADE_BY, metadata_of, read_json
+from simmim_jax.interop.reading import MADE_BY, read_json, read_metadata
 
 MAKE_ROOM = "make room or mend the folder, or give another TO; what was there is as it was"
 OURS = {  # all that a conversion puts into a folder
@@ -51,7 +51,7 @@ def _real(path: str) -> Path:
 def _not_ours(target: Path, kind: str) -> str:
     """Why `target` is not what a conversion of this `kind` wrote; empty if it is."""
     if kind not in OURS:
-        is_ours = stablehlo.is_ours(target) if kind == "stablehlo" else metadata_of(target).get("made_by") == MADE_BY
+        is_ours = stablehlo.is_ours(target) if kind == "stablehlo" else read_metadata(target).get("made_by") == MADE_BY
         return "" if is_ours else f"no conversion to {kind} has written this file"
     if not target.is_dir():
         return "no folder"
@@ -63,7 +63,7 @@ def _not_ours(target: Path, kind: str) -> str:
         except CheckpointError:
             is_ours = False
     else:
-        is_ours = metadata_of(target / "model.safetensors").get("made_by") == MADE_BY
+        is_ours = read_metadata(target / "model.safetensors").get("made_by") == MADE_BY
     if not is_ours:
         what = "import" if kind == "workdir" else f"conversion to {kind}"
         return f"no {what} has written this folder"

@@ -23,16 +23,16 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
     check_target(options, "workdir")
     weights = interop.read_weights(options.source)
     weights, skipped = without(weights, options.allow)
-    found = interop.describe(weights)
+    found = interop.detect(weights)
     name = found.encoder["name"]
     check_fields(name, fields)
-    found = interop.settle(found, fields, options.image_size, weights.where)
-    pixels = settle_pixels(options, weights, found.channels)
+    found = interop.resolve(found, fields, options.image_size, weights.where)
+    pixels = resolve_normalization(options, weights, found.channels)
 
     encoder_config = {"name": name, "size": nearest_size(ENCODERS[name][1], found.encoder)}
     encoder_config |= {field: value for field, value in found.encoder.items() if field != "name"}
     encoder, abstract = abstract_model(encoder_config, found.objective, found.image_size, pixels)
-    rules = interop.rules_of(found.format, encoder, found.objective, found.prefix, found.image_size)
+    rules = interop.make_rules(found.format, encoder, found.objective, found.prefix, found.image_size)
     params = interop.to_ours(rules, weights.arrays, abstract, weights.where)
     config = {
         "encoder": encoder_config,
@@ -85,11 +85,11 @@ def without(weights: interop.Weights, allow: list[str]) -> tuple[interop.Weights
     return weights._replace(arrays=kept), skipped
 
 
-def settle_pixels(options: argparse.Namespace, weights: interop.Weights, channels: int) -> dict:
+def resolve_normalization(options: argparse.Namespace, weights: interop.Weights, channels: int) -> dict:
     """mean and std: the user's, else the files', else ImageNet's for three channels."""
     given = {name: getattr(options, name) for name in ("mean", "std") if getattr(options, name)}
     imagenet = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if channels == 3 else {}
-    told = interop.pixels_of(weights, channels, tuple(name for name in ("mean", "std") if name not in given))
+    told = interop.find_normalization(weights, channels, tuple(name for name in ("mean", "std") if name not in given))
     pixels = imagenet | told | given
     for name in ("mean", "std"):
         if len(pixels.get(name, ())) != channels:
@@ -113,9 +113,9 @@ def print_names(what: str, names: list[str], most: int = 20) -> None:
 
 def check_fields(name: str, fields: dict) -> None:
     """Raise ConfigError for a field that the encoder does not have, or a value that it cannot have."""
-    defaults = interop.fields_of(name)
+    defaults = interop.encoder_fields(name)
     for field, value in fields.items():
-        if why := interop.why_not(value, choose(f"{name} field", field, defaults)):
+        if why := interop.why_invalid(value, choose(f"{name} field", field, defaults)):
             raise ConfigError(f"--encoder.{field}={value}", "command line", why)
 
 
