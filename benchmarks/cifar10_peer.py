@@ -40,7 +40,7 @@ from simmim_jax.config import refuse_change, to_dict
 from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, exit_with_message
 from simmim_jax.files import lock_folder, read_json
 from simmim_jax.flags import define_config_flag, parse_flags
-from simmim_jax.interop.huggingface import make_preprocessor_config
+from simmim_jax.interop.folder import make_preprocessor_config
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.runs import checkpoint

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
-from simmim_jax.interop import backbone, huggingface, mae, official, rules
+from simmim_jax.interop import backbone, folder, huggingface, mae, official, rules
 from simmim_jax.interop.reading import Weights, read_weights
 from simmim_jax.interop.weight_spec import integer_sqrt, mlp_ratio_from, table_side
 from simmim_jax.models import make_encoder
@@ -103,7 +103,7 @@ def exported(format, options, objective, image_size=None):
     table = chosen.rules(encoder, objective, chosen.export_prefix(objective["name"]), image_size)
     config = {}
     if format == "huggingface":
-        config = json.loads(json.dumps(huggingface.make_config(encoder, objective, image_size, 3)))
+        config = json.loads(json.dumps(folder.make_config(encoder, objective, image_size, 3)))
     return Weights(rules.to_theirs(table, params), {}, config, {}, "file", ""), params
 
 
@@ -537,15 +537,15 @@ def test_models_of_timm_with_the_names_of_others_are_refused_or_told():
 def test_pixel_statistics_that_are_no_numbers_are_told(mean):
     weights, _ = exported("timm", RESNET, BARE)
     with pytest.raises(CheckpointError, match=r"mean .* is not 3 number\(s\) - file - give --mean"):
-        interop.find_normalization(weights._replace(pixels={"image_mean": mean}))
-    assert interop.find_normalization(weights._replace(pixels={"image_mean": mean}), 3, ("std",)) == {}
+        interop.find_normalization(weights._replace(preprocessor={"image_mean": mean}))
+    assert interop.find_normalization(weights._replace(preprocessor={"image_mean": mean}), 3, ("std",)) == {}
 
 
 def test_one_pixel_statistic_is_that_of_every_channel_and_no_std_is_0():
     weights, _ = exported("timm", RESNET, BARE)
-    assert interop.find_normalization(weights._replace(pixels={"image_std": 0.5})) == {"std": (0.5, 0.5, 0.5)}
+    assert interop.find_normalization(weights._replace(preprocessor={"image_std": 0.5})) == {"std": (0.5, 0.5, 0.5)}
     with pytest.raises(CheckpointError, match=r"std \[0, 1, 1\] is not 3 number\(s\) above 0"):
-        interop.find_normalization(weights._replace(pixels={"image_std": [0, 1, 1]}))
+        interop.find_normalization(weights._replace(preprocessor={"image_std": [0, 1, 1]}))
 
 
 # Names.

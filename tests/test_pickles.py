@@ -23,9 +23,10 @@ import pytest
 from torch_files import MAGIC, STORAGE_OF, AsNumpy, Call, CfgNode, Global, Parameter, Storage, pack, pickled, write_pth
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.pickles import MAX_DEPTH, Dropped
+from simmim_jax.interop.pickles import MAX_DEPTH
 from simmim_jax.interop.pth import read_pth, state_dict
 from simmim_jax.interop.reading import read_weights
+from simmim_jax.interop.rebuild import Dropped
 
 WAYS = [{}, {"protocol": 4}, {"protocol": 5}, {"legacy": True}]
 BOTH = [False, True]

@@ -14,8 +14,8 @@ import pytest
 from torch_files import Parameter, pickled, write_pth
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.pickles import Dropped
 from simmim_jax.interop.pth import read_pth, state_dict
+from simmim_jax.interop.rebuild import Dropped
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow

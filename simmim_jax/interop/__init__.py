@@ -1,24 +1,25 @@
-"""Other people's weights, both ways.
+"""Weights of other projects: import and export.
 
-The contract. A format is a module with
+A format is a module with these functions:
 
-    recognize(weights) -> encoder               its name if the names in the file are this format's; else None
-    detect(encoder, weights) -> WeightSpec         options, objective and image size as far as the file tells them
+    recognize(weights) -> encoder               its name, if the names in the file belong to the format, or None
+    detect(encoder, weights) -> WeightSpec      options, objective and image size, as far as the file determines them
     rules(encoder, objective, prefix, image_size) -> [Rule]
-                                                which array of ours is which of theirs: one table, read both ways
-and, where we write it too,
+                                                names and layouts, in one table for both directions
 
-    refusal(encoder, objective, image_size)     why the format cannot hold a model, or ""
-    exported_objective(encoder, objective)      what of the objective it has a place for
-    export_prefix(objective) -> prefix          what the encoder's names begin with
-    export_notes(encoder) -> notes              what whoever reads the file must say, as the file does not
+and, for formats that we also write:
 
-where `encoder` is a module of `simmim_jax.models` (in `recognize` and `describe`, its name), and `objective` a dict
-{"name": "simmim", "classify" or "none", options}. A file that has been read is `Weights` (`reading`), what it is is
-`WeightSpec` (`found`), and how arrays are laid out is in `rules`. Nothing in a file is ever run; see `pickles`.
+    refusal(encoder, objective, image_size)     why the format cannot hold the model, or ""
+    exported_objective(encoder, objective)      the part of the objective that the format has a place for
+    export_prefix(objective) -> prefix          prefix of the encoder's names
+    export_notes(encoder) -> notes              what a reader needs to know, in addition to the file
 
-A new format is one file, and one line in `FORMATS`; they are asked in this order, those with the most telling names
-first.
+`encoder` is a module of `simmim_jax.models`; in `recognize` and `detect` it is its name. `objective` is a dict
+{"name": "simmim", "classify" or "none", options}. `reading` reads a file into `Weights`, `weight_spec` holds
+`WeightSpec`, and `rules` defines the layouts. Nothing in a file is run; see `pickles`.
+
+A new format is one file and one line in `FORMATS`. Formats are asked in this order, so that those with the most
+specific names come first.
 """
 
 import dataclasses
@@ -56,47 +57,42 @@ CLASSES = {
     "swinv2": swinv2.SwinV2,
     "vit": vit.ViT,
 }
-MAX_IMAGE = 16384  # pixels of a side
+MAX_IMAGE = 16384  # pixels per side
 FORMATS = {"huggingface": huggingface, "mae": mae, "official": official, "timm": timm}
 EXPORTS = {"backbone": backbone} | {name: FORMATS[name] for name in ("huggingface", "official", "timm")}
 SUPPORTED = (
     "supported are official SimMIM, Swin, Swin V2 and ConvNeXt files; timm's vit, beit, swin, swinv2, convnext and "
-    "resnet of bottleneck blocks; Hugging Face folders of ViT, BEiT, Swin and Swinv2; MAE files"
+    "resnet with bottleneck blocks; Hugging Face folders of ViT, BEiT, Swin and Swinv2; MAE files"
 )
 
 
 def detect(weights: Weights) -> WeightSpec:
-    """What `weights` are. Raises CheckpointError, with some of the names, if no format knows them."""
+    """The model in `weights`. Raises CheckpointError if no format recognizes the names."""
     formats = [FORMATS.get(weights.made["names"])] if weights.made else FORMATS.values()
     for format in filter(None, formats):
         if encoder := format.recognize(weights):
             try:
-                found = format.detect(encoder, weights)
+                spec = format.detect(encoder, weights)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                raise CheckpointError(
-                    f"shapes or fields that no {encoder} has ({type(error).__name__}: {error})",
-                    weights.where,
-                    SUPPORTED,
-                ) from error
-            found = found._replace(notes=(*weights.notes, *found.notes))
-            return _as_made(found, weights) if weights.made else found
+                what = f"shapes or fields that no {encoder} has ({type(error).__name__}: {error})"
+                raise CheckpointError(what, weights.where, SUPPORTED) from error
+            spec = spec._replace(notes=(*weights.notes, *spec.notes))
+            return _with_metadata(spec, weights) if weights.made else spec
     names = sorted(weights.arrays)
-    raise CheckpointError(
-        f"unknown weights: {len(names)} arrays with names like {', '.join(names[:3])}" if names else "no weights",
-        weights.where, SUPPORTED,
-    )  # fmt: skip
+    what = f"unknown weights: {len(names)} arrays with names like {', '.join(names[:3])}" if names else "no weights"
+    raise CheckpointError(what, weights.where, SUPPORTED)
 
 
-def _as_made(found: WeightSpec, weights: Weights) -> WeightSpec:
-    """`found`, of a file of ours, with all that its metadata says in place of what was taken or guessed."""
-    made, name = weights.made, found.encoder["name"]
-    said = {field: tuple(x) if isinstance(x, list) else x for field, x in made["encoder"].items()}
+def _with_metadata(spec: WeightSpec, weights: Weights) -> WeightSpec:
+    """`spec` with the fields that our own export wrote into the metadata."""
+    made, name = weights.made, spec.encoder["name"]
+    saved = {field: tuple(x) if isinstance(x, list) else x for field, x in made["encoder"].items()}
     defaults = encoder_fields(name)
-    fields = {field for field in said.keys() & defaults.keys() if field in found.encoder or field == "norm_momentum"}
-    if said.get("name") != name or any(why_invalid(said[field], defaults[field]) for field in fields):
-        raise CheckpointError("its metadata is of another model", weights.where, "export it again")
-    return found._replace(
-        encoder=found.encoder | {field: said[field] for field in sorted(fields)},
+    fields = {field for field in saved.keys() & defaults.keys() if field in spec.encoder or field == "norm_momentum"}
+    if saved.get("name") != name or any(why_invalid(saved[field], defaults[field]) for field in fields):
+        raise CheckpointError("its metadata describe another model", weights.where, "export it again")
+    return spec._replace(
+        encoder=spec.encoder | {field: saved[field] for field in sorted(fields)},
         image_size=tuple(made["image_size"]),
         notes=weights.notes,
     )
@@ -108,41 +104,38 @@ def encoder_fields(name: str) -> dict:
 
 
 def why_invalid(value, default) -> str:
-    """Why `value` cannot be that of a field with this default; empty if it can."""
+    """How to fix `value`, if a field with this default cannot have it; else ""."""
     if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
         return f"give a {type(default).__name__}, like {default!r}"
-    least = 0 if default == () else 1  # Swin V2's windows of pretraining may be 0, which is none
+    minimum = 0 if default == () else 1  # Swin V2's pretrained_windows may be 0, which means none
     numbers = value if isinstance(value, tuple) else (value,) if type(value) is int and type(default) is int else ()
-    if not all(type(n) is int and least <= n <= MAX_IMAGE for n in numbers):
-        return f"give whole numbers from {least} to {MAX_IMAGE}"
+    if not all(type(n) is int and minimum <= n <= MAX_IMAGE for n in numbers):
+        return f"give whole numbers from {minimum} to {MAX_IMAGE}"
     return "give a number from 0 to 1000" if isinstance(default, float) and not 0 <= value <= 1000 else ""  # nor NaN
 
 
 def find_normalization(weights: Weights, channels: int = 3, names: tuple[str, ...] = ("mean", "std")) -> dict:
-    """Those of mean and std of the images that the files beside the weights, or our metadata, tell.
+    """The mean and std of the images, from our metadata or the files next to the weights; without those not found.
 
-    Raises CheckpointError if they are no numbers that can be those of so many channels.
+    Raises CheckpointError for values that are not one number per channel.
     """
-    timms = weights.config.get("pretrained_cfg")
-    timms = timms if isinstance(timms, dict) else {}
-    told = {}
+    timm_config = weights.config.get("pretrained_cfg")
+    timm_config = timm_config if isinstance(timm_config, dict) else {}
+    found = {}
     for name in names:
-        sources = ((weights.made, name), (weights.pixels, f"image_{name}"), (timms, name))
-        for source, key in sources:
-            if key in source:
-                told[name] = _statistic(name, source[key], channels, weights.where)
-                break
-    return told
+        sources = ((weights.made, name), (weights.preprocessor, f"image_{name}"), (timm_config, name))
+        values = next((source[key] for source, key in sources if key in source), found)
+        if values is not found:
+            found[name] = _per_channel(name, values, channels, weights.where)
+    return found
 
 
-def _statistic(name: str, values, channels: int, where: str) -> tuple[float, ...]:
+def _per_channel(name: str, values, channels: int, where: str) -> tuple[float, ...]:
     values = values if isinstance(values, list | tuple) else [values] * channels
-    real = all(type(x) in (int, float) and abs(x) < 1e30 and (name == "mean" or x > 0) for x in values)
-    if not real or len(values) != channels:
-        raise CheckpointError(
-            f"{name} {str(values)[:100]} is not {channels} number(s)" + (" above 0" if name == "std" else ""),
-            where, f"give --{name} with so many numbers",
-        )  # fmt: skip
+    is_valid = all(type(x) in (int, float) and abs(x) < 1e30 and (name == "mean" or x > 0) for x in values)
+    if not is_valid or len(values) != channels:
+        what = f"{name} {str(values)[:100]} is not {channels} number(s)" + (" above 0" if name == "std" else "")
+        raise CheckpointError(what, where, f"give --{name} with {channels} number(s)")
     return tuple(map(float, values))
 
 
@@ -151,43 +144,44 @@ def make_rules(format: str, encoder, objective: dict, prefix: str, image_size: t
     return FORMATS[format].rules(encoder, objective, prefix, image_size)
 
 
-def resolve(found: WeightSpec, given: dict, image_size: tuple[int, int] | None, where: str) -> WeightSpec:
-    """`found` with the encoder's fields and the image size that the user gives, which have the last word.
+def resolve(spec: WeightSpec, given: dict, image_size: tuple[int, int] | None, where: str) -> WeightSpec:
+    """`spec` completed and overridden by the encoder fields and the image size that the user gives.
 
-    Raises CheckpointError if something is still unknown, with the options that say it, or if the windows of a Swin in
-    the file are not those that it would have.
+    Raises CheckpointError, with the options to give, if something is still unknown, or if the windows of a Swin differ
+    from those in the file.
     """
-    encoder, notes = found.encoder | given, list(found.notes)
-    image_size = image_size or found.image_size
+    encoder, notes = spec.encoder | given, list(spec.notes)
+    image_size = image_size or spec.image_size
     if image_size is None and encoder["name"] in ("resnet", "convnext"):
         image_size = (224, 224)
-        notes.append("took images of 224 pixels, on which no weight of this model depends: see --image_size")
+        notes.append("assumed images of 224 pixels, on which no weight of this model depends: see --image_size")
     unknown = [f"--encoder.{field}=VALUE" for field, value in encoder.items() if value is None]
     unknown += ["--image_size=HEIGHT,WIDTH (like 224,224)"] if image_size is None else []
     if unknown:
-        raise CheckpointError("these weights do not tell all that the model needs", where, f"give {', '.join(unknown)}")
+        what = "these weights do not determine all that the model needs"
+        raise CheckpointError(what, where, f"give {', '.join(unknown)}")
     if not all(type(side) is int and 0 < side <= MAX_IMAGE for side in image_size) or len(image_size) != 2:
-        raise ConfigError(
-            f"image size {str(tuple(image_size))[:100]}", where, f"give two whole numbers from 1 to {MAX_IMAGE}"
-        )
-    if reason := next((f"{f}={encoder[f]!r}: {why}" for f, why in _misfits(encoder)), ""):
-        raise CheckpointError(f"a field that no {encoder['name']} has, {reason}", where, "see --encoder.FIELD")
-    if found.windows:
-        windows = stage_windows(image_size, encoder["patch_size"], len(encoder["depths"]), encoder["window"])
-        if windows != found.windows:
-            raise CheckpointError(
-                f"windows disagree: {list(found.windows)} by stage in the file; {list(windows)} follow from window "
-                f"{encoder['window']} and images of {'x'.join(map(str, image_size))}",
-                where, "give the right --encoder.window or --image_size",
-            )  # fmt: skip
-    if found.format == "timm" and encoder["name"] in ("swin", "swinv2"):
-        sizes = tuple(image_size), encoder["patch_size"], encoder["window"], len(encoder["depths"])
-        notes += [timm.PADDED] if timm.pads(*sizes) else []
-    return found._replace(encoder=encoder, image_size=tuple(image_size), notes=tuple(notes))
-
-
-def _misfits(encoder: dict):
+        fix = f"give two whole numbers from 1 to {MAX_IMAGE}"
+        raise ConfigError(f"image size {str(tuple(image_size))[:100]}", where, fix)
     defaults = encoder_fields(encoder["name"])
     for field, value in encoder.items():
         if field != "name" and (why := why_invalid(value, defaults[field])):
-            yield field, why
+            what = f"a field that no {encoder['name']} has, {field}={value!r}: {why}"
+            raise CheckpointError(what, where, "see --encoder.FIELD")
+    if spec.windows:
+        _check_windows(spec.windows, encoder, image_size, where)
+    if spec.format == "timm" and encoder["name"] in ("swin", "swinv2"):
+        sizes = tuple(image_size), encoder["patch_size"], encoder["window"], len(encoder["depths"])
+        notes += [timm.PADDED] if timm.pads(*sizes) else []
+    return spec._replace(encoder=encoder, image_size=tuple(image_size), notes=tuple(notes))
+
+
+def _check_windows(saved: tuple[int, ...], encoder: dict, image_size: tuple[int, int], where: str) -> None:
+    windows = stage_windows(image_size, encoder["patch_size"], len(encoder["depths"]), encoder["window"])
+    if windows != saved:
+        size = "x".join(map(str, image_size))
+        what = (
+            f"windows disagree: {list(saved)} by stage in the file; {list(windows)} by stage for window "
+            f"{encoder['window']} and images of {size}"
+        )
+        raise CheckpointError(what, where, "give the right --encoder.window or --image_size")

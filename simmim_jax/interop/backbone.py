@@ -1,11 +1,11 @@
-"""Backbones of transformers: an encoder whose maps a detector or a segmenter there takes, stage by stage.
+"""Backbones for the detectors and segmenters of transformers: an encoder and a feature map per stage. Export only.
 
-Written alone, and with the names that the backbone has and no others. A map of a stage is our encoder's at the stage's
-end, before merging; of a ViT, at a block's end, without the class token. Two kinds put a LayerNorm of their own on it,
-that no encoder has: Swin and ConvNeXt. It is written as a norm that does not scale, save that Swin's last is our final
-norm, so that the last map is our encoder's output. A norm for each stage is there, whichever stages are asked for.
+The map of a stage is our encoder's at the end of the stage, before merging. For a ViT it is that of a block, without
+the class token. transformers adds a LayerNorm to each map of Swin and ConvNeXt, which our encoders do not have. It is
+written with scale 1 and bias 0, except that Swin's last one is our final norm, so that the last map is our output. The
+norms of all stages are written, for any `out_features`.
 
-A ViT without relative positions is a Dinov2 there, which is the plain ViT with LayerScale; one with them is a BEiT.
+A ViT without relative positions is a Dinov2 there, which is the plain ViT with LayerScale. One with them is a BEiT.
 """
 
 import math
@@ -13,8 +13,7 @@ import re
 
 import numpy as np
 
-from simmim_jax.interop import huggingface, official, timm
-from simmim_jax.interop.official import under_encoder
+from simmim_jax.interop import folder, huggingface, tables, timm
 from simmim_jax.interop.rules import (
     POSITIONS,
     SAME,
@@ -38,9 +37,9 @@ CLASSES = {
 BARE = {"name": "none"}
 NOWHERE = Layout(lambda x: [], lambda y, shape: np.zeros(shape))
 TWICE = Layout(lambda x: [x, x], lambda y, shape: y[0])
-OTHERWISE = "stablehlo holds it, and the embed tool writes its maps"
+ALTERNATIVE = "stablehlo can hold it, and the embed tool writes its maps"
 
-CONVNEXT = {  # as `official.CONVNEXT`
+CONVNEXT = {  # names in transformers, by part, as `tables.CONVNEXT`
     "patch_embed": "embeddings.patch_embeddings",
     "patch_norm": "embeddings.layernorm",
     "down_norm": "encoder.stages.{stage}.downsampling_layer.0",
@@ -50,7 +49,7 @@ CONVNEXT = {  # as `official.CONVNEXT`
     "fc1": "pwconv1",
     "fc2": "pwconv2",
 }
-RESNET = (  # of timm's names, and what they are here
+RESNET = (  # patterns of timm's names, and their replacements
     (r"^conv1\.", "embedder.embedder.convolution."),
     (r"^bn1\.", "embedder.embedder.normalization."),
     (r"^layer(\d)\.", lambda found: f"encoder.stages.{int(found[1]) - 1}.layers."),
@@ -62,84 +61,84 @@ RESNET = (  # of timm's names, and what they are here
 
 
 def backbone_type(encoder) -> str:
-    """The model type of transformers whose backbone this encoder is."""
+    """The model type of this encoder's backbone in transformers."""
     name = type(encoder).__name__.lower()
     return name if name != "vit" else "dinov2" if encoder.relative_position == "none" else "beit"
 
 
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
-    """Why no backbone of transformers is this encoder; empty if one is."""
+    """Why transformers has no backbone for this encoder, or ""."""
     kind = backbone_type(encoder)
     if kind in ("swin", "swinv2"):
         return huggingface.refusal(encoder, BARE, image_size)
     if kind in ("resnet", "convnext"):
         epsilon = {"resnet": 1e-5, "convnext": 1e-6}[kind]
         if not math.isclose(encoder.norm_epsilon, epsilon, rel_tol=1e-6):
-            return f"norm_epsilon is {encoder.norm_epsilon:g}, and {epsilon:g} in each {kind} there; {OTHERWISE}"
+            return f"norm_epsilon is {encoder.norm_epsilon:g}, but always {epsilon:g} in a {kind} there; {ALTERNATIVE}"
         return ""
     if not encoder.class_token:
-        return f"each {kind} of transformers has a class token; {OTHERWISE}"
+        return f"a {kind} of transformers always has a class token; {ALTERNATIVE}"
     if image_size[0] != image_size[1]:
-        return f"the positions of a {kind} there are those of square images; {OTHERWISE}"
+        return f"a {kind} of transformers takes square images only; {ALTERNATIVE}"
     if kind == "beit" and encoder.qkv_bias != "qv":
-        return f"relative positions make it a BEiT there, which has biases on queries and values alone; {OTHERWISE}"
+        return f"with relative positions it is a BEiT, which has biases only on queries and values; {ALTERNATIVE}"
     if kind == "dinov2" and not float(encoder.mlp_ratio).is_integer():
-        return f"mlp_ratio is {encoder.mlp_ratio:g}, and whole in each Dinov2 there; {OTHERWISE}"
+        return f"mlp_ratio is {encoder.mlp_ratio:g}, but a whole number in a Dinov2; {ALTERNATIVE}"
     return ""
 
 
 def exported_objective(encoder, objective: dict) -> dict:
-    """None: heads have no place in a backbone."""
+    """None: a backbone has no heads."""
     return BARE
 
 
 def export_prefix(objective: str) -> str:
-    """Names are those of each kind."""
+    """No prefix."""
     return ""
 
 
 def export_notes(encoder) -> tuple[str, ...]:
-    """What its maps are, and what transformers says where it takes fewer of them."""
+    """What the maps are, and which warnings of transformers are harmless."""
     kind = backbone_type(encoder)
-    normed = "each with a LayerNorm that does not scale"
+    normed = "each with a LayerNorm of scale 1"
     maps = {
-        "swin": f"those of our stages' ends, {normed}; the last, with our final norm, is the encoder's output",
-        "convnext": f"those of our stages' ends, {normed}",
-        "swinv2": "those of our stages' ends; the final norm has no place there",
-        "resnet": "those of our stages' ends",
-        "beit": "those of our blocks' ends, before the final norm",
-        "dinov2": "those of our blocks' ends; with apply_layernorm=True, after the final norm",
+        "swin": f"the outputs of our stages, {normed}; the last has our final norm and is the encoder's output",
+        "convnext": f"the outputs of our stages, {normed}",
+        "swinv2": "the outputs of our stages; the final norm is left out",
+        "resnet": "the outputs of our stages",
+        "beit": "the outputs of our blocks, before the final norm",
+        "dinov2": "the outputs of our blocks; with apply_layernorm=True, after the final norm",
     }[kind]
     notes = [f"its maps are {maps}"]
     if kind in ("swin", "convnext"):
-        notes.append("asked for fewer stages, transformers tells of hidden_states_norms it does not use: no harm")
+        notes.append("with fewer stages, transformers warns of unused hidden_states_norms, which is harmless")
     notes.append(
-        "AutoBackbone.from_pretrained of transformers 5.23 takes models of the hub alone, as this can become; "
-        f"{CLASSES[kind]}.from_pretrained takes the folder"
+        f"load the folder with {CLASSES[kind]}.from_pretrained; AutoBackbone.from_pretrained of transformers 5.23 "
+        "loads only models of the hub"
     )
     return tuple(notes)
 
 
 def out_features(encoder) -> list[str]:
-    """The stages whose maps are put out where none are asked for: all four, of a ViT four blocks, evenly spread."""
+    """The default maps: all four stages, or for a ViT four evenly spaced blocks."""
     parts = 4 if backbone_type(encoder) not in ("beit", "dinov2") else encoder.depth
     return [f"stage{n}" for n in sorted({-(-parts * quarter // 4) for quarter in (1, 2, 3, 4)})]
 
 
 def stage_ends(encoder) -> tuple[int, ...]:
-    """How many blocks there are up to the end of each stage; those of a ViT are a stage each."""
+    """The number of blocks up to the end of each stage. Each block of a ViT is a stage."""
     if backbone_type(encoder) in ("beit", "dinov2"):
         return tuple(range(1, encoder.depth + 1))
     return tuple(sum(encoder.depths[: stage + 1]) for stage in range(len(encoder.depths)))
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
-    """The table of this encoder. Raises LookupError for one that no backbone is; see `refusal`."""
-    return under_encoder(TABLES[backbone_type(encoder)](encoder, image_size))
+    """The table for this encoder. Raises LookupError for one that has no backbone; see `refusal`."""
+    return tables.under_encoder(TABLES[backbone_type(encoder)](encoder, image_size))
 
 
 def make_config(encoder, image_size: tuple[int, int], channels: int) -> dict:
-    """config.json of the folder."""
+    """config.json."""
     kind = backbone_type(encoder)
     config = {
         "model_type": kind,
@@ -186,21 +185,21 @@ def make_config(encoder, image_size: tuple[int, int], channels: int) -> dict:
             "use_mask_token": False,
             "apply_layernorm": False,
         }
-    return huggingface.make_config(encoder, BARE, image_size, channels) | config
+    return folder.make_config(encoder, BARE, image_size, channels) | config
 
 
 def fixed(value: float, theirs: str, shape: tuple[int, ...]) -> list[Rule]:
-    """An array there that holds one value everywhere and is no parameter here."""
+    """An array of equal values that is no parameter here."""
     return [Rule("", (theirs,), SAME, np.full(shape, value, np.float32))]
 
 
 def unscaled_norm(theirs: str, width: int) -> list[Rule]:
-    """A LayerNorm there with scale 1 and bias 0."""
+    """A LayerNorm with scale 1 and bias 0."""
     return fixed(1.0, f"{theirs}.weight", (width,)) + fixed(0.0, f"{theirs}.bias", (width,))
 
 
 def swin(encoder, image_size: tuple[int, int]) -> list[Rule]:
-    """Swin, whose final norm is also that of the last stage's map."""
+    """Swin, whose final norm is also the norm of the last map."""
     table = []
     last = f"hidden_states_norms.stage{len(encoder.depths)}"
     for rule in huggingface.swin(encoder, "swin.", image_size):
@@ -214,7 +213,7 @@ def swin(encoder, image_size: tuple[int, int]) -> list[Rule]:
 
 
 def swinv2(encoder, image_size: tuple[int, int]) -> list[Rule]:
-    """Swin V2, whose final norm has no place."""
+    """Swin V2, without its final norm."""
     return [
         rule._replace(theirs=(), layout=NOWHERE) if rule.ours.startswith("norm/") else rule
         for rule in huggingface.swin(encoder, "", image_size)
@@ -222,14 +221,14 @@ def swinv2(encoder, image_size: tuple[int, int]) -> list[Rule]:
 
 
 def convnext(encoder, image_size: tuple[int, int]) -> list[Rule]:
-    """ConvNeXt with a norm for each stage."""
+    """ConvNeXt with a norm for each map."""
 
     def named(name: str) -> str:
         return re.sub(r"\.norm\.", ".layernorm.", re.sub(r"\.gamma$", ".layer_scale_parameter", name))
 
     table = [
         rule._replace(theirs=tuple(map(named, rule.theirs)))
-        for rule in official.convnext(encoder, "", image_size, CONVNEXT)
+        for rule in tables.convnext(encoder, "", image_size, CONVNEXT)
     ]
     for stage, width in enumerate(encoder.widths):
         table += unscaled_norm(f"hidden_states_norms.stage{stage + 1}", width)
@@ -237,7 +236,7 @@ def convnext(encoder, image_size: tuple[int, int]) -> list[Rule]:
 
 
 def resnet(encoder, image_size: tuple[int, int]) -> list[Rule]:
-    """A ResNet of bottleneck blocks, and how many batches its statistics have seen, of which nothing depends."""
+    """A ResNet with bottleneck blocks, and num_batches_tracked, which changes nothing."""
 
     def named(name: str) -> str:
         for pattern, replacement in RESNET:
@@ -256,11 +255,11 @@ def beit(encoder, image_size: tuple[int, int]) -> list[Rule]:
 
 
 def dinov2(encoder, image_size: tuple[int, int]) -> list[Rule]:
-    """A ViT without relative positions. What it lacks of a Dinov2 is written as what changes nothing."""
+    """A ViT without relative positions. Parts that only Dinov2 has are written with values that change nothing."""
     width = encoder.width
     table = convolution("patch_embed", huggingface.PATCHES) + one("cls_token", "embeddings.cls_token", TOKEN)
     name = "embeddings.position_embeddings"
-    table += official.positions(encoder, "", image_size, name)
+    table += tables.positions(encoder, "", image_size, name)
     if encoder.absolute_position == "none":
         patches = math.prod(size // encoder.patch_size for size in image_size)
         table += [Rule("", (name,), POSITIONS, np.zeros((patches + 1, width), np.float32))]

@@ -1,7 +1,7 @@
-"""MAE's files (facebookresearch/mae): timm's ViT, and a transformer decoder that has no place here.
+"""MAE files (facebookresearch/mae): timm's ViT with fixed sine-cosine positions, and a transformer decoder.
 
-Its encoder goes on as a ViT with fixed sine-cosine positions; the decoder, whose mask token is its own, must be left
-out by name: the error says how. Bare encoders and fine-tuned models, without a decoder, are timm's ViT in every name.
+Only the encoder is imported. The decoder and its mask token must be left out by name; the error message shows how.
+Bare encoders and fine-tuned models have no decoder, and are recognized as timm's ViT.
 """
 
 from simmim_jax.interop import official, timm
@@ -13,7 +13,7 @@ rules = timm.rules
 
 
 def recognize(weights: Weights) -> str | None:
-    """ "vit" if a MAE's decoder is there."""
+    """ "vit" if the file has a MAE decoder."""
     return "vit" if any(name.startswith(("decoder_embed.", "decoder_blocks.")) for name in weights.arrays) else None
 
 

@@ -1,9 +1,8 @@
-"""The official state dicts: microsoft/SimMIM and microsoft/Swin-Transformer (ViT, Swin, Swin V2), pretrained,
-fine-tuned or bare, and facebookresearch/ConvNeXt.
+"""Official state dicts of microsoft/SimMIM, microsoft/Swin-Transformer and facebookresearch/ConvNeXt.
 
-Pretraining puts "encoder." before the encoder's names, and has `mask_token` and `decoder.0`; fine-tuning has no prefix,
-and a `head` (a ViT's with `fc_norm`). timm's BEiT has the names of the official ViT, and its Swin nearly those of the
-official one: `timm` shares these tables. The yacs config in the files is dropped by `pickles`.
+Pretraining files have the prefix "encoder.", a `mask_token` and a `decoder.0`. Fine-tuned files have no prefix and a
+`head` (a ViT also `fc_norm`). timm's BEiT has the names of the official ViT, and its Swin has nearly those of the
+official Swin: the module `timm` shares these tables. `pickles` drops the yacs config in the files.
 """
 
 import math
@@ -12,38 +11,27 @@ import numpy as np
 
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.reading import Weights
-from simmim_jax.interop.rules import (
-    PER_HEAD,
-    POINTWISE,
-    POSITIONS,
-    TO_WIDTH,
-    TOKEN,
-    VECTOR,
-    Rule,
-    convolution,
-    dense,
-    norm,
-    one,
-)
+from simmim_jax.interop.rules import POINTWISE, TOKEN, Rule, dense, norm, one
+from simmim_jax.interop.tables import convnext, swin, under_encoder, vit
 from simmim_jax.interop.weight_spec import (
     Shapes,
     WeightSpec,
     find_prefix,
     integer_sqrt,
     mlp_ratio_from,
-    square,
+    patch_side,
+    shapes_below,
     table_side,
-    without_prefix,
 )
 from simmim_jax.models.vit import SIZES, sincos_position
 
 NAME = "official"
-BEIT = ("gamma_1", "attn.q_bias", "relative_position_bias_table")  # what timm's plain ViT has not
-LAYER_SCALE = 0.1  # its initial value in every official ViT; trained weights do not tell it
+BEIT = ("gamma_1", "attn.q_bias", "relative_position_bias_table")  # endings that timm's plain ViT does not have
+LAYER_SCALE = 0.1  # initial value in every official ViT, which trained weights do not determine
 
 
 def recognize(weights: Weights) -> str | None:
-    """The encoder that these names are of; None if they are not official."""
+    """The encoder with these names, or None if they are not official."""
     names = weights.arrays.keys()
     prefix = find_prefix(names, "patch_embed.proj.weight")
     if prefix is None:
@@ -60,23 +48,24 @@ def recognize(weights: Weights) -> str | None:
 
 
 def detect(name: str, weights: Weights) -> WeightSpec:
-    """The model that these weights are, as far as they tell."""
-    return {"vit": detect_vit, "swin": detect_swin, "swinv2": detect_swin, "convnext": detect_convnext}[name](
-        weights, NAME, name
-    )
+    """The model, as far as the weights determine it."""
+    detectors = {"vit": detect_vit, "swin": detect_swin, "swinv2": detect_swin, "convnext": detect_convnext}
+    return detectors[name](weights, NAME, name)
 
 
 def detect_vit(weights: Weights, format: str, name: str = "vit", layer_scale: float = LAYER_SCALE) -> WeightSpec:
-    """A ViT, or BEiT, with blocks named `blocks.0`."""
+    """A ViT or BEiT whose blocks are named `blocks.0`."""
     prefix = find_prefix(weights.arrays, "patch_embed.proj.weight")
-    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    shapes = shapes_below(weights.arrays, prefix, weights.where)
     patch = shapes["patch_embed.proj.weight"]
     width, notes = patch[0], []
     table, shared = shapes.first("relative_position_bias_table"), "rel_pos_bias.relative_position_bias_table" in shapes
     depth, heads = shapes.count("blocks."), table[1] if table else None
     if heads is None:
         heads = guess_num_heads(width, depth)
-        notes += [f"took {heads} heads, which these weights do not tell: see --encoder.num_heads"] if heads else []
+        notes += (
+            [f"assumed {heads} heads, which these weights do not determine: see --encoder.num_heads"] if heads else []
+        )
     class_token = "cls_token" in shapes
     encoder = {
         "name": "vit",
@@ -84,7 +73,7 @@ def detect_vit(weights: Weights, format: str, name: str = "vit", layer_scale: fl
         "depth": depth,
         "num_heads": heads,
         "mlp_ratio": mlp_ratio_from(shapes["blocks.0.mlp.fc1.weight"][0], width),
-        "patch_size": square(patch, weights.where),
+        "patch_size": patch_side(patch, weights.where),
         "class_token": class_token,
         "absolute_position": position_type(weights.arrays.get(f"{prefix}pos_embed"), class_token),
         "relative_position": "shared" if shared else "per_block" if table else "none",
@@ -103,13 +92,13 @@ def detect_vit(weights: Weights, format: str, name: str = "vit", layer_scale: fl
 
 
 def guess_num_heads(width: int, depth: int) -> int | None:
-    """The heads of the known ViT of this width and depth; else one for every 64 channels; None where that fails."""
+    """The heads of the known ViT of this width and depth, else one per 64 channels, else None."""
     known = [size["num_heads"] for size in SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
     return known[0] if known else width // 64 if width % 64 == 0 else None
 
 
 def position_type(table: np.ndarray | None, class_token: bool) -> str:
-    """Of an absolute position embedding [1, n, d]: "learned", or "sincos" where it holds just those numbers."""
+    """The kind of an absolute position embedding [1, n, d]: "sincos" if it has exactly those values."""
     if table is None:
         return "none"
     side = integer_sqrt(table.shape[1] - class_token)
@@ -121,10 +110,10 @@ def position_type(table: np.ndarray | None, class_token: bool) -> str:
 
 
 def detect_objective(weights: Weights, shapes: Shapes, prefix: str, final_norm: bool, of_patches: str = "") -> dict:
-    """The objective that the heads in the file are of.
+    """The objective that the heads in the file belong to.
 
-    of_patches: of a ViT, the name of the norm whose presence says that the classifier pools patches; without it, it
-    reads the class token after the final norm. Raises CheckpointError for one that does neither.
+    of_patches: for a ViT, the name of the norm that exists if the classifier pools patches. Without this norm it reads
+    the class token after the final norm. Raises CheckpointError for a classifier that does neither.
     """
     if "decoder.0.weight" in weights.arrays:
         return {"name": "simmim"}
@@ -134,30 +123,28 @@ def detect_objective(weights: Weights, shapes: Shapes, prefix: str, final_norm: 
     if of_patches and of_patches not in shapes and final_norm and "cls_token" in shapes:
         return class_token_classifier(classes)
     if of_patches and (of_patches not in shapes or final_norm):
-        raise CheckpointError(
-            "the classifier in this file reads neither fc_norm of the mean of the patches nor the class token after "
-            "the final norm, as ours can", weights.where, "leave it out with --allow 'head.*'",
-        )  # fmt: skip
+        what = "unsupported classifier: it reads neither fc_norm of the patches' mean nor the final norm's class token"
+        raise CheckpointError(what, weights.where, "leave it out with --allow 'head.*'")
     return {"name": "classify", "num_classes": classes, "fc_norm": bool(of_patches)}
 
 
 def class_token_classifier(classes: int) -> dict:
-    """The objective of a classifier that reads the class token of the output."""
+    """The objective of a classifier that reads the class token."""
     return {"name": "classify", "num_classes": classes, "fc_norm": False, "pool": "class_token"}
 
 
 def reads_class_token(encoder, objective: dict) -> bool:
-    """Whether a classifier reads the class token of a ViT, after the final norm and no other."""
+    """Whether a ViT's classifier reads the class token after the final norm, with no norm of its own."""
     return objective.get("pool") == "class_token" and encoder.final_norm and not objective["fc_norm"]
 
 
 def detect_swin(weights: Weights, format: str, name: str) -> WeightSpec:
-    """A Swin or Swin V2 with stages named `layers.0`."""
+    """A Swin or Swin V2 whose stages are named `layers.0`."""
     prefix = find_prefix(weights.arrays, "patch_embed.proj.weight")
-    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    shapes = shapes_below(weights.arrays, prefix, weights.where)
     derived = {n.removeprefix(prefix): x for n, x in weights.derived.items()}
     patch, stages = shapes["patch_embed.proj.weight"], shapes.count("layers.")
-    patch_size = square(patch, weights.where)
+    patch_size = patch_side(patch, weights.where)
     firsts = [f"layers.{stage}.blocks.0" for stage in range(stages)]
     encoder = {
         "name": name,
@@ -194,7 +181,7 @@ def detect_swin(weights: Weights, format: str, name: str) -> WeightSpec:
         grid = mask
     elif known and min(windows) < encoder["window"]:
         stage = next(s for s in range(stages) if windows[s] < encoder["window"])
-        grid = windows[stage] * 2**stage  # a window shrinks to its map
+        grid = windows[stage] * 2**stage  # a window shrinks to the size of its map
     objective = detect_objective(weights, shapes, prefix, encoder["final_norm"])
     return WeightSpec(
         format, encoder, objective, (grid * patch_size,) * 2 if grid else None, patch[1], prefix,
@@ -203,7 +190,7 @@ def detect_swin(weights: Weights, format: str, name: str) -> WeightSpec:
 
 
 def shifted_map(derived: dict[str, np.ndarray]) -> int | None:
-    """The side of the first stage's map, from the mask [windows, n, n] of a block of it that shifts."""
+    """The side of the first stage's map, from the attention mask [windows, n, n] of a shifted block in it."""
     for name, mask in sorted(derived.items()):
         if name.endswith("attn_mask") and name.startswith("layers.0.") and mask.ndim == 3:
             return integer_sqrt(mask.shape[0] * mask.shape[1])
@@ -211,7 +198,7 @@ def shifted_map(derived: dict[str, np.ndarray]) -> int | None:
 
 
 def pretrained_windows(coordinates: list[np.ndarray | None], windows: list[int | None]) -> tuple[int, ...]:
-    """Swin V2's PRETRAINED_WINDOW_SIZES, from the scaled coordinates of each stage; () where they are its own."""
+    """Swin V2's PRETRAINED_WINDOW_SIZES, from the scaled coordinates of each stage; () if they equal its windows."""
     sides = []
     for table, window in zip(coordinates, windows, strict=True):
         if table is None or window is None or window < 2:
@@ -222,9 +209,9 @@ def pretrained_windows(coordinates: list[np.ndarray | None], windows: list[int |
 
 
 def detect_convnext(weights: Weights, format: str, name: str = "convnext") -> WeightSpec:
-    """A ConvNeXt under the names of facebookresearch/ConvNeXt."""
+    """A ConvNeXt with the names of facebookresearch/ConvNeXt."""
     prefix = find_prefix(weights.arrays, "downsample_layers.0.0.weight")
-    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    shapes = shapes_below(weights.arrays, prefix, weights.where)
     stages = shapes.count("stages.")
     encoder = {
         "name": "convnext",
@@ -241,62 +228,62 @@ def detect_convnext(weights: Weights, format: str, name: str = "convnext") -> We
 
 
 def exported_objective(encoder, objective: dict) -> dict:
-    """All of it has a place."""
+    """All of the objective."""
     return objective
 
 
 def export_prefix(objective: str) -> str:
-    """What the encoder's names begin with in a file that we write."""
+    """The prefix of the encoder's names in files that we write."""
     return "encoder." if objective == "simmim" else ""
 
 
 def export_notes(encoder) -> tuple[str, ...]:
-    """What whoever reads the file must say, as the file does not."""
+    """The windows of pretraining, which the file does not contain."""
     if not encoder.pretrained_windows:
         return ()
     windows = list(encoder.pretrained_windows)
-    return (f"the file does not tell the windows of pretraining: give PRETRAINED_WINDOW_SIZES={windows}",)
+    return (f"the file does not contain the windows of pretraining: give PRETRAINED_WINDOW_SIZES={windows}",)
 
 
 EPSILONS = {"ViT": 1e-6, "ConvNeXt": 1e-6, "Swin": 1e-5, "SwinV2": 1e-5, "ResNet": 1e-5}
 
 
 def norm_refusal(encoder) -> str:
-    """Why official and timm models, whose norms have a fixed epsilon, are other ones; empty if they are not."""
+    """Why official and timm models, whose norms have a fixed epsilon, cannot hold the encoder, or ""."""
     theirs = EPSILONS[type(encoder).__name__]
     if math.isclose(encoder.norm_epsilon, theirs, rel_tol=1e-6):
         return ""
-    return f"norm_epsilon is {encoder.norm_epsilon:g}, and always {theirs:g} there; stablehlo holds it"
+    return f"norm_epsilon is {encoder.norm_epsilon:g}, but always {theirs:g} in this format; stablehlo can hold it"
 
 
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
-    """Why this format cannot hold the model; empty if it can."""
+    """Why this format cannot hold the model, or ""."""
     name = type(encoder).__name__
     if name == "ResNet":
-        return "there is no official ResNet; timm has its names"
+        return "there is no official ResNet; timm has one"
     if name == "ViT":
         if not encoder.class_token:
-            return "the official ViT always has a class token; timm's need not"
+            return "the official ViT always has a class token; in timm's it is optional"
         if encoder.qkv_bias == "qkv":
-            return "the official ViT has no bias on keys; timm's ViT has, if it has no relative positions"
+            return "the official ViT has no bias on keys; timm's ViT without relative positions has one"
     elif name in ("Swin", "SwinV2") and not encoder.final_norm:
         return "the official Swin always has a final norm"
     return norm_refusal(encoder) or head_refusal(name, encoder, objective)
 
 
 def head_refusal(name: str, encoder, objective: dict) -> str:
-    """Why official and timm models have no such classifier; empty if they do."""
+    """Why official and timm models cannot hold the classifier, or ""."""
     if objective["name"] != "classify":
         return ""
     hint = "leave the classifier out with --allow head"
     if objective.get("block", 0):
-        return f"the classifier reads block {objective['block']}, theirs reads the output; {hint}"
+        return f"the classifier reads block {objective['block']}, but theirs reads the output; {hint}"
     if name == "ViT" and reads_class_token(encoder, objective):
         return ""
     if objective.get("pool", "patches") != "patches":
-        return f"the classifier reads {objective['pool']}, theirs the class token after one final norm; {hint}"
+        return f"the classifier reads {objective['pool']}, but theirs the class token after a final norm; {hint}"
     if name == "ViT" and (encoder.final_norm or not objective["fc_norm"]):
-        return f"theirs has one norm, after pooling: final_norm=False and fc_norm=True; {hint}"
+        return f"theirs has one norm, after pooling (final_norm=False, fc_norm=True); {hint}"
     if name in ("Swin", "SwinV2", "ResNet") and objective["fc_norm"]:
         return f"theirs has no norm after pooling (fc_norm); {hint}"
     if name == "ConvNeXt" and not objective["fc_norm"]:
@@ -305,7 +292,7 @@ def head_refusal(name: str, encoder, objective: dict) -> str:
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
-    """The table of this encoder and objective."""
+    """The table for this encoder and objective."""
     table = {"ViT": vit, "Swin": swin, "SwinV2": swin, "ConvNeXt": convnext}[type(encoder).__name__]
     encoder_rules = under_encoder(table(encoder, prefix, image_size))
     if objective["name"] == "simmim":
@@ -315,111 +302,3 @@ def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) ->
         head_norm = norm("head/norm", norm_name) if objective["fc_norm"] else []
         return encoder_rules + head_norm + dense("head/logits", "head")
     return encoder_rules
-
-
-def under_encoder(table: list[Rule]) -> list[Rule]:
-    """The same rules for an encoder within a whole tree."""
-    return [rule._replace(ours=f"encoder/{rule.ours}") for rule in table]
-
-
-def positions(encoder, prefix: str, image_size: tuple[int, int], name: str) -> list[Rule]:
-    """The absolute positions of a ViT, which are stored there even where they are fixed here."""
-    if encoder.absolute_position == "learned":
-        return one("pos_embed", f"{prefix}{name}", POSITIONS)
-    if encoder.absolute_position == "sincos":
-        grid = tuple(size // encoder.patch_size for size in image_size)
-        fixed = sincos_position(grid, encoder.width, encoder.class_token)
-        return [Rule("", (f"{prefix}{name}",), POSITIONS, fixed)]
-    return []
-
-
-def vit(encoder, prefix: str, image_size: tuple[int, int], scales: tuple = ("gamma_1", "gamma_2")) -> list[Rule]:
-    """scales: what LayerScale is called there."""
-    table = convolution("patch_embed", f"{prefix}patch_embed.proj")
-    if encoder.class_token:
-        table += one("cls_token", f"{prefix}cls_token", TOKEN)
-    table += positions(encoder, prefix, image_size, "pos_embed")
-    if encoder.relative_position == "shared":
-        table += one("rel_pos_bias/table", f"{prefix}rel_pos_bias.relative_position_bias_table")
-    for n in range(encoder.depth):
-        ours, theirs = f"block_{n}", f"{prefix}blocks.{n}"
-        table += norm(f"{ours}/norm1", f"{theirs}.norm1")
-        table += dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv", bias=encoder.qkv_bias == "qkv")
-        if encoder.qkv_bias == "qv":
-            table += one(f"{ours}/attn/q_bias", f"{theirs}.attn.q_bias", VECTOR)
-            table += one(f"{ours}/attn/v_bias", f"{theirs}.attn.v_bias", VECTOR)
-        if encoder.relative_position == "per_block":
-            table += one(f"{ours}/rel_pos_bias/table", f"{theirs}.attn.relative_position_bias_table")
-        table += dense(f"{ours}/attn/proj", f"{theirs}.attn.proj", TO_WIDTH)
-        table += norm(f"{ours}/norm2", f"{theirs}.norm2")
-        table += dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
-        if encoder.layer_scale:
-            table += one(f"{ours}/scale_attn/gamma", f"{theirs}.{scales[0]}")
-            table += one(f"{ours}/scale_mlp/gamma", f"{theirs}.{scales[1]}")
-    return table + (norm("norm", f"{prefix}norm") if encoder.final_norm else [])
-
-
-def swin(encoder, prefix: str, image_size: tuple[int, int], merge_at: int = 0) -> list[Rule]:
-    """Swin and Swin V2. merge_at: 0 where merging ends a stage, 1 where it begins the next (timm)."""
-    second = type(encoder).__name__ == "SwinV2"
-    table = convolution("patch_embed", f"{prefix}patch_embed.proj")
-    if encoder.patch_norm:
-        table += norm("patch_norm", f"{prefix}patch_embed.norm")
-    if encoder.absolute_position == "learned":
-        table += one("pos_embed", f"{prefix}absolute_pos_embed", POSITIONS)
-    for stage, depth in enumerate(encoder.depths):
-        for n in range(depth):
-            ours, theirs = f"stage_{stage}_block_{n}", f"{prefix}layers.{stage}.blocks.{n}"
-            table += norm(f"{ours}/norm1", f"{theirs}.norm1")
-            table += dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv", bias=encoder.qkv_bias == "qkv")
-            if encoder.qkv_bias == "qv":
-                table += one(f"{ours}/attn/q_bias", f"{theirs}.attn.q_bias", VECTOR)
-                table += one(f"{ours}/attn/v_bias", f"{theirs}.attn.v_bias", VECTOR)
-            if second:
-                table += one(f"{ours}/attn/logit_scale", f"{theirs}.attn.logit_scale", PER_HEAD)
-                table += dense(f"{ours}/attn/cpb/fc1", f"{theirs}.attn.cpb_mlp.0")
-                table += dense(f"{ours}/attn/cpb/fc2", f"{theirs}.attn.cpb_mlp.2", bias=False)
-            else:
-                table += one(f"{ours}/attn/rel_pos_bias/table", f"{theirs}.attn.relative_position_bias_table")
-            table += dense(f"{ours}/attn/proj", f"{theirs}.attn.proj", TO_WIDTH)
-            table += norm(f"{ours}/norm2", f"{theirs}.norm2")
-            table += dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
-        if stage < len(encoder.depths) - 1:
-            theirs = f"{prefix}layers.{stage + merge_at}.downsample"
-            table += norm(f"stage_{stage}_merge/norm", f"{theirs}.norm")
-            table += dense(f"stage_{stage}_merge/reduction", f"{theirs}.reduction", bias=False)
-    return table + (norm("norm", f"{prefix}norm") if encoder.final_norm else [])
-
-
-# Of a ConvNeXt in facebookresearch/ConvNeXt: by part, with the numbers of stage and block.
-CONVNEXT = {
-    "patch_embed": "downsample_layers.0.0",
-    "patch_norm": "downsample_layers.0.1",
-    "down_norm": "downsample_layers.{stage}.0",
-    "down_conv": "downsample_layers.{stage}.1",
-    "block": "stages.{stage}.{n}",
-    "conv": "dwconv",
-    "fc1": "pwconv1",
-    "fc2": "pwconv2",
-}
-
-
-def convnext(encoder, prefix: str, image_size: tuple[int, int], names: dict[str, str] = CONVNEXT) -> list[Rule]:
-    """names: what its parts are called there."""
-
-    def named(part: str, **numbers: int) -> str:
-        return prefix + names[part].format(**numbers)
-
-    table = convolution("patch_embed", named("patch_embed")) + norm("patch_norm", named("patch_norm"))
-    for stage, depth in enumerate(encoder.depths):
-        if stage:
-            table += norm(f"stage_{stage}_down/norm", named("down_norm", stage=stage))
-            table += convolution(f"stage_{stage}_down/conv", named("down_conv", stage=stage))
-        for n in range(depth):
-            ours, theirs = f"stage_{stage}_block_{n}", named("block", stage=stage, n=n)
-            table += convolution(f"{ours}/conv", f"{theirs}.{names['conv']}") + norm(f"{ours}/norm", f"{theirs}.norm")
-            for layer in ("fc1", "fc2"):
-                table += dense(f"{ours}/mlp/{layer}", f"{theirs}.{names[layer]}")
-            if encoder.layer_scale:
-                table += one(f"{ours}/scale/gamma", f"{theirs}.gamma")
-    return table

@@ -3,7 +3,7 @@
 A pickle is a program that can name any global and call it. Here a global becomes a `Dropped`, which holds its name and
 nothing else. What happens next, by the first rule that fits:
 
-- names in REBUILDERS are rebuilt as plain data by functions of this module;
+- names in REBUILDERS are rebuilt as plain data by the functions of `rebuild`;
 - names in ALLOWED become a `Dropped`, also if they are called;
 - other names in the standard library, or reached through it, are refused wherever they appear;
 - any other name becomes a `Dropped` if it is only mentioned or instantiated (NEWOBJ), as the yacs config in official
@@ -21,8 +21,7 @@ In the Python class the memo is a dict and each opcode is a method. `_Unpickler.
 allowed: those that only move values, from Python, and replacements for those that call, build, hash or allocate.
 `pickletools.genops` checks opcodes, lengths and the number of operations first, so that memory is bounded by the file.
 
-Sources: torch/_utils.py, torch/_tensor.py and _weights_only_unpickler.py of PyTorch 2.13, CPython's pickle.py and its
-table of Python 2's names, and the pickles of NumPy 1 and 2.
+Sources: _weights_only_unpickler.py of PyTorch 2.13, CPython's pickle.py and its table of Python 2's names.
 """
 
 import _compat_pickle
@@ -33,24 +32,15 @@ import pickletools
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
+
+from simmim_jax.interop.rebuild import REBUILDERS, Dropped, Unbuilt, build, make_set, set_items
 
 MAX_OBJECTS = 10_000_000  # opcodes in a pickle; objects in its content, with shared ones counted each time
 MAX_DEPTH = 200  # containers within containers
-MAX_EXPANDED = 2**26  # bytes of an array whose strides of 0 make it larger than its storage
 MAX_COPIES = 2**20  # elements copied from the memo, in addition to the file's size
 
-DTYPES = {
-    "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
-    "complex128": np.complex128, "complex64": np.complex64, "bool": np.bool_,
-    "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8,
-    "uint64": np.uint64, "uint32": np.uint32, "uint16": np.uint16, "uint8": np.uint8,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2": ml_dtypes.float8_e5m2, "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-}  # fmt: skip
 ALLOWED = (
     "argparse", "builtins.NoneType", "builtins.bool", "builtins.dict", "builtins.float", "builtins.int",
     "builtins.list", "builtins.object", "builtins.range", "builtins.slice", "builtins.str", "builtins.tuple",
@@ -67,21 +57,6 @@ OPCODES = (  # opcodes of which Python's implementation only moves values, or ca
     "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL INST OBJ BINPERSID"
 )
 REPLACED = "REDUCE NEWOBJ NEWOBJ_EX BUILD APPEND APPENDS ADDITEMS SETITEM SETITEMS DICT FROZENSET BYTEARRAY8"
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Stands for a global or an object that is not read: its dotted name and nothing else."""
-
-    name: str
-
-
-@dataclass
-class _Unbuilt:
-    """A NumPy array or dtype before its BUILD, and the memo entries to update then."""
-
-    dtype: np.dtype | None
-    memo_keys: list = field(default_factory=list)
 
 
 def one_line(text: object) -> str:
@@ -119,7 +94,7 @@ def unpickle(stream: io.BytesIO | mmap.mmap, file_size: int, load_storage: Calla
 
 class _Memo(dict):
     def __setitem__(self, key, value):
-        if isinstance(value, _Unbuilt):
+        if isinstance(value, Unbuilt):
             value.memo_keys.append(key)
         super().__setitem__(key, value)
 
@@ -167,8 +142,8 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self):
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, _Unbuilt):
-            self.stack[-1] = _built(target, self.limited(state))
+        if isinstance(target, Unbuilt):
+            self.stack[-1] = build(target, self.limited(state))
             self.memo.update(dict.fromkeys(target.memo_keys, self.stack[-1]))
         elif not isinstance(target, Dropped | dict | list | set | np.ndarray | np.dtype):
             raise ValueError("its pickle gives a state to an object without one")
@@ -186,17 +161,17 @@ class _Unpickler(pickle._Unpickler):
 
     def load_setitem(self):
         value, key = self.stack.pop(), self.stack.pop()
-        _set_items(self.stack[-1], [key, value])
+        set_items(self.stack[-1], [key, value])
 
     def load_setitems(self):
         items = self.pop_mark()
-        _set_items(self.stack[-1], items)
+        set_items(self.stack[-1], items)
 
     def load_dict(self):
-        self.append(_set_items({}, self.pop_mark()))
+        self.append(set_items({}, self.pop_mark()))
 
     def load_frozenset(self):
-        self.append(_set(self.pop_mark()))
+        self.append(make_set(self.pop_mark()))
 
     def load_bytearray8(self):
         self.load_binbytes8()  # Python's own allocates the length before it reads
@@ -210,36 +185,9 @@ for _name in REPLACED.split():
 
 def _add(target: object, items: list, kind: type) -> None:
     if type(target) is kind:
-        target.update(_set(items)) if kind is set else target.extend(items)
+        target.update(make_set(items)) if kind is set else target.extend(items)
     elif not isinstance(target, Dropped):
         raise ValueError(f"its pickle adds items to an object that is no {kind.__name__}")
-
-
-def _set_items(target: object, items: list) -> object:
-    if len(items) % 2:
-        raise ValueError("its pickle has a key without a value")
-    if type(target) is dict:
-        keys = items[::2]
-        if not all(map(_is_key, keys)):
-            raise ValueError("a dict key is not a string or number")
-        target.update(zip(keys, items[1::2], strict=True))
-    elif not isinstance(target, Dropped):
-        raise ValueError("its pickle sets an item of an object that is no dict")
-    return target
-
-
-def _is_key(value: object) -> bool:
-    """Whether it is cheap to hash. The hash of nested tuples can take exponential time."""
-    if type(value) is tuple:
-        return len(value) <= 16 and all(type(x) is not tuple and _is_key(x) for x in value)
-    if type(value) is int:
-        return value.bit_length() <= 64
-    return value is None or type(value) in (str, bytes, float, bool, Dropped)
-
-
-def is_count(value: object) -> bool:
-    """Whether it is an int from 0 to 2**63 - 1."""
-    return type(value) is int and 0 <= value < 2**63
 
 
 def resolve_global(module: str, name: str) -> Dropped:
@@ -290,7 +238,7 @@ def check_unfolded(content: object) -> None:
     measures, parents, todo = {}, set(), [(content, False)]  # measures: (objects, depth) by id
     while todo:
         value, is_measured = todo.pop()
-        if isinstance(value, _Unbuilt):
+        if isinstance(value, Unbuilt):
             raise ValueError("an array has no data")
         if type(value) not in (dict, list, tuple) or id(value) in measures:
             continue
@@ -307,172 +255,3 @@ def check_unfolded(content: object) -> None:
             parents.add(id(value))
             todo.append((value, True))
             todo.extend((x, False) for x in inner)
-
-
-# Functions that rebuild plain data. Their arguments come from the file and can be anything.
-
-
-def _tensor(storage: object, offset: object, size: object, stride: object, *_) -> object:
-    """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
-    return storage if isinstance(storage, Dropped) else _view(storage, storage.dtype, offset, size, stride)
-
-
-def _tensor_v3(storage: object, offset: object, size: object, stride: object, _, hooks: object, dtype: object, *__):
-    """torch._utils._rebuild_tensor_v3: an untyped storage, and the dtype of the tensor."""
-    kind = DTYPES.get(dtype.name.removeprefix("torch."))
-    return dtype if kind is None else _view(storage, np.dtype(kind), offset, size, stride)
-
-
-def _view(storage: np.ndarray, dtype: np.dtype, offset: object, size: object, stride: object) -> np.ndarray:
-    """torch.Tensor.set_: offset and strides in elements."""
-    if type(storage) is not np.ndarray or storage.ndim != 1 or not storage.flags.c_contiguous:
-        raise ValueError("a tensor has no storage")
-    if type(size) not in (tuple, list) or type(stride) not in (tuple, list) or len(size) != len(stride):
-        raise ValueError("a tensor has no shape")
-    if len(size) > 64 or not all(map(is_count, (offset, *size, *stride))):
-        raise ValueError("the shape of a tensor is not made of whole numbers")
-    if 0 in size:
-        return np.empty(tuple(size), dtype)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    elements = 1
-    for n in size:
-        elements *= n
-    is_too_large = elements * dtype.itemsize > max(storage.nbytes, MAX_EXPANDED)
-    if (last + 1) * dtype.itemsize > storage.nbytes or is_too_large:
-        raise ValueError("a tensor is larger than its storage")
-    steps = tuple(step * dtype.itemsize for step in stride)
-    return np.ndarray(tuple(size), dtype, storage.view(np.uint8), offset * dtype.itemsize, steps)
-
-
-def _same(value: object, *_) -> object:
-    """torch.nn.Parameter and other wrappers around a tensor; arrays that stand for a TPU's tensors."""
-    if not isinstance(value, np.ndarray | Dropped):
-        raise ValueError("a parameter holds no tensor")
-    return value
-
-
-def _subclass(function: object, cls: object, arguments: object, *_) -> object:
-    """torch._tensor._rebuild_from_type_v2: a tensor with attributes, or of a subclass."""
-    if function.name not in TENSORS:
-        raise ValueError(f"{function.name} rebuilds no tensor")
-    return _call(function, arguments)
-
-
-def _size(shape: object = ()) -> tuple:
-    if type(shape) not in (tuple, list):
-        raise ValueError("a size is not a tuple")
-    return tuple(shape)
-
-
-def _dict(items: object = ()) -> dict:
-    """collections.OrderedDict and Counter."""
-    if type(items) is dict:
-        return dict(items)
-    if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in items):
-        raise ValueError("the items of a dict are not pairs")
-    return _set_items({}, [x for pair in items for x in pair])
-
-
-def _default_dict(factory: object = None, items: object = ()) -> dict:
-    return _dict(items)
-
-
-def _set(items: object = ()) -> set:
-    if type(items) not in (list, tuple, set) or not all(map(_is_key, items)):
-        raise ValueError("a set is not made of strings or numbers")
-    return set(items)
-
-
-def _complex(real: object, imaginary: object) -> complex:
-    if type(real) is not float or type(imaginary) is not float:
-        raise ValueError("a complex number is not made of two floats")
-    return complex(real, imaginary)
-
-
-def _bytes(value: object = b"", encoding: object = "latin1") -> bytes:
-    """_codecs.encode, which Python 3 uses to pickle bytes for Python 2; bytearray."""
-    if type(value) is bytes:
-        return value
-    if type(value) is not str or encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes are not latin-1")
-    return value.encode("latin1")
-
-
-def _plain_object(cls: object, *_) -> object:
-    """copyreg._reconstructor, which makes instances before protocol 2."""
-    return _instance(cls, ())
-
-
-def _dtype(name: object, *_) -> object:
-    if type(name) is not str or not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)", name):
-        return Dropped("numpy.dtype")
-    return _Unbuilt(np.dtype(name))
-
-
-def _unbuilt_array(*_) -> _Unbuilt:
-    return _Unbuilt(None)
-
-
-def _built(unbuilt: _Unbuilt, state: tuple) -> object:
-    if unbuilt.dtype is not None:
-        _, order, *_ = state
-        if order not in ("<", ">", "|", "="):
-            raise ValueError("a dtype has no byte order")
-        return unbuilt.dtype.newbyteorder(order)
-    _, shape, dtype, is_fortran, data = state
-    return _array(data, dtype, shape, "F" if is_fortran else "C")
-
-
-def _array(data: object, dtype: object, shape: object, order: object = "C") -> object:
-    """An array of NumPy 1 or 2: the state of an ndarray, or numpy._core.numeric._frombuffer of protocol 5."""
-    if isinstance(dtype, Dropped):
-        return Dropped("numpy.ndarray")
-    dtype = dtype.dtype if isinstance(dtype, _Unbuilt) else dtype
-    data = _bytes(data)
-    if not isinstance(dtype, np.dtype) or type(shape) is not tuple or not all(map(is_count, shape)):
-        raise ValueError("an array has no shape or dtype")
-    if order not in ("C", "F"):
-        raise ValueError("an array has no order")
-    array = np.ndarray(shape, dtype, data, order=order) if 0 not in shape else np.empty(shape, dtype)
-    if array.nbytes != len(data):
-        raise ValueError("an array has another size than its data")
-    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
-
-
-def _scalar(dtype: object, data: object = b"") -> object:
-    array = _array(data, dtype, ())
-    return Dropped("numpy.generic") if isinstance(array, Dropped) else array.item()
-
-
-TENSORS = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _same,
-    "torch._utils._rebuild_parameter_with_state": _same,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _same,
-    "torch._utils._rebuild_device_tensor_from_numpy": _same,
-    "torch._utils._rebuild_xla_tensor": _same,
-}
-REBUILDERS = TENSORS | {
-    "torch._tensor._rebuild_from_type": _subclass,
-    "torch._tensor._rebuild_from_type_v2": _subclass,
-    "torch.nn.parameter.Parameter": _same,
-    "torch.nn.parameter.Buffer": _same,
-    "torch.autograd.variable.Variable": _same,
-    "torch.Size": _size,
-    "collections.OrderedDict": _dict,
-    "collections.Counter": _dict,
-    "collections.defaultdict": _default_dict,
-    "builtins.set": _set,
-    "builtins.frozenset": _set,
-    "builtins.complex": _complex,
-    "builtins.bytearray": _bytes,
-    "builtins.bytes": _bytes,
-    "_codecs.encode": _bytes,
-    "copyreg._reconstructor": _plain_object,
-    "numpy.dtype": _dtype,
-    "numpy.core.multiarray._reconstruct": _unbuilt_array,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy.core.numeric._frombuffer": _array,
-}

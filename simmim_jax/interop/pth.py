@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.pickles import DTYPES, Dropped, HostileError, check_unfolded, is_count, one_line, unpickle
+from simmim_jax.interop.pickles import HostileError, check_unfolded, one_line, unpickle
+from simmim_jax.interop.rebuild import DTYPES, Dropped, is_count
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a legacy stream
 PROTOCOL = 1001  # the second

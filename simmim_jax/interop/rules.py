@@ -1,9 +1,10 @@
-"""Rules: which array of ours is which of theirs, and how it is laid out there. Each is read in both directions.
+"""Rules: the name and layout of each of our arrays in another format. Every rule is read in both directions.
 
-A format's table is a list of `Rule`s that a function makes from an encoder's options; import and export are the same
-list. Layouts only reshape, transpose and split, so that what goes out and comes back is the same to the bit.
-Dense kernels are [in, out] here and [out, in] in PyTorch, convolutions [y, x, in, out] and [out, in, y, x]; here heads
-have an axis of their own.
+A format's table is a list of `Rule`s made from an encoder's options; import and export use the same list. Layouts only
+reshape, transpose and split, so that a round trip is exact to the bit.
+
+Our dense kernels are [in, out], PyTorch's are [out, in]. Our convolutions are [y, x, in, out], PyTorch's are
+[out, in, y, x]. Attention heads have an axis of their own here.
 """
 
 import fnmatch
@@ -20,16 +21,16 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """Both ways between one array of ours and one or more of theirs; `to_ours` is told the shape to arrive at."""
+    """Conversion between one array of ours and one or more of theirs. `to_ours` also gets the shape of ours."""
 
     to_theirs: Callable[[np.ndarray], list[np.ndarray]]
     to_ours: Callable[[list[np.ndarray], Shape], np.ndarray]
 
 
 class Rule(NamedTuple):
-    """Our parameter at path `ours` is `theirs`, one name or several, in that layout.
+    """Our parameter at path `ours` is stored under the names `theirs`, in that layout.
 
-    fixed: in place of a parameter, what is fixed here and stored there, like sine-cosine positions.
+    fixed: a value that is no parameter here but is stored there, like sine-cosine positions.
     """
 
     ours: str
@@ -62,18 +63,18 @@ THREE_BIASES = Layout(  # [3, h, c] as three vectors
 
 
 def one(ours: str, theirs: str, layout: Layout = SAME) -> list[Rule]:
-    """A parameter that is one array there."""
+    """A parameter that is stored as one array."""
     return [Rule(ours, (theirs,), layout)]
 
 
 def dense(ours: str, theirs: str, layout: Layout = FROM_WIDTH, *, bias: bool = True) -> list[Rule]:
-    """A linear map, and its bias where it has one."""
+    """A linear layer."""
     rules = one(f"{ours}/kernel", f"{theirs}.weight", layout)
     return rules + one(f"{ours}/bias", f"{theirs}.bias", VECTOR) if bias else rules
 
 
 def convolution(ours: str, theirs: str, *, bias: bool = True) -> list[Rule]:
-    """A convolution, and its bias where it has one."""
+    """A convolution."""
     return dense(ours, theirs, CONVOLUTION, bias=bias)
 
 
@@ -83,13 +84,13 @@ def norm(ours: str, theirs: str) -> list[Rule]:
 
 
 def batch_norm(ours: str, theirs: str) -> list[Rule]:
-    """A batch norm with its running statistics."""
+    """A batch norm, with its running statistics."""
     statistics = one(f"{ours}/mean", f"{theirs}.running_mean") + one(f"{ours}/var", f"{theirs}.running_var")
     return norm(ours, theirs) + statistics
 
 
 def three_dense(ours: str, theirs: Iterable[str], *, bias: bool) -> list[Rule]:
-    """Query, key and value, one kernel here and three there; `bias` for one on all three."""
+    """Query, key and value: one kernel here, three there. bias: whether all three have one."""
     names = tuple(theirs)
     rules = [Rule(f"{ours}/kernel", tuple(f"{name}.weight" for name in names), THREE_KERNELS)]
     if bias:
@@ -98,17 +99,17 @@ def three_dense(ours: str, theirs: Iterable[str], *, bias: bool) -> list[Rule]:
 
 
 def flatten(tree: dict) -> dict:
-    """Nested parameters by path, "block_0/norm1/scale"."""
+    """Nested parameters by path, like "block_0/norm1/scale"."""
     return flatten_dict(tree, sep="/")
 
 
 def to_theirs(rules: list[Rule], params: dict) -> dict[str, np.ndarray]:
-    """The arrays of `params` under their names. Raises ValueError if the rules do not cover them exactly."""
+    """The arrays of `params` with the names of the format. Raises ValueError for a parameter without a rule."""
     ours, out = flatten(params), {}
     for rule in rules:
         value = rule.fixed if rule.fixed is not None else np.asarray(ours.pop(rule.ours))
         out |= {
-            name: np.asarray(array, order="C")  # which leaves a number without axes as it is
+            name: np.asarray(array, order="C")  # keeps scalars, which ascontiguousarray does not
             for name, array in zip(rule.theirs, rule.layout.to_theirs(value), strict=True)
         }
     if ours:
@@ -117,18 +118,15 @@ def to_theirs(rules: list[Rule], params: dict) -> dict[str, np.ndarray]:
 
 
 def to_ours(rules: list[Rule], arrays: dict[str, np.ndarray], abstract: dict, where: str) -> dict:
-    """The arrays as nested parameters of the shapes of `abstract`.
+    """The arrays as nested parameters with the shapes of `abstract`.
 
-    Raises CheckpointError that lists both sides if a name is left over, is missing, or has another shape, or if
-    weights are integers.
+    Raises CheckpointError if names or shapes differ, or if weights are integers.
     """
     wanted = flatten(abstract)
     check_names_and_shapes(rules, {name: array.shape for name, array in arrays.items()}, abstract, where)
-    if whole := [name for name in sorted(arrays) if arrays[name].dtype.kind in "biuc"]:
-        raise CheckpointError(
-            f"{len(whole)} arrays are {arrays[whole[0]].dtype}, no real numbers: {_examples(whole)}", where,
-            "give the weights as they were before they were quantized",
-        )  # fmt: skip
+    if integers := [name for name in sorted(arrays) if arrays[name].dtype.kind in "biuc"]:
+        what = f"{len(integers)} arrays are {arrays[integers[0]].dtype}, not real numbers: {_examples(integers)}"
+        raise CheckpointError(what, where, "give the weights from before quantization")
     out = {}
     for rule in rules:
         if rule.fixed is None:
@@ -138,7 +136,7 @@ def to_ours(rules: list[Rule], arrays: dict[str, np.ndarray], abstract: dict, wh
 
 
 def expected_shapes(rules: list[Rule], abstract: dict) -> dict[str, Shape]:
-    """The shape that each of their arrays has for parameters of the shapes of `abstract`."""
+    """The shapes in the format of parameters with the shapes of `abstract`."""
     ours, shapes = flatten(abstract), {}
     for rule in rules:
         shape = rule.fixed.shape if rule.fixed is not None else ours[rule.ours].shape
@@ -148,31 +146,30 @@ def expected_shapes(rules: list[Rule], abstract: dict) -> dict[str, Shape]:
 
 
 def check_names_and_shapes(rules: list[Rule], shapes: dict[str, Shape], abstract: dict, where: str) -> None:
-    """Raise CheckpointError unless names and shapes of a file are exactly those that the rules expect."""
+    """Raise CheckpointError unless the names and shapes in a file are exactly those that the rules expect."""
     expected = expected_shapes(rules, abstract)
     surplus = sorted(shapes.keys() - expected.keys())
     missing = sorted(expected.keys() - shapes.keys())
     other = [name for name in sorted(shapes.keys() & expected.keys()) if shapes[name] != expected[name]]
     if not (surplus or missing or other):
         return
-    told = []
+    reasons, patterns = [], ",".join(patterns_for(surplus, expected))
     if surplus:
-        told.append(f"{len(surplus)} arrays of the file have no place in the model: {_examples(surplus)}")
+        reasons.append(f"{len(surplus)} arrays of the file have no place in the model: {_examples(surplus)}")
     if missing:
-        told.append(f"{len(missing)} that the model needs are not in the file: {_examples(missing)}")
+        reasons.append(f"{len(missing)} arrays of the model are not in the file: {_examples(missing)}")
     if other:
         name = other[0]
-        told.append(
+        reasons.append(
             f"{len(other)} have another shape: {name} is {list(shapes[name])} in the file and "
             f"{list(expected[name])} in the model" + (f"; also {_examples(other[1:])}" if other[1:] else "")
         )
     if missing or other:
         fix = "give the fields that differ as --encoder.FIELD=VALUE or --image_size=HEIGHT,WIDTH, or the right file"
-        if surplus:
-            fix += f"; --allow {','.join(patterns_for(surplus, expected))!r} would skip what has no place"
+        fix += f"; --allow {patterns!r} would skip the surplus arrays" if surplus else ""
     else:
-        fix = f"if they are not needed, skip them with --allow {','.join(patterns_for(surplus, expected))!r}"
-    raise CheckpointError("; ".join(told), where, fix)
+        fix = f"if they are not needed, skip them with --allow {patterns!r}"
+    raise CheckpointError("; ".join(reasons), where, fix)
 
 
 def _examples(names: list[str], count: int = 3) -> str:
@@ -181,7 +178,7 @@ def _examples(names: list[str], count: int = 3) -> str:
 
 
 def patterns_for(names: Iterable[str], needed: Iterable[str]) -> list[str]:
-    """Few patterns (as of `fnmatch`) that fit all `names` and none of `needed`."""
+    """Short list of `fnmatch` patterns that match all `names` and none of `needed`."""
     needed, patterns = list(needed), []
     for name in names:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
@@ -195,13 +192,12 @@ def patterns_for(names: Iterable[str], needed: Iterable[str]) -> list[str]:
 
 
 def skip(names: Iterable[str], allow: Iterable[str]) -> list[str]:
-    """Those of `names` that a pattern of `allow` fits. Raises CheckpointError for a pattern that fits none."""
+    """The names that match a pattern of `allow`. Raises CheckpointError for a pattern that matches none."""
     names, skipped = list(names), []
     for pattern in allow:
-        fitting = fnmatch.filter(names, pattern)
-        if not fitting:
-            raise CheckpointError(
-                f"--allow {pattern!r} fits none of the {len(names)} names", "", f"they are like {_examples(names)}"
-            )
-        skipped += fitting
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            what = f"--allow {pattern!r} matches none of the {len(names)} names"
+            raise CheckpointError(what, "", f"they are like {_examples(names)}")
+        skipped += matching
     return sorted(set(skipped))

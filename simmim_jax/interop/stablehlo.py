@@ -1,7 +1,7 @@
-"""An encoder as a StableHLO program, by `jax.export`: it runs without this code, for any batch size.
+"""An encoder as a StableHLO program, by `jax.export`. It runs without our code, for any batch size.
 
-`jax.export.deserialize(file)` gives a function of uint8 images [b, y, x, c]; `.call(images)` is float32 features
-[b, k, l, d]. Weights and normalization are inside.
+`jax.export.deserialize(file).call(images)` maps uint8 images [b, y, x, c] to float32 features [b, k, l, d]. The weights
+and the normalization of the images are part of the program.
 """
 
 from pathlib import Path
@@ -14,22 +14,22 @@ from simmim_jax.errors import CheckpointError
 from simmim_jax.objectives.pixels import normalize
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-LARGEST = 2**31 - 2**24  # bytes of weights: the file format counts in 32 bits, with a sign
+MAX_BYTES = 2**31 - 2**24  # of weights: the file format counts in signed 32-bit integers
 
 
 def serialize(
     encoder: nn.Module, params: dict, *, image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> bytes:
-    """The program, for images of `image_size` on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder.
+    """The program for images of `image_size`, on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder.
 
-    Raises CheckpointError if they are more than such a file holds.
+    Raises CheckpointError if the weights are too large for the file format.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    if size > LARGEST:
+    if size > MAX_BYTES:
         raise CheckpointError(f"{size / 2**30:.1f} GiB of weights", "", "a StableHLO file holds less than 2 GiB")
     params = jax.tree.map(jnp.asarray, params)
 
-    def simmim_jax_features(images):  # its name is in the file, and is the mark of ours
+    def simmim_jax_features(images):  # the file contains this name, and `is_ours` looks for it
         return encoder.apply({"params": params}, normalize(images, mean, std))
 
     (batch,) = jax.export.symbolic_shape("b")
@@ -41,5 +41,5 @@ def is_ours(path: Path) -> bool:
     """Whether `serialize` made this file."""
     try:
         return jax.export.deserialize(bytearray(path.read_bytes())).fun_name == "simmim_jax_features"
-    except Exception:  # whatever the readers of its format say of other bytes
+    except Exception:  # anything that the readers of the format raise for other bytes
         return False

@@ -1,38 +1,37 @@
-"""timm's state dicts: `vit_*` (also BEiT), `swin_*`, `swinv2_*`, `resnet*` and `convnext*` of timm 1.0.
+"""timm state dicts: `vit_*` (also BEiT), `swin_*`, `swinv2_*`, `resnet*` and `convnext*` of timm 1.0.
 
-timm's models have no pixel head: of a pretrained SimMIM the encoder goes out alone. Swin merges at the start of a stage
-there, at the end of the one before in the official code. timm pads a map after it has rolled it, ours before, as the
-official detection code and transformers do: where windows do not tile a map, features differ.
+timm's models have no pixel head: a pretrained SimMIM is exported as an encoder. In timm's Swin, merging begins a stage;
+in the official one it ends a stage. timm pads a feature map after rolling it. We pad before, as the official detection
+code and transformers do. Features then differ if windows do not tile a map.
 """
 
 import re
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop import official
-from simmim_jax.interop.official import under_encoder
+from simmim_jax.interop import official, tables
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import Rule, batch_norm, convolution, dense, norm
-from simmim_jax.interop.weight_spec import WeightSpec, find_prefix, without_prefix
+from simmim_jax.interop.weight_spec import WeightSpec, find_prefix, shapes_below
 from simmim_jax.models.windows import stage_grids, stage_windows
 
 NAME = "timm"
-LAYER_SCALE = 1e-5  # the initial value of timm's ViTs that have it; trained weights do not tell it
+LAYER_SCALE = 1e-5  # initial value in timm's ViTs, which trained weights do not determine
 PADDED = (
-    "windows do not tile the maps of these images: timm pads a map after it is rolled, this code before, so that "
+    "windows do not tile the feature maps of these images: timm pads a map after rolling it, this code before, so that "
     "features differ; give an --image_size whose maps the windows tile, or train further"
 )
 ANTI_ALIASED = (
-    "the names do not tell whether it is an anti-aliased ResNet (resnetaa*, resnetblur*) of timm: those give other "
-    "features here, and are not supported"
+    "timm's anti-aliased ResNets (resnetaa*, resnetblur*) have the same names; they give other features here and are "
+    "not supported"
 )
-OTHER_KINDS = {  # what timm's `architecture` may say of models that have the names of those here
+VARIANTS = {  # patterns in timm's `architecture` for models with the same names and another forward pass
     r"resnet(aa|blur)|seresnetaa": "pools for anti-aliasing where a plain ResNet has strides",
     "quickgelu": "has another GELU",
 }
 
 
 def recognize(weights: Weights) -> str | None:
-    """The encoder that these names are of; None if they are not timm's."""
+    """The encoder with these names, or None if they are not timm's."""
     names = weights.arrays.keys()
     if find_prefix(names, "layer1.0.conv1.weight") is not None:
         return "resnet"
@@ -47,7 +46,7 @@ def recognize(weights: Weights) -> str | None:
 
 
 def detect(name: str, weights: Weights) -> WeightSpec:
-    """The model that these weights are, as far as they tell."""
+    """The model, as far as the weights determine it."""
     check_variant(weights)
     if name == "vit":
         found = official.detect_vit(weights, NAME, layer_scale=LAYER_SCALE)
@@ -57,26 +56,24 @@ def detect(name: str, weights: Weights) -> WeightSpec:
         found = _detect_resnet(weights) if name == "resnet" else _detect_convnext(weights)
     if name == "resnet" and not weights.config and not weights.made:
         found = found._replace(notes=(*found.notes, ANTI_ALIASED))
-    size = weights.config.get("pretrained_cfg", {}).get("input_size")  # of timm's folders on the Hugging Face hub
+    size = weights.config.get("pretrained_cfg", {}).get("input_size")  # in timm's folders on the Hugging Face hub
     return found._replace(image_size=tuple(size[1:])) if size else found
 
 
 def check_variant(weights: Weights) -> None:
-    """Raise CheckpointError if a timm folder says that its model is another one with the same names."""
+    """Raise CheckpointError if a timm folder holds a variant with the same names and another forward pass."""
     architecture, arguments = weights.config.get("architecture", ""), weights.config.get("model_args") or {}
-    for pattern, why in OTHER_KINDS.items():
+    for pattern, why in VARIANTS.items():
         if re.search(pattern, str(architecture)):
             raise CheckpointError(f"architecture {architecture!r}", weights.where, f"it {why}, which is not supported")
     for name in ("aa_layer", "act_layer", "norm_layer", "output_stride", "block_args"):
         if arguments.get(name) is not None:
-            raise CheckpointError(
-                f"model_args has {name} {str(arguments[name])[:100]!r}", weights.where,
-                "models with it are not supported",
-            )  # fmt: skip
+            what = f"model_args has {name} {str(arguments[name])[:100]!r}"
+            raise CheckpointError(what, weights.where, "models with it are not supported")
 
 
 def pads(image_size: tuple[int, int], patch_size: int, window: int, stages: int) -> bool:
-    """Whether windows do not tile the map of every stage."""
+    """Whether there is a stage whose feature map the windows do not tile."""
     grids, windows = stage_grids(image_size, patch_size, stages), stage_windows(image_size, patch_size, stages, window)
     return any(size % side for grid, side in zip(grids, windows, strict=True) for size in grid)
 
@@ -85,8 +82,10 @@ def _detect_swin(name: str, weights: Weights) -> WeightSpec:
     found = official.detect_swin(weights, NAME, name)
     found = found._replace(objective=_classifier(weights, "head.fc", fc_norm=False))
     if name == "swinv2":
-        note = "took the windows for those of pretraining, which timm's weights do not tell: after fine-tuning with "
-        note += "others give --encoder.pretrained_windows, like 12,12,12,6"
+        note = (
+            "assumed that pretraining had the same windows, which timm's weights do not determine: if it had others, "
+        )
+        note += "give --encoder.pretrained_windows, like 12,12,12,6"
         found = found._replace(notes=(*found.notes, note))
     return found
 
@@ -99,10 +98,10 @@ def _classifier(weights: Weights, name: str, *, fc_norm: bool) -> dict:
 
 def _detect_resnet(weights: Weights) -> WeightSpec:
     prefix = find_prefix(weights.arrays, "layer1.0.conv1.weight")
-    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    shapes = shapes_below(weights.arrays, prefix, weights.where)
     if "layer1.0.conv3.weight" not in shapes or "conv1.weight" not in shapes:
         raise CheckpointError(
-            "a ResNet of basic blocks, or with a deep stem", weights.where, "give one of bottleneck blocks, like 50"
+            "a ResNet with basic blocks or a deep stem", weights.where, "give one with bottleneck blocks, like resnet50"
         )
     stem = shapes["conv1.weight"]
     encoder = {
@@ -116,7 +115,7 @@ def _detect_resnet(weights: Weights) -> WeightSpec:
 
 def _detect_convnext(weights: Weights) -> WeightSpec:
     prefix = find_prefix(weights.arrays, "stages.0.blocks.0.conv_dw.weight")
-    shapes = without_prefix({n: x.shape for n, x in weights.arrays.items()}, prefix, weights.where)
+    shapes = shapes_below(weights.arrays, prefix, weights.where)
     stages = shapes.count("stages.")
     encoder = {
         "name": "convnext",
@@ -130,7 +129,7 @@ def _detect_convnext(weights: Weights) -> WeightSpec:
 
 
 def exported_objective(encoder, objective: dict) -> dict:
-    """timm has no pixel head."""
+    """The objective without a pixel head, which timm does not have."""
     return {"name": "none"} if objective["name"] == "simmim" else objective
 
 
@@ -140,57 +139,55 @@ def export_prefix(objective: str) -> str:
 
 
 def export_notes(encoder) -> tuple[str, ...]:
-    """What whoever reads the file must say, as the file does not."""
+    """The windows of pretraining, which the file does not contain."""
     if not encoder.pretrained_windows:
         return ()
     windows = tuple(encoder.pretrained_windows)
-    return (f"the file does not tell the windows of pretraining: give pretrained_window_sizes={windows} to timm",)
+    return (f"the file does not contain the windows of pretraining: give timm pretrained_window_sizes={windows}",)
 
 
 def is_beit(encoder) -> bool:
-    """Whether timm's class for this ViT is BEiT, whose names are the official ones."""
+    """Whether this ViT is a BEiT in timm, with the official names."""
     return encoder.relative_position != "none" or encoder.qkv_bias == "qv"
 
 
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
-    """Why this format cannot hold the model; empty if it can."""
+    """Why this format cannot hold the model, or ""."""
     name = type(encoder).__name__
     if name == "ViT" and is_beit(encoder):
         if not encoder.class_token:
             return "timm's BEiT always has a class token"
         if encoder.qkv_bias == "qkv":
-            return "timm's BEiT, which has the relative positions, has no bias on keys"
+            return "timm's BEiT, the ViT with relative positions, has no bias on keys"
     if name in ("Swin", "SwinV2"):
         if encoder.absolute_position != "none":
-            return "timm's Swin has no absolute positions; the official format has"
+            return "timm's Swin has no absolute positions; the official one has"
         if not (encoder.patch_norm and encoder.final_norm):
             return "timm's Swin always has a norm after the patches and a final one"
         grids = stage_grids(image_size, encoder.patch_size, len(encoder.depths))
         if image_size[0] != image_size[1] and any(min(grid) <= encoder.window for grid in grids):
-            return (
-                "timm's Swin shrinks the two sides of a window apart; the official format says nothing of image sizes"
-            )
+            return "timm's Swin shrinks each side of a window by itself; the official format works for any image size"
         if pads(image_size, encoder.patch_size, encoder.window, len(encoder.depths)):
             return (
-                f"windows of {encoder.window} do not tile the maps of these images, and timm pads maps elsewhere; "
-                "the official and transformers' names hold it"
+                f"windows of {encoder.window} do not tile the feature maps of these images, which timm pads at another "
+                "point; the official format and transformers can hold it"
             )
     return official.norm_refusal(encoder) or official.head_refusal(name, encoder, objective)
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
-    """The table of this encoder and objective."""
+    """The table for this encoder and objective."""
     name = type(encoder).__name__
     if name == "ViT":
         scales = ("gamma_1", "gamma_2") if is_beit(encoder) else ("ls1.gamma", "ls2.gamma")
-        table = official.vit(encoder, prefix, image_size, scales)
+        table = tables.vit(encoder, prefix, image_size, scales)
     elif name in ("Swin", "SwinV2"):
-        table = official.swin(encoder, prefix, image_size, merge_at=1)
+        table = tables.swin(encoder, prefix, image_size, merge_at=1)
     elif name == "ConvNeXt":
-        table = official.convnext(encoder, prefix, image_size, CONVNEXT)
+        table = tables.convnext(encoder, prefix, image_size, CONVNEXT)
     else:
         table = resnet(encoder, prefix)
-    table = under_encoder(table)
+    table = tables.under_encoder(table)
     if objective["name"] != "classify":
         return table
     head, head_norm = {"ViT": ("head", "fc_norm"), "ResNet": ("fc", ""), "ConvNeXt": ("head.fc", "head.norm")}.get(
@@ -202,7 +199,7 @@ def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) ->
 
 
 def resnet(encoder, prefix: str) -> list[Rule]:
-    """Bottleneck ResNets, torchvision's and timm's. A block has a shortcut convolution where it changes the shape."""
+    """ResNets with bottleneck blocks, as in torchvision and timm."""
     table = convolution("stem_conv", f"{prefix}conv1", bias=False) + batch_norm("stem_norm", f"{prefix}bn1")
     for stage, depth in enumerate(encoder.depths):
         for n in range(depth):
@@ -216,7 +213,7 @@ def resnet(encoder, prefix: str) -> list[Rule]:
     return table
 
 
-CONVNEXT = {  # as `official.CONVNEXT`
+CONVNEXT = {  # names in timm, by part, as `tables.CONVNEXT`
     "patch_embed": "stem.0",
     "patch_norm": "stem.1",
     "down_norm": "stages.{stage}.downsample.0",

@@ -1,6 +1,6 @@
 """python -m simmim_jax.tools.convert FROM TO [options]
 
-Other people's weights into a workdir that init_from takes, and a run of ours out into their formats.
+Import weights of other projects as a workdir for `init_from`, or export a run to their formats.
 """
 
 import argparse
@@ -10,21 +10,21 @@ import os
 from pathlib import Path
 
 from simmim_jax.errors import CheckpointError, ConfigError, Parser, choose
-from simmim_jax.tools.cli import parse_known, parse_size, start
+from simmim_jax.tools import cli
 
 EXAMPLES = """\
 examples:
-  an official file, to pretrain on from, to fine-tune or to evaluate:
+  import an official file, to continue pretraining, fine-tune or evaluate:
     python -m simmim_jax.tools.convert simmim_pretrain__swin_base__img192_window6__800ep.pth runs/swin_b
-  a timm state dict, without its classifier; its image size is nowhere in it:
+  import a timm state dict without its classifier; it does not hold the image size:
     python -m simmim_jax.tools.convert swin_tiny.safetensors runs/swin_t --image-size=224 --allow 'head.*'
-  an encoder of a MAE:
+  import the encoder of a MAE:
     python -m simmim_jax.tools.convert mae_pretrain_vit_base_full.pth runs/mae --allow 'decoder_*,mask_token'
-  a run, to transformers (AutoModel.from_pretrained takes the folder), timm, or a program that needs no code of ours:
+  export a run to transformers (for AutoModel.from_pretrained), to timm, or to a program that needs none of our code:
     python -m simmim_jax.tools.convert runs/mine exported/mine
     python -m simmim_jax.tools.convert runs/mine mine.safetensors --format=timm
     python -m simmim_jax.tools.convert runs/mine mine.stablehlo
-  its maps of each stage, as a backbone for the detectors and segmenters of transformers:
+  export a backbone for the detectors and segmenters of transformers, with a feature map per stage:
     python -m simmim_jax.tools.convert runs/mine exported/pyramid --format=backbone
 """
 FORMATS = ("backbone", "huggingface", "official", "stablehlo", "timm")
@@ -32,32 +32,26 @@ FORMATS = ("backbone", "huggingface", "official", "stablehlo", "timm")
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m simmim_jax.tools.convert",
-        description="Import weights of official files, timm, Hugging Face and MAE; export runs to these and StableHLO.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="FROM", help="a workdir or step of ours is exported; all else is imported")
-    parser.add_argument("target", metavar="TO", help="workdir to make, or file or folder to export to")
-    parser.add_argument("--format", help=f"to export to: {', '.join(FORMATS)}; a folder is huggingface's by default")
-    parser.add_argument(
-        "--encoder.FIELD", metavar="VALUE", dest="_", help="a field that the weights do not tell, or tell wrongly"
-    )
-    parser.add_argument("--image-size", metavar="H[,W]", help="in pixels, where the weights do not tell it")
-    parser.add_argument("--mean", metavar="R,G,B", help="of the images it was trained on (default: ImageNet's)")
-    parser.add_argument("--std", metavar="R,G,B", help="of the images it was trained on (default: ImageNet's)")
-    parser.add_argument(
+    description = "Import weights of official files, timm, Hugging Face and MAE; export runs to these and StableHLO."
+    parser = cli.make_parser("convert", description, EXAMPLES)
+    add = parser.add_argument
+    add("source", metavar="FROM", help="a workdir or step folder to export, or anything else to import")
+    add("target", metavar="TO", help="the workdir to make, or the file or folder to export to")
+    add("--format", help=f"export format: {', '.join(FORMATS)} (default: by TO's ending; huggingface for a folder)")
+    add("--encoder.FIELD", metavar="VALUE", dest="_", help="an encoder field that is not in the weights, or is wrong")
+    add("--image-size", metavar="H[,W]", help="pixels, if the weights do not determine it")
+    for name in ("mean", "std"):
+        add(f"--{name}", metavar="R,G,B", help="normalization of the training images (default: ImageNet's)")
+    add(
         "--allow", metavar="PATTERN", action="append", default=[],
-        help="names of theirs to leave out, with * and ?; comma-separated or repeated. In an export: head, mask_token",
+        help="names of arrays to leave out, with * and ?; comma-separated or repeated. In an export: head, mask_token",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote to TO")
+    cli.add_overwrite(parser)
     return parser
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
-    """The options, and the encoder's fields among them. Raises ConfigError for what is not one, with the nearest."""
+    """(options, encoder fields). Raises ConfigError for anything unknown, with the nearest name."""
     fields, rest = {}, []
     arguments = iter(argv)
     for argument in arguments:
@@ -66,18 +60,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
             continue
         name, equals, value = argument.removeprefix("--encoder.").partition("=")
         fields[name] = parse_value(value if equals else next(arguments, ""))
-    options = parse_known(make_parser(), rest)
+    options = cli.parse_known(make_parser(), rest)
     options.source, options.target = map(os.path.expanduser, (options.source, options.target))
     if options.format:
         choose("format", options.format, set(FORMATS))
-    options.image_size = parse_size(options.image_size)
-    options.mean, options.std = numbers("mean", options.mean, above=-math.inf), numbers("std", options.std, above=0)
+    options.image_size = cli.parse_size(options.image_size)
+    options.mean = parse_numbers("mean", options.mean, above=-math.inf)
+    options.std = parse_numbers("std", options.std, above=0)
     options.allow = [pattern for given in options.allow for pattern in given.split(",") if pattern]
     return options, fields
 
 
 def parse_value(text: str):
-    """A number, a bool or a tuple where `text` is one in Python, else `text`."""
+    """The number, bool or tuple that `text` is in Python, or `text` itself."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -85,8 +80,8 @@ def parse_value(text: str):
     return tuple(value) if isinstance(value, list) else value
 
 
-def numbers(name: str, text: str | None, *, above: int | float) -> tuple[float, ...] | None:
-    """The comma-separated numbers of an option, each larger than `above`. Raises ConfigError if they are none."""
+def parse_numbers(name: str, text: str | None, *, above: int | float) -> tuple[float, ...] | None:
+    """The comma-separated numbers of an option. Raises ConfigError unless each is larger than `above`."""
     if text is None:
         return None
     try:
@@ -100,43 +95,34 @@ def numbers(name: str, text: str | None, *, above: int | float) -> tuple[float, 
 
 
 def is_ours(path: Path) -> bool:
-    """Whether `path` is a workdir, a `checkpoints` folder or a step of simmim_jax."""
+    """Whether `path` is a workdir, a `checkpoints` folder or a step folder of simmim_jax."""
     return any((path / name).is_dir() for name in ("checkpoints", "params")) or any(
         (child / "params").is_dir() for child in path.glob("[0-9]*")
     )
 
 
 def run(argv: list[str]) -> None:
-    """Import or export, as FROM says."""
+    """Import or export, depending on FROM."""
     options, fields = parse(argv)
-    try:
+    memory_fix = "run it on a machine with more, or give a smaller model"
+    with cli.translate_errors(CheckpointError, options.source, "fix that and run again", memory_fix):
         convert(options, fields)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read or write: {error.strerror or error}", str(error.filename or options.source),
-            "mend that and run again",
-        ) from error  # fmt: skip
-    except MemoryError as error:
-        raise CheckpointError(
-            "not enough memory", options.source, "run it on a machine with more, or give a smaller model"
-        ) from error
 
 
 def convert(options: argparse.Namespace, fields: dict) -> None:
-    """Import or export, by options that have been read."""
+    """Import or export. fields: the encoder fields of the command line."""
     is_export = is_ours(Path(options.source))
     if is_export:
         given = [f"--{name.replace('_', '-')}" for name in ("image_size", "mean", "std") if getattr(options, name)]
         given += [f"--encoder.{name}" for name in fields]
         if given:
-            raise ConfigError(
-                f"{given[0]} in an export", "command line", "a run's own config.json says it: leave it out"
-            )
+            fix = "leave it out: the run's config.json has it"
+            raise ConfigError(f"{given[0]} in an export", "command line", fix)
     elif options.format:
-        raise ConfigError(f"--format in an import: {options.source} is no run of ours", "command line", "leave it out")
-    from simmim_jax.tools import exports, weights  # JAX comes in here: help and mistakes are told without it
+        what = f"--format in an import: {options.source} is not a run of simmim_jax"
+        raise ConfigError(what, "command line", "leave it out")
+    # These import JAX; help and mistakes on the command line do not need it.
+    from simmim_jax.tools.convert import exports, weights
 
     if is_export:
         exports.export_run(options)
@@ -145,4 +131,4 @@ def convert(options: argparse.Namespace, fields: dict) -> None:
 
 
 if __name__ == "__main__":
-    start(run)
+    cli.start(run)

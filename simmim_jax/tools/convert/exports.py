@@ -1,169 +1,182 @@
-"""What `convert` does with a run of ours: its newest weights in another format.
-
-options, in each function: those that `convert.parse` gives.
-"""
+"""Export: write the newest weights of a run in another format. `options` are the result of `convert.parse`."""
 
 import argparse
 import json
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from safetensors.numpy import save_file
 
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
-from simmim_jax.interop import backbone, huggingface, stablehlo
+from simmim_jax.interop import backbone, folder, stablehlo
 from simmim_jax.interop.reading import MADE_BY, read_json
 from simmim_jax.runs.finished import Run, load_run
 from simmim_jax.tools.convert.target import check_target, replaced
 from simmim_jax.tools.convert.weights import print_names
 
-FOLDERS = ("backbone", "huggingface")  # of transformers
+FOLDERS = ("backbone", "huggingface")  # formats that are folders for transformers
+ENCODER_ONLY = ("backbone", "stablehlo")  # formats without heads
 STABLEHLO = (".stablehlo", ".jax_exported")
-ENCODERS_ALONE = ("backbone", "stablehlo")
-READ_IT_WITH = {
+READ_WITH = {
     "backbone": "transformers.CLASS.from_pretrained(FILE)(pixel_values).feature_maps",
     "huggingface": "transformers.AutoModel.from_pretrained(FILE)",
-    "official": "model.load_state_dict(safetensors.torch.load_file(FILE), strict=False), as it has no buffers",
+    "official": "model.load_state_dict(safetensors.torch.load_file(FILE), strict=False); it has no buffers",
     "stablehlo": "jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)",
     "timm": "model.load_state_dict(safetensors.torch.load_file(FILE))",
 }
 
 
+class Export(NamedTuple):
+    """What is written. run: without the heads that are left out.
+
+    unsupported, allowed: heads left out because the format has no place for them, and because of --allow.
+    """
+
+    run: Run
+    format: str
+    objective: dict
+    unsupported: list[str]
+    allowed: list[str]
+    notes: tuple[str, ...]
+
+
 def export_run(options: argparse.Namespace) -> None:
     """Write the newest checkpoint of the run `options.source` in another format."""
-    format = options.format or inferred_format(options.target)
+    format = options.format or infer_format(options.target)
     kinds = dict.fromkeys(FOLDERS, "huggingface") | {"stablehlo": "stablehlo"}
     check_target(options, kinds.get(format, "safetensors"))
-    run = load_run(options.source)
-    where = str(options.source)
-    objective, allowed = exported_objective(run, options.allow, where, format)
-    notes = ()
-    if format != "stablehlo":
-        chosen = interop.EXPORTS[format]
-        if reason := chosen.refusal(run.encoder, objective, run.image_size):
-            raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
-        objective, notes = chosen.exported_objective(run.encoder, objective), chosen.export_notes(run.encoder)
-        notes += huggingface.squashed(run.image_size) if format in FOLDERS else ()
-    left_out = sorted(run.params.keys() - {"encoder"}) if objective["name"] == "none" else []
-    no_place = [] if allowed else left_out  # a model without one of its heads is a bare encoder
-    run = run._replace(params={name: part for name, part in run.params.items() if name not in left_out})
-
+    export = make_export(load_run(options.source), format, options.allow, str(options.source))
     with replaced(options) as partial:
-        if format == "stablehlo":
-            program = stablehlo.serialize(
-                run.encoder, run.params["encoder"], image_size=run.image_size, **run.normalization
-            )
-            partial.write_bytes(program)
-        elif format in FOLDERS:
-            allowed_out = left_out if allowed else []
-            write_folder(partial, run, objective, format, no_place=no_place, allowed=allowed_out, notes=notes)
-        else:
-            write_state_dict(partial, run, objective, format)
+        write(partial, export)
 
+    run = export.run
     count = sum(x.size for x in jax.tree.leaves(run.params))
     name = run.config["encoder"]["name"]
-    print(f"{format} {name} ({objective['name']}): {count:,} parameters, written to {options.target}")
-    for note in notes:
+    print(f"{format} {name} ({export.objective['name']}): {count:,} parameters, written to {options.target}")
+    for note in export.notes:
         print(f"note: {note}")
-    print_names("left out, as --allow says", left_out if allowed else [])
-    print_names(f"left out, as {format} has no place for it", no_place)
-    read_it = READ_IT_WITH[format].replace("FILE", repr(options.target))
+    print_names("left out by --allow", export.allowed)
+    print_names(f"left out, {format} has no place for it", export.unsupported)
+    read_with = READ_WITH[format].replace("FILE", repr(options.target))
     if format == "backbone":
-        read_it = read_it.replace("CLASS", backbone.CLASSES[backbone.backbone_type(run.encoder)])
-    print(f"read it with {read_it}")
+        read_with = read_with.replace("CLASS", backbone.CLASSES[backbone.backbone_type(run.encoder)])
+    print(f"read it with {read_with}")
 
 
-def write_state_dict(path: Path, run: Run, objective: dict, format: str) -> None:
-    """Safetensors under the names of timm or the official code, and in the metadata all that the names do not tell."""
-    told = {
+def make_export(run: Run, format: str, allow: list[str], where: str) -> Export:
+    """What to write. Raises CheckpointError if the format cannot hold the model."""
+    objective, allowed = exported_objective(run, allow, where, format)
+    notes = ()
+    if format != "stablehlo":
+        module = interop.EXPORTS[format]
+        if reason := module.refusal(run.encoder, objective, run.image_size):
+            raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
+        objective, notes = module.exported_objective(run.encoder, objective), module.export_notes(run.encoder)
+        notes += folder.squash_note(run.image_size) if format in FOLDERS else ()
+    left_out = sorted(run.params.keys() - {"encoder"}) if objective["name"] == "none" else []
+    run = run._replace(params={name: part for name, part in run.params.items() if name not in left_out})
+    if allowed:  # a model without one of its heads is exported as an encoder
+        return Export(run, format, objective, [], left_out, notes)
+    return Export(run, format, objective, left_out, [], notes)
+
+
+def write(path: Path, export: Export) -> None:
+    """Write the file or folder."""
+    run = export.run
+    if export.format == "stablehlo":
+        program = stablehlo.serialize(
+            run.encoder, run.params["encoder"], image_size=run.image_size, **run.normalization
+        )
+        path.write_bytes(program)
+    elif export.format in FOLDERS:
+        write_folder(path, export)
+    else:
+        write_state_dict(path, export)
+
+
+def write_state_dict(path: Path, export: Export) -> None:
+    """Safetensors with the names of timm or the official code. The metadata hold the fields that names do not."""
+    run = export.run
+    model = {
         "encoder": {"name": run.config["encoder"]["name"], **run.encoder.options()},
-        "objective": objective,
+        "objective": export.objective,
         "image_size": run.image_size,
         **run.normalization,
     }
-    metadata = {"format": "pt", "names": format, "made_by": MADE_BY, "model": json.dumps(told)}
-    save_file(exported_arrays(run, objective, format), path, metadata=metadata)
+    metadata = {"format": "pt", "names": export.format, "made_by": MADE_BY, "model": json.dumps(model)}
+    save_file(exported_arrays(export), path, metadata=metadata)
 
 
-def write_folder(
-    path: Path, run: Run, objective: dict, format: str, *, no_place: list[str], allowed: list[str],
-    notes: tuple[str, ...],
-) -> None:  # fmt: skip
-    """A folder of transformers, with a card of what the run's own files say."""
-    if format == "backbone":
+def write_folder(path: Path, export: Export) -> None:
+    """A folder for transformers, with a model card made from the run's own files."""
+    run = export.run
+    if export.format == "backbone":
         config = backbone.make_config(run.encoder, run.image_size, run.channels)
     else:
-        config = huggingface.make_config(run.encoder, objective, run.image_size, run.channels)
-    files = {
-        "config.json": config,
-        "preprocessor_config.json": huggingface.make_preprocessor_config(
-            run.image_size, **run.normalization, interpolation=run.interpolation, crop_fraction=run.crop_fraction
-        ),
-    }
-    card = huggingface.model_card(
-        run.encoder,
-        objective,
+        config = folder.make_config(run.encoder, export.objective, run.image_size, run.channels)
+    preprocessor = folder.make_preprocessor_config(
+        run.image_size, **run.normalization, interpolation=run.interpolation, crop_fraction=run.crop_fraction
+    )
+    card = folder.model_card(
+        type(run.encoder).__name__,
+        export.objective,
         run.config,
         step=int(run.folder.name) if run.folder.name.isdigit() else None,
         summary=read_json(run.folder.parent.parent / "summary.json"),
-        no_place=no_place,
-        allowed=allowed,
-        notes=notes,
+        left_out={"this format has no place for": export.unsupported, "the user left out": export.allowed},
+        notes=export.notes,
     )
     path.mkdir()
-    for name, content in files.items():
+    for name, content in {"config.json": config, "preprocessor_config.json": preprocessor}.items():
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
     (path / "README.md").write_text(card)
-    metadata = {"format": "pt", "made_by": MADE_BY}
-    save_file(exported_arrays(run, objective, format), path / "model.safetensors", metadata=metadata)
+    save_file(exported_arrays(export), path / "model.safetensors", metadata={"format": "pt", "made_by": MADE_BY})
 
 
-def exported_arrays(run: Run, objective: dict, format: str) -> dict:
-    """The run's arrays under their names."""
-    chosen = interop.EXPORTS[format]
-    rules = chosen.rules(run.encoder, objective, chosen.export_prefix(objective["name"]), run.image_size)
-    return interop.to_theirs(rules, run.params)
+def exported_arrays(export: Export) -> dict:
+    """The run's arrays with the names and layouts of the format."""
+    run, module = export.run, interop.EXPORTS[export.format]
+    prefix = module.export_prefix(export.objective["name"])
+    return interop.to_theirs(module.rules(run.encoder, export.objective, prefix, run.image_size), run.params)
 
 
-def inferred_format(target: str) -> str:
-    """The format that TO is plainly of. Raises ConfigError if it is not plain, or TO is a file of none."""
+def infer_format(target: str) -> str:
+    """The format for a TO with this ending. Raises ConfigError if several formats have it, or none."""
     suffix = Path(target).suffix
     if suffix in STABLEHLO:
         return "stablehlo"
     if suffix == ".safetensors":
-        raise ConfigError("a state dict under whose names?", target, "give --format=official or --format=timm")
+        raise ConfigError("two formats have such files", target, "give --format=official or --format=timm")
     if re.fullmatch(r"\.[A-Za-z]\w*", suffix) and not os.path.isdir(target):
-        fix = "give FILE.safetensors (of official and timm), FILE.stablehlo, or --format=huggingface for such a folder"
+        fix = "give FILE.safetensors (official and timm), FILE.stablehlo, or --format=huggingface for a folder"
         raise ConfigError(f"no format has files that end in {suffix}", target, fix)
     return "huggingface"
 
 
 def exported_objective(run: Run, allow: list[str], where: str, format: str) -> tuple[dict, list[str]]:
-    """(the objective whose heads the checkpoint has, the heads that `allow` leaves out).
+    """(the objective whose heads to export, the heads that `allow` leaves out).
 
-    It is "none" if there are no heads, the format has none, or `allow` leaves one out. Raises CheckpointError for a
-    pattern that fits none, and heads that no other format has.
+    The objective is "none" if there are no heads, the format has none, or `allow` leaves one out. Raises
+    CheckpointError for a pattern that matches nothing, and for heads that no format can hold.
     """
     objective = run.config.get("objective") or {}
     heads = sorted(run.params.keys() - {"encoder"})
     if not heads and allow:
-        raise CheckpointError(
-            f"--allow {','.join(allow)!r} fits nothing: the run has an encoder and no heads", where, "leave it out"
-        )
+        what = f"--allow {','.join(allow)!r} matches nothing: the run has an encoder and no heads"
+        raise CheckpointError(what, where, "leave it out")
     allowed = interop.skip(heads, allow)
-    if not heads or allowed or format in ENCODERS_ALONE:
+    if not heads or allowed or format in ENCODER_ONLY:
         return {"name": "none"}, allowed
     if objective.get("name") == "simmim":
         return {"name": "simmim"}, []
     if objective.get("name") == "classify":
         head = run.params["head"]
-        found = {"num_classes": head["logits"]["kernel"].shape[-1], "fc_norm": "norm" in head}
+        shape = {"num_classes": head["logits"]["kernel"].shape[-1], "fc_norm": "norm" in head}
         pool = {"pool": objective["pool"]} if objective.get("pool", "patches") != "patches" else {}
-        return {"name": "classify", "block": objective.get("block", 0), **found, **pool}, []
-    raise CheckpointError(
-        f"{format} has no place for the heads of objective {objective.get('name')!r}: {', '.join(heads)}", where,
-        f"leave them out with --allow {','.join(heads)}",
-    )  # fmt: skip
+        return {"name": "classify", "block": objective.get("block", 0), **shape, **pool}, []
+    what = f"{format} has no place for the heads of objective {objective.get('name')!r}: {', '.join(heads)}"
+    raise CheckpointError(what, where, f"leave them out with --allow {','.join(heads)}")

@@ -1,8 +1,10 @@
-"""TO: what `convert` may write over, and how what it writes takes its place.
+"""TO: when `convert` may overwrite it, and how the output replaces what exists.
 
-What a conversion has written bears a mark, and `--overwrite` replaces that and nothing else: "imported" in the
-config.json of a workdir that has not been trained in, "made_by" in the metadata of safetensors, which
-`save_pretrained` does not hand on, and the name of the function in a StableHLO program.
+All output of a conversion is marked, and --overwrite replaces nothing else:
+
+- a workdir has "imported" in its config.json, and no files of a training run;
+- safetensors have "made_by" in their metadata, which `save_pretrained` does not copy;
+- a StableHLO program has the name of our function.
 """
 
 import argparse
@@ -17,66 +19,57 @@ from safetensors import SafetensorError
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop import stablehlo
 from simmim_jax.interop.reading import MADE_BY, read_json, read_metadata
+from simmim_jax.tools.cli import check_overwrite
 
-MAKE_ROOM = "make room or mend the folder, or give another TO; what was there is as it was"
-OURS = {  # all that a conversion puts into a folder
+MAKE_ROOM = "make room or fix the folder, or give another TO; nothing that existed has changed"
+FOLDERS = {  # the files that a conversion writes to a folder, by kind
     "workdir": {"checkpoints", "config.json"},
     "huggingface": {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"},
 }
 
 
 def check_target(options: argparse.Namespace, kind: str) -> None:
-    """Refuse a TO that is FROM, or that holds anything, unless told to overwrite what a conversion has written.
+    """Raise ConfigError if TO overlaps with FROM, or exists and must not be replaced.
 
-    kind: of what will be written, "workdir" or a format.
+    kind: the kind of output: "workdir", "huggingface" (any folder for transformers), "safetensors" or "stablehlo".
     """
     source, target = _real(options.source), _real(options.target)
     if source == target or source in target.parents or target in source.parents:
-        raise ConfigError("FROM and TO are the same, or one lies in the other", options.target, "give another TO")
-    if target.is_dir() and kind not in OURS:
-        raise ConfigError(f"a folder, where {kind} is one file", options.target, "give another TO")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError("FROM and TO are the same, or one is inside the other", options.target, "give another TO")
+    if target.is_dir() and kind not in FOLDERS:
+        raise ConfigError(f"a folder, and {kind} is one file", options.target, "give another TO")
+    if target.is_dir() and not any(target.iterdir()):
         return
-    if not options.overwrite:
-        raise ConfigError("there is something already", options.target, "give another TO, or --overwrite")
-    if reason := _not_ours(target, kind):
-        raise ConfigError(f"{reason}, so --overwrite leaves it", options.target, "give another TO")
+    if target.exists():
+        check_overwrite(options.target, overwrite=options.overwrite, is_ours=_is_ours(target, kind))
 
 
 def _real(path: str) -> Path:
-    """The path that links lead to; `Path.resolve` raises where they lead in a circle."""
+    """The path with links resolved; unlike `Path.resolve` it does not raise for a circle of links."""
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
-def _not_ours(target: Path, kind: str) -> str:
-    """Why `target` is not what a conversion of this `kind` wrote; empty if it is."""
-    if kind not in OURS:
-        is_ours = stablehlo.is_ours(target) if kind == "stablehlo" else read_metadata(target).get("made_by") == MADE_BY
-        return "" if is_ours else f"no conversion to {kind} has written this file"
-    if not target.is_dir():
-        return "no folder"
-    if any((target / name).exists() for name in ("metrics.jsonl", "summary.json")):
-        return "a run has gone on in this folder"
-    if kind == "workdir":
-        try:
-            is_ours = "imported" in read_json(target / "config.json")
-        except CheckpointError:
-            is_ours = False
-    else:
-        is_ours = read_metadata(target / "model.safetensors").get("made_by") == MADE_BY
-    if not is_ours:
-        what = "import" if kind == "workdir" else f"conversion to {kind}"
-        return f"no {what} has written this folder"
-    surplus = sorted(path.name for path in target.iterdir() if path.name not in OURS[kind])
-    return f"it holds {surplus[0]!r} too, which no conversion has written" if surplus else ""
+def _is_ours(target: Path, kind: str) -> bool:
+    """Whether a conversion has written all of `target`."""
+    if kind == "stablehlo":
+        return stablehlo.is_ours(target)
+    if kind == "safetensors":
+        return read_metadata(target).get("made_by") == MADE_BY
+    if not target.is_dir() or not {path.name for path in target.iterdir()} <= FOLDERS[kind]:
+        return False
+    if kind == "huggingface":
+        return read_metadata(target / "model.safetensors").get("made_by") == MADE_BY
+    try:
+        return "imported" in read_json(target / "config.json")
+    except CheckpointError:
+        return False
 
 
 @contextlib.contextmanager
 def replaced(options: argparse.Namespace) -> Iterator[Path]:
-    """A path beside TO to write to; what is there takes TO's place when all is written, and is gone if it is not."""
+    """A path next to TO to write to. It replaces TO if all goes well; otherwise it is removed and TO stays."""
     target = _real(options.target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{part}") for part in ("partial", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -88,13 +81,13 @@ def replaced(options: argparse.Namespace) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write: {error.strerror or error}", options.target, MAKE_ROOM) from error
-    except SafetensorError as error:  # what its writer says of a full disk
+    except SafetensorError as error:  # raised by its writer on a full disk
         raise CheckpointError(f"cannot write: {str(error)[:200]}", options.target, MAKE_ROOM) from error
     finally:
-        for path in (partial, old):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.exists():
-                path.unlink()
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
