@@ -1,7 +1,9 @@
-"""The conversion tool from its command line: in, out, back, and every mistake in one line."""
+"""The command `convert`: import, export, and its errors."""
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,34 +35,42 @@ CONVERT = ("-m", "simmim_jax.tools.convert")
 
 
 def tool(*arguments):
-    """The tool in this process."""
+    """Run the tool in this process."""
     convert.run([str(argument) for argument in arguments])
 
 
-def told(*arguments, kind=ConfigError) -> str:
-    """The one line of the tool's error."""
+def error(*arguments, kind=ConfigError) -> str:
+    """The message of the error that the tool raises."""
     with pytest.raises(kind) as caught:
         tool(*arguments)
     return str(caught.value)
 
 
-@pytest.fixture
-def state(tmp_path):
-    """(path of a tiny official ViT as safetensors, its parameters as ours)."""
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A folder with a tiny official ViT as safetensors and its workdir, and our parameters."""
+    folder = tmp_path_factory.mktemp("imported")
     weights, params = exported("official", VIT, SIMMIM)
-    save_file(weights.arrays, tmp_path / "vit.safetensors")
-    return tmp_path / "vit.safetensors", params
+    save_file(weights.arrays, folder / "vit.safetensors")
+    tool(folder / "vit.safetensors", folder / "workdir")
+    return folder, params
 
 
 @pytest.fixture
-def workdir(tmp_path, state):
-    """A workdir of a tiny ViT."""
-    tool(state[0], tmp_path / "workdir")
-    return tmp_path / "workdir"
+def state(imported, tmp_path):
+    """(path of a tiny official ViT as safetensors, its parameters as ours)."""
+    shutil.copy(imported[0] / "vit.safetensors", tmp_path)
+    return tmp_path / "vit.safetensors", imported[1]
+
+
+@pytest.fixture
+def workdir(imported, tmp_path):
+    """A workdir of the tiny ViT."""
+    return Path(shutil.copytree(imported[0] / "workdir", tmp_path / "workdir"))
 
 
 def official_file(path, options, objective, **more):
-    """A .pth as the official code saves one: weights, optimizer, schedule, and a config of yacs. Returns our params."""
+    """Write a .pth like the official code: weights, optimizer, schedule and a yacs config. Returns our parameters."""
     weights, params = exported("official", options, objective)
     arrays = dict(weights.arrays)
     if options["name"].startswith("swin"):
@@ -92,7 +102,7 @@ def official_file(path, options, objective, **more):
     [("vit", VIT, SIMMIM), ("swin", SWINS[0], SIMMIM), ("swinv2", SWINS[1], SIMMIM),
      ("finetuned", {**VIT, "relative_position": "per_block", "final_norm": False}, NORMED)],
 )  # fmt: skip
-def test_an_official_pth_becomes_a_workdir(tmp_path, capsys, name, options, objective):
+def test_official_pth_is_imported(tmp_path, capsys, name, options, objective):
     params = official_file(tmp_path / "official.pth", options, objective, legacy=name == "vit", wrapper="module.")
     tool(tmp_path / "official.pth", tmp_path / "workdir")
     back, config = checkpoint.read_params(str(tmp_path / "workdir"))
@@ -104,53 +114,46 @@ def test_an_official_pth_becomes_a_workdir(tmp_path, capsys, name, options, obje
     assert f"official {options['name']} ({objective['name']})" in out
     assert f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters" in out
     assert f"--config.init_from={tmp_path / 'workdir'}" in out
-    assert ("not weights, left out" in out) == options["name"].startswith("swin")
+    assert ("left out, not weights" in out) == options["name"].startswith("swin")
 
 
-def test_a_hostile_file_is_refused_with_exit_code_5_and_without_a_trace(tmp_path):
+def test_hostile_file_is_refused_and_leaves_nothing(tmp_path):
     marker = tmp_path / "marker"
     harm = Call(Global("os", "system"), f"touch {marker}")
     official_file(tmp_path / "evil.pth", VIT, SIMMIM, content={"config": harm})
-    done = run(tmp_path / "evil.pth", tmp_path / "workdir", script=CONVERT)
-    assert done.returncode == 5, done.stderr
-    assert re.fullmatch(r"ERROR\[checkpoint\] .+ - .+", done.stderr.strip().splitlines()[-1])
-    assert not marker.exists()
+    assert "os.system" in error(tmp_path / "evil.pth", tmp_path / "workdir", kind=CheckpointError)
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
 
 
-def test_the_command_line_imports_and_exports(tmp_path, state):
+def test_command_line_imports_and_export_gives_the_same_arrays(tmp_path, state):
     done = run(state[0], tmp_path / "workdir", script=CONVERT)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    done = run(tmp_path / "workdir", tmp_path / "out.safetensors", "--format=official", script=CONVERT)
-    assert done.returncode == 0, done.stderr
-    assert "official vit (simmim)" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    tool(tmp_path / "workdir", tmp_path / "out.safetensors", "--format=official")
     theirs, ours = load_file(state[0]), load_file(tmp_path / "out.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(theirs[name].tobytes() == ours[name].tobytes() for name in theirs)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "part"),
     [
-        (("a",), "the following arguments are required: TO - command line"),
-        (("a", "b", "c"), "unknown argument 'c' - command line - see --help"),
-        (("a", "b", "--alow=x"), "unknown argument '--alow=x' - command line - did you mean --allow"),
-        (("a", "b", "--image_size=big"), "--image-size=big - command line - give height,width in pixels"),
+        (("a",), "TO"),
+        (("a", "b", "c"), "unknown argument 'c'"),
+        (("a", "b", "--alow=x"), "did you mean --allow"),
+        (("a", "b", "--image_size=big"), "--image-size=big"),
         (("a", "b", "--image-size=1,2,3"), "--image-size=1,2,3"),
-        (("a", "b", "--image-size=0"), "--image-size=0"),
         (("a", "b", "--image-size=-64"), "--image-size=-64"),
         (("a", "b", "--image-size=1000000"), "--image-size=1000000"),
-        (("a", "b", "--std=0.1,0.0,0.1"), "--std=0.1,0.0,0.1 - command line - give numbers above 0"),
-        (("a", "b", "--mean=nan"), "--mean=nan - command line - give numbers with commas between"),
-        (("a", "b", "--format=tim"), "unknown format 'tim' - did you mean timm"),
+        (("a", "b", "--std=0.1,0.0,0.1"), "--std=0.1,0.0,0.1"),
+        (("a", "b", "--mean=nan"), "--mean=nan"),
+        (("a", "b", "--format=tim"), "did you mean timm"),
     ],
 )
-def test_a_mistake_in_an_option_is_one_line_and_exit_code_2(tmp_path, arguments, line):
-    assert line in told(*arguments)
+def test_invalid_options_are_config_errors(arguments, part):
+    assert part in error(*arguments)
 
 
-def test_values_on_the_command_line_are_numbers_tuples_and_words():
+def test_option_values_are_parsed():
     given = ("--encoder.depths=2,2", "--encoder.num_heads=[1, 2]", "--encoder.window", "7", "--encoder.qkv_bias=none",
              "--encoder.final_norm=False", "--image-size=192", "--mean=0,0,0", "--allow=a,b",
              "--allow", "c.*")  # fmt: skip
@@ -160,107 +163,96 @@ def test_values_on_the_command_line_are_numbers_tuples_and_words():
     assert (options.source, options.target, options.overwrite) == ("FROM", "TO", False)
 
 
-def test_help_and_mistakes_are_told_without_importing_jax():
-    for arguments, code in ((("--help",), 0), (("a", "b", "--alow=x"), 2)):
-        done = run(*arguments, script=("-X", "importtime", *CONVERT))
-        assert done.returncode == code
-        imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
-        assert "argparse" in imported
-        assert not imported & {"jax", "flax", "numpy", "orbax", "safetensors"}
-        if code:
-            assert done.stderr.strip().splitlines()[-1].startswith("ERROR[config] unknown argument '--alow=x'")
-        else:
-            assert "examples:" in done.stdout
+def test_help_does_not_import_jax():
+    done = run("--help", script=("-X", "importtime", *CONVERT))
+    assert done.returncode == 0
+    modules = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "argparse" in modules
+    assert not modules & {"jax", "flax", "numpy", "orbax", "safetensors"}
+    assert "examples:" in done.stdout
 
 
-def test_a_field_that_does_not_exist_or_does_not_fit_is_told(tmp_path, state):
-    assert "unknown vit field 'head' - did you mean heads" in told(state[0], tmp_path / "w", "--encoder.head=2")
-    assert "--encoder.num_heads=two - command line - give a int, like 12" in told(
-        state[0], tmp_path / "w", "--encoder.num_heads=two"
-    )
-    for value, fix in (("norm_epsilon=1e400", "to 1000"), ("norm_epsilon=nan", "float"), ("norm_epsilon=-1.0", "0"),
-                       ("patch_size=0", "from 1 to"), ("depth=True", "int")):  # fmt: skip
-        assert re.search(rf"--encoder.{value.split('=')[0]}=.* - command line - .*{fix}",
-                         told(state[0], tmp_path / "w", f"--encoder.{value}"))  # fmt: skip
-    assert "unknown vit field 'window'" in told(state[0], tmp_path / "w", "--encoder.window", "12")
-    assert "no mean for 3 channel(s)" in told(state[0], tmp_path / "w", "--mean=0.5")
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--encoder.head=2", "did you mean num_heads"),
+        ("--encoder.window=12", "unknown vit field 'window'"),
+        ("--encoder.num_heads=two", "int"),
+        ("--encoder.norm_epsilon=1e400", "to 1000"),
+        ("--encoder.norm_epsilon=nan", "float"),
+        ("--encoder.norm_epsilon=-1.0", "from 0"),
+        ("--encoder.patch_size=0", "from 1 to"),
+        ("--encoder.depth=True", "int"),
+        ("--mean=0.5", "no mean for 3 channel(s)"),
+    ],
+)
+def test_unknown_and_invalid_fields_are_refused(tmp_path, state, flag, part):
+    assert part in error(state[0], tmp_path / "w", flag)
     assert not (tmp_path / "w").exists()
 
 
-def test_a_source_that_is_nothing_is_told(tmp_path, workdir):
-    assert "no such file or folder" in told(tmp_path / "nowhere", tmp_path / "w", kind=CheckpointError)
-    assert "nowhere is no run of ours" in told(tmp_path / "nowhere", tmp_path / "w", "--format=timm")
-    assert "--image-size in an export" in told(workdir, tmp_path / "w", "--image_size=32")
-    assert "--encoder.num_heads in an export" in told(workdir, tmp_path / "w", "--encoder.num_heads=2")
-    assert "a state dict under whose names?" in told(workdir, tmp_path / "w.safetensors")
-    for ending in (".pth", ".onnx", ".stablehlp"):
-        line = told(workdir, tmp_path / f"w{ending}")
-        assert f"no format has files that end in {ending}" in line
-        assert "give FILE.safetensors (of official and timm), FILE.stablehlo, or --format=huggingface" in line
+def test_invalid_sources_and_targets_are_refused(tmp_path, workdir):
+    assert "no such file or folder" in error(tmp_path / "nowhere", tmp_path / "w", kind=CheckpointError)
+    assert "--format in an import" in error(tmp_path / "nowhere", tmp_path / "w", "--format=timm")
+    assert "--image-size in an export" in error(workdir, tmp_path / "w", "--image_size=32")
+    assert "--encoder.num_heads in an export" in error(workdir, tmp_path / "w", "--encoder.num_heads=2")
+    assert "--format=official or --format=timm" in error(workdir, tmp_path / "w.safetensors")
+    for ending in (".pth", ".stablehlp"):
+        assert f"files that end in {ending}" in error(workdir, tmp_path / f"w{ending}")
     (tmp_path / "w.folder").mkdir()
-    assert {exports.inferred_format(str(tmp_path / name)) for name in ("w", "w-0.9", "w.folder")} == {"huggingface"}
+    assert {exports.infer_format(str(tmp_path / name)) for name in ("w", "w-0.9", "w.folder")} == {"huggingface"}
 
 
-def test_what_is_there_is_kept_unless_told_to_overwrite_it_and_then_only_what_a_conversion_wrote(
-    tmp_path, state, workdir
-):
+def test_existing_output_stays_without_overwrite(tmp_path, state, workdir):
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    assert "there is something already" in told(state[0], workdir)
+    assert "--overwrite" in error(state[0], workdir)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
     tool(state[0], workdir, "--overwrite", "--mean=0.5,0.5,0.5")
     assert json.loads((workdir / "config.json").read_text())["mean"] == [0.5, 0.5, 0.5]
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or ".old" in path.name] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
 
-    (workdir / "metrics.jsonl").write_text("")
-    assert "a run has gone on in this folder" in told(state[0], workdir, "--overwrite")
+
+FOREIGN = "simmim_jax has not written it"
+
+
+def test_overwrite_replaces_only_what_a_conversion_of_the_same_kind_wrote(tmp_path, state, workdir):
+    for name, flags in (
+        ("bare", ["--allow=head,mask_token"]),
+        ("a.stablehlo", []),
+        ("a.safetensors", ["--format=official"]),
+    ):
+        tool(workdir, tmp_path / name, *flags)
+        tool(workdir, tmp_path / name, *flags, "--overwrite")
+    (tmp_path / "bare" / "notes.txt").write_text("mine")
+    assert FOREIGN in error(workdir, tmp_path / "bare", "--overwrite")
+    (tmp_path / "bare" / "notes.txt").unlink()
+    save_file({"a": np.zeros(3)}, tmp_path / "bare" / "model.safetensors")  # like save_pretrained, with our config.json
+    assert FOREIGN in error(workdir, tmp_path / "bare", "--overwrite")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("")
-    assert "no import has written this folder" in told(state[0], tmp_path / "photos", "--overwrite")
-    assert (tmp_path / "photos" / "one.jpg").exists()
+    assert FOREIGN in error(state[0], tmp_path / "photos", "--overwrite")
+    foreign = jax.export.export(jax.jit(lambda x: x))(np.zeros(3)).serialize()
+    for name, content in (("b.stablehlo", foreign), ("c.stablehlo", b"text"), ("d.safetensors", b"text")):
+        (tmp_path / name).write_bytes(content)
+        flags = ["--format=official"] if name.endswith("safetensors") else []
+        assert FOREIGN in error(workdir, tmp_path / name, *flags, "--overwrite")
+        assert (tmp_path / name).read_bytes() == content
+    shutil.copytree(workdir, tmp_path / "trained")
+    (tmp_path / "trained" / "metrics.jsonl").write_text("")
+    assert FOREIGN in error(state[0], tmp_path / "trained", "--overwrite")
+    assert "a folder" in error(workdir, tmp_path / "trained", "--format=timm", "--overwrite")
+    assert FOREIGN in error(workdir, tmp_path / "trained", "--overwrite")
+    assert checkpoint.has_steps(str(tmp_path / "trained"))
 
-    out = tmp_path / "out.safetensors"
-    out.write_text("something")
-    assert "there is something already" in told(workdir, out, "--format=official")
-    assert "no conversion to safetensors has written this file" in told(
-        workdir, out, "--format=official", "--overwrite"
-    )
-    assert out.read_text() == "something"
-    out.unlink()
-    tool(workdir, out, "--format=official")
-    tool(workdir, out, "--format=official", "--overwrite")
-    assert load_file(out).keys() == load_file(state[0]).keys()
 
-
-def test_from_and_to_may_not_lie_in_one_another(tmp_path, state, workdir):
+def test_overlapping_source_and_target_are_refused(tmp_path, state, workdir):
     hf = tmp_path / "downloaded"
     hf.mkdir()
     for source, target in ((state[0], state[0]), (workdir, workdir), (workdir, workdir / "hf"), (state[0], tmp_path),
                            (workdir / "checkpoints" / "0", workdir), (hf, f"{hf}/../downloaded")):  # fmt: skip
-        assert "FROM and TO are the same, or one lies in the other" in told(source, target, "--overwrite")
+        assert "FROM and TO" in error(source, target, "--overwrite")
     (tmp_path / "link").symlink_to(workdir)
-    assert "FROM and TO are the same" in told(workdir, tmp_path / "link", "--overwrite")
-
-
-def test_overwriting_takes_only_what_bears_our_mark_and_is_of_the_same_kind(tmp_path, state, workdir, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    tool("~/workdir", "~/bare", "--allow=head,mask_token")
-    tool(workdir, tmp_path / "bare", "--allow=head,mask_token", "--overwrite")
-    tool(workdir, tmp_path / "a.stablehlo")
-    tool(workdir, tmp_path / "a.stablehlo", "--overwrite")
-    (tmp_path / "bare" / "notes.txt").write_text("mine")
-    assert "it holds 'notes.txt' too" in told(workdir, tmp_path / "bare", "--overwrite")
-    (tmp_path / "bare" / "notes.txt").unlink()
-    save_file({"a": np.zeros(3)}, tmp_path / "bare" / "model.safetensors")  # as save_pretrained would, config.json kept
-    assert "no conversion to huggingface has written" in told(workdir, tmp_path / "bare", "--overwrite")
-    foreign = jax.export.export(jax.jit(lambda x: x))(np.zeros(3)).serialize()
-    (tmp_path / "b.stablehlo").write_bytes(foreign)
-    (tmp_path / "c.stablehlo").write_text("text")
-    for name in ("b.stablehlo", "c.stablehlo"):
-        assert "no conversion to stablehlo has written" in told(workdir, tmp_path / name, "--overwrite")
-    tool(state[0], tmp_path / "other")
-    assert "a folder, where" in told(workdir, tmp_path / "other", "--format=timm", "--overwrite")
-    assert "no conversion to huggingface has written" in told(workdir, tmp_path / "other", "--overwrite")
-    assert checkpoint.has_steps(str(tmp_path / "other"))
+    assert "FROM and TO" in error(workdir, tmp_path / "link", "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -275,16 +267,14 @@ def test_overwriting_takes_only_what_bears_our_mark_and_is_of_the_same_kind(tmp_
         ("timm", {**SWINS[1], "pretrained_windows": (8, 8, 8, 4)}, (64, 64)),
     ],
 )
-def test_what_the_names_do_not_tell_comes_back_from_our_own_metadata(tmp_path, capsys, format, options, image_size):
+def test_fields_that_names_do_not_determine_come_back_from_our_metadata(tmp_path, capsys, format, options, image_size):
     params = random_params(make(options, {"name": "none"}, image_size)[1])
     config = {"encoder": options, "image_size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     checkpoint.write_params(str(tmp_path / "run"), params, json.loads(json.dumps(config)))
     tool(tmp_path / "run", tmp_path / "a.safetensors", f"--format={format}")
-    assert ("note: the file does not tell the windows of pretraining" in capsys.readouterr().out) == (
-        "pretrained_windows" in options
-    )
+    assert ("windows of pretraining" in capsys.readouterr().out) == ("pretrained_windows" in options)
     tool(tmp_path / "a.safetensors", tmp_path / "back")
-    assert "note: took" not in capsys.readouterr().out
+    assert "note: assumed" not in capsys.readouterr().out
     back, read = checkpoint.read_params(str(tmp_path / "back"))
     assert_same(back, params)
     assert (tuple(read["image_size"]), read["mean"], read["std"]) == (image_size, [0.5] * 3, [0.25] * 3)
@@ -294,20 +284,20 @@ def test_what_the_names_do_not_tell_comes_back_from_our_own_metadata(tmp_path, c
 @pytest.mark.parametrize(
     "change",
     [{"encoder": 1}, {"encoder": {"name": "swin"}}, {"encoder": {"name": "vit", "width": "16"}}, {"mean": [1, 2]},
-     {"image_size": ["a", 1]}, {"image_size": [32, 32, 32]}, {"std": [0, 0, 0]},
-     {"encoder": {"name": "vit", "depth": 3}}, None],
+     {"image_size": [32, 32, 32]}, {"std": [0, 0, 0]}, {"encoder": {"name": "vit", "depth": 3}}, None],
 )  # fmt: skip
-def test_metadata_of_ours_that_somebody_changed_is_told(tmp_path, state, workdir, change):
-    tool(workdir, tmp_path / "a.safetensors", "--format=official")
-    metadata = read_metadata(tmp_path / "a.safetensors")
+def test_changed_metadata_are_refused(tmp_path, imported, change):
+    if not (imported[0] / "a.safetensors").exists():
+        tool(imported[0] / "workdir", imported[0] / "a.safetensors", "--format=official")
+    metadata = read_metadata(imported[0] / "a.safetensors")
     metadata["model"] = json.dumps(json.loads(metadata["model"]) | change) if change else "{"
-    save_file(load_file(state[0]), tmp_path / "b.safetensors", metadata=metadata)
+    save_file(load_file(imported[0] / "a.safetensors"), tmp_path / "b.safetensors", metadata=metadata)
     with pytest.raises((CheckpointError, ConfigError), match=r"b\.safetensors"):
         tool(tmp_path / "b.safetensors", tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
-def test_the_card_tells_the_step_where_it_began_and_only_the_metrics_of_that_step(tmp_path, state):
+def test_model_card_has_step_origin_and_only_the_metrics_of_that_step(tmp_path, state):
     config = {"encoder": {**VIT}, "objective": {"name": "simmim"}, "image_size": (32, 32), "mean": (0.5,) * 3,
               "std": (0.25,) * 3, "init_from": "runs/before"}  # fmt: skip
     checkpoint.write_params(str(tmp_path / "run"), state[1], json.loads(json.dumps(config)), step=70)
@@ -316,8 +306,8 @@ def test_the_card_tells_the_step_where_it_began_and_only_the_metrics_of_that_ste
         tool(tmp_path / "run", tmp_path / f"hf{step}", "--allow=head,mask_token")
         card = (tmp_path / f"hf{step}" / "README.md").read_text()
         assert "after 70 steps of training" in card
-        assert "began with the weights of `runs/before`" in card
-        assert "as its user chose: head, mask_token" in card
+        assert "`runs/before`" in card
+        assert "the user left out: head, mask_token" in card
         assert "no place" not in card
         assert ("masked_loss: 0.25" in card) == expected
 
@@ -325,114 +315,103 @@ def test_the_card_tells_the_step_where_it_began_and_only_the_metrics_of_that_ste
 @pytest.mark.parametrize(
     ("image_size", "size"), [((32, 32), {"shortest_edge": 40}), ((64, 16), {"height": 64, "width": 16})]
 )
-def test_the_processor_of_a_folder_resizes_and_crops_as_the_run_does_and_what_it_squashes_is_told(
-    tmp_path, capsys, image_size, size
-):
+def test_preprocessor_resizes_and_crops_like_the_run_and_squashing_is_noted(tmp_path, capsys, image_size, size):
     options = {**VIT, "class_token": True, "relative_position": "none", "absolute_position": "learned"}
     params = random_params(make(options, {"name": "none"}, image_size)[1])
     config = {"encoder": options, "image_size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3,
               "data": {"crop_fraction": 0.8, "interpolation": "bilinear"}}  # fmt: skip
     checkpoint.write_params(str(tmp_path / "run"), params, json.loads(json.dumps(config)))
     tool(tmp_path / "run", tmp_path / "hf")
-    told = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    found = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     square = image_size[0] == image_size[1]
-    assert (told["size"], told["resample"], told["do_center_crop"]) == (size, 2, square)
-    assert told["crop_size"] == {"height": image_size[0], "width": image_size[1]}
+    assert (found["size"], found["resample"], found["do_center_crop"]) == (size, 2, square)
+    assert found["crop_size"] == {"height": image_size[0], "width": image_size[1]}
     for text in (capsys.readouterr().out, (tmp_path / "hf" / "README.md").read_text()):
-        assert ("preprocessor_config.json squashes images to 64 x 16" in text) != square
+        assert ("squashes images to 64 x 16" in text) != square
 
 
-def test_what_allow_leaves_out_must_leave_something_of_use(tmp_path, state, workdir):
-    assert "leaves out all 35 arrays" in re.sub(r"all \d+", "all 35", told(state[0], tmp_path / "w", "--allow=*"))
-    line = told(state[0], tmp_path / "w", "--allow=encoder.mask_token")
-    assert "give --allow 'encoder.mask_token,decoder.*', or neither" in line
+def test_allow_must_leave_something_useful(tmp_path, state, workdir):
+    assert "leaves out all" in error(state[0], tmp_path / "w", "--allow=*")
+    line = error(state[0], tmp_path / "w", "--allow=encoder.mask_token")
+    assert "--allow 'encoder.mask_token,decoder.*'" in line
     tool(state[0], tmp_path / "bare", "--allow=encoder.mask_token,decoder.*")
-    assert "'hed' fits nothing: the run has an encoder and no heads" in told(
-        tmp_path / "bare", tmp_path / "hf", "--allow=hed", kind=CheckpointError
-    )
+    assert "'hed' matches nothing" in error(tmp_path / "bare", tmp_path / "hf", "--allow=hed", kind=CheckpointError)
 
 
-def test_a_failure_amid_writing_leaves_nothing_behind(tmp_path, state, workdir, monkeypatch):
+def test_failed_export_leaves_nothing(tmp_path, state, workdir, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("simmim_jax.tools.convert.exports.save_file", fail)
     for target in ((tmp_path / "hf",), (tmp_path / "out.safetensors", "--format=official")):
-        assert "cannot write: No space left on device" in told(workdir, *target, kind=CheckpointError)
+        assert "cannot write: No space left on device" in error(workdir, *target, kind=CheckpointError)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
 
 
-def test_a_full_disk_is_told_in_one_line_both_ways(tmp_path, state, workdir, monkeypatch):
+def test_full_disk_is_one_line_with_exit_code_5(tmp_path, state, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    before = sorted(tmp_path.iterdir())
-    for target, more in ((tmp_path / "new", ()), (tmp_path / "out.safetensors", ("--format=official",))):
-        source = workdir if more else state[0]
-        done = run(source, target, *more, script=CONVERT, file_limit=4)
-        assert done.returncode == 5, done.stderr
-        assert re.fullmatch(
-            r"ERROR\[checkpoint\] (cannot write|could not save): .+ - .+ - make room .+", done.stderr.strip()
-        )
-    assert sorted(tmp_path.iterdir()) == before
+    done = run(state[0], tmp_path / "new", script=CONVERT, file_limit=4)
+    assert done.returncode == 5, done.stderr
+    assert re.fullmatch(r"ERROR\[checkpoint\] .+ - .+ - make room .+", done.stderr.strip())
+    assert sorted(tmp_path.iterdir()) == [state[0]]
 
 
-def test_too_little_memory_is_told_in_one_line(tmp_path, state, monkeypatch):
+def test_too_little_memory_is_reported(tmp_path, state, monkeypatch):
     def fail(*_):
         raise MemoryError
 
     monkeypatch.setattr("simmim_jax.interop.reading.load_file", fail)
-    assert "not enough memory" in told(state[0], tmp_path / "w", kind=CheckpointError)
+    assert "not enough memory" in error(state[0], tmp_path / "w", kind=CheckpointError)
 
 
-def test_an_overwriting_that_fails_at_the_last_moment_leaves_what_was_there(tmp_path, state, workdir, monkeypatch):
+def test_failed_replacement_keeps_the_old_output(tmp_path, state, workdir, monkeypatch):
     before = (workdir / "config.json").read_text()
 
     def fail(self, target):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
-    line = told(state[0], workdir, "--overwrite", "--mean=.1,.1,.1", kind=CheckpointError)
+    line = error(state[0], workdir, "--overwrite", "--mean=.1,.1,.1", kind=CheckpointError)
     assert "cannot write: Input/output error" in line
     assert (workdir / "config.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.safetensors", "workdir"]
 
 
-def test_a_target_below_a_file_is_told(tmp_path, state, workdir):
-    assert "cannot write" in told(workdir, state[0] / "hf", kind=CheckpointError)
+def test_target_below_a_file_is_refused(tmp_path, state, workdir):
+    assert "cannot write" in error(workdir, state[0] / "hf", kind=CheckpointError)
 
 
-def test_allow_leaves_parts_out_and_says_so(tmp_path, state, workdir, capsys):
-    line = told(state[0], tmp_path / "bare", "--allow=decoder.*", kind=CheckpointError)
-    assert "encoder.mask_token" in line
+def test_allow_leaves_parts_out_and_prints_them(tmp_path, state, workdir, capsys):
+    assert "encoder.mask_token" in error(state[0], tmp_path / "bare", "--allow=decoder.*", kind=CheckpointError)
     capsys.readouterr()
     tool(state[0], tmp_path / "bare", "--allow=decoder.*", "--allow", "encoder.mask_token")
-    assert "skipped, as --allow says: decoder.0.bias, decoder.0.weight, encoder.mask_token" in capsys.readouterr().out
+    assert "--allow: decoder.0.bias, decoder.0.weight, encoder.mask_token" in capsys.readouterr().out
     params, config = checkpoint.read_params(str(tmp_path / "bare"))
     assert (list(params), config["objective"]) == (["encoder"], {"name": "none"})
-
     tool(workdir, tmp_path / "bare.safetensors", "--format=official", "--allow=head,mask_token")
-    assert "left out, as --allow says: head, mask_token" in capsys.readouterr().out
+    assert "--allow: head, mask_token" in capsys.readouterr().out
     assert not [name for name in load_file(tmp_path / "bare.safetensors") if "decoder" in name or "mask" in name]
 
 
-def test_an_export_that_a_format_cannot_hold_names_the_reason(tmp_path, state):
+def test_export_that_a_format_cannot_hold_is_refused(tmp_path, state):
     weights, _ = exported("official", SWINS[0], SIMMIM)
     save_file(weights.arrays, tmp_path / "swin.safetensors")
     tool(tmp_path / "swin.safetensors", tmp_path / "swin")
-    line = told(tmp_path / "swin", tmp_path / "hf", kind=CheckpointError)
-    assert "huggingface cannot hold this model: transformers does not shrink a table" in line
+    line = error(tmp_path / "swin", tmp_path / "hf", kind=CheckpointError)
+    assert "huggingface cannot hold this model" in line
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_checkpoint_whose_config_is_lost_or_of_no_known_objective_is_told(tmp_path, workdir):
+def test_lost_config_and_unknown_objective_are_refused(tmp_path, workdir):
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"objective": {"name": "contrast"}}))
-    assert "leave them out with --allow head,mask_token" in told(workdir, tmp_path / "hf", kind=CheckpointError)
+    assert "leave them out with --allow head,mask_token" in error(workdir, tmp_path / "hf", kind=CheckpointError)
     tool(workdir, tmp_path / "hf", "--allow=head,mask_token")
     (workdir / "config.json").unlink()
-    assert "no config.json that tells what it is" in told(workdir, tmp_path / "hf2", kind=CheckpointError)
+    assert "config.json" in error(workdir, tmp_path / "hf2", kind=CheckpointError)
 
 
-def test_a_hugging_face_folder_goes_out_and_comes_back(tmp_path, capsys):
+def test_hugging_face_folder_is_exported_and_imported(tmp_path, capsys):
     weights, params = exported("official", {**SWINS[1], "window": 2}, SIMMIM)
     save_file(weights.arrays, tmp_path / "swin.safetensors")
     tool(tmp_path / "swin.safetensors", tmp_path / "swin", "--encoder.window=2", "--image_size=64", "--std=.2,.3,.4")
@@ -458,17 +437,17 @@ def test_a_hugging_face_folder_goes_out_and_comes_back(tmp_path, capsys):
     assert read["std"] == [0.2, 0.3, 0.4]
 
 
-def test_what_has_no_place_in_a_format_is_left_out_and_told(tmp_path, workdir, state, capsys):
+def test_unsupported_heads_are_left_out_and_printed(tmp_path, workdir, state, capsys):
     tool(workdir, tmp_path / "beit")
     out = capsys.readouterr().out
     assert "huggingface vit (none)" in out
-    assert "left out, as huggingface has no place for it: head, mask_token" in out
-    assert "because this format has no place for it: head, mask_token" in (tmp_path / "beit/README.md").read_text()
+    assert "huggingface has no place for it: head, mask_token" in out
+    assert "no place for: head, mask_token" in (tmp_path / "beit/README.md").read_text()
     tool(tmp_path / "beit", tmp_path / "again")
     assert_same(checkpoint.read_params(str(tmp_path / "again"))[0], {"encoder": state[1]["encoder"]})
 
 
-def test_a_stablehlo_program_gives_the_same_features_for_any_batch_size(tmp_path, workdir, state):
+def test_stablehlo_program_gives_the_same_features_for_any_batch_size(tmp_path, workdir, state):
     tool(workdir, tmp_path / "vit.stablehlo")
     program = jax.export.deserialize(bytearray((tmp_path / "vit.stablehlo").read_bytes()))
     assert set(program.platforms) == {"cpu", "cuda", "tpu"}
@@ -482,18 +461,18 @@ def test_a_stablehlo_program_gives_the_same_features_for_any_batch_size(tmp_path
         expected = encoder.apply({"params": params}, jnp.asarray((images.astype(np.float32) / 255 - mean) / std))
         assert features.shape == (batch, 4, 4, 16)
         assert features.dtype == np.float32
-        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)  # fused otherwise, by the exporter's jit
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)  # the exporter's jit fuses differently
 
 
-def test_a_step_and_a_checkpoints_folder_are_runs_of_ours(tmp_path, workdir, state):
+def test_step_and_checkpoints_folders_are_runs(tmp_path, workdir, state):
     for number, source in enumerate((workdir / "checkpoints", workdir / "checkpoints" / "0")):
         tool(source, tmp_path / f"{number}.safetensors", "--format=official")
         assert load_file(tmp_path / f"{number}.safetensors").keys() == load_file(state[0]).keys()
 
 
 @pytest.mark.slow
-def test_official_pretraining_goes_on_in_the_imported_workdir(golden, tmp_path):
-    """With the weights that came in, fresh moments, and their origin still known; and again where it stopped."""
+def test_official_pretraining_continues_in_the_imported_workdir(golden, tmp_path):
+    """With the imported weights, new optimizer moments and a known origin; and it resumes."""
     model = {
         name.removeprefix("params/"): x for name, x in golden("official_swin_pretrain").items() if "params/" in name
     }

@@ -1,6 +1,5 @@
-"""Weights of others: what goes out and comes back is the same to the bit; what does not fit is told from both sides."""
+"""Formats of other projects: exact round trips, what is detected from weights, and errors."""
 
-import itertools
 import json
 import math
 
@@ -31,51 +30,44 @@ CONVNEXT = {"name": "convnext", "size": "t", "widths": (8, 16, 24, 32), "depths"
 IMAGE = {"vit": (32, 32), "swin": (64, 64), "swinv2": (64, 64), "resnet": (64, 64), "convnext": (64, 64)}
 
 
-def with_values(**options):
-    """Every combination of the values given for each field."""
-    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
-
-
-def cases(format, bases, options, objectives):
-    for base, chosen, objective in itertools.product(bases, options, objectives):
-        yield pytest.param(format, {**base, **chosen}, objective, id="-".join(
-            [format, base["name"], objective["name"], *(f"{k}={v}" for k, v in chosen.items())]
-        ))  # fmt: skip
-
-
 SWINS = [{"name": "swin", **SWIN}, {"name": "swinv2", **SWIN}]
-POSITIONS = ("none", "learned", "sincos")
-EVERY = [
-    # official
-    *cases("official", [VIT], with_values(absolute_position=POSITIONS, relative_position=("none", "shared")), [SIMMIM]),
-    *cases("official", [VIT], with_values(qkv_bias=("qv", "none"), layer_scale=(0.0, 0.1)), [SIMMIM]),
-    *cases("official", [VIT], with_values(relative_position=("shared", "per_block"), final_norm=(True, False)), [BARE]),
-    *cases("official", [VIT], [{"relative_position": "per_block", "final_norm": False}], [NORMED]),
-    *cases("official", SWINS, with_values(absolute_position=("none", "learned"), patch_norm=(True, False)), [SIMMIM]),
-    *cases("official", SWINS, [{}, {"qkv_bias": "none", "mlp_ratio": 2.5}], [BARE, PLAIN]),
-    *cases("official", [CONVNEXT], with_values(layer_scale=(0.0, 1e-6)), [BARE, NORMED, SIMMIM]),
-    # timm
-    *cases("timm", [VIT], with_values(class_token=(True, False), relative_position=("none",), qkv_bias=("qkv", "none"),
-                                      absolute_position=("learned", "sincos"), layer_scale=(0.0, 1e-5)), [BARE]),
-    *cases("timm", [VIT], [{"qkv_bias": "qkv", "relative_position": "none", "absolute_position": "learned",
-                            "layer_scale": 0.0, "final_norm": False}], [NORMED]),
-    *cases("timm", [VIT], [{"relative_position": "per_block", "final_norm": False}], [NORMED]),
-    *cases("timm", SWINS, [{}, {"qkv_bias": "none"}], [BARE, PLAIN]),
-    *cases("timm", [RESNET], [{}], [BARE, PLAIN]),
-    *cases("timm", [CONVNEXT], with_values(layer_scale=(0.0, 1e-6)), [BARE, NORMED]),
-    # Hugging Face
-    *cases("huggingface", [VIT], with_values(relative_position=("none",), qkv_bias=("qkv", "none"), layer_scale=(0.0,),
-                                             absolute_position=("learned", "sincos")), [BARE, SIMMIM]),
-    *cases("huggingface", [VIT], with_values(absolute_position=POSITIONS, layer_scale=(0.0, 0.1),
-                                             relative_position=("none", "shared", "per_block")), [BARE]),
-    *cases("huggingface", [VIT], [{"relative_position": "per_block", "final_norm": False}], [NORMED]),
-    *cases("huggingface", SWINS, [{"window": 2}, {"window": 2, "qkv_bias": "none", "absolute_position": "learned"}],
-           [BARE, PLAIN, SIMMIM]),
-    *cases("huggingface", SWINS[1:], [{"pretrained_windows": (4, 4, 4, 2)}], [BARE]),
-]  # fmt: skip
+NO_BIAS = {"relative_position": "none", "qkv_bias": "none", "layer_scale": 0.0}
+PLAIN_VIT = {**VIT, "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0, "absolute_position": "learned"}
+FINETUNED = {**VIT, "relative_position": "per_block", "final_norm": False}
+CASES = [  # (format, encoder, objective): each pair of a format and an option that changes its names or layouts
+    ("official", {**VIT, **NO_BIAS, "absolute_position": "learned"}, SIMMIM),
+    ("official", {**VIT, "relative_position": "shared", "layer_scale": 0.1, "absolute_position": "sincos"}, SIMMIM),
+    ("official", {**VIT, "absolute_position": "none", "relative_position": "none"}, SIMMIM),
+    ("official", {**VIT, "relative_position": "per_block"}, BARE),
+    ("official", FINETUNED, NORMED),
+    ("official", {**SWINS[0], "absolute_position": "learned", "patch_norm": False}, SIMMIM),
+    ("official", {**SWINS[0], "qkv_bias": "none", "mlp_ratio": 2.5}, PLAIN),
+    ("official", SWINS[1], SIMMIM),
+    ("official", {**SWINS[1], "absolute_position": "learned", "patch_norm": False, "qkv_bias": "none"}, BARE),
+    ("official", {**CONVNEXT, "layer_scale": 0.0}, SIMMIM),
+    ("official", {**CONVNEXT, "layer_scale": 1e-6}, NORMED),
+    ("timm", {**PLAIN_VIT, "class_token": False, "layer_scale": 1e-5}, BARE),
+    ("timm", {**VIT, **NO_BIAS, "absolute_position": "sincos"}, BARE),
+    ("timm", {**PLAIN_VIT, "final_norm": False}, NORMED),
+    ("timm", FINETUNED, NORMED),
+    ("timm", SWINS[0], PLAIN),
+    ("timm", {**SWINS[1], "qkv_bias": "none"}, BARE),
+    ("timm", RESNET, PLAIN),
+    ("timm", {**CONVNEXT, "layer_scale": 0.0}, NORMED),
+    ("timm", {**CONVNEXT, "layer_scale": 1e-6}, BARE),
+    ("huggingface", {**PLAIN_VIT, "absolute_position": "sincos"}, SIMMIM),
+    ("huggingface", {**VIT, **NO_BIAS, "absolute_position": "learned"}, BARE),
+    ("huggingface", {**VIT, "relative_position": "shared", "layer_scale": 0.1}, BARE),
+    ("huggingface", {**VIT, "relative_position": "none", "layer_scale": 0.0, "absolute_position": "learned"}, BARE),
+    ("huggingface", FINETUNED, NORMED),
+    ("huggingface", {**SWINS[0], "window": 2}, SIMMIM),
+    ("huggingface", {**SWINS[0], "window": 2, "qkv_bias": "none", "absolute_position": "learned"}, PLAIN),
+    ("huggingface", {**SWINS[1], "window": 2}, SIMMIM),
+    ("huggingface", {**SWINS[1], "pretrained_windows": (4, 4, 4, 2)}, BARE),
+]
 
 
-MADE = {}  # a model is exported and imported in one test: its shapes are traced once
+MADE = {}  # shapes by model: tests share them
 
 
 def make(options, objective, image_size=None):
@@ -93,7 +85,7 @@ def random_params(abstract, seed=0):
 
 
 def exported(format, options, objective, image_size=None):
-    """(Weights as if read from a file of this format, our parameters)."""
+    """(Weights as read from a file of this format, our parameters)."""
     image_size = image_size or IMAGE[options["name"]]
     encoder, abstract = make(options, objective, image_size)
     chosen = interop.EXPORTS[format]
@@ -108,7 +100,7 @@ def exported(format, options, objective, image_size=None):
 
 
 def imported(weights, given=None, image_size=None):
-    """(parameters, what was found) of a file; `given` and `image_size` as on the command line."""
+    """(parameters, WeightSpec) of a file. given, image_size: as on the command line."""
     found = interop.resolve(interop.detect(weights), given or {}, image_size, weights.where)
     encoder, abstract = make({"size": "t" if "swin" in found.encoder["name"] else SIZES[found.encoder["name"]],
                               **found.encoder}, found.objective, found.image_size)  # fmt: skip
@@ -126,8 +118,8 @@ def assert_same(params, expected):
     assert all(ours[name].shape == theirs[name].shape for name in ours)
 
 
-@pytest.mark.parametrize(("format", "options", "objective"), EVERY)
-def test_what_is_exported_and_imported_is_the_same_to_the_bit(format, options, objective):
+@pytest.mark.parametrize(("format", "options", "objective"), CASES)
+def test_export_and_import_are_exact(format, options, objective):
     weights, params = exported(format, options, objective)
     name, given, image_size = options["name"], {}, None
     if name == "vit" and format != "huggingface":
@@ -139,17 +131,17 @@ def test_what_is_exported_and_imported_is_the_same_to_the_bit(format, options, o
     back, found = imported(weights, given, image_size)
     assert_same(back, params)
     assert found.objective == objective
-    # timm's BEiT has the official names, and an official ViT without anything of BEiT's has timm's.
+    # timm's BEiT has the official names. An official ViT without parts of a BEiT has timm's names.
     assert found.format in ({"official", "timm"} if name == "vit" and format != "huggingface" else {format})
     whole = {f: getattr(make_encoder(**options), f) for f in found.encoder if f != "name"}
     assert {f: v for f, v in found.encoder.items() if f != "name"} == whole
     assert found.image_size == IMAGE[name]
 
 
-# What the weights tell without help.
+# Detection
 
 
-def test_a_table_or_a_position_embedding_tells_the_image_size():
+def test_position_tables_determine_the_image_size():
     for options in ({"absolute_position": "learned", "relative_position": "none"}, {"relative_position": "shared"}):
         weights, _ = exported("official", {**VIT, **options}, SIMMIM)
         assert interop.detect(weights).image_size == (32, 32)
@@ -157,7 +149,7 @@ def test_a_table_or_a_position_embedding_tells_the_image_size():
     assert interop.detect(weights).image_size == (64, 64)
 
 
-def test_a_window_that_shrank_tells_the_image_size():
+def test_shrunk_window_determines_the_image_size():
     weights, _ = exported("official", SWINS[0], SIMMIM)
     found = interop.detect(weights)
     assert (found.image_size, found.encoder["window"], found.windows) == ((64, 64), 4, (4, 4, 4, 2))
@@ -175,7 +167,7 @@ def official_buffers(window=4, pretrained=4, side=16):
     }
 
 
-def test_the_buffers_of_an_official_swin_v2_tell_windows_image_size_and_the_windows_of_pretraining(tmp_path):
+def test_buffers_of_official_swin_v2_determine_windows_and_image_size(tmp_path):
     weights, params = exported("official", SWINS[1], PLAIN)
     arrays = dict(weights.arrays)
     for stage, window in enumerate((4, 4, 4, 2)):
@@ -196,7 +188,7 @@ def test_the_buffers_of_an_official_swin_v2_tell_windows_image_size_and_the_wind
     assert official.pretrained_windows(coordinates, [7, 4]) == (6, 3)
 
 
-def test_what_weights_do_not_tell_is_asked_for():
+def test_undetermined_fields_are_requested():
     weights, _ = exported("timm", SWINS[1], BARE)
     found = interop.detect(weights)
     with pytest.raises(CheckpointError, match=r"give --encoder.window=VALUE, --image_size=HEIGHT,WIDTH"):
@@ -208,20 +200,20 @@ def test_what_weights_do_not_tell_is_asked_for():
         imported(weights)
 
 
-def test_heads_that_are_guessed_are_told():
+def test_guessed_heads_are_noted():
     options = {**VIT, "width": 128, "relative_position": "none", "absolute_position": "learned"}
     weights, _ = exported("official", options, SIMMIM)
     _, found = imported(weights)
     assert found.encoder["num_heads"] == 2
-    assert "took 2 heads" in found.notes[0]
+    assert "assumed 2 heads" in found.notes[0]
 
 
-def test_heads_of_a_known_size_are_those_of_the_size():
+def test_heads_of_known_sizes():
     sizes = ((1280, 32), (768, 12), (384, 6), (100, 2))
     assert [official.guess_num_heads(*size) for size in sizes] == [16, 12, 6, None]
 
 
-def test_a_folder_of_timm_on_the_hub_tells_image_size_and_pixels():
+def test_timm_folder_of_the_hub_gives_image_size_and_normalization():
     weights, params = exported("timm", {**SWINS[0], "window": 2}, BARE)
     cfg = {"input_size": [3, 64, 64], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     weights = weights._replace(config={"architecture": "swin_tiny", "pretrained_cfg": cfg})
@@ -231,7 +223,7 @@ def test_a_folder_of_timm_on_the_hub_tells_image_size_and_pixels():
     assert interop.find_normalization(weights) == {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
-def test_sides_of_tables_and_ratios():
+def test_table_sides_and_mlp_ratios():
     assert [table_side((2 * n - 1) ** 2) for n in range(1, 20)] == list(range(1, 20))
     assert table_side(16) is None
     assert integer_sqrt(15) is None
@@ -239,7 +231,7 @@ def test_sides_of_tables_and_ratios():
     assert all(int(width * mlp_ratio_from(hidden, width)) == hidden for width, hidden in sizes)
 
 
-# What does not fit.
+# Errors
 
 
 def changed(weights, **arrays):
@@ -254,14 +246,14 @@ def message(weights, given=None, image_size=None) -> str:
     return str(caught.value)
 
 
-def test_a_missing_array_is_told():
+def test_missing_array_is_refused():
     weights, _ = exported("official", VIT, SIMMIM)
     told = message(changed(weights, encoder__blocks__1__norm2__bias=None))
-    assert "1 that the model needs are not in the file: encoder.blocks.1.norm2.bias" in told
+    assert "not in the file: encoder.blocks.1.norm2.bias" in told
     assert told.startswith("ERROR[checkpoint]")
 
 
-def test_a_surplus_array_is_told_with_the_option_that_skips_it_and_nothing_else():
+def test_surplus_array_is_refused_with_the_option_that_skips_it():
     weights, params = exported("official", VIT, SIMMIM)
     names = ("encoder__blocks__0__attn__q_norm__weight", "encoder__blocks__1__attn__q_norm__weight")
     more = changed(weights, **dict.fromkeys((*names, "lm_head__weight", "lm_head__bias"), np.zeros(8, np.float32)))
@@ -274,74 +266,69 @@ def test_a_surplus_array_is_told_with_the_option_that_skips_it_and_nothing_else(
     assert_same(imported(rest)[0], params)
 
 
-def test_a_pattern_that_fits_nothing_is_told():
-    with pytest.raises(CheckpointError, match=r"--allow 'haed.*' fits none of the 2 names - they are like head.bias"):
+def test_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(CheckpointError, match=r"'haed.*' matches none"):
         interop.skip(["head.bias", "head.weight"], ["haed.*"])
 
 
-def test_another_shape_is_told_from_both_sides():
+def test_wrong_shape_is_refused_with_both_shapes():
     weights, _ = exported("official", VIT, SIMMIM)
     told = message(changed(weights, encoder__norm__weight=np.zeros(17, np.float32)))
     assert "1 have another shape: encoder.norm.weight is [17] in the file and [16] in the model" in told
 
 
-def test_an_image_size_that_disagrees_with_the_tables_is_told():
+def test_image_size_that_contradicts_the_tables_is_refused():
     weights, _ = exported("official", VIT, SIMMIM)
     told = message(weights, image_size=(64, 64))
     assert "rel_pos_bias.relative_position_bias_table is [52, 2] in the file and [228, 2] in the model" in told
 
 
-def test_windows_that_disagree_are_told():
+def test_wrong_windows_are_refused():
     weights, _ = exported("official", SWINS[0], SIMMIM)
     told = message(weights, {"window": 2})
-    assert "windows disagree: [4, 4, 4, 2] by stage in the file; [2, 2, 2, 2] follow from window 2" in told
+    assert "[4, 4, 4, 2] by stage in the file; [2, 2, 2, 2]" in told
     assert "windows disagree" in message(weights, image_size=(128, 128))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "told"),
-    [
-        ("window_size", 4, "window_size is 2 in the weights, 4 there"),
-        ("depths", [2, 1, 2, 1], "depths is (2, 1, 1, 1) in the weights, (2, 1, 2, 1) there"),
-        ("num_heads", [1, 1, 1, 1], "num_heads is (1, 1, 2, 2)"),
-        ("embed_dim", 16, "embed_dim is 8 in the weights, 16 there"),
-        ("patch_size", 8, "patch_size is [4, 4] in the weights, [8, 8] there"),
-        ("num_channels", 1, "num_channels is 3 in the weights, 1 there"),
-        ("hidden_act", "relu", "hidden_act 'relu'"),
-        ("layer_norm_eps", 1e-6, "layer_norm_eps 1e-06"),
-        ("model_type", "bert", "model_type 'bert'"),
-        ("model_type", ["swin"], "model_type \"['swin']\""),
-        ("image_size", "64", "image_size '64' in config.json"),
-        ("image_size", {"height": 64}, "image_size \"{'height': 64}\""),
-        ("image_size", [64], "image_size '[64]'"),
-        ("image_size", [64, 0], "image_size '[64, 0]'"),
-        ("image_size", 10**6, "image size (1000000, 1000000)"),
-        ("num_channels", "3", "num_channels '3'"),
-        ("layer_norm_eps", math.inf, "layer_norm_eps 'inf'"),
-        ("depths", ["2", 1, 1, 1], "depths is"),
-    ],
-)
-def test_a_config_that_disagrees_with_its_weights_is_told(field, value, told):
-    weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
-    assert told in message(weights._replace(config=weights.config | {field: value}))
+SWIN_CONFIG = [  # (field of config.json, value, part of the message)
+    ("window_size", 4, "window_size is 2 in the weights, 4"),
+    ("depths", [2, 1, 2, 1], "depths is (2, 1, 1, 1) in the weights, (2, 1, 2, 1)"),
+    ("num_heads", [1, 1, 1, 1], "num_heads is (1, 1, 2, 2)"),
+    ("embed_dim", 16, "embed_dim is 8 in the weights, 16"),
+    ("patch_size", 8, "patch_size is [4, 4] in the weights, [8, 8]"),
+    ("num_channels", 1, "num_channels is 3 in the weights, 1"),
+    ("hidden_act", "relu", "hidden_act 'relu'"),
+    ("layer_norm_eps", 1e-6, "layer_norm_eps 1e-06"),
+    ("model_type", "bert", "model_type 'bert'"),
+    ("model_type", ["swin"], "model_type \"['swin']\""),
+    ("image_size", "64", "image_size '64' in config.json"),
+    ("image_size", {"height": 64}, "image_size \"{'height': 64}\""),
+    ("image_size", [64], "image_size '[64]'"),
+    ("image_size", [64, 0], "image_size '[64, 0]'"),
+    ("image_size", 10**6, "image size (1000000, 1000000)"),
+    ("num_channels", "3", "num_channels '3'"),
+    ("layer_norm_eps", math.inf, "layer_norm_eps 'inf'"),
+    ("depths", ["2", 1, 1, 1], "depths is"),
+    ("depths", 7, "no swin has"),
+]
+BEIT_CONFIG = [
+    ("num_hidden_layers", 3, "num_hidden_layers is 2 in the weights, 3"),
+    ("num_attention_heads", 4, "num_attention_heads is 2 in the weights, 4"),
+    ("hidden_size", 32, "hidden_size is 16 in the weights, 32"),
+    ("image_size", 64, "image_size is 32 in the weights, 64"),
+    ("use_shared_relative_position_bias", False, "relative positions is shared in the weights, none"),
+]
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "told"),
-    [
-        ("num_hidden_layers", 3, "num_hidden_layers is 2 in the weights, 3 there"),
-        ("num_attention_heads", 4, "num_attention_heads is 2 in the weights, 4 there"),
-        ("hidden_size", 32, "hidden_size is 16 in the weights, 32 there"),
-        ("image_size", 64, "image_size is 32 in the weights, 64 there"),
-        ("use_shared_relative_position_bias", False, "relative positions is shared in the weights, none there"),
-    ],
-)
-def test_a_beit_config_that_disagrees_with_its_weights_is_told(field, value, told):
-    weights, _ = exported("huggingface", {**VIT, "relative_position": "shared"}, BARE)
-    assert told in message(weights._replace(config=weights.config | {field: value}))
+def test_config_that_contradicts_its_weights_is_refused():
+    swin, beit = {**SWINS[0], "window": 2}, {**VIT, "relative_position": "shared"}
+    for table, options, objective in ((SWIN_CONFIG, swin, SIMMIM), (BEIT_CONFIG, beit, BARE)):
+        weights, _ = exported("huggingface", options, objective)
+        for field, value, part in table:
+            assert part in message(weights._replace(config=weights.config | {field: value})), field
 
 
-def test_shapes_that_no_model_has_are_told():
+def test_impossible_shapes_are_refused():
     weights, _ = exported("official", VIT, SIMMIM)
     name = "encoder.rel_pos_bias.relative_position_bias_table"
     for shape in ((5,), (), (5, 0)):
@@ -349,11 +336,9 @@ def test_shapes_that_no_model_has_are_told():
     assert "patches of [8, 4]" in message(
         changed(weights, encoder__patch_embed__proj__weight=np.zeros((16, 3, 8, 4), np.float32))
     )
-    weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
-    assert "no swin has" in message(weights._replace(config=weights.config | {"depths": 7}))
 
 
-def test_foreign_names_are_told_with_what_is_supported():
+def test_unknown_names_are_refused_with_the_supported_formats():
     weights = Weights({"transformer.wte.weight": np.zeros((3, 3), np.float32)}, {}, {}, {}, "gpt.pth", "")
     with pytest.raises(
         CheckpointError, match=r"unknown weights: 1 arrays .* transformer.wte.weight - gpt.pth - supported"
@@ -361,7 +346,7 @@ def test_foreign_names_are_told_with_what_is_supported():
         interop.detect(weights)
 
 
-def test_a_hugging_face_file_without_its_config_is_told():
+def test_hugging_face_file_without_its_config_is_refused():
     weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
     assert "without its config.json" in message(weights._replace(config={}))
 
@@ -369,7 +354,7 @@ def test_a_hugging_face_file_without_its_config_is_told():
 def test_the_names_of_transformers_5_in_memory_are_told():
     weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
     renamed = {name.replace("patch_embeddings", "patches"): x for name, x in weights.arrays.items()}
-    assert "give what save_pretrained writes" in message(weights._replace(arrays=renamed))
+    assert "give the output of save_pretrained" in message(weights._replace(arrays=renamed))
 
 
 @pytest.mark.parametrize("format", ["timm", "huggingface", "official"])
@@ -390,7 +375,7 @@ def test_a_classifier_of_what_ours_cannot_read_is_refused_until_it_is_left_out()
     weights, params = exported("timm", {**plain, "final_norm": False}, BARE)
     head = {"head__weight": np.zeros((5, 16), np.float32), "head__bias": np.zeros(5, np.float32)}
     told = message(changed(weights, **head), {"num_heads": 2})
-    assert "reads neither fc_norm of the mean of the patches nor the class token" in told
+    assert "reads neither fc_norm" in told
     assert "--allow 'head.*'" in told
     assert_same(imported(weights, {"num_heads": 2})[0], params)
 
@@ -422,7 +407,7 @@ def test_register_tokens_are_refused():
     assert "no place in the model: reg_token" in told
 
 
-# What a format cannot hold.
+# Refusals of export
 
 
 @pytest.mark.parametrize(
@@ -433,11 +418,11 @@ def test_register_tokens_are_refused():
         ("huggingface", {**VIT, "final_norm": False}, SIMMIM, "always has a final norm"),
         ("huggingface", {**VIT, "relative_position": "none", "qkv_bias": "qkv", "layer_scale": 0.0}, BARE,
          "always has absolute positions"),
-        ("huggingface", SWINS[0], BARE, "does not shrink a table of window 4 to a map of 2"),
+        ("huggingface", SWINS[0], BARE, "does not shrink a window of 4"),
         ("huggingface", {**SWINS[0], "patch_norm": False}, BARE, "norm after the patches"),
         ("huggingface", {**SWINS[1], "window": 2}, NORMED, "no norm after pooling"),
         ("huggingface", VIT, NORMED, "one norm, after pooling"),
-        ("huggingface", RESNET, BARE, "timm has its names"),
+        ("huggingface", RESNET, BARE, "timm can hold it"),
         ("official", RESNET, BARE, "no official ResNet"),
         ("official", {**VIT, "qkv_bias": "qkv"}, BARE, "no bias on keys"),
         ("official", {**VIT, "class_token": False}, BARE, "always has a class token"),
@@ -447,28 +432,28 @@ def test_register_tokens_are_refused():
         ("timm", {**VIT, "qkv_bias": "qkv"}, BARE, "no bias on keys"),
         ("timm", {**SWINS[0], "absolute_position": "learned"}, BARE, "no absolute positions"),
         ("timm", RESNET, NORMED, "no norm after pooling"),
-        ("timm", {**SWINS[0], "window": 3}, BARE, "windows of 3 do not tile the maps"),
-        ("timm", {**SWINS[1], "norm_epsilon": 1e-2}, BARE, "norm_epsilon is 0.01, and always 1e-05 there"),
-        ("official", {**VIT, "norm_epsilon": 1e-5}, BARE, "norm_epsilon is 1e-05, and always 1e-06 there"),
+        ("timm", {**SWINS[0], "window": 3}, BARE, "windows of 3 do not tile"),
+        ("timm", {**SWINS[1], "norm_epsilon": 1e-2}, BARE, "0.01, but always 1e-05"),
+        ("official", {**VIT, "norm_epsilon": 1e-5}, BARE, "1e-05, but always 1e-06"),
         ("huggingface", {**SWINS[1], "window": 2, "norm_epsilon": 1e-2}, BARE, "some norms of the swinv2"),
         ("huggingface", {**VIT, "final_norm": False, "norm_epsilon": 1e-5}, NORMED, "the norm after pooling"),
     ],
 )  # fmt: skip
-def test_a_model_that_a_format_cannot_hold_is_refused_with_the_reason(format, options, objective, told):
+def test_model_that_a_format_cannot_hold_is_refused(format, options, objective, told):
     assert told in interop.EXPORTS[format].refusal(make_encoder(**options), objective, IMAGE[options["name"]])
 
 
-PLAIN_VIT = {**VIT, "relative_position": "none", "qkv_bias": "qkv"}
+BACKBONE_VIT = {**VIT, "relative_position": "none", "qkv_bias": "qkv"}
 
 
 @pytest.mark.parametrize(
     "options",
-    [VIT, {**VIT, "relative_position": "per_block", "final_norm": False, "layer_scale": 0.0}, PLAIN_VIT,
-     {**PLAIN_VIT, "qkv_bias": "qv", "layer_scale": 0.0, "absolute_position": "sincos", "final_norm": False},
+    [VIT, {**VIT, "relative_position": "per_block", "final_norm": False, "layer_scale": 0.0}, BACKBONE_VIT,
+     {**BACKBONE_VIT, "qkv_bias": "qv", "layer_scale": 0.0, "absolute_position": "sincos", "final_norm": False},
      {**SWINS[0], "window": 2}, {**SWINS[1], "window": 2}, RESNET, CONVNEXT],
     ids=lambda options: options["name"],
 )  # fmt: skip
-def test_a_backbone_has_a_place_for_all_of_an_encoder_and_a_norm_for_each_stage_that_transformers_norms(options):
+def test_backbone_holds_the_encoder_and_a_norm_per_stage(options):
     weights, params = exported("backbone", options, BARE)
     encoder = make_encoder(**options)
     config = backbone.make_config(encoder, IMAGE[options["name"]], 3)
@@ -485,43 +470,43 @@ def test_a_backbone_has_a_place_for_all_of_an_encoder_and_a_norm_for_each_stage_
             assert set(x.tolist()) == {1.0 if name.endswith("weight") else 0.0}
     if config["model_type"] == "resnet":
         assert {x.shape for name, x in weights.arrays.items() if name.endswith("num_batches_tracked")} == {()}
-    assert any("its maps are those of our" in note for note in backbone.export_notes(encoder))
+    assert any("its maps are the outputs of our" in note for note in backbone.export_notes(encoder))
 
 
 @pytest.mark.parametrize(
     ("options", "image_size", "told"),
     [
         ({**VIT, "class_token": False}, (32, 32), "has a class token"),
-        ({**VIT, "qkv_bias": "qkv"}, (32, 32), "biases on queries and values alone"),
+        ({**VIT, "qkv_bias": "qkv"}, (32, 32), "biases only on queries and values"),
         (VIT, (32, 64), "square images"),
-        ({**PLAIN_VIT, "mlp_ratio": 2.5}, (32, 32), "mlp_ratio is 2.5, and whole in each Dinov2"),
-        ({**RESNET, "norm_epsilon": 1e-3}, (64, 64), "norm_epsilon is 0.001, and 1e-05 in each resnet"),
-        ({**CONVNEXT, "norm_epsilon": 1e-5}, (64, 64), "norm_epsilon is 1e-05, and 1e-06 in each convnext"),
+        ({**BACKBONE_VIT, "mlp_ratio": 2.5}, (32, 32), "mlp_ratio is 2.5"),
+        ({**RESNET, "norm_epsilon": 1e-3}, (64, 64), "0.001, but always 1e-05"),
+        ({**CONVNEXT, "norm_epsilon": 1e-5}, (64, 64), "1e-05, but always 1e-06"),
         ({**SWINS[0], "patch_norm": False}, (64, 64), "norm after the patches"),
     ],
 )
-def test_an_encoder_that_no_backbone_is_is_refused_with_what_to_take_instead(options, image_size, told):
+def test_encoder_without_a_backbone_is_refused_with_an_alternative(options, image_size, told):
     reason = backbone.refusal(make_encoder(**options), BARE, image_size)
     assert told in reason
     assert "stablehlo" in reason or options["name"] == "swin"
 
 
-def test_a_rectangular_masked_image_model_is_refused_for_transformers():
+def test_rectangular_masked_image_model_is_refused_for_transformers():
     plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
     assert "are square" in huggingface.refusal(make_encoder(**plain), SIMMIM, (256, 64))
     assert huggingface.refusal(make_encoder(**plain), BARE, (256, 64)) == ""
 
 
-# What the files beside the weights say.
+# Files next to the weights
 
 
-def test_windows_that_timm_pads_elsewhere_are_told():
+def test_padded_windows_of_timm_are_noted():
     weights, _ = exported("timm", {**SWINS[1], "window": 2}, BARE)
     notes = {size: imported(weights, {"window": 2}, (size, size))[1].notes for size in (64, 72)}
     assert [any("timm pads" in note for note in notes[size]) for size in (64, 72)] == [False, True]
 
 
-def test_models_of_timm_with_the_names_of_others_are_refused_or_told():
+def test_timm_variants_with_the_same_names_are_refused_or_noted():
     weights, _ = exported("timm", RESNET, BARE)
     assert any("anti-aliased" in note for note in interop.detect(weights).notes)
     for architecture in ("resnetblur50", "resnetaa50"):
@@ -534,36 +519,33 @@ def test_models_of_timm_with_the_names_of_others_are_refused_or_told():
 @pytest.mark.parametrize(
     "mean", ["0.5", None, [0.5, 0.5], [0.5, "0.5", 0.5], [math.nan] * 3, [math.inf] * 3, [True] * 3]
 )
-def test_pixel_statistics_that_are_no_numbers_are_told(mean):
+def test_invalid_normalization_is_refused(mean):
     weights, _ = exported("timm", RESNET, BARE)
     with pytest.raises(CheckpointError, match=r"mean .* is not 3 number\(s\) - file - give --mean"):
         interop.find_normalization(weights._replace(preprocessor={"image_mean": mean}))
     assert interop.find_normalization(weights._replace(preprocessor={"image_mean": mean}), 3, ("std",)) == {}
 
 
-def test_one_pixel_statistic_is_that_of_every_channel_and_no_std_is_0():
+def test_single_std_applies_to_every_channel_and_zero_is_refused():
     weights, _ = exported("timm", RESNET, BARE)
     assert interop.find_normalization(weights._replace(preprocessor={"image_std": 0.5})) == {"std": (0.5, 0.5, 0.5)}
     with pytest.raises(CheckpointError, match=r"std \[0, 1, 1\] is not 3 number\(s\) above 0"):
         interop.find_normalization(weights._replace(preprocessor={"image_std": [0, 1, 1]}))
 
 
-# Names.
+# Names
 
 
 @pytest.mark.parametrize(
     ("name", "given"),
     [
         ("official_vit_pretrain_ape", {"num_heads": 3}),
-        ("official_vit_pretrain_shared_rpb", {}),
         ("official_vit_finetune", {}),
         ("official_swin_pretrain", {}),
-        ("official_swin_finetune", {}),
-        ("official_swinv2_pretrain_normtarget47", {"window": 4}),
         ("official_swinv2_finetune", {"window": 4}),
     ],
 )
-def test_every_name_and_shape_of_an_official_model_goes_in_and_comes_out(golden, name, given):
+def test_all_names_of_official_models_are_imported_and_exported(golden, name, given):
     arrays = {key.removeprefix("params/"): x for key, x in golden(name).items() if key.startswith("params/")}
     weights = Weights(arrays, {}, {}, {}, name, "")
     params, found = imported(weights, given, (64, 64))
@@ -575,7 +557,7 @@ def test_every_name_and_shape_of_an_official_model_goes_in_and_comes_out(golden,
     assert all(np.array_equal(out[key], arrays[key]) for key in arrays)
 
 
-def test_a_rectangular_model_goes_out_and_comes_back():
+def test_rectangular_model_is_exported_and_imported():
     weights, params = exported("official", VIT, SIMMIM, (32, 64))
     assert interop.detect(weights).image_size is None  # 7 * 15 displacements are no square
     back, _ = imported(weights, {}, (32, 64))
@@ -588,10 +570,10 @@ def test_gradients_go_the_same_way_as_weights():
     assert_same(imported(doubled)[0], jax.tree.map(lambda x: 2 * x, params))
 
 
-# Reading.
+# Reading
 
 
-def test_half_precision_is_widened_and_told(tmp_path):
+def test_half_precision_is_converted_and_noted(tmp_path):
     arrays = {"a.weight": np.ones(3, np.float16), "b.weight": np.full(3, 1.5, ml_dtypes.bfloat16)}
     save_file(arrays, tmp_path / "half.safetensors")
     weights = read_weights(str(tmp_path / "half.safetensors"))
@@ -601,7 +583,7 @@ def test_half_precision_is_widened_and_told(tmp_path):
     assert len(weights.sha256) == 64
 
 
-def test_the_wrapper_and_old_names_are_taken_off_and_derived_arrays_set_apart(tmp_path):
+def test_wrapper_and_old_names_are_normalized_and_buffers_separated(tmp_path):
     x = np.ones(3, np.float32)
     names = ("module.a.rpe_mlp.0.weight", "module.a.attn_mask", "module.a.k_bias", "module.a.num_batches_tracked")
     save_file({**dict.fromkeys(names, x), "module.a.k_bias": 0 * x}, tmp_path / "file.safetensors")
@@ -612,7 +594,7 @@ def test_the_wrapper_and_old_names_are_taken_off_and_derived_arrays_set_apart(tm
     assert list(read_weights(str(tmp_path / "file.safetensors")).arrays) == ["a.k_bias"]  # no zeros: it is a weight
 
 
-def test_a_folder_of_shards_is_read_whole(tmp_path):
+def test_sharded_folder_is_read(tmp_path):
     weights, params = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
     names = sorted(weights.arrays)
     parts = {"model-1-of-2.safetensors": names[:40], "model-2-of-2.safetensors": names[40:]}
@@ -629,7 +611,7 @@ def test_a_folder_of_shards_is_read_whole(tmp_path):
         read_weights(str(tmp_path))
 
 
-def test_an_index_decides_which_shard_an_array_is_from(tmp_path):
+def test_index_determines_the_shard_of_an_array(tmp_path):
     one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     x = np.zeros(2, np.float32)
     save_file({"x": x, "y": x}, one)
@@ -642,7 +624,7 @@ def test_an_index_decides_which_shard_an_array_is_from(tmp_path):
         ({"y": one.name, "z": two.name}, "x is in both a.safetensors and b.safetensors"),
         (
             {"x": one.name, "y": two.name},
-            "1 arrays are not in the files that the index names: y is not in b.safetensors",
+            "y is not in b.safetensors",
         ),
         ({"x": 1}, "does not give the file of each array"),
         ({"x": "../a.safetensors"}, "does not give the file of each array"),
@@ -653,24 +635,24 @@ def test_an_index_decides_which_shard_an_array_is_from(tmp_path):
             read_weights(str(tmp_path))
 
 
-def test_two_names_of_one_thing_are_told(tmp_path):
+def test_two_names_of_one_module_are_refused(tmp_path):
     x = np.ones(3, np.float32)
     save_file({"a.rpe_mlp.0.weight": x, "a.cpb_mlp.0.weight": x}, tmp_path / "file.safetensors")
     with pytest.raises(CheckpointError, match=r"both rpe_mlp and cpb_mlp"):
         read_weights(str(tmp_path / "file.safetensors"))
 
 
-def test_weights_that_are_not_finite_are_told_and_integers_are_refused(tmp_path):
+def test_nonfinite_weights_are_noted_and_integers_refused(tmp_path):
     weights, _ = exported("official", VIT, SIMMIM)
     name = "encoder.norm.weight"
     save_file({**weights.arrays, name: np.full(16, np.nan, np.float32)}, tmp_path / "nan.safetensors")
     (note,) = read_weights(str(tmp_path / "nan.safetensors")).notes
     assert note == f"not all finite: 1 arrays have NaN or infinite values, like {name}"
     save_file({**weights.arrays, name: np.ones(16, np.int8)}, tmp_path / "int.safetensors")
-    assert f"1 arrays are int8, no real numbers: {name}" in message(read_weights(str(tmp_path / "int.safetensors")))
+    assert f"int8, not real numbers: {name}" in message(read_weights(str(tmp_path / "int.safetensors")))
 
 
-def test_damaged_and_foreign_files_are_told(tmp_path):
+def test_damaged_and_unknown_files_are_refused(tmp_path):
     whole = tmp_path / "whole.safetensors"
     save_file({"a": np.ones(100, np.float32)}, whole)
     (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-8])

@@ -1,7 +1,8 @@
-"""Parity with the living implementations, transformers and timm, both ways; random weights, nothing is downloaded.
+"""Parity with transformers and timm in both directions, with random weights. Nothing is downloaded.
 
-Runs where they are installed (tests/requirements-parity.txt), and is skipped elsewhere. All go through the tool and
-through files, as a user's weights do. Tolerances are float32 rounding: 1e-5 of the largest value.
+Needs tests/requirements-parity.txt and is skipped without it. All weights pass through `convert` and through files, as
+for a user. Tolerances cover float32 rounding: 1e-5 of the largest value. One case per format and encoder, with options
+that differ from the defaults; test_interop.py covers the names of all options.
 """
 
 import importlib.machinery
@@ -40,8 +41,8 @@ PIXELS = {"mean": MEAN, "std": STD}
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm, with a stand-in for torchvision: what it imports of that serves models and transforms not used here."""
-    transformers.utils.is_torchvision_available()  # asked before, and kept: transformers must not see the stand-in
+    """timm, with a stand-in for torchvision, which its unused models and transforms import."""
+    transformers.utils.is_torchvision_available()  # cached, so that transformers does not see the stand-in
 
     class Anything(type):
         def __getattr__(cls, name):
@@ -76,7 +77,7 @@ def images_of(size, batch=2):
 
 
 def normalized(images):
-    """Images as our encoders take them."""
+    """Images as our encoders receive them."""
     return ((images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)).astype(np.float32)
 
 
@@ -85,7 +86,7 @@ def to_torch(images):
 
 
 def with_random_weights(model, seed=0):
-    """The model in evaluation, every weight and statistic of it drawn anew, so that none hides at zero or one."""
+    """The model in evaluation mode with random weights and statistics, so that no bias is 0 and no scale 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, x in model.named_parameters():
@@ -114,7 +115,7 @@ def imported(folder, source, *flags):
 
 
 def write_workdir(folder, options, objective, size, **data):
-    """A workdir of a model of ours with random weights: (encoder, parameters). data: what its config says of images."""
+    """Write a workdir with random weights; (encoder, parameters). data: config.data."""
     encoder, abstract = abstract_model(options, objective, (size, size), PIXELS)
     params = random_weights(abstract)
     config = {"encoder": {**options, "depths": list(options["depths"])} if "depths" in options else options}
@@ -137,12 +138,12 @@ def logits_of(encoder, params, config, images):
 def assert_close(ours, theirs, tolerance=1e-5):
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs.detach(), np.float64)
     assert ours.shape == theirs.shape
-    assert np.abs(theirs).max() > 1e-3  # a comparison of zeros would tell nothing
+    assert np.abs(theirs).max() > 1e-3  # not a comparison of zeros
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
 def as_map(tokens, features):
-    """[b, n, d] of theirs in the shape of our [b, k, l, d], less a class token."""
+    """Their tokens [b, n, d] in the shape of our features [b, k, l, d], without a class token."""
     b, k, n, d = features.shape
     return tokens[:, -k * n :].reshape(b, k, n, d)
 
@@ -153,34 +154,17 @@ SWIN = {"embed_dim": 8, "depths": [2, 1, 2, 1], "num_heads": [1, 1, 2, 2], "drop
 
 
 def hugging_face_models():
-    """(name, model) of every kind, with sizes at which windows tile the maps, pad them (96 and 72: 6 by 4, 3 by 2, 5 by
-    2), and shrink to them (Swin V2 alone: transformers' Swin fails on a map smaller than its window)."""
+    """(name, model). 96 pixels: windows of 2 and 4 pad the feature maps, and those of Swin V2 shrink to them."""
     t = transformers
+    absolute = {"use_absolute_embeddings": True, "qkv_bias": False}
+    pretrained = {"pretrained_window_sizes": [3, 3, 3, 2]}
     yield "vit", t.ViTForMaskedImageModeling(t.ViTConfig(**VIT))
-    yield "vit_without_bias", t.ViTForMaskedImageModeling(t.ViTConfig(**VIT, qkv_bias=False, layer_norm_eps=1e-6))
-    yield "swin", t.SwinForMaskedImageModeling(t.SwinConfig(**SWIN, image_size=64, window_size=2))
-    yield "swin_padded", t.SwinForMaskedImageModeling(t.SwinConfig(**SWIN, image_size=96, window_size=2))
-    yield (
-        "swin_absolute",
-        t.SwinForMaskedImageModeling(
-            t.SwinConfig(**SWIN, image_size=64, window_size=2, use_absolute_embeddings=True, qkv_bias=False)
-        ),
-    )
-    yield "swinv2", t.Swinv2ForMaskedImageModeling(t.Swinv2Config(**SWIN, image_size=64, window_size=2))
-    yield (
-        "swinv2_padded_and_shrunk",
-        t.Swinv2ForMaskedImageModeling(t.Swinv2Config(**SWIN, image_size=96, window_size=4)),
-    )
-    yield (
-        "swinv2_pretrained",
-        t.Swinv2ForMaskedImageModeling(
-            t.Swinv2Config(**SWIN, image_size=64, window_size=4, pretrained_window_sizes=[3, 3, 3, 2])
-        ),
-    )
+    yield "swin", t.SwinForMaskedImageModeling(t.SwinConfig(**SWIN, image_size=96, window_size=2, **absolute))
+    yield "swinv2", t.Swinv2ForMaskedImageModeling(t.Swinv2Config(**SWIN, image_size=96, window_size=4, **pretrained))
 
 
 @pytest.mark.parametrize(("name", "model"), list(hugging_face_models()), ids=lambda x: x if isinstance(x, str) else "")
-def test_a_masked_image_model_of_transformers_gives_the_same_features_reconstruction_and_loss(tmp_path, name, model):
+def test_masked_image_model_of_transformers_gives_the_same_features_reconstruction_and_loss(tmp_path, name, model):
     model = with_random_weights(model)
     model.save_pretrained(tmp_path / "hf")
     encoder, params, config = imported(tmp_path, tmp_path / "hf")
@@ -203,11 +187,10 @@ def test_a_masked_image_model_of_transformers_gives_the_same_features_reconstruc
     assert_close(masked_l1(prediction, pixels, hidden, encoder.feature_stride), theirs.loss)
 
 
-@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
-def test_maps_that_windows_do_not_tile_and_odd_maps_give_the_same_features(tmp_path, kind):
+def test_odd_feature_maps_give_the_same_features(tmp_path):
     """72 pixels: maps of 18, 9, 5 and 3."""
-    config = getattr(transformers, f"{kind}Config")(**SWIN, image_size=72, window_size=2)
-    model = with_random_weights(getattr(transformers, f"{kind}Model")(config))
+    config = transformers.SwinConfig(**SWIN, image_size=72, window_size=2)
+    model = with_random_weights(transformers.SwinModel(config))
     model.save_pretrained(tmp_path / "hf")
     encoder, params, _ = imported(tmp_path, tmp_path / "hf")
     images = images_of(72)
@@ -216,25 +199,24 @@ def test_maps_that_windows_do_not_tile_and_odd_maps_give_the_same_features(tmp_p
     assert_close(features, as_map(model(to_torch(images)).last_hidden_state, features))
 
 
-def test_windows_that_transformers_takes_from_maps_rounded_down_are_refused(tmp_path):
-    """Its Swinv2 sizes windows for maps of 18, 9, 4 and 2, then runs on 18, 9, 5, 3; in official code none is odd."""
+def test_windows_of_transformers_from_rounded_down_maps_are_refused(tmp_path):
+    """Its Swinv2 computes windows for maps of 18, 9, 4 and 2, and runs on maps of 18, 9, 5 and 3."""
     config = transformers.Swinv2Config(**SWIN, image_size=72, window_size=4)
     transformers.Swinv2Model(config).save_pretrained(tmp_path / "hf")
     with pytest.raises(CheckpointError, match="rounded down"):
         imported(tmp_path, tmp_path / "hf")
 
 
-def test_the_swin_of_transformers_fails_on_a_map_smaller_than_its_window():
-    """Why we refuse to export such a model: if this begins to work there, the refusal can go."""
+def test_swin_of_transformers_fails_on_a_map_smaller_than_its_window():
+    """The reason why we refuse to export such a model."""
     model = transformers.SwinModel(transformers.SwinConfig(**SWIN, image_size=64, window_size=4))
     with pytest.raises(RuntimeError):
         model(to_torch(images_of(64)))
 
 
-@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
-def test_a_classifier_of_transformers_gives_the_same_logits(tmp_path, kind):
-    config = getattr(transformers, f"{kind}Config")(**SWIN, image_size=64, window_size=2, num_labels=7)
-    model = with_random_weights(getattr(transformers, f"{kind}ForImageClassification")(config))
+def test_classifier_of_transformers_gives_the_same_logits(tmp_path):
+    config = transformers.Swinv2Config(**SWIN, image_size=64, window_size=2, num_labels=7)
+    model = with_random_weights(transformers.Swinv2ForImageClassification(config))
     model.save_pretrained(tmp_path / "hf")
     encoder, params, config = imported(tmp_path, tmp_path / "hf")
     assert_close(logits_of(encoder, params, config, images_of(64)), model(to_torch(images_of(64))).logits)
@@ -244,9 +226,8 @@ BEIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "in
             "patch_size": 16, "layer_norm_eps": 1e-6, "drop_path_rate": 0.0}  # fmt: skip
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("absolute", [True, False])
-def test_a_beit_of_transformers_gives_the_same_features(tmp_path, shared, absolute):
+@pytest.mark.parametrize(("shared", "absolute"), [(True, True), (False, False)])
+def test_beit_of_transformers_gives_the_same_features(tmp_path, shared, absolute):
     config = transformers.BeitConfig(
         **BEIT, use_shared_relative_position_bias=shared, use_relative_position_bias=not shared,
         use_absolute_position_embeddings=absolute, use_mean_pooling=False,
@@ -259,7 +240,7 @@ def test_a_beit_of_transformers_gives_the_same_features(tmp_path, shared, absolu
     assert_close(features, as_map(model(to_torch(images)).last_hidden_state, features))
 
 
-def test_a_beit_classifier_of_transformers_gives_the_same_logits(tmp_path):
+def test_beit_classifier_of_transformers_gives_the_same_logits(tmp_path):
     config = transformers.BeitConfig(**BEIT, use_relative_position_bias=True, num_labels=7)
     model = with_random_weights(transformers.BeitForImageClassification(config))
     model.save_pretrained(tmp_path / "hf")
@@ -267,12 +248,9 @@ def test_a_beit_classifier_of_transformers_gives_the_same_logits(tmp_path):
     assert_close(logits_of(encoder, params, config, images_of(64)), model(to_torch(images_of(64))).logits)
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Beit"])
-def test_a_classifier_of_the_class_token_gives_the_same_logits_and_goes_back(tmp_path, kind):
-    config = transformers.ViTConfig(**VIT, num_labels=7) if kind == "ViT" else transformers.BeitConfig(
-        **BEIT, use_relative_position_bias=True, use_mean_pooling=False, num_labels=7
-    )  # fmt: skip
-    model = with_random_weights(getattr(transformers, f"{kind}ForImageClassification")(config))
+def test_classifier_of_the_class_token_gives_the_same_logits_in_both_directions(tmp_path):
+    config = transformers.BeitConfig(**BEIT, use_relative_position_bias=True, use_mean_pooling=False, num_labels=7)
+    model = with_random_weights(transformers.BeitForImageClassification(config))
     model.save_pretrained(tmp_path / "hf")
     encoder, params, config = imported(tmp_path, tmp_path / "hf")
     theirs = model(to_torch(images_of(64))).logits
@@ -284,8 +262,8 @@ def test_a_classifier_of_the_class_token_gives_the_same_logits_and_goes_back(tmp
     assert_close(back.eval()(to_torch(images_of(64))).logits.detach(), theirs)
 
 
-def test_an_imported_classifier_is_evaluated_as_transformers_itself_evaluates_it(tmp_path, capsys):
-    """ViTForImageClassification, and images of the size that it takes, so that both see the same pixels."""
+def test_imported_classifier_has_the_accuracy_that_transformers_measures(tmp_path, capsys):
+    """Images have the size of the model, so that both receive the same pixels."""
     config = transformers.ViTConfig(**VIT, num_labels=7)
     model = with_random_weights(transformers.ViTForImageClassification(config))
     with torch.no_grad():
@@ -318,18 +296,13 @@ CLASSIFY = {"name": "classify", "num_classes": 7, "fc_norm": False}
 @pytest.mark.parametrize(
     ("options", "objective", "kind"),
     [
-        ({**OUR_VIT, **PLAIN, "absolute_position": "learned"}, SIMMIM, "ViTModel"),
         ({**OUR_VIT, **PLAIN, "absolute_position": "sincos"}, BARE, "ViTModel"),
         (OUR_VIT, SIMMIM, "BeitModel"),
-        ({**OUR_VIT, "relative_position": "per_block", "absolute_position": "learned"}, BARE, "BeitModel"),
-        ({**OUR_VIT, "layer_scale": 0.0}, SIMMIM, "BeitModel"),
-        ({"name": "swin", **OUR_SWIN}, SIMMIM, "SwinModel"),
         ({"name": "swin", **OUR_SWIN, "absolute_position": "learned", "qkv_bias": "none"}, CLASSIFY, "SwinModel"),
-        ({"name": "swinv2", **OUR_SWIN, "window": 4}, SIMMIM, "Swinv2Model"),
-        ({"name": "swinv2", **OUR_SWIN, "pretrained_windows": (4, 4, 4, 2)}, CLASSIFY, "Swinv2Model"),
+        ({"name": "swinv2", **OUR_SWIN, "window": 4, "pretrained_windows": (4, 4, 4, 2)}, SIMMIM, "Swinv2Model"),
     ],
 )  # fmt: skip
-def test_what_we_export_is_loaded_by_transformers_and_gives_the_same_features(tmp_path, options, objective, kind):
+def test_transformers_loads_our_export_and_gives_the_same_features(tmp_path, options, objective, kind):
     encoder, params = write_workdir(tmp_path, options, objective, 64)
     convert.run([str(tmp_path / "workdir"), str(tmp_path / "hf")])
     model, info = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -345,12 +318,11 @@ def test_what_we_export_is_loaded_by_transformers_and_gives_the_same_features(tm
     "options",
     [
         {**OUR_VIT, **PLAIN, "absolute_position": "learned"},
-        {"name": "swin", **OUR_SWIN},
         {"name": "swinv2", **OUR_SWIN},
     ],
     ids=lambda options: options["name"],
 )
-def test_an_exported_masked_image_model_is_whole(tmp_path, options):
+def test_exported_masked_image_model_has_every_parameter(tmp_path, options):
     write_workdir(tmp_path, options, SIMMIM, 64, crop_fraction=1.0)
     convert.run([str(tmp_path / "workdir"), str(tmp_path / "hf")])
     config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
@@ -364,14 +336,9 @@ def test_an_exported_masked_image_model_is_whole(tmp_path, options):
     np.testing.assert_allclose(pixels.numpy().transpose(0, 2, 3, 1), normalized(images), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("interpolation", "crop_fraction", "shift"), [("bilinear", 0.875, 0), ("bicubic", 0.875, 0), ("bilinear", 0.9, 1)]
-)
-def test_the_processor_of_an_exported_folder_makes_the_pixels_of_our_evaluation(
-    tmp_path, interpolation, crop_fraction, shift
-):
-    """Of a photograph of 427 x 640 pixels and the same on its side: to 1 of 255, which the filters' rounding may give;
-    and to the shift that `preprocessor_config_of` tells of, where 3.5 pixels of the shorter side are cut off."""
+@pytest.mark.parametrize(("interpolation", "crop_fraction", "shift"), [("bicubic", 0.875, 0), ("bilinear", 0.9, 1)])
+def test_exported_processor_makes_the_pixels_of_our_evaluation(tmp_path, interpolation, crop_fraction, shift):
+    """For a photograph of 427 x 640 pixels, and transposed: up to rounding by 1 of 255, and the documented shift."""
     how = {"crop_fraction": crop_fraction, "interpolation": interpolation}
     write_workdir(tmp_path, {"name": "swin", **OUR_SWIN}, BARE, 64, **how)
     convert.run([str(tmp_path / "workdir"), str(tmp_path / "hf")])
@@ -388,22 +355,17 @@ def test_the_processor_of_an_exported_folder_makes_the_pixels_of_our_evaluation(
 
 
 def timm_models(timm):
-    """(flags of the tool, image size, model) by name."""
+    """(flags for `convert`, image size, maker of the model) by name."""
     from timm.models import beit, convnext, resnet, swin_transformer, swin_transformer_v2, vision_transformer
 
     vit = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
     swin = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 2, 1), "num_heads": (1, 1, 2, 2), "num_classes": 7}
     heads = ("--encoder.num_heads=4",)
     return {
-        "vit": (heads, 64, lambda: vision_transformer.VisionTransformer(**vit)),
         "vit_average": (heads, 64, lambda: vision_transformer.VisionTransformer(
             **vit, global_pool="avg", class_token=False, init_values=1e-5)),
-        "beit": ((), 64, lambda: beit.Beit(**vit, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)),
         "beit_shared": ((), 64, lambda: beit.Beit(**vit, use_shared_rel_pos_bias=True, init_values=0.1)),
-        "swin": (("--image_size=64",), 64, lambda: swin_transformer.SwinTransformer(**swin, window_size=2)),
         "swin_shrunk": ((), 64, lambda: swin_transformer.SwinTransformer(**swin, window_size=4)),
-        "swinv2": (("--image_size=64", "--encoder.window=2"), 64,
-                   lambda: swin_transformer_v2.SwinTransformerV2(**swin, window_size=2)),
         "swinv2_pretrained": (
             ("--image_size=64", "--encoder.window=4", "--encoder.pretrained_windows=3,3,3,2"), 64,
             lambda: swin_transformer_v2.SwinTransformerV2(**swin, window_size=4, pretrained_window_sizes=(3, 3, 3, 2))),
@@ -412,16 +374,15 @@ def timm_models(timm):
     }  # fmt: skip
 
 
-TIMM = ("vit", "vit_average", "beit", "beit_shared", "swin", "swin_shrunk", "swinv2", "swinv2_pretrained", "resnet",
-        "convnext")  # fmt: skip
+TIMM = ("vit_average", "beit_shared", "swin_shrunk", "swinv2_pretrained", "resnet", "convnext")
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_a_timm_model_gives_the_same_features_and_logits_and_goes_back(tmp_path, timm, name):
+def test_timm_model_gives_the_same_features_and_logits_and_is_exported_exactly(tmp_path, timm, name):
     flags, size, make = timm_models(timm)[name]
     model = with_random_weights(make())
     state = {key: x.numpy() for key, x in model.state_dict().items()}
-    if name in ("resnet", "beit"):
+    if name in ("resnet", "beit_shared"):
         file = tmp_path / "timm.pth.tar"
         torch.save({"epoch": 3, "state_dict": model.state_dict()}, file)
     else:
@@ -454,7 +415,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize(("size", "count"), COUNTS.items())
-def test_parameter_counts_are_those_of_timm(timm, size, count):
+def test_parameter_counts_equal_timm(timm, size, count):
     with torch.device("meta"):
         model = timm.create_model(size, pretrained=False)
     assert sum(x.numel() for x in model.parameters()) == count

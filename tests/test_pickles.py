@@ -1,4 +1,4 @@
-"""Other people's PyTorch files: what is read out of them, and that nothing in them is ever run."""
+"""PyTorch files: what is read, and that nothing in them is ever run."""
 
 import argparse
 import collections
@@ -80,7 +80,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def marker(tmp_path):
-    """A file that the hostile ones would make; it is looked for when the test has ended."""
+    """A file that hostile content would create. The test fails if it exists at the end."""
     file = tmp_path / "marker"
     yield file
     assert not file.exists()
@@ -90,7 +90,7 @@ def marker(tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_official_layout_is_read_with_its_config_dropped(path, way):
+def test_official_layout_is_read_and_its_config_dropped(path, way):
     write_pth(path, official(), **way)
     content = read_pth(path)
     assert content.pop("config") == Dropped("yacs.config.CfgNode")
@@ -101,38 +101,35 @@ def test_the_official_layout_is_read_with_its_config_dropped(path, way):
 
 
 @pytest.mark.parametrize("legacy", BOTH)
-@pytest.mark.parametrize(
-    "dtype",
-    [*STORAGE_OF, "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"],
-)
-def test_every_dtype_returns_to_the_bit(path, dtype, legacy):
-    kind = np.dtype(getattr(ml_dtypes, dtype) if "bfloat" in dtype or "float8" in dtype else dtype)
-    raw = np.random.default_rng(0).integers(0, 256, 6 * kind.itemsize, np.uint8)
-    tensor = (raw % 2).astype(bool).reshape(2, 3) if dtype == "bool" else raw.view(kind).reshape(2, 3)
-    write_pth(path, {"x": tensor}, legacy=legacy)
-    assert same(read_pth(path), {"x": tensor})
+def test_every_dtype_is_read_to_the_bit(path, legacy):
+    tensors = {}
+    for dtype in (*STORAGE_OF, "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"):
+        kind = np.dtype(getattr(ml_dtypes, dtype) if "bfloat" in dtype or "float8" in dtype else dtype)
+        raw = np.random.default_rng(0).integers(0, 256, 6 * kind.itemsize, np.uint8)
+        tensors[dtype] = ((raw % 2).astype(bool) if dtype == "bool" else raw.view(kind)).reshape(2, 3)
+    write_pth(path, tensors, legacy=legacy)
+    assert same(read_pth(path), tensors)
 
 
 @pytest.mark.parametrize("legacy", BOTH)
-def test_views_keep_their_offsets_and_strides_and_share_a_storage(path, legacy):
+def test_views_keep_offsets_and_strides_and_share_a_storage(path, legacy):
     whole = array(6, 8)
     tensors = {
         "whole": whole,
         "rows": whole[2:5],
         "transposed": whole.T,
         "strided": whole[1::2, ::3],
-        "one": whole[3, 4],
         "column": whole[:, 2],
         "expanded": np.broadcast_to(whole[:1], (5, 8)),
+        "one": whole[3:4, 4].reshape(()),
     }
-    tensors["one"] = whole[3:4, 4].reshape(())
     write_pth(path, tensors, legacy=legacy)
     assert same(read_pth(path), tensors)
     assert len(pickled(tensors)[1]) <= 2
 
 
 @pytest.mark.parametrize("legacy", BOTH)
-def test_empty_and_scalar_tensors_and_parameters_keep_their_shapes(path, legacy):
+def test_empty_scalar_and_parameter_tensors_keep_their_shapes(path, legacy):
     tensors = {
         "empty": np.zeros((0, 3), np.float32),
         "scalar": np.array(2.5, ml_dtypes.bfloat16),
@@ -143,7 +140,7 @@ def test_empty_and_scalar_tensors_and_parameters_keep_their_shapes(path, legacy)
     assert same(read_pth(path), tensors | {"size": (3, 4)})
 
 
-def test_a_tensor_named_twice_is_one_array(path):
+def test_tensor_named_twice_is_one_array(path):
     x = array(3)
     write_pth(path, {"a": x, "b": x})
     content = read_pth(path)
@@ -151,7 +148,7 @@ def test_a_tensor_named_twice_is_one_array(path):
 
 
 def test_old_variables_and_tensors_with_attributes_are_arrays(path):
-    """As the torchvision files of 2017 have them, and what is a subclass of Tensor."""
+    """As in torchvision files of 2017, and for subclasses of Tensor."""
     rebuild = Global("torch._utils", "_rebuild_tensor")
     storage = Storage("FloatStorage", "0", array(4))
     tensor = Call(rebuild, storage, 0, (4,), (1,))
@@ -163,22 +160,22 @@ def test_old_variables_and_tensors_with_attributes_are_arrays(path):
     assert same(read_pth(path), {"old": array(4), "subclass": array(4)[1::2]})
 
 
-def test_a_storage_by_itself_is_its_array_and_cuda_names_are_known(path):
+def test_bare_storage_is_an_array_also_from_cuda(path):
     data, _ = pickled([Storage("FloatStorage", "0", array(4))])
     pack(path, data.replace(b"ctorch\n", b"ctorch.cuda\n"), {"0": array(4)})
     assert same(read_pth(path), [array(4)])
 
 
-def test_the_bytes_of_a_big_endian_machine_are_turned(path):
+def test_big_endian_files_are_converted(path):
     tensors = {"f": array(3), "h": array(3, dtype=ml_dtypes.bfloat16), "c": array(2).astype(np.complex64),
                "b": np.arange(3, dtype=np.int8)}  # fmt: skip
     pack(path, *pickled(tensors), byteorder="big")
     assert same(read_pth(path), tensors)
 
 
-# From protocol 4 on the lengths of names stand before them, so that numpy 1's names cannot be put in by replacing.
-@pytest.mark.parametrize(("protocol", "numpy_1"), [*((n, False) for n in (2, 3, 4, 5)), (2, True), (3, True)])
-def test_numpy_arrays_and_scalars_of_both_numpys_are_read(path, protocol, numpy_1):
+# From protocol 4 on, names are stored with their lengths, so that NumPy 1's names cannot be inserted by replacement.
+@pytest.mark.parametrize(("protocol", "numpy_1"), [(2, True), (4, False), (5, False)])
+def test_arrays_and_scalars_of_numpy_1_and_2_are_read(path, protocol, numpy_1):
     content = {
         "scalar": np.float64(1.5),
         "integer": np.int64(-3),
@@ -205,7 +202,7 @@ def test_numpy_arrays_and_scalars_of_both_numpys_are_read(path, protocol, numpy_
                       "empty": np.zeros((2, 0))})  # fmt: skip
 
 
-def test_plain_containers_are_plain_and_classes_are_dropped(path):
+def test_containers_become_plain_and_classes_are_dropped(path):
     class Thing:
         pass
 
@@ -235,15 +232,15 @@ def test_plain_containers_are_plain_and_classes_are_dropped(path):
     assert same(read_pth(path), {k: dict(v) if isinstance(v, dict) else v for k, v in expected.items()})
 
 
-def test_a_whole_model_is_told_by_its_class(path):
+def test_pickled_model_is_reported_by_its_class(path):
     data = b"\x80\x02cpeople.models\nNet\n)\x81}(X\x04\x00\x00\x00_bufK\x01ub."
     pack(path, data, {})
     assert read_pth(path) == Dropped("people.models.Net")
-    with pytest.raises(CheckpointError, match=r"a whole object of people\.models\.Net, not a state dict"):
+    with pytest.raises(CheckpointError, match=r"people\.models\.Net"):
         state_dict(read_pth(path), path)
 
 
-def test_reading_writes_nothing_and_leaves_the_arrays_read_only(path):
+def test_reading_writes_nothing_and_arrays_are_read_only(path):
     write_pth(path, {"x": array(3)})
     before = path.read_bytes()
     x = read_pth(path)["x"]
@@ -257,12 +254,12 @@ def test_reading_writes_nothing_and_leaves_the_arrays_read_only(path):
 
 
 @pytest.mark.parametrize("under", ["model", "state_dict", "module", "model_ema", None])
-def test_the_state_dict_is_found(under):
+def test_state_dict_is_found(under):
     arrays = {"a.weight": array(2), "module.b": array(3)}
     assert same(state_dict({under: arrays, "epoch": 3} if under else arrays, "x.pth"), arrays)
 
 
-def test_arrays_that_share_memory_may_not_need_far_more_than_the_file_has(tmp_path):
+def test_arrays_that_share_memory_cannot_outgrow_the_file(tmp_path):
     def write(count):
         one = np.ones(1, np.float32)
         expanded = {f"x{n}": np.broadcast_to(one, (4096, 4096)) for n in range(count)}  # of 64 MiB each
@@ -270,11 +267,11 @@ def test_arrays_that_share_memory_may_not_need_far_more_than_the_file_has(tmp_pa
         return read_weights(str(tmp_path / "x.pth")).arrays
 
     assert len(write(3)) == 3
-    with pytest.raises(CheckpointError, match=r"its 40 arrays share memory, and would take 2.5 GiB without"):
+    with pytest.raises(CheckpointError, match=r"40 arrays.* 2\.5 GiB"):
         write(40)
 
 
-def test_the_model_comes_before_its_average():
+def test_model_is_preferred_to_its_average():
     arrays = {"a": array(2)}
     assert state_dict({"model_ema": {"a": array(2, seed=1)}, "model": arrays}, "x.pth")["a"] is arrays["a"]
     assert state_dict({"model": None, "state_dict": arrays}, "x.pth")["a"] is arrays["a"]
@@ -293,16 +290,16 @@ def test_the_model_comes_before_its_average():
         ({"\x1b[2J\nx": 1}, r"keys \?\[2J\?x - "),
     ],
 )
-def test_what_is_no_state_dict_is_told_with_what_is_there(content, match):
+def test_missing_state_dict_is_reported_with_the_keys(content, match):
     with pytest.raises(CheckpointError, match=match):
         state_dict(content, "x.pth")
 
 
-# What would do harm
+# Hostile files
 
 
 def harms(marker) -> dict:
-    """By what is asked for: content that makes the marker if it is run."""
+    """Content that creates the marker if it is run, by the name of what it runs."""
     touch, write = f"touch {marker}", f"open({str(marker)!r}, 'w')"
     return {
         "posix.system": Call(os.system, touch),
@@ -341,14 +338,13 @@ def harms(marker) -> dict:
 
 
 @pytest.mark.parametrize("name", harms("x"))
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_file_that_asks_to_run_something_is_refused_and_what_it_is_named(path, marker, name, way):
+def test_file_that_runs_something_is_refused_and_named(path, marker, name):
+    """By itself, as the model, deep inside, and inside an object that is dropped; in each protocol and format."""
     harm = harms(marker)[name]
-    deep = official()
+    deep, kept = official(), official()
     deep["optimizer"]["state"][0]["hidden"] = [{"x": (harm,)}]
-    kept = official()
-    kept["config"]["HOOK"] = harm  # what is dropped is searched as well
-    for content in (harm, official(model=harm), deep, kept):
+    kept["config"]["HOOK"] = harm
+    for way, content in zip(WAYS, (deep, kept, official(model=harm), harm), strict=True):
         write_pth(path, content, **way)
         assert f"the file asks to run {name.strip()} - " in refused(path)
 
@@ -358,11 +354,11 @@ import contextlib, pickle, sys
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.pth import read_pth
 
-telling = "compile ctypes exec import open os pickle shutil socket subprocess".split()
+watched = "compile ctypes exec import open os pickle shutil socket subprocess".split()
 seen, listening = [], False
 
 def hook(event, arguments):
-    if listening and event.partition(".")[0] in telling and (event != "open" or "r" not in str(arguments[1])):
+    if listening and event.partition(".")[0] in watched and (event != "open" or "r" not in str(arguments[1])):
         seen.append(event)
 
 sys.addaudithook(hook)
@@ -377,8 +373,8 @@ assert seen == ["pickle.find_class"]
 """
 
 
-def test_nothing_is_imported_compiled_started_or_written_by_reading(tmp_path, marker):
-    """As Python itself sees it, by its audit events, in a process where nothing checks types."""
+def test_reading_imports_compiles_starts_and_writes_nothing(tmp_path, marker):
+    """By Python's audit events, in a process without type checks."""
     paths = []
     for number, harm in enumerate((None, *harms(marker).values())):
         for legacy in BOTH:
@@ -387,7 +383,7 @@ def test_nothing_is_imported_compiled_started_or_written_by_reading(tmp_path, ma
     subprocess.run([sys.executable, "-c", LISTENER, *paths], check=True, cwd=pathlib.Path(__file__).parent.parent)
 
 
-def test_a_plain_pickle_that_asks_to_run_something_is_refused(path, marker):
+def test_plain_pickle_that_runs_something_is_refused(path, marker):
     path.write_bytes(pickle.dumps(Call(os.system, f"touch {marker}")))
     refused(path)
 
@@ -415,7 +411,7 @@ def test_a_plain_pickle_that_asks_to_run_something_is_refused(path, marker):
         (b"\x80\x04K\x01K\x02\x93.", "damaged: .*STACK_GLOBAL"),
     ],
 )
-def test_the_rarer_ways_to_name_and_call_are_refused_too(path, marker, data, match):
+def test_rare_opcodes_that_name_or_call_are_refused(path, marker, data, match):
     pack(path, data.replace(b"%s", str(marker).encode()), {})
     refused(path, match)
 
@@ -444,12 +440,12 @@ NONSENSE = [None, -1, 2**63, 1.5, "x", b"x", (), (1, 2, 3), (-1,), (2**62, 2**62
     ],
     ids=lambda f: f[1],
 )
-def test_a_rebuilding_function_with_wrong_arguments_is_an_error_of_ours_or_plain_data(path, function):
+def test_rebuilders_with_wrong_arguments_raise_our_error_or_give_plain_data(path, function):
     module, name, count = function
     rng = np.random.default_rng(0)
     storage = Storage("FloatStorage", "0", array(4))
     dtype = np.dtype("f4")
-    for _ in range(60):
+    for _ in range(25):
         choices = [*NONSENSE, storage, dtype]
         arguments = [choices[i] for i in rng.integers(0, len(choices), rng.integers(count + 2))]
         state = NONSENSE[rng.integers(len(NONSENSE))]
@@ -474,7 +470,7 @@ def test_a_rebuilding_function_with_wrong_arguments_is_an_error_of_ours_or_plain
         ((0, (1,) * 65, (1,) * 65), "whole numbers"),
     ],
 )
-def test_a_tensor_beyond_its_storage_is_refused(path, arguments, match):
+def test_tensor_larger_than_its_storage_is_refused(path, arguments, match):
     storage = Storage("FloatStorage", "0", array(4))
     data, _ = pickled(Call(Global("torch._utils", "_rebuild_tensor_v2"), storage, *arguments, False, {}))
     pack(path, data, {"0": array(4)})
@@ -482,7 +478,7 @@ def test_a_tensor_beyond_its_storage_is_refused(path, arguments, match):
 
 
 @pytest.mark.parametrize("legacy", BOTH)
-def test_a_storage_larger_than_the_file_is_refused_before_memory_is_taken(path, legacy):
+def test_storage_larger_than_the_file_is_refused_before_allocation(path, legacy):
     class Claim:
         size = 2**50
 
@@ -491,7 +487,7 @@ def test_a_storage_larger_than_the_file_is_refused_before_memory_is_taken(path, 
     refused(path, "its storage 0 is smaller|larger than the file")
 
 
-def test_two_types_of_one_storage_in_a_stream_are_refused(path):
+def test_storage_with_two_types_is_refused(path):
     storages = [Storage("FloatStorage", "0", array(4)), Storage("IntStorage", "0", array(4))]
     pack(path, pickled(storages, legacy=True)[0], {"0": array(4)}, legacy=True)
     refused(path, "two types")
@@ -504,7 +500,7 @@ def nested(depth):
     return value
 
 
-# Each list is ten times the one before.
+# Each list holds the previous one ten times.
 LAUGHS = b"".join(b"0]q%c(" % (i + 1) + b"h%c" % i * 10 + b"e" for i in range(12))
 BOMBS = {
     "laughs": b"\x80\x02]q\x00(K\x01e" + LAUGHS + b".",
@@ -519,21 +515,22 @@ BOMBS = {
     "digits": b"L" + b"9" * 100_000 + b"L\n.",
     "copies": b"\x80\x02c__builtin__\nset\nq\x00]q\x01(" + b"K\x01" * 20_000 + b"e\x85q\x02"
     + b"0h\x00h\x02R" * 20_000 + b".",
+    "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"abc.",
     "bytes": b"\x80\x02c_codecs\nencode\nq\x00X" + struct.pack("<I", 100_000) + b"a" * 100_000
     + b"X\x06\x00\x00\x00latin1\x86q\x02" + b"0h\x00h\x02R" * 20_000 + b".",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_small_file_cannot_become_a_large_one(path, bomb):
+def test_small_file_cannot_take_much_memory_or_time(path, bomb):
     pack(path, BOMBS[bomb], {})
     if bomb in ("memo", "frame"):
-        read_pth(path)  # the place in the memo and the length of a frame are not taken at their word
+        read_pth(path)  # neither the memo's index nor the frame's length allocates anything
     else:
         refused(path, "damaged")
 
 
-def test_nesting_has_a_bound_that_no_checkpoint_reaches(path):
+def test_nesting_is_limited(path):
     write_pth(path, nested(MAX_DEPTH - 1))
     read_pth(path)
     write_pth(path, nested(MAX_DEPTH))
@@ -544,24 +541,26 @@ def test_nesting_has_a_bound_that_no_checkpoint_reaches(path):
 
 
 @pytest.mark.parametrize("legacy", BOTH)
-def test_a_file_cut_short_anywhere_is_told(path, legacy):
+def test_truncated_file_is_refused(path, legacy):
     write_pth(path, official(), legacy=legacy)
     whole = path.read_bytes()
-    for part in range(20):
-        path.write_bytes(whole[: len(whole) * part // 20])
+    for part in range(10):
+        path.write_bytes(whole[: len(whole) * part // 10])
         refused(path, "damaged|is empty")
     path.write_bytes(whole[:-1])
     refused(path, "damaged|is empty")
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_flipped_bytes_of_the_pickle_never_raise_anything_else_and_never_run(path, way, marker):
+@pytest.mark.parametrize(("way", "count"), [
+    ({}, 100), ({"legacy": True}, 100), *(pytest.param(way, 2000, marks=pytest.mark.slow) for way in WAYS)
+], ids=str)  # fmt: skip
+def test_damaged_pickles_raise_only_our_error_and_run_nothing(path, way, count, marker):
     content = official(extra=[np.float64(2), AsNumpy(array(3)), {1, 2}, {"text": f"touch {marker}"}])
     data, storages = pickled(content, **way)
     rng = np.random.default_rng(0)
     read = 0
-    for _ in range(400):
+    for _ in range(count):
         flipped = bytearray(data)
         for at in rng.integers(0, len(data), rng.integers(1, 4)):
             flipped[at] = rng.integers(256)
@@ -569,15 +568,15 @@ def test_flipped_bytes_of_the_pickle_never_raise_anything_else_and_never_run(pat
         with contextlib.suppress(CheckpointError):
             read_pth(path)
             read += 1
-    assert 0 < read < 400
+    assert 0 < read < count
 
 
 @pytest.mark.parametrize("legacy", BOTH)
-def test_flipped_bytes_anywhere_never_raise_anything_else(path, legacy):
+def test_damaged_files_raise_only_our_error(path, legacy):
     write_pth(path, official(), legacy=legacy)
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
-    for _ in range(200):
+    for _ in range(60):
         flipped = bytearray(whole)
         flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
@@ -585,19 +584,19 @@ def test_flipped_bytes_anywhere_never_raise_anything_else(path, legacy):
             read_pth(path)
 
 
-def test_a_flipped_bit_in_the_weights_is_noticed_where_the_file_has_checksums(path):
+def test_damaged_weights_differ_from_their_checksum(path):
     write_pth(path, {"x": array(100)})
     whole = path.read_bytes()
     at = whole.index(array(100).tobytes()) + 50
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    refused(path, "damaged: its entry archive/data/0 differs from its checksum")
+    refused(path, "archive/data/0 differs from its checksum")
     crc = struct.pack("<I", zlib.crc32(array(100).tobytes()))
     path.write_bytes(path.read_bytes().replace(crc, bytes(4)))  # torch.serialization.set_crc32_options(False)
     assert read_pth(path)["x"].shape == (100,)
 
 
 @pytest.mark.parametrize("legacy", BOTH)
-def test_a_missing_storage_is_told(path, legacy):
+def test_missing_storage_is_refused(path, legacy):
     data, storages = pickled({"x": array(3), "y": array(4)}, legacy=legacy)
     storages.popitem()
     pack(path, data, storages, legacy=legacy)
@@ -641,19 +640,19 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("match", OTHERS)
-def test_other_files_are_told_apart(path, match):
+def test_other_formats_are_recognized(path, match):
     path.write_bytes(OTHERS[match])
     refused(path, match.strip())
 
 
-def test_what_is_no_file_is_told(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     refused(tmp_path / "nowhere.pth", "no such file")
     refused(tmp_path, "a folder, not a file")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", "not a regular file")
 
 
-def test_compressed_entries_and_twins_are_refused(path):
+def test_compressed_and_duplicate_entries_are_refused(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\x80\x02N0" + b"N0" * 10_000 + b"N.")
     refused(path, "contradicts|compressed")
@@ -664,7 +663,7 @@ def test_compressed_entries_and_twins_are_refused(path):
     refused(path, "contradicts")
 
 
-def test_names_that_climb_out_of_the_archive_are_only_names(path, tmp_path):
+def test_entry_names_with_dots_read_no_other_file(path, tmp_path):
     storage = Storage("FloatStorage", "../../../etc/passwd", array(4))
     data, _ = pickled([storage])
     pack(path, data, {"../../../etc/passwd": array(4)})

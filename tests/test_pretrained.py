@@ -13,14 +13,8 @@ from tiny import PIXELS, tiny_encoder
 from simmim_jax.errors import CheckpointError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.runs.pretrained import (
-    fit,
-    progression,
-    refuse_other_encoder,
-    refuse_other_windows,
-    resize_bias_table,
-    resize_positions,
-)
+from simmim_jax.runs.pretrained import fit, refuse_other_encoder, refuse_other_windows
+from simmim_jax.runs.resize import progression, resize_bias_table, resize_positions
 
 KEY = jax.random.key(0)
 WINDOWS = ((6, 7), (7, 14), (12, 14), (14, 16), (14, 12))
