@@ -89,5 +89,5 @@ def replaced(options: argparse.Namespace) -> Iterator[Path]:
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        elif partial.exists():
+            partial.unlink()
