@@ -77,7 +77,7 @@ def official_file(path, options, objective, **more):
         prefix = "encoder." if objective == SIMMIM else ""
         for stage, window in enumerate((4, 4, 4, 2)):
             buffers = official_buffers(window, window)
-                for name, value in buffers.items():
+            for name, value in buffers.items():
                 if name != "attn_mask":
                     arrays[f"{prefix}layers.{stage}.blocks.0.attn.{name}"] = value
         arrays[f"{prefix}layers.0.blocks.1.attn_mask"] = official_buffers()["attn_mask"]
