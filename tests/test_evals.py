@@ -13,6 +13,7 @@ from simmim_jax.errors import ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import make_evaluator
 from simmim_jax.evals.features import Features, make_feature_reader
 from simmim_jax.evals.reconstruction import draw_reconstructions
+from simmim_jax.evals.sheet import GAP, LINE
 
 STATE = SimpleNamespace(step=3, params=None)
 RNG = np.random.default_rng(0)
@@ -145,8 +146,8 @@ def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
     mask = np.zeros((32, 48), bool)
     mask[:, :24] = True
     sheet = draw_reconstructions([(image, mask, prediction)] * 2)
-    assert sheet.shape == (15 + 6 + 2 * (96 + 6), 4 * (144 + 6) + 6, 3)
-    tile = lambda n: sheet[15 + 6 + 48, 6 + n * 150 + np.array([36, 108]), 0].tolist()  # noqa: E731 - a hidden, a visible pixel
+    assert sheet.shape == (LINE + GAP + 2 * (96 + GAP), 4 * (144 + GAP) + GAP, 3)
+    tile = lambda n: sheet[LINE + GAP + 48, GAP + n * (144 + GAP) + np.array([36, 108]), 0].tolist()  # noqa: E731 - a hidden, a visible pixel
     assert [tile(n) for n in range(4)] == [[51, 51], [128, 51], [204, 204], [204, 51]]
 
 

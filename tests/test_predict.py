@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_trained import CLASSES, PIXELS, SIMMIM, SIZE, image_pixels, make_images, make_run
 
 from simmim_jax.errors import CheckpointError, ConfigError, DataError
+from simmim_jax.evals.sheet import GAP, LINE
 from simmim_jax.objectives import make_objective
 from simmim_jax.runs import checkpoint
 from simmim_jax.tools import predict
@@ -87,7 +88,7 @@ def test_a_pretraining_run_draws_the_reconstruction_of_each_image(images, tmp_pa
     batch = {"image": both, "label": jnp.zeros(2, int), "batch_index": jnp.arange(2)}
     expected = jax.jit(objective.predict)(params, batch, jax.random.key(3))
     np.testing.assert_allclose(losses, expected["loss"], rtol=1e-5)
-    sheet, side, gap, header = np.asarray(Image.open(out)), 96, 6, 21
+    sheet, side, gap, header = np.asarray(Image.open(out)), 96, GAP, LINE + GAP
     assert sheet.shape == (header + 2 * (side + gap), 4 * (side + gap) + gap, 3)
     for n in range(2):
         row = sheet[header + n * (side + gap) :][:side:6]

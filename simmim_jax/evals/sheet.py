@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from simmim_jax.files import write_atomically
 
-GAP, LINE, FONT_SIZE = 6, 15, 11  # pixels between tiles, per line of text, and of a letter
+GAP, LINE, FONT_SIZE = 8, 15, 11  # pixels between tiles, per line of text, and of a letter
 MADE_BY = "simmim_jax"  # "Software" of every PNG that the package writes
 
 Tile = UInt8[np.ndarray, "_ _ 3"]  # RGB of any size

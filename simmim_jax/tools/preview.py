@@ -1,9 +1,9 @@
 """python -m simmim_jax.tools.preview --config configs/X.py [--config.a.b=value ...] [--out=preview.png]
 
-What a run of this config feeds its model, as a picture and in numbers, and whether the images come fast enough.
+Preview a run of this config: the images and masks of its first steps as a picture, statistics of pixels and masks, and
+whether the input pipeline keeps up with the training step.
 """
 
-import io
 import itertools
 import json
 import math
@@ -16,97 +16,94 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags, logging
-from jaxtyping import Bool, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Bool, UInt8
 
 from simmim_jax.errors import ConfigError, check_minimum, exit_with_message
 from simmim_jax.files import printable, write_atomically
 from simmim_jax.flags import define_config_flag, parse_flags
+from simmim_jax.tools.cli import check_output
 
-BAND = (10.0, 20.0)  # pixels of AvgDist that serve best, on images of 192 (paper section 4.1.2, figure 3)
-MEASURED = 128  # crops, at least, that means, deviations and masks are measured on
-OFF = 0.1  # by which mean or std may differ from the config's before it is worth a line
-PART = 2**23  # bytes of pixels in a part of a batch: parts of larger ones are timed, in the same order
-SIDES = (96, 160)  # pixels that the shorter side of a tile has on the sheet
-GAP, LINE = 6, 16  # pixels between tiles, and of a line of text
-FONT_SIZE = 11
+GOOD_DISTANCE = (10.0, 20.0)  # AvgDist in pixels that works best on images of 192 px (paper section 4.1.2, figure 3)
+MIN_MEASURED = 128  # crops that means, deviations and masks are measured on
+MAX_OFFSET = 0.1  # difference between a measured mean or std and the config's, above which a warning is printed
+PART_BYTES = 2**23  # bytes of pixels in a part of a batch; larger batches are timed in parts, in the same order
+TILE_SIDES = (96, 160)  # least and largest shorter side of a tile on the sheet, in pixels
 
 
 def define_flags() -> None:
-    """The flags: those of `simmim_jax.main`, and what is to be shown and measured."""
+    """Define the config flags of `simmim_jax.main` and those of this command."""
     define_config_flag()
     flags.declare_key_flag("config")
     flags.DEFINE_string("out", "preview.png", "picture to write")
-    flags.DEFINE_string("json", "", "file for the numbers, if wanted")
-    flags.DEFINE_integer("images", 32, "on the picture", lower_bound=1)
-    flags.DEFINE_integer("start-step", 0, "whose images and masks are shown", lower_bound=0)
-    flags.DEFINE_float("seconds", 5.0, "for which each, the images and the step, is timed", lower_bound=0.0)
-    flags.DEFINE_bool("step", True, "time the training step too, on the devices that are here")
-    flags.DEFINE_string("workdir", "", "not used: a command of simmim_jax.main will do as it stands")
+    flags.DEFINE_string("json", "", "file to write the numbers to, if any")
+    flags.DEFINE_bool("overwrite", False, "replace existing output, if this package has written it")
+    flags.DEFINE_integer("images", 32, "images on the picture", lower_bound=1)
+    flags.DEFINE_integer("start-step", 0, "first step to show", lower_bound=0)
+    flags.DEFINE_float("seconds", 5.0, "how long the pipeline and the step are timed, each", lower_bound=0.0)
+    flags.DEFINE_bool("step", True, "also time the training step, on the devices of this machine")
+    flags.DEFINE_string("workdir", "", "ignored, so that a command of simmim_jax.main can be reused")
 
 
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if not given["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # JAX tells much at the level below
-    preview(
-        given.config, out=given.out, json_path=given.json, images=given.images, start_step=given["start-step"].value,
-        seconds=given.seconds, step=given.step,
-    )  # fmt: skip
+        logging.set_verbosity(logging.WARNING)  # JAX logs much at the level below
+    out, json_path = (os.path.expanduser(path) for path in (given.out, given.json))
+    for path in filter(None, (out, json_path)):
+        check_output(path, overwrite=given.overwrite)
+    numbers = preview(
+        given.config,
+        out=out,
+        images=given.images,
+        start_step=given["start-step"].value,
+        seconds=given.seconds,
+        time_step=given.step,
+    )
+    if json_path:
+        write(json_path, partial(write_atomically, Path(json_path), json.dumps(numbers, indent=2) + "\n"))
 
 
 def preview(
-    config, *, out: str, json_path: str = "", images: int = 32, start_step: int = 0, seconds: float = 5.0, step=True
+    config, *, out: str, images: int = 32, start_step: int = 0, seconds: int | float = 5.0, time_step: bool = True
 ) -> dict:
-    """Draw `images` samples of the config's step `start_step` to `out`; print, write and return the numbers.
+    """Draw `images` samples from `start_step` on to `out`; print and return the numbers.
 
-    step: whether to compile and time the training step too. Raises UserError as a run of the config would.
+    time_step: compile and time the training step too. Raises the errors that a run would raise.
     """
     check_minimum("images", images, 1)
     check_minimum("start-step", start_step, 0)
     check_minimum("seconds", seconds, 0)
-    paths = [Path(os.path.expanduser(path)) for path in (out, json_path) if path]
-    for path in paths:
-        check_writable(path)
-    from simmim_jax import data, train  # JAX comes in here: help and mistakes are told without it
-    from simmim_jax.models import make_encoder
-    from simmim_jax.objectives import make_objective
+    from simmim_jax import data  # late: --help and mistakes on the command line need no JAX
+    from simmim_jax.evals.sheet import save_png
+    from simmim_jax.experiment import make_experiment, with_settings
 
-    train.check_numbers(config)
-    encoder = make_encoder(**train.resolve_encoder(config, ""))
-    objective = make_objective(
-        encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
-    )
-    source, _ = train.make_sources(config)
-    batch_spec, loading = train.batch_options(config)
-    data.check_batches(source, batch_spec, loading)
-    _, step_key, _ = train.make_keys(config.seed)
+    if not time_step:  # the mesh may need devices that this machine lacks
+        config = with_settings(config, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})
+    experiment = make_experiment(config)
+    source, spec, loading = experiment.source, experiment.batches, experiment.loading
     classes = tuple(source.classes)
-    tell("source", f"{source.describe()}; {of_classes(classes)}")
+    report("source", f"{source.describe()}; {list_classes(classes)}")
 
-    # Parts of the batches, as one of many processes has them: the same images at the same places.
-    parts = parts_of(config.batch_size, math.prod(config.image_size) * len(config.mean))
-    batches = data.make_batches(source, batch_spec, start_step=start_step, shard=data.Shard(0, parts), loading=loading)
+    # Parts of the batches, read like the batches of one of several processes: the same images at the same rows.
+    parts = count_parts(spec.batch_size, math.prod(spec.image_size) * spec.channels)
+    shard = data.Shard(0, parts)
+    batches = data.make_batches(source, spec, start_step=start_step, shard=shard, loading=loading)
     try:
-        drawn = list(itertools.islice(batches, -(-max(images, MEASURED) * parts // config.batch_size)))
-        hidden = [None] * len(drawn)
-        if config.objective.name == "simmim":
-            mask = make_mask(objective, step_key)
-            hidden = [mask(batch, start_step + n) for n, batch in enumerate(drawn)]
-        samples = list(samples_of(drawn, hidden, start_step))
-        shown = samples[:images]
-        for sample in shown:
-            sample["name"] = source.name(sample["index"])
-        steps = f"step {start_step}" + (f" to {shown[-1]['step']}" if shown[-1]["step"] > start_step else "")
-        title = f"{steps}: {images} crops{'' if hidden[0] is None else ', and what the masks leave of them'}"
-        captions = [caption_of(sample, classes) for sample in shown]
-        sheet = draw([(sample["image"], sample["hidden"]) for sample in shown], captions, title)
-        write_whole(paths[0], png_of(sheet))
-        tell("picture", f"{paths[0]}: {images} crops of {steps}")
-        masks = mask_numbers([sample["hidden"] for sample in samples], config.objective)
-        pixels = pixel_numbers([sample["image"] for sample in samples], config.mean, config.std)
-        for name, line in (*mask_lines(masks), *pixel_lines(pixels)):
-            tell(name, line)
+        drawn = list(itertools.islice(batches, -(-max(images, MIN_MEASURED) * parts // spec.batch_size)))
+        masks = [None] * len(drawn)
+        if "mask" in experiment.objective.outputs:
+            draw_masks = make_masks(experiment.objective, experiment.keys.step)
+            masks = [draw_masks(batch, start_step + n) for n, batch in enumerate(drawn)]
+        samples = list(iterate_samples(drawn, masks, start_step))
+        shown = [sample | {"name": source.name(sample["index"])} for sample in samples[:images]]
+        last = shown[-1]["step"]
+        steps = f"step {start_step}" + (f" to {last}" if last > start_step else "")
+        write(out, partial(save_png, out, draw_samples(shown, classes, f"{steps}: {images} crops")))
+        report("picture", f"{out}: {images} crops of {steps}")
+        mask_numbers = measure_masks([sample["mask"] for sample in samples], experiment.record["objective"])
+        pixel_numbers = measure_pixels([sample["image"] for sample in samples], **experiment.normalization)
+        for name, line in (*format_masks(mask_numbers), *format_pixels(pixel_numbers)):
+            report(name, line)
         waiting = max(loading.workers, 1) * (2 * loading.prefetch + loading.threads)
         timed = time_data(batches, seconds, warm_up=waiting - len(drawn))
     finally:
@@ -114,149 +111,182 @@ def preview(
     timed["read"] += len(samples)
     timed["bad_images"] += sum(sample["replaced"] for sample in samples)
     timed |= {name: getattr(loading, name) for name in ("workers", "threads", "prefetch")}
-    tell(*data_line(timed))
+    report("data", format_timing(timed))
 
-    numbers = {"source": source.describe(), "images": len(source), "classes": list(classes)}
-    numbers["shown"] = [{k: v for k, v in sample.items() if k not in ("image", "hidden")} for sample in shown]
-    numbers |= {"masks": masks, "pixels": pixels, "data": timed}
-    if step:
-        tell("step", f"compiling it for batches of {config.batch_size} (--nostep leaves it out)")
-        step_numbers = time_step(config, len(source), seconds)
-        tell(
-            "", "{images_per_second:.0f} images/s on {devices} {device} device(s), without data".format(**step_numbers)
-        )
-        rates = (timed["images_per_second"], step_numbers["images_per_second"])
-        numbers |= {"step": step_numbers, "waiting": max(0.0, 1 - rates[0] / rates[1])}
-        numbers["verdict"] = verdict(*rates, data.advice(source, workers=loading.workers))
-        tell("verdict", numbers["verdict"])
-        if step_numbers["platform"] == "cpu":
-            tell("", "both were timed alone: in a run on CPUs they share the cores, and each is slower")
-    if json_path:
-        write_whole(paths[1], (json.dumps(numbers, indent=2) + "\n").encode())
+    numbers = {"made_by": "simmim_jax.tools.preview", "source": source.describe(), "images": len(source)}
+    numbers["classes"] = list(classes)
+    numbers["shown"] = [{k: v for k, v in sample.items() if k not in ("image", "mask")} for sample in shown]
+    numbers |= {"masks": mask_numbers, "pixels": pixel_numbers, "data": timed}
+    if time_step:
+        report("step", f"compiling it for batches of {spec.batch_size} (--nostep skips it)")
+        numbers["step"] = step = time_train_step(experiment, seconds)
+        line = "{images_per_second:.0f} images/s on {devices} {device} device(s), without data"
+        report("", line.format(**step))
+        rates = (timed["images_per_second"], step["images_per_second"])
+        numbers["waiting"] = max(0.0, 1 - rates[0] / rates[1])
+        numbers["verdict"] = compare_rates(*rates, data.advice(source, workers=loading.workers))
+        report("verdict", numbers["verdict"])
+        if step["platform"] == "cpu":
+            report("", "both were timed separately: in a run on CPUs they share the cores, and each is slower")
     return numbers
 
 
-def tell(name: str, line: str) -> None:
+def report(name: str, line: str) -> None:
     print(f"{name:9}{' '.join(line.split())}", flush=True)
 
 
-def parts_of(batch_size: int, image_bytes: int) -> int:
-    """In how many equal parts a batch is read, that a part has about `PART` bytes; 1 where the whole has no more."""
-    ideal = batch_size * image_bytes / PART
+def write(path: str, write_file: Callable[[], object]) -> None:
+    """Call `write_file`. Raises ConfigError if the disk is full or the like."""
+    try:
+        write_file()
+    except OSError as error:
+        raise ConfigError(f"cannot write: {error.strerror}", path, "free space, or give another path") from error
+
+
+# --- samples
+
+
+def count_parts(batch_size: int, image_bytes: int) -> int:
+    """The number of equal parts in which a batch is read, so that a part has about `PART_BYTES`; at least 1."""
+    ideal = batch_size * image_bytes / PART_BYTES
     if ideal <= 1:
         return 1
     return min((n for n in range(1, batch_size + 1) if batch_size % n == 0), key=lambda n: abs(math.log(n / ideal)))
 
 
-def make_mask(objective, key) -> Callable[[dict, int], Bool[np.ndarray, "b y x"]]:
-    """A function (batch, step) -> which pixels the compiled step would hide: by its key, and what the objective does.
-
-    key: of all steps, as the training has it.
-    """
+def make_masks(objective, key) -> Callable[[dict, int], Bool[np.ndarray, "b y x"]]:
+    """A function (batch, step) -> the masked pixels of each image, by the compiled objective. key: of all steps."""
     import jax
     import jax.numpy as jnp
 
     @jax.jit
-    def mask(key, image, batch_index):
+    def predict_mask(key, image, batch_index):
         shapes = jax.eval_shape(objective.init, key)
-        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # no mask depends on them: dead code
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # masks do not depend on them: dead code
         return objective.predict(params, {"image": image, "batch_index": batch_index}, key)["mask"]
 
-    def mask_of_step(batch, step):
-        return np.asarray(mask(jax.random.fold_in(key, step), batch["image"], batch["batch_index"]))
+    def draw(batch: dict, step: int) -> Bool[np.ndarray, "b y x"]:
+        return np.asarray(predict_mask(jax.random.fold_in(key, step), batch["image"], batch["batch_index"]))
 
-    return mask_of_step
+    return draw
 
 
-def samples_of(batches: list[dict], hidden_by_step: list, start_step: int) -> Iterator[dict]:
-    """The rows of the batches one by one: "image" uint8 [y, x, c], "hidden" bool [y, x] or None, and who they are."""
-    for n, (batch, hidden) in enumerate(zip(batches, hidden_by_step, strict=True)):
+def iterate_samples(batches: list[dict], masks: list, start_step: int) -> Iterator[dict]:
+    """The rows of the batches one by one: "image" uint8 [y, x, c], "mask" bool [y, x] or None, and their indices."""
+    for n, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
         for row in range(len(batch["image"])):
-            whole = {name: int(batch[name][row]) for name in ("index", "batch_index", "label")}
-            whole |= {"step": start_step + n, "replaced": bool(batch["replaced"][row])}
-            yield whole | {"image": batch["image"][row], "hidden": None if hidden is None else hidden[row]}
+            indices = {name: int(batch[name][row]) for name in ("index", "batch_index", "label")}
+            indices |= {"step": start_step + n, "replaced": bool(batch["replaced"][row])}
+            yield indices | {"image": batch["image"][row], "mask": None if mask is None else mask[row]}
 
 
-def mask_numbers(hidden: list, objective) -> dict | None:
-    """The share of pixels that masks hide, and AvgDist in pixels; None where nothing is masked."""
+def draw_samples(samples: list[dict], classes: tuple[str, ...], title: str) -> UInt8[np.ndarray, "h w 3"]:
+    """A sheet of the crops. Next to each, its visible part, if there is a mask. Captions: file name, or else class."""
+    from simmim_jax.evals.sheet import grid, make_tile
+
+    height, width = samples[0]["image"].shape[:2]
+    min_side, max_short_side = TILE_SIDES
+    max_side = max_short_side * max(height, width) // min(height, width)
+    tiles, captions = [], []
+    for sample in samples:
+        panels = [make_tile(sample["image"], min_side, max_side)]
+        if sample["mask"] is not None:
+            visible = np.where(sample["mask"][..., None], np.uint8(128), sample["image"])
+            panels += [np.full((len(panels[0]), 1, 3), 255, np.uint8), make_tile(visible, min_side, max_side)]
+        tiles.append(np.concatenate(panels, axis=1))
+        captions.append(caption(sample, classes))
+    if samples[0]["mask"] is not None:
+        title += ", and what the masks leave visible"
+    return grid(tiles, captions, title=title)
+
+
+def caption(sample: dict, classes: tuple[str, ...]) -> str:
+    """The name of the file; for supervised objectives, that of the class."""
+    if sample["mask"] is not None:
+        return printable(sample["name"])
+    return printable(classes[sample["label"]]) if 0 <= sample["label"] < len(classes) else "no class"
+
+
+def list_classes(classes: tuple[str, ...]) -> str:
+    """The number of classes, and the first of them."""
+    if not classes:
+        return "no classes"
+    return f"{len(classes)} classes: {', '.join(map(printable, classes[:5]))}{', ...' if len(classes) > 5 else ''}"
+
+
+# --- numbers
+
+
+def measure_masks(masks: list, options: dict) -> dict | None:
+    """The masked part of the pixels, and AvgDist in pixels; None without masks. options: of the objective."""
     from simmim_jax.masking.distance import average_distance
 
-    if hidden[0] is None:
+    if masks[0] is None:
         return None
-    block = objective.mask_patch_size
-    blocks = (hidden[0].shape[0] // block) * (hidden[0].shape[1] // block)
-    distances = [average_distance(mask) for mask in hidden if not mask.all()]
-    ratio = float(np.mean([mask.mean() for mask in hidden]))
+    side = options["mask_patch_size"]
+    distances = [average_distance(mask) for mask in masks if not mask.all()]
     return {
-        "count": len(hidden),
-        "asked": objective.mask_ratio,
-        "ratio": ratio,
-        "blocks": blocks,
+        "count": len(masks),
+        "asked": options["mask_ratio"],
+        "ratio": float(np.mean([mask.mean() for mask in masks])),
+        "mask_patches": (masks[0].shape[0] // side) * (masks[0].shape[1] // side),
         "average_distance": float(np.mean(distances)) if distances else None,
     }
 
 
-def band_of(distance: float) -> str:
-    """Where an AvgDist is by the band that the paper found good."""
-    return "below" if distance < BAND[0] else "above" if distance > BAND[1] else "inside"
-
-
-def mask_lines(masks: dict | None) -> list[tuple[str, str]]:
+def format_masks(masks: dict | None) -> list[tuple[str, str]]:
     if masks is None:
         return []
-    blocks, ratio = masks["blocks"], masks["ratio"]
-    line = f"{ratio:.4f} hidden, {ratio * blocks:.4g} of {blocks} blocks (asked: {masks['asked']:g})"
+    count, ratio = masks["mask_patches"], masks["ratio"]
+    line = f"{ratio:.4f} masked, {ratio * count:.4g} of {count} mask patches (mask_ratio: {masks['asked']:g})"
     distance = masks["average_distance"]
     if distance is None:
-        return [("masks", line), ("warning", "nothing is left visible: give a lower --config.objective.mask_ratio")]
-    band = f"{band_of(distance)} the {BAND[0]:g} to {BAND[1]:g} that the paper found good, on images of 192 px"
-    return [("masks", f"{line}, AvgDist {distance:.1f} px: {band}")]
+        return [("masks", line), ("warning", "nothing is visible: give a lower --config.objective.mask_ratio")]
+    low, high = GOOD_DISTANCE
+    where = "below" if distance < low else "above" if distance > high else "inside"
+    return [("masks", f"{line}, AvgDist {distance:.1f} px: {where} {low:g} to {high:g}, the best on images of 192 px")]
 
 
-def pixel_numbers(crops: list[UInt8[np.ndarray, "y x c"]], mean: tuple, std: tuple) -> dict:
-    """Mean and deviation of each channel over all pixels of the crops, on the scale 0..1, beside the config's."""
+def measure_pixels(crops: list[UInt8[np.ndarray, "y x c"]], mean: tuple, std: tuple) -> dict:
+    """Mean and standard deviation per channel over all pixels of the crops, in 0..1, and those of the config."""
     total, squares, count = 0.0, 0.0, 0
     for crop in crops:
         values = crop.reshape(-1, crop.shape[-1]).astype(np.float64) / 255
         total, squares, count = total + values.sum(0), squares + (values**2).sum(0), count + len(values)
     measured = total / count
-    spread = np.sqrt(np.maximum(squares / count - measured**2, 0))
-    return {
-        "count": len(crops), "mean": measured.tolist(), "std": spread.tolist(),
-        "config_mean": list(mean), "config_std": list(std),
-    }  # fmt: skip
+    deviation = np.sqrt(np.maximum(squares / count - measured**2, 0))
+    config = {"config_mean": list(mean), "config_std": list(std)}
+    return {"count": len(crops), "mean": measured.tolist(), "std": deviation.tolist(), **config}
 
 
-def pixel_lines(pixels: dict) -> list[tuple[str, str]]:
-    """Means and deviations beside those of the config, and what to change where they are far off."""
+def format_pixels(pixels: dict) -> list[tuple[str, str]]:
+    """Means and deviations next to those of the config, and a warning if they are far off."""
     lines = []
     for name in ("mean", "std"):
-        found, given = ([round(value, 3) for value in pixels[key]] for key in (name, f"config_{name}"))
-        lines.append((name, f"{spelled(found)} per channel of {pixels['count']} crops (config: {spelled(given)})"))
-        if max(abs(a - b) for a, b in zip(pixels[name], pixels[f"config_{name}"], strict=True)) > OFF:
-            values = ",".join(f"{value:.3f}" for value in pixels[name]) + ("," if len(found) == 1 else "")
-            lines.append(
-                ("warning", f"{name} is off by more than {OFF}: these crops have about --config.{name}={values}")
-            )
+        measured, given = pixels[name], pixels[f"config_{name}"]
+        found, expected = (" ".join(f"{value:.3f}" for value in values) for values in (measured, given))
+        lines.append((name, f"{found} per channel of {pixels['count']} crops (config: {expected})"))
+        if max(abs(a - b) for a, b in zip(measured, given, strict=True)) > MAX_OFFSET:
+            values = ",".join(f"{value:.3f}" for value in measured) + ("," if len(measured) == 1 else "")
+            advice = f"{name} is off by more than {MAX_OFFSET}: the crops have about --config.{name}={values}"
+            lines.append(("warning", advice))
     return lines
 
 
-def spelled(values: list[float]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
+# --- timing
 
 
-def time_data(batches: Iterator[dict], seconds: float, *, warm_up: int) -> dict:
-    """Images per second that the pipeline yields to one who never lets it wait, over at least `seconds` and one part.
+def time_data(batches: Iterator[dict], seconds: int | float, *, warm_up: int) -> dict:
+    """Images per second that the pipeline yields to a consumer that never waits, over at least `seconds` and one part.
 
-    warm_up: parts to read first, so that those that were waiting already are not counted; `seconds` long at most.
+    warm_up: parts to read first, for at most `seconds`, so that parts that were already waiting are not counted.
     """
-    read = bad = 0
+    counts = {"read": 0, "bad_images": 0}
 
     def take() -> int:
-        nonlocal read, bad
         batch = next(batches)
-        read += len(batch["image"])
-        bad += int(batch["replaced"].sum())
+        counts["read"] += len(batch["image"])
+        counts["bad_images"] += int(batch["replaced"].sum())
         return len(batch["image"])
 
     start = time.perf_counter()
@@ -268,182 +298,66 @@ def time_data(batches: Iterator[dict], seconds: float, *, warm_up: int) -> dict:
     while not images or time.perf_counter() - start < seconds:
         images += take()
     took = time.perf_counter() - start
-    return {"images_per_second": images / took, "seconds": took, "read": read, "bad_images": bad}
+    return {"images_per_second": images / took, "seconds": took, **counts}
 
 
-def data_line(timed: dict) -> tuple[str, str]:
+def format_timing(timed: dict) -> str:
     how = f"workers {timed['workers']}, threads {timed['threads']}, prefetch {timed['prefetch']}"
-    bad = f"{timed['bad_images']} of {timed['read']} read were bad"
-    return "data", f"{timed['images_per_second']:.0f} images/s ({how}; over {timed['seconds']:.1f} s); {bad}"
+    bad = f"{timed['bad_images']} of {timed['read']} images read were bad"
+    return f"{timed['images_per_second']:.0f} images/s ({how}; over {timed['seconds']:.1f} s); {bad}"
 
 
-def time_step(config, images: int, seconds: float) -> dict:
-    """Images per second that the compiled training step takes on this machine's devices when it waits for none.
-
-    images: how many the data have. Measured over at least `seconds` and one step, after a first.
-    """
+def time_train_step(experiment, seconds: int | float) -> dict:
+    """Images per second of the compiled training step on this machine, over at least `seconds` and one step."""
     import jax
 
-    from simmim_jax import train
+    from simmim_jax.experiment import compile_train_step, make_state, to_device
 
-    built = train.build(config, *train.run_length(config, images))
-    mesh, abstract, step_key = built["mesh"], built["abstract"], built["key"]
-    shapes = train.abstract_batch(config)
-    batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
-    batch["image"] = np.random.default_rng(0).integers(0, 256, shapes["image"].shape, np.uint8)
-    batch["batch_index"] = np.arange(config.batch_size, dtype=np.int32)
+    spec, mesh, key = experiment.batches, experiment.mesh, experiment.keys.step
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.arrays().items()}
+    batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
+    batch["batch_index"] = np.arange(spec.batch_size, dtype=np.int32)
     try:
         start = time.perf_counter()
-        step = train.compile_training(
-            config, built["objective"], built["tx"], abstract, step_key, mesh, built["encoder"]
-        )
-        compiling = time.perf_counter() - start
-        state = jax.jit(built["make_state"], out_shardings=train.places(abstract))()
-        batch = train.to_device(batch, mesh)
-        state, before = step(state, batch, step_key)
+        step = compile_train_step(experiment)
+        compile_seconds = time.perf_counter() - start
+        batch = to_device(batch, 0, mesh)
+        state, before = step(make_state(experiment), batch, key)
         jax.block_until_ready(before)
-        start, done = time.perf_counter(), 0
-        while not done or time.perf_counter() - start < seconds:
-            state, values = step(state, batch, step_key)
+        start, steps = time.perf_counter(), 0
+        while not steps or time.perf_counter() - start < seconds:
+            state, metrics = step(state, batch, key)
             jax.block_until_ready(before)  # one step late, as in training
-            before, done = values, done + 1
+            before, steps = metrics, steps + 1
         jax.block_until_ready(before)
         took = time.perf_counter() - start
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ConfigError(
-            f"a step of batch_size {config.batch_size} does not fit into the memory of {mesh.size} device(s)",
-            "batch_size", "give --config.microbatches, a lower --config.batch_size, or --nostep",
-        ) from error  # fmt: skip
+        what = f"a step of batch_size {spec.batch_size} does not fit into the memory of {mesh.size} device(s)"
+        fix = "give --config.microbatches, a lower --config.batch_size, or --nostep"
+        raise ConfigError(what, "batch_size", fix) from error
     device = jax.devices()[0]
     return {
-        "images_per_second": done * config.batch_size / took, "seconds": took, "steps": done,
-        "compile_seconds": compiling, "batch_size": config.batch_size,
+        "images_per_second": steps * spec.batch_size / took, "seconds": took, "steps": steps,
+        "compile_seconds": compile_seconds, "batch_size": spec.batch_size,
         "platform": device.platform, "device": device.device_kind, "devices": mesh.size,
     }  # fmt: skip
 
 
-def verdict(data_rate: float, step_rate: float, advice: str) -> str:
-    """Whether the images come as fast as the step takes them, both per second, and the `advice` where not."""
+def compare_rates(data_rate: float, step_rate: float, advice: str) -> str:
+    """Whether the pipeline keeps up with the step, and the `advice` if not. Rates are in images per second."""
     rates = f"data {data_rate:.0f} images/s, step needs {step_rate:.0f}"
     if data_rate >= step_rate:
         return f"{rates}: the pipeline keeps up ({data_rate / step_rate:.1f}x)"
     return f"{rates}: the device would wait {1 - data_rate / step_rate:.0%} of the time: {advice}"
 
 
-def of_classes(classes: tuple[str, ...]) -> str:
-    """How many classes there are, and the first of them."""
-    if not classes:
-        return "no classes"
-    named = ", ".join(map(printable, classes[:5]))
-    return f"{len(classes)} classes: {named}{', ...' if len(classes) > 5 else ''}"
-
-
-def caption_of(sample: dict, classes: tuple[str, ...]) -> str:
-    """The name of the file; where what is learned are classes, that of its class."""
-    if sample["hidden"] is not None:
-        return printable(sample["name"])
-    return printable(classes[sample["label"]]) if 0 <= sample["label"] < len(classes) else "no class"
-
-
-def tile_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) of an image on the sheet: small ones enlarged by a whole number, large ones reduced."""
-    short = min(height, width)
-    if short > SIDES[1]:
-        return max(1, round(height * SIDES[1] / short)), max(1, round(width * SIDES[1] / short))
-    scale = -(-SIDES[0] // short)
-    return height * scale, width * scale
-
-
-def columns_of(count: int, height: int, width: int) -> int:
-    """Columns of a sheet of `count` cells: a little wider than high, and with few places left empty."""
-
-    def unfit(columns: int) -> float:
-        rows = -(-count // columns)
-        return abs(math.log(columns * width / (rows * height) / 1.25)) + 6 * (rows * columns - count) / count
-
-    return min(range(1, count + 1), key=unfit)
-
-
-def draw(
-    samples: list[tuple[UInt8[np.ndarray, "y x c"], Bool[np.ndarray, "y x"] | None]], captions: list[str], title: str
-) -> UInt8[np.ndarray, "h w 3"]:
-    """A sheet of the crops, each with what is left of it beside it where a mask hides the rest, and its caption."""
-    from simmim_jax.evals.sheet import to_rgb
-
-    height, width = tile_size(*samples[0][0].shape[:2])
-    panels = 1 if samples[0][1] is None else 2
-    cell_height, cell_width = height + LINE + GAP, panels * (width + 1) + 2 * GAP
-    columns = columns_of(len(samples), cell_height, cell_width)
-    rows = -(-len(samples) // columns)
-    font = ImageFont.load_default(FONT_SIZE)
-    sheet = Image.new("RGB", (columns * cell_width + GAP, LINE + GAP + rows * cell_height), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, 3), shortened(title, sheet.width - 2 * GAP, font), fill="black", font=font)
-    for n, ((image, hidden), caption) in enumerate(zip(samples, captions, strict=True)):
-        x, y = GAP + n % columns * cell_width, LINE + GAP + n // columns * cell_height
-        pixels = to_rgb(image / np.float32(255))
-        shown = [pixels] if hidden is None else [pixels, np.where(hidden[..., None], np.float32(0.5), pixels)]
-        for panel, values in enumerate(shown):
-            sheet.paste(tile(values, (height, width)), (x + panel * (width + 1), y))
-        text = shortened(caption, panels * (width + 1) - 1, font)
-        pen.text((x, y + height + 1), text, fill="dimgray", font=font)
-    return np.asarray(sheet)
-
-
-def tile(values: Float[np.ndarray, "y x 3"], size: tuple[int, int]) -> Image.Image:
-    """An image in 0..1 at (height, width), enlarged pixel by pixel or reduced by means."""
-    picture = Image.fromarray(np.round(values * 255).astype(np.uint8))
-    way = Image.Resampling.BOX if size[0] < len(values) else Image.Resampling.NEAREST
-    return picture.resize(size[::-1], way)
-
-
-def shortened(text: str, width: int, font) -> str:
-    """As much of the text's end, which of a path tells most, as `width` pixels take."""
-    for start in range(max(0, len(text) - 200), len(text)):
-        part = text[start:] if start == 0 else f"..{text[start:]}"
-        if font.getlength(part) <= width:
-            return part
-    return ""
-
-
-def png_of(sheet: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """The sheet as the bytes of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(sheet).save(file, "PNG")
-    return file.getvalue()
-
-
-def check_writable(path: Path) -> None:
-    """Raise ConfigError, before any work is done, if a file cannot be written there; makes its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write there: {error.strerror}", str(path), "give another path") from error
-    if path.is_dir():
-        raise ConfigError("a folder where a file is to be written", str(path), f"give a file, like {path}/preview.png")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError("cannot write there: Permission denied", str(path), "give another path")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """`path` holds all of `content`, or what it held before."""
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write: {error.strerror}", str(path), "mend the disk, or give another path"
-        ) from error
-
-
 def run() -> None:
-    """Run `main`; end as `errors` promises: one line and an exit code for what the user can mend."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may be named in bytes that are no UTF-8
+    """Run `main`. A user's mistake prints one line and exits with its code, as `errors` promises."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be bytes that are not UTF-8
     if any(argument.startswith("--jax") for argument in sys.argv):
-        import jax
-
-        jax.config.config_with_absl()
+        __import__("jax").config.config_with_absl()
     define_flags()
     with exit_with_message():
         app.run(main, flags_parser=partial(parse_flags, needs_workdir=False))
