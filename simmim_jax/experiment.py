@@ -202,7 +202,7 @@ def make_state(experiment: Experiment) -> TrainState:
 def compile_train_step(experiment: Experiment) -> Callable:
     """(state, batch, key) -> (state, metrics), compiled ahead of time for the shapes and shardings of a run."""
     step = partial(
-        _step_with_counts,
+        step_with_counts,
         loss_fn=_loss_fn(experiment),
         prepare=experiment.objective.prepare,
         tx=experiment.tx,
@@ -222,7 +222,7 @@ def _loss_fn(experiment: Experiment) -> Callable:
     return optim.freeze(experiment.objective.loss_fn, experiment.is_frozen, experiment.encoder.scanned_layers)
 
 
-def _step_with_counts(state: TrainState, batch: dict, key: Key[Array, ""], **options) -> tuple[TrainState, dict]:
+def step_with_counts(state: TrainState, batch: dict, key: Key[Array, ""], **options) -> tuple[TrainState, dict]:
     """`train_step`, whose metrics also have a hash of the samples, the number of bad images, and the largest signal."""
     counted = {name: batch[name] for name in ("index", "replaced", "stop")}
     state, metrics = train_step(state, {k: x for k, x in batch.items() if k not in counted}, key, **options)

@@ -1,7 +1,7 @@
-"""python split_run.py OUT CASES [COORDINATOR PROCESSES PROCESS]: twenty steps on digits, for each of the cases.
+"""python split_run.py OUT CASES [COORDINATOR PROCESSES PROCESS]: twenty steps on digits for each case.
 
-CASES: JSON, name -> {"mesh": ..., "encoder": ...}. Writes to OUT, from the first process, for each its losses, and the
-hashes of each step's samples and masks.
+CASES: JSON, name -> {"mesh": ..., "encoder": ...}. Process 0 writes the losses of each case, and the hashes of each
+step's samples and masks, to OUT.
 """
 
 import json
@@ -15,10 +15,11 @@ import numpy as np
 from tiny import tiny_encoder, tiny_objective
 
 from simmim_jax import data
+from simmim_jax.experiment import step_with_counts, to_device
 from simmim_jax.masking import make_masks
 from simmim_jax.optim import make_optimizer
 from simmim_jax.runtime import processes, sharding
-from simmim_jax.train import compile_step, shard_state, step_and_samples, to_device
+from simmim_jax.runtime.compilation import compile_step
 from simmim_jax.train_step import init_state
 
 STEPS, BATCH = 20, 32
@@ -40,8 +41,8 @@ def run(mesh: dict, encoder: dict) -> dict:
         scanned_layers=encoder.scanned_layers,
     )
     make_state = partial(init_state, init=objective.init, tx=tx)
-    abstract = shard_state(jax.eval_shape(make_state, key), mesh, encoder)
-    state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
+    abstract = sharding.shard_state(jax.eval_shape(make_state, key), mesh, tuple(encoder.scanned_layers))
+    state = jax.jit(make_state, out_shardings=sharding.shardings(abstract))(key)
     everywhere = sharding.replicated(mesh)
     key = jax.jit(lambda key: key, out_shardings=everywhere)(key)
     spec = data.BatchSpec(batch_size=BATCH, seed=0, image_size=(32, 32), channels=1)
@@ -52,13 +53,12 @@ def run(mesh: dict, encoder: dict) -> dict:
         mask = make_masks(**MASKS)(jax.random.fold_in(key, state.step), batch["batch_index"])
         weights = jnp.arange(1, 2 * mask[0].size, 2, dtype=jnp.uint32).reshape(mask[0].shape)
         hashes = (mask * weights).sum(axis=(1, 2), dtype=jnp.uint32) * (2 * batch["batch_index"].astype(jnp.uint32) + 1)
-        state, values = step_and_samples(state, batch, key, loss_fn=objective.loss_fn, tx=tx)
+        state, values = step_with_counts(state, batch, key, loss_fn=objective.loss_fn, tx=tx)
         return state, values | {"masks": hashes.sum(dtype=jnp.uint32)}
 
     found, compiled = {"loss": [], "samples": [], "masks": []}, None
     for _ in range(STEPS):
-        batch = next(batches)
-        batch = to_device(batch | {"stop": np.zeros(batch["label"].shape, np.int32)}, mesh)
+        batch = to_device(next(batches), 0, mesh)
         compiled = compiled or compile_step(step, abstract, jax.eval_shape(lambda batch=batch: batch), key, mesh)
         state, values = compiled(state, batch, key)
         for name, numbers in found.items():

@@ -106,7 +106,12 @@ def test_top_k_and_confusion_equal_scikit_learn_for_any_batch_size(batch_size):
     parts = []
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)
-        out = {"logits": logits[rows % count], "label": labels[rows % count], "batch_index": rows, "valid": rows < count}
+        out = {
+            "logits": logits[rows % count],
+            "label": labels[rows % count],
+            "batch_index": rows,
+            "valid": rows < count,
+        }
         parts.append(accuracy.read_answers(out)[0])
     answers = accuracy.join(parts)
     metrics = accuracy.top(answers, 7)
@@ -297,7 +302,9 @@ def test_a_full_disk_is_one_line_and_changes_no_file(place, tmp_path):
     results.append_row(path, ROW | {"data": "x" * 900})
     before = path.read_text()
     for where in (f"--results={path}", f"--out={tmp_path / 'figures'}"):
-        done = run(place / "classifier", f"--data={place / 'images'}", "--results=", where, script=EVALUATE, file_limit=1)
+        done = run(
+            place / "classifier", f"--data={place / 'images'}", "--results=", where, script=EVALUATE, file_limit=1
+        )
         assert done.returncode == 3, done.stderr
         assert done.stderr.strip().splitlines()[-1].startswith("ERROR[data]")
     assert path.read_text() == before
@@ -344,9 +351,7 @@ def test_a_run_whose_images_were_moved_is_evaluated_on_its_held_out_images(place
     write_run(tmp_path / "run", CLASSIFY, data=own_data(folder), classes=CLASSES)
     model = load_run(str(tmp_path / "run"))
     parts = {"source": "train", "heldout": "validation"}
-    keep_fingerprints(
-        tmp_path / "run", **{name: images.open_source(model, "", split) for name, split in parts.items()}
-    )
+    keep_fingerprints(tmp_path / "run", **{name: images.open_source(model, "", split) for name, split in parts.items()})
 
     def heldout(path):
         path = path and str(path)

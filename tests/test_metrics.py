@@ -1,14 +1,14 @@
-"""Records hold each step once, whatever was written before."""
+"""runs/records.py: each step is recorded once; console lines, clocks and signals."""
 
 import json
 
-import numpy as np
+from PIL import Image
 
 from simmim_jax.files import write_atomically
-from simmim_jax.runs.records import Clock, Progress, Records, duration, read_rows
+from simmim_jax.runs.records import Clock, Progress, Records, RunLength, duration, read_rows
 
 
-def test_rows_after_the_restored_step_are_cut_and_a_torn_line_is_dropped(tmp_path):
+def test_rows_after_the_restored_step_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": n, "loss": n}) + "\n" for n in range(1, 9)) + '{"loss": 9}\n[1]\n{"st'
     )
@@ -16,7 +16,9 @@ def test_rows_after_the_restored_step_are_cut_and_a_torn_line_is_dropped(tmp_pat
     records = Records(str(tmp_path), 5)
     assert set(records.evaluations) == {0}
     records.write_metrics(6, {"loss": 60.0}, {"images_per_second": 1.0})
-    records.write_evaluation(6, {"knn": 0.3}, {"reconstruction": np.zeros((4, 4, 3), np.uint8)})
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "figures" / "reconstruction_6.png")
+    records.write_evaluation(6, {"knn": 0.3})
     records.close()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert read_rows(tmp_path / "metrics.jsonl")[-1] == {"step": 6, "loss": 60.0}
@@ -24,7 +26,7 @@ def test_rows_after_the_restored_step_are_cut_and_a_torn_line_is_dropped(tmp_pat
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
+def test_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_atomically(path, "one")
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
@@ -34,7 +36,7 @@ def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
         assert path.read_text() == "one"
 
 
-def test_the_clock_accounts_for_all_of_the_time():
+def test_clock_accounts_for_all_time():
     clock = Clock()
     for _ in range(3):
         with clock.measure("step"):
@@ -44,9 +46,9 @@ def test_the_clock_accounts_for_all_of_the_time():
     assert summary["step"] + summary["other"] <= summary["total"] + 0.02
 
 
-def test_the_progress_line_gives_rate_waiting_and_time_left():
+def test_progress_line_has_rate_data_wait_and_eta():
     clock = Clock()
-    progress = Progress(clock, step=0, steps=100, steps_per_epoch=10, batch_size=32, seconds_at_peak=0.08)
+    progress = Progress(clock, 0, RunLength(100, 10, 32, 0.08))
     clock.seconds |= {"step": 3.0, "data": 1.0, "evaluation": 50.0}
     machine = progress.machine(20)
     assert machine == {"images_per_second": 20 * 32 / 4.0, "mfu": 20 * 0.08 / 4.0, "data_wait": 0.25}
@@ -54,17 +56,19 @@ def test_the_progress_line_gives_rate_waiting_and_time_left():
     assert line == "step 20/100  epoch 2.00  loss 0.5  160 images/s  MFU 40%  data wait 25%  ETA 0:00:16"
 
 
-def test_a_run_that_waits_for_data_says_so_once_when_the_start_is_past():
+def test_data_wait_is_reported_once_and_not_at_the_start():
     clock = Clock()
-    progress = Progress(clock, step=0, steps=1000, steps_per_epoch=10, batch_size=32, seconds_at_peak=0.1)
-    said = []
+    progress = Progress(clock, 0, RunLength(1000, 10, 32, 0.1))
+    starved = []
     for line in range(1, 20):
         clock.seconds["step"] += 1.0
-        clock.seconds["data"] += 5.0 if line == 1 else 0.1 if line < 10 else 0.5  # the workers start; later they starve
+        clock.seconds["data"] += (
+            5.0 if line == 1 else 0.1 if line < 10 else 0.5
+        )  # workers start; later the device starves
         progress.machine(10 * line)
-        said.append(progress.is_starved())
+        starved.append(progress.is_starved())
     # at line 11 two of the last four lines have 0.5 s each, two 0.1 s: 1.2 of 5.2 s
-    assert [n for n, starved in enumerate(said, start=1) if starved] == [11]
+    assert [n for n, is_starved in enumerate(starved, start=1) if is_starved] == [11]
 
 
 def test_durations_are_readable():

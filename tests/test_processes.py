@@ -56,14 +56,14 @@ def main_pair(*arguments, when: str = "", signal_name: str = "", **options) -> l
         (("here", 2, 0), "--coordinator=here"),
     ],
 )
-def test_what_is_missing_of_the_others_is_told(monkeypatch, given, message):
+def test_incomplete_process_flags_are_refused(monkeypatch, given, message):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=message):
         processes.join(*given)
 
 
-def test_one_process_joins_nobody(monkeypatch):
+def test_single_process_joins_nothing(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     processes.join()
     processes.join("127.0.0.1:1", 1, 0)
@@ -77,14 +77,10 @@ def test_two_processes_of_four_devices_learn_what_one_device_learns(tmp_path):
     """Sample ids and masks to the bit, losses to float32 rounding, however parameters are placed and blocks run."""
     plain = {"mesh": {}, "encoder": {}}
     cases = {
-        "replicated": plain,
         "fsdp": {"mesh": {"fsdp": -1}, "encoder": {}},
-        "tensor": {"mesh": {"tensor": 4}, "encoder": {"remat": "full"}},
-        "mixed": {"mesh": {"fsdp": 2, "tensor": 2}, "encoder": {"scan": True}},
-        "replicated, scan": {"mesh": {}, "encoder": {"scan": True, "remat": "dots"}},
-        "fsdp, scan": {"mesh": {"fsdp": -1}, "encoder": {"scan": True, "remat": "full"}},
-        "tensor, scan": {"mesh": {"tensor": 2}, "encoder": {"scan": True}},
-        "mixed, remat": {"mesh": {"fsdp": 2, "tensor": 2}, "encoder": {"remat": "full"}},
+        "tensor, remat": {"mesh": {"tensor": 4}, "encoder": {"remat": "full"}},
+        "mixed, scan": {"mesh": {"fsdp": 2, "tensor": 2}, "encoder": {"scan": True}},
+        "replicated, scan, remat": {"mesh": {}, "encoder": {"scan": True, "remat": "dots"}},
     }
     script, peers = ("tests/split_run.py",), (f"127.0.0.1:{free_port()}", "2")
     done = run(tmp_path / "one.json", json.dumps({"one": plain}), script=script)
@@ -101,7 +97,7 @@ def test_two_processes_of_four_devices_learn_what_one_device_learns(tmp_path):
 
 
 @pytest.mark.slow
-def test_heads_may_be_split_over_processes_which_then_bring_the_same_images(tmp_path):
+def test_processes_of_one_tensor_group_load_the_same_images(tmp_path):
     script, peers = ("tests/split_run.py",), (f"127.0.0.1:{free_port()}", "2")
     case = json.dumps({"case": {"mesh": {"tensor": 2}, "encoder": {}}})
     assert run(tmp_path / "one.json", case.replace('"tensor": 2', ""), script=script).returncode == 0
@@ -113,7 +109,7 @@ def test_heads_may_be_split_over_processes_which_then_bring_the_same_images(tmp_
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_saves_the_same_step_in_all_and_the_run_ends_with_the_same_bits(tmp_path):
+def test_signal_to_one_process_saves_the_same_step_in_all(tmp_path):
     flags = (*DIGITS, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.encoder.scan=true")
     for done in main_pair(*flags, "--workdir", tmp_path / "unbroken"):
         assert done.returncode == 0, done.stderr
@@ -137,7 +133,7 @@ def test_a_signal_to_one_process_saves_the_same_step_in_all_and_the_run_ends_wit
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_on(tmp_path):
+def test_lost_process_ends_the_others_in_one_line(tmp_path):
     flags = (*DIGITS, "--workdir", tmp_path, "--heartbeat=10")
     left, killed = main_pair(*flags, when="step:7", signal_name="SIGKILL")
     assert killed.returncode == -signal.SIGKILL
@@ -151,13 +147,13 @@ def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_o
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_eight_devices_goes_on_alike_on_fewer_and_on_two_processes(tmp_path):
+def test_checkpoint_of_eight_devices_resumes_on_fewer_and_on_two_processes(tmp_path):
     wide = (*DIGITS, *SGD, "--config.encoder.width=128", "--config.steps=12")  # so wide that fsdp splits something
     assert run(*wide, "--workdir", tmp_path / "whole", devices=8).returncode == 0
     split = (*wide, "--config.mesh.fsdp=-1")
     assert run_until("step:7", "SIGTERM", *split, "--workdir", tmp_path / "8", devices=8).returncode == 143
     expected = [row["loss"] for row in rows(tmp_path / "whole")]
-    for devices in (1, 2, 4, "pair"):
+    for devices in (2, "pair"):
         workdir = shutil.copytree(tmp_path / "8", tmp_path / f"on {devices}")
         if devices == "pair":
             done = main_pair(*wide, "--config.mesh.tensor=2", "--workdir", workdir)[0]

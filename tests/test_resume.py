@@ -1,14 +1,15 @@
-"""A run that no fault can lose: whatever stops it, the same command ends with the same bits."""
+"""Whatever stops a run, the same command finishes it with the same bits."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
-from runs import DIGITS, assert_same_run, command, rows, run, run_until
+from runs import DIGITS, assert_same_run, rows, run, run_until
+
+from simmim_jax.files import lock_folder
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,7 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_run_killed_twice_in_an_epoch_and_across_its_end_ends_with_the_same_bits(tmp_path, unbroken, devices):
+def test_run_killed_within_an_epoch_and_across_its_end_ends_with_the_same_bits(tmp_path, unbroken, devices):
     if devices > 1:  # sums over devices have another order: a run is compared with one on as many
         unbroken = tmp_path / "unbroken"
         assert run(*DIGITS, "--workdir", unbroken, devices=devices).returncode == 0
@@ -33,20 +34,35 @@ def test_a_run_killed_twice_in_an_epoch_and_across_its_end_ends_with_the_same_bi
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
-def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path, unbroken, name, code):
-    flags = (*DIGITS, "--workdir", tmp_path)
-    stopped = run_until("step:13", name, *flags)
-    assert stopped.returncode == code, stopped.stderr
-    assert "step 13 is saved" in stopped.stderr.splitlines()[-1]
-    assert "Traceback" not in stopped.stderr
-    resumed = run(*flags)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The workdir of a run that SIGTERM stopped at step 13, with checkpoints 10 and 13."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    done = run_until("step:13", "SIGTERM", *DIGITS, "--workdir", workdir)
+    assert done.returncode == 143, done.stderr
+    assert "step 13 is saved" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    return workdir
+
+
+def copy(workdir, tmp_path):
+    return shutil.copytree(workdir, tmp_path / "run")
+
+
+def test_run_stopped_by_sigterm_resumes_with_the_same_bits(tmp_path, stopped, unbroken):
+    workdir = copy(stopped, tmp_path)
+    resumed = run(*DIGITS, "--workdir", workdir)
     assert resumed.stdout.startswith("resuming at step 13 of 24"), resumed.stderr
-    assert_same_run(tmp_path, unbroken)
+    assert_same_run(workdir, unbroken)
 
 
-@pytest.mark.parametrize("when", ["compile:0", pytest.param("evaluation:0", marks=pytest.mark.slow), "evaluation:8"])
-def test_a_signal_at_any_phase_loses_nothing(tmp_path, unbroken, when):
+@pytest.mark.slow
+def test_sigint_exits_with_its_own_code(tmp_path):
+    assert run_until("step:13", "SIGINT", *DIGITS, "--workdir", tmp_path).returncode == 130
+
+
+@pytest.mark.parametrize("when", ["evaluation:8", pytest.param("compile:0", marks=pytest.mark.slow)])
+def test_signal_at_any_phase_loses_nothing(tmp_path, unbroken, when):
     flags = (*DIGITS, "--workdir", tmp_path)
     stopped = run_until(when, "SIGTERM", *flags)
     assert stopped.returncode == 143, stopped.stderr
@@ -57,7 +73,7 @@ def test_a_signal_at_any_phase_loses_nothing(tmp_path, unbroken, when):
     assert_same_run(tmp_path, unbroken)
 
 
-def test_a_finished_run_says_so_and_does_nothing(unbroken):
+def test_finished_run_does_nothing(unbroken):
     before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
     again = run(*DIGITS, "--workdir", unbroken)
     assert again.returncode == 0
@@ -66,13 +82,13 @@ def test_a_finished_run_says_so_and_does_nothing(unbroken):
     assert {path.name for path in before if before[path] != after[path]} <= {"config.json", "LOCK"}
 
 
-def test_every_step_is_written_once(unbroken):
+def test_every_step_is_recorded_once(unbroken):
     assert [row["step"] for row in rows(unbroken)] == list(range(1, 25))
     assert [row["step"] for row in rows(unbroken, "evaluations")] == [0, 8, 16, 24]
 
 
 @pytest.mark.slow
-def test_workers_may_change_between_two_runs_of_a_workdir(tmp_path, unbroken):
+def test_workers_may_change_on_resume(tmp_path, unbroken):
     flags = (*DIGITS, "--workdir", tmp_path)
     assert run_until("step:13", "SIGTERM", *flags, "--config.data.workers=1").returncode == 143
     assert run(*flags, "--config.data.threads=1").returncode == 0
@@ -80,7 +96,7 @@ def test_workers_may_change_between_two_runs_of_a_workdir(tmp_path, unbroken):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_eight_devices_goes_on_on_two_with_fsdp(tmp_path):
+def test_checkpoint_of_eight_devices_resumes_on_two_with_fsdp(tmp_path):
     wide = (*DIGITS, "--config.encoder.width=128", "--config.steps=14")  # so wide that fsdp splits something
     assert run(*wide, "--workdir", tmp_path / "one").returncode == 0
     flags = (*wide, "--workdir", tmp_path / "many")
@@ -94,59 +110,38 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_two_with_fsdp(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-2)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, unbroken):
-    flags = (*DIGITS, "--workdir", tmp_path)
-    assert run_until("step:13", "SIGTERM", *flags).returncode == 143
-    flip_a_bit(tmp_path / "checkpoints" / "13" / "params")
-    resumed = run(*flags)
+def test_damaged_checkpoint_is_set_aside_and_the_run_resumes_from_the_one_before(tmp_path, stopped, unbroken):
+    workdir = copy(stopped, tmp_path)
+    flip_a_bit(workdir / "checkpoints" / "13" / "params")
+    resumed = run(*DIGITS, "--workdir", workdir)
     assert resumed.stdout.startswith("resuming at step 10 of 24"), resumed.stderr
     assert "is damaged" in resumed.stderr
-    assert [path.name.split("-")[0] for path in (tmp_path / "damaged").iterdir()] == ["13"]
-    assert_same_run(tmp_path, unbroken)
+    assert [path.name.split("-")[0] for path in (workdir / "damaged").iterdir()] == ["13"]
+    assert_same_run(workdir, unbroken)
 
 
-def test_with_no_whole_checkpoint_the_run_is_refused(tmp_path):
-    flags = (*DIGITS, "--workdir", tmp_path)
-    assert run_until("step:7", "SIGTERM", *flags).returncode == 143
-    for step in ("5", "7"):
-        shutil.rmtree(tmp_path / "checkpoints" / step / "opt_state" / "d")
-    refused = run(*flags)
+def test_run_without_an_undamaged_checkpoint_is_refused(tmp_path, stopped):
+    workdir = copy(stopped, tmp_path)
+    for step in ("10", "13"):
+        shutil.rmtree(workdir / "checkpoints" / step / "opt_state" / "d")
+    refused = run(*DIGITS, "--workdir", workdir)
     assert refused.returncode == 5
     assert refused.stderr.splitlines()[-1].startswith("ERROR[checkpoint] all 2 checkpoints are damaged")
-    assert len(list((tmp_path / "damaged").iterdir())) == 2
+    assert len(list((workdir / "damaged").iterdir())) == 2
 
 
-def test_two_runs_cannot_share_a_workdir(tmp_path):
-    line, keywords = command(*DIGITS, "--config.steps=100000", "--workdir", tmp_path)
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **keywords) as first:
-        try:
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
-                time.sleep(0.2)
-            second = run(*DIGITS, "--config.steps=100000", "--workdir", tmp_path)
-        finally:
-            first.kill()
+def test_locked_workdir_is_refused(tmp_path):
+    with lock_folder(tmp_path):
+        second = run(*DIGITS, "--workdir", tmp_path)
     assert second.returncode == 75
-    assert second.stderr.startswith("ERROR[busy] workdir is in use")
-    assert f"pid {first.pid}" in second.stderr
+    assert second.stderr.splitlines()[-1].startswith("ERROR[busy]")
+    assert f"pid {os.getpid()}" in second.stderr
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_many_places_ends_with_the_same_bits(tmp_path, unbroken):
+def test_run_killed_at_many_places_ends_with_the_same_bits(tmp_path, unbroken):
     flags = (*DIGITS, "--workdir", tmp_path)
-    places = [
-        "evaluation:0",
-        "step:1",
-        "save:5",
-        "step:6",
-        "step:7",
-        "evaluation:8",
-        "save:10",
-        "step:11",
-        "step:12",
-        "save:15",
-    ]
-    places += ["evaluation:16", "step:19", "save:20", "step:22", "save:24", "evaluation:24"]
+    places = ["evaluation:0", "step:1", "save:5", "evaluation:8", "save:10", "step:12", "evaluation:16", "save:24"]
     for when in places:
         assert run_until(when, "SIGKILL", *flags).returncode == -signal.SIGKILL, when
     assert run(*flags).returncode == 0
