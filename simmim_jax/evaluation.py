@@ -84,21 +84,10 @@ def make_eval_inputs(subject: Subject) -> dict:
 def segmentation_inputs(subject: Subject, predict: Callable, shard: data.Shard) -> dict:
     """The inputs of the segmentation evaluator: whole images and their windows."""
     crop, maps = subject.crop, subject.label_maps
-    whole = data.SegmentationSet(
-        subject.heldout,
-        size=crop.image_size,
-        maps=maps,
-        channels=crop.channels,
-        interpolation=crop.interpolation,
-        limit=subject.limit,
-        threads=subject.loading.threads,
-        on_error=subject.loading.on_error,
-        max_bad_fraction=subject.loading.max_bad_fraction,
-        max_pixels=crop.max_pixels,
-    )
+    whole = data.SegmentationSet(subject.heldout, crop, maps, limit=subject.limit, loading=subject.loading)
     return {
         "whole": whole,
-        "most_bad": whole.most_bad,
+        "max_bad_images": whole.max_bad_images,
         "window": crop.image_size,
         "window_batch": subject.batch_size,
         "read_windows": make_windows_reader(predict, subject.batch_size, *shard),

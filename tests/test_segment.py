@@ -296,7 +296,7 @@ def test_an_evaluation_of_what_is_left_is_none_where_much_is_left_out(allowed):
     class Lacking:
         __len__, __iter__ = lambda self: 5, lambda self: pictures([(16, 16)] * 3)
 
-    run = make_evaluator("segmentation", eval_inputs(Lacking(), most_bad=allowed))
+    run = make_evaluator("segmentation", eval_inputs(Lacking(), max_bad_images=allowed))
     if allowed == 1:
         with pytest.raises(DataError, match="2 of 5 images to evaluate on cannot be used"):
             run(STATE)
@@ -451,7 +451,7 @@ def test_a_config_opens_its_images_with_maps(config):
     what, _ = train.batch_options(config)
     assert what.label_maps.fill == (124, 116, 104)
     supplied = train.segmentation_inputs(config, of_pixel, heldout, 0, 1)
-    assert (supplied["most_bad"], len(supplied["whole"])) == (1, 6)  # a hundredth, rounded up
+    assert (supplied["max_bad_images"], len(supplied["whole"])) == (1, 6)  # a hundredth, rounded up
     batch = train.abstract_batch(config)
     assert (batch["label_map"].shape, batch["label_map"].dtype) == ((16, 512, 512), np.uint8)
 

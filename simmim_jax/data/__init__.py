@@ -17,7 +17,8 @@ from simmim_jax.data.batches import (
     max_bad_images,
 )
 from simmim_jax.data.epoch import CenterCrop, Epoch, make_epoch
-from simmim_jax.data.label_maps import LabelMapSpec, SegmentationSet, check_maps
+from simmim_jax.data.label_maps import LabelMapSpec, check_maps
+from simmim_jax.data.segmentation_set import SegmentationSet
 from simmim_jax.data.sources import SOURCES, make_source, share_images
 from simmim_jax.data.sources.label_maps import make_label_map_source
 

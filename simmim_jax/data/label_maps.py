@@ -1,4 +1,4 @@
-"""Label maps: decoding, the random crop shared with the image, and whole images for evaluation.
+"""Label maps: decoding, and the random crop shared with the image.
 
 A map is an index PNG (or TIFF, BMP, GIF) of the size of its image. The value of a pixel is its class. Ignored pixels
 get the largest value of the dtype, and readers of batches ignore all values not below `num_classes`. A pair that
@@ -14,17 +14,14 @@ Shapes: h height, w width, c channels. Sizes are (height, width) in pixels.
 import contextlib
 import functools
 import io
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import UInt, UInt8
 from PIL import ExifTags, Image
 
 from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
-from simmim_jax.data.decode import MAX_PIXELS, TRANSPOSED, BadImage, Picture, leave_out
+from simmim_jax.data.decode import MAX_PIXELS, TRANSPOSED, BadImage, Picture
 from simmim_jax.data.transforms import resize
 from simmim_jax.errors import ConfigError, DataError, check_minimum
 
@@ -322,60 +319,3 @@ def distort_photometrically(image: UInt8[np.ndarray, "h w c"], rng: np.random.Ge
             colors[..., 0] += np.uint8(round(hue * 256 / 180) % 256)  # hue is a circle: uint8 wraps around
             image = np.asarray(Image.fromarray(colors, "HSV").convert("RGB"))
     return image if early else contrast(image)
-
-
-# --- evaluation: whole images
-
-
-class SegmentationSet:
-    """Each image of a source once, in order and uncropped, with its map. Can be iterated over repeatedly.
-
-    A record is {"image": uint8 [h, w, c], scaled as for training but not at random; "label_map": [y, x], of the size of
-    its file; "index": int}. A record without a map gets one without classes, of the size of the image. A bad image is
-    logged and left out, or raises DataError if `on_error` is "raise".
-
-    limit: number of images, evenly spread; 0 for all.
-    max_bad_fraction: fraction of these images that may be bad. `most_bad` is the number, rounded up; the caller checks
-      it, because it knows the bad images of all processes.
-    """
-
-    def __init__(
-        self, source, *, size: tuple[int, int], maps: LabelMapSpec, channels: int, interpolation: str = "bilinear",
-        limit: int = 0, threads: int = 2, on_error: str = "replace", max_bad_fraction: int | float = 1.0,
-        max_pixels: int = MAX_PIXELS,
-    ):  # fmt: skip
-        self.classes, self.count = source.classes, min(limit or len(source), len(source))
-        self.maps, self.most_bad = maps, math.ceil(max_bad_fraction * self.count)
-        self.threads = max(threads, 1)
-        self.load = functools.partial(
-            _load_whole, source=source, size=size, maps=maps, channels=channels, interpolation=interpolation,
-            max_pixels=max_pixels, skips=on_error == "replace", reported=set(),
-        )  # fmt: skip
-        self.total = len(source)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[dict]:
-        dataset = grain.MapDataset.range(self.count).map(lambda n: self.load(n * self.total // self.count))
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(self.threads, 2 * self.threads)))
-
-
-def _load_whole(
-    index: int, *, source, size, maps: LabelMapSpec, channels, interpolation, max_pixels, skips: bool, reported: set
-) -> dict | None:
-    try:
-        record = source[index]
-        if "map" in record:
-            picture, label_map = read_pair(record, maps, channels, max_pixels)
-        else:
-            picture = Picture(record["image"], channels, max_pixels)
-            label_map = np.full((picture.height, picture.width), maps.ignored, maps.dtype)
-        pixels = picture.read()
-    except (BadImage, OSError) as error:
-        leave_out(source, index, error, reported=reported, allowed=skips)
-        return None
-    factor = scale_factor(label_map.shape, size, maps.short_side)
-    scaled = tuple(max(1, round(side * factor)) for side in label_map.shape)
-    image = pixels if scaled == label_map.shape else resize(pixels, scaled, interpolation)
-    return {"image": image, "label_map": label_map, "index": index}

@@ -16,7 +16,7 @@ An entry of `EVALUATORS` declares the `eval_inputs` that it takes, out of these:
 and for segmentation:
 
     whole         the held-out images at full size, each with its label map
-    most_bad      the number of images in `whole` that may be unreadable; None: any
+    max_bad_images  the number of images in `whole` that may be unreadable; None: any
     window        (height, width) of the model's input
     window_batch  windows per batch
     read_windows  (params, windows) -> their logits
@@ -52,7 +52,7 @@ class Evaluator(NamedTuple):
 
 
 FEATURES = ("features",)
-WINDOWS = ("read_windows", "whole", "window", "window_batch", "fill", "folder", "classes", "most_bad")
+WINDOWS = ("read_windows", "whole", "window", "window_batch", "fill", "folder", "classes", "max_bad_images")
 EVALUATORS = {
     "accuracy": Evaluator(accuracy.make_accuracy, ("predict", "heldout"), ("label",)),
     "knn": Evaluator(knn.make_knn, FEATURES, ("label",), train_passes=1),

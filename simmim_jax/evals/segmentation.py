@@ -58,7 +58,7 @@ def make_segmentation(
     fill: UInt8[np.ndarray, " c"],
     folder: str,
     classes: tuple[str, ...] = (),
-    most_bad: int | None = None,
+    max_bad_images: int | None = None,
     step: int = 0,
     pictures: int = 8,
 ):
@@ -75,8 +75,8 @@ def make_segmentation(
     read_windows: (params, windows) -> logits, for up to `window_batch` windows of size `window`.
     whole: with a length; gives {"image" uint8 [y, x, c], "label_map" [h, w], "index"}, the index ascending. Images
         that one process lacks are left out by all.
-    most_bad: the number of images that may be left out; None: any. step: pixels from one window to the next, rounded to
-        whole logits; 0: two thirds of a window. pictures: images on the picture.
+    max_bad_images: the number of images that may be left out; None: any. step: pixels from one window to the next,
+        rounded to whole logits; 0: two thirds of a window. pictures: images on the picture.
 
     Raises DataError if more images are left out, and NonFiniteError.
     """
@@ -100,9 +100,10 @@ def make_segmentation(
                 shown.append((record["image"], record["label_map"], prediction))
             images += 1
         missing = len(whole) - images  # the same number in all processes
-        if most_bad is not None and missing > most_bad:
+        if max_bad_images is not None and missing > max_bad_images:
             what = f"{missing} of {len(whole)} images to evaluate on cannot be used: see the messages above"
-            raise DataError(what, f"at most {most_bad} may be left out", "fix them, or set max_bad_fraction higher")
+            where = f"at most {max_bad_images} may be left out"
+            raise DataError(what, where, "fix them, or set max_bad_fraction higher")
         if not counts.sum():
             raise DataError("no held-out pixel has a class", "config.data", "see the messages above")
         warn_absent(counts, classes)
