@@ -18,14 +18,13 @@ def main(argv: list[str]) -> None:
     if given.print_config:
         print(run_flags.describe_config(given.config, sys.argv, encoder_fields(given.config, given.workdir)))
         return
-    from simmim_jax.experiment import make_experiment  # late: mistakes on the command line need no JAX
+    from simmim_jax import experiment, train  # late: mistakes on the command line need no JAX
     from simmim_jax.runtime import compilation, processes
-    from simmim_jax.train import train
 
     compilation.enable_cache()
     processes.join(given.coordinator, given.processes, given.process, heartbeat=given.heartbeat)
     try:
-        train(make_experiment(given.config, given.workdir), given.workdir)
+        train.train(experiment.make_experiment(given.config, given.workdir), given.workdir)
     except Exception as error:
         if (user_error := processes.translate_error(error)) is error:
             raise
