@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, small enough for a test."""
+"""Small runs of the command line in their own processes."""
 
 import json
 import multiprocessing
@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
-# An epoch is 1437 // 128 = 11 steps: a run of 24 crosses two ends of one.
+# An epoch has 1437 // 128 = 11 steps, so a run of 24 crosses two ends of an epoch.
 DIGITS = (
     "--config=configs/digits_vit_tiny.py", "--config.encoder.width=32", "--config.encoder.depth=2",
     "--config.encoder.num_heads=2", "--config.probe_block=2",
@@ -24,17 +24,17 @@ DIGITS = (
 
 
 def command(*arguments, devices=1, script=("-m", "simmim_jax.main")):
-    """(arguments, keyword arguments) for subprocess: a run from the repository's root on so many simulated devices."""
+    """(arguments, keyword arguments) for subprocess: a run from the repository root on simulated devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return [sys.executable, *script, *map(str, arguments)], {"cwd": ROOT, "env": env, "text": True}
 
 
 def run(*arguments, timeout=600, file_limit=None, script=None, **options) -> subprocess.CompletedProcess:
-    """A run to its end; no file that it writes may grow beyond `file_limit` KiB.
+    """Run to the end. No file that it writes may grow beyond `file_limit` KiB.
 
-    Without a script of its own, and without workers, which start anew from the main module, it is a fork of a process
-    that has imported JAX and the package, in which no device has been asked for yet: three seconds less for each run.
+    If possible, the run is a fork of a process that has imported JAX and the package but used no device yet. This saves
+    three seconds. Data workers cannot start in a fork, because they import the main module.
     """
     if script is None and file_limit is None and not any("workers" in str(argument) for argument in arguments):
         return _run_forked([str(argument) for argument in arguments], timeout, **options)
@@ -70,7 +70,7 @@ def _main(arguments: list[str], devices: int, out: str, err: str) -> None:
 
 
 def run_until(when, signal_name, *arguments, **options) -> subprocess.CompletedProcess:
-    """A run that gets a signal at an exact place: see killed_run.py."""
+    """A run that gets a signal at an exact point: see killed_run.py."""
     return run(when, signal_name, *arguments, script=("tests/killed_run.py",), **options)
 
 
@@ -79,7 +79,7 @@ def rows(workdir, name="metrics") -> list[dict]:
 
 
 def arrays(workdir, step) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint, parameters and optimizer, by path."""
+    """All arrays of a checkpoint, parameters and optimizer, by path."""
     out = {}
     for item in ("params", "opt_state"):
         folder = Path(workdir).absolute() / "checkpoints" / str(step) / item
@@ -92,7 +92,7 @@ def arrays(workdir, step) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(workdir, unbroken, step=24) -> None:
-    """Parameters, moments, metrics and evaluations of two finished runs are equal to the bit."""
+    """Check that parameters, moments, metrics and evaluations of two finished runs are bit-identical."""
     ours, theirs = arrays(workdir, step), arrays(unbroken, step)
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
