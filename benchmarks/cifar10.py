@@ -1,22 +1,22 @@
-"""What a small ViT learns from CIFAR-10: ours, the ViT of `transformers` trained alike in PyTorch, and random weights.
+"""Results of a small ViT on CIFAR-10: ours, the ViT of `transformers` trained alike in PyTorch, and random weights.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/cifar10.py --images=DIR --runs=RUNS --out=benchmarks/results/DATE-DEVICE/cifar10.json
-    python benchmarks/cifar10.py peer --images=DIR --runs=RUNS --pretrain="--config.epochs=10"       # one stage alone
+    python benchmarks/cifar10.py peer --images=DIR --runs=RUNS --pretrain="--config.epochs=10"       # one stage
 
-DIR has train/<class>/ and test/<class>/; without --images TFDS's cifar10 is read. The stages, in this order unless some
-are named; every one goes on from where it was interrupted, when the same command is given again:
+DIR has train/<class>/ and test/<class>/. Without --images, TFDS's cifar10 is read. By default all stages run, in this
+order. Each resumes after an interruption when the same command is given again:
 
-    ours       pretrain by configs/cifar10_vit_tiny.py, in RUNS/ours (--ours: a run that is finished already)
-    peer       pretrain the peer by the same config, in RUNS/peer: see cifar10_peer.py
-    imported   RUNS/peer_imported: the peer's weights as a run of ours, by simmim_jax.tools.convert
-    random     RUNS/random: the parameters that `ours` began with
-    probe      linear probe, k-NN and few-shot of all three, by simmim_jax.tools.probe, in RUNS/probe_*
-    finetune   fine-tune all three alike by configs/cifar10_finetune.py, in RUNS/finetune_*
-    report     gather what is there: a JSON file, a picture of the curves beside it, tables on the console
+    ours       pretrain with configs/cifar10_vit_tiny.py in RUNS/ours (--ours: use this finished run instead)
+    peer       pretrain the peer with the same config in RUNS/peer: see cifar10_peer.py
+    imported   import the peer's weights as a run of ours into RUNS/peer_imported, with simmim_jax.tools.convert
+    random     write the initial parameters of `ours` to RUNS/random
+    probe      linear probe, k-NN and few-shot probes of all three in RUNS/probe_*, with simmim_jax.tools.probe
+    finetune   fine-tune all three with configs/cifar10_finetune.py in RUNS/finetune_*
+    report     write the available results to a JSON file and a picture of the curves, and print tables
 
---pretrain, --probe and --finetune hand flags on to the programs of these stages. Of several seeds, each in a folder of
-its own (--runs=RUNS_1 --pretrain=--config.seed=1, and so on), `report --runs=RUNS_1,RUNS_2` has mean ± deviation.
+--pretrain, --probe and --finetune pass flags to the programs of these stages. Run several seeds in their own folders
+(--runs=RUNS_1 --pretrain=--config.seed=1, and so on). `report --runs=RUNS_1,RUNS_2` then has mean ± standard deviation.
 """
 
 import argparse
@@ -40,22 +40,20 @@ from PIL import Image, ImageDraw, ImageFont
 from step import ROOT, describe, markdown
 
 sys.path.insert(0, str(ROOT))
-
-from simmim_jax import train
 from simmim_jax.config import refuse_change
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, choose, exit_with_message
+from simmim_jax.experiment import make_keys
 from simmim_jax.files import read_json, write_atomically
-from simmim_jax.models import make_encoder
-from simmim_jax.objectives import make_objective
-from simmim_jax.runs import checkpoint, pretrained
+from simmim_jax.runs import checkpoint
+from simmim_jax.runs.finished import load_run, make_run_objective
 from simmim_jax.runs.records import read_rows
 from simmim_jax.tools.probe.results import DECIDING, DECIDING_ALL
 from simmim_jax.tools.probe.subsets import spread
 
-ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # names of runs, and in tables
-COLOURS = {"random": "#7d8590", "ours": "#1f6feb", "peer": "#d9730d"}
-CURVE_EVERY = 10  # steps between the losses that `ours` writes down
-PROBES = {  # columns of the table: (method, images, which row of these) of simmim_jax.tools.probe
+ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # name of a run -> name in tables
+COLORS = {"random": "#7d8590", "ours": "#1f6feb", "peer": "#d9730d"}
+CURVE_EVERY = 10  # steps between two recorded losses of `ours`
+PROBES = {  # column of the table -> (method, images, kind of row) of simmim_jax.tools.probe
     "linear probe": ("linear", "all", "chosen"),
     "linear, paper's block": ("linear", "all", "paper"),
     "k-NN": ("knn", "all", "chosen"),
@@ -65,24 +63,24 @@ PROBES = {  # columns of the table: (method, images, which row of these) of simm
 NOT_RUN = "not yet run"
 
 
-def workdir_of(encoder: str, options: argparse.Namespace) -> Path:
-    """The run that holds an encoder's weights."""
+def workdir(encoder: str, options: argparse.Namespace) -> Path:
+    """The run with the weights of an encoder."""
     return {"ours": options.ours or options.runs / "ours", "peer": options.runs / "peer_imported"}.get(
         encoder, options.runs / encoder
     )
 
 
 def config_flags(name: str, options: argparse.Namespace) -> list[str]:
-    """--config of this file of configs/, and where its images are."""
+    """--config with this file of configs/, and the flag of its images."""
     if options.images:
         return [f"--config=configs/{name}.py:folder", f"--config.data.path={options.images}"]
     return [f"--config=configs/{name}.py"]
 
 
 def run(name: str, command: list, options: argparse.Namespace) -> None:
-    """Run a command to its end, and write what it was, where and when, to RUNS/records/NAME.json. Ends where it fails.
+    """Run a command to its end, and record it in RUNS/records/NAME.json. Exits if it fails.
 
-    A SIGTERM to this program goes to the command, which saves what it has.
+    A SIGTERM is forwarded to the command, so that it can save.
     """
     path = options.runs / "records" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,19 +94,19 @@ def run(name: str, command: list, options: argparse.Namespace) -> None:
     with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:
-            with contextlib.suppress(KeyboardInterrupt):  # which the command has got too
+            with contextlib.suppress(KeyboardInterrupt):  # the command gets it too
                 code = child.wait()
                 break
         signal.signal(signal.SIGTERM, before)
     attempts[-1] |= {"seconds": round(time.perf_counter() - begun, 1), "exit_code": code}
     write_atomically(path, json.dumps(attempts, indent=1) + "\n")
     if code:
-        print(f"benchmarks/cifar10.py: {name} ended with code {code}: what it said is above", file=sys.stderr)
+        print(f"benchmarks/cifar10.py: {name} ended with code {code}: see the lines above", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 
 def without_paths(text: str, options: argparse.Namespace) -> str:
-    """A command without what is of this machine alone."""
+    """A command without the paths of this machine."""
     names = {options.python: "python", sys.executable: "python", ROOT: ".", options.runs: "RUNS"}
     names |= {options.images: "IMAGES", options.ours: "RUNS/ours"}
     for path, name in sorted(names.items(), key=lambda item: -len(str(item[0]))):
@@ -129,7 +127,7 @@ def pretrain_peer(options: argparse.Namespace) -> None:
 
 
 def import_peer(options: argparse.Namespace) -> None:
-    target = workdir_of("peer", options)
+    target = workdir("peer", options)
     folder = options.runs / "peer" / "huggingface"
     if not folder.exists():
         raise CheckpointError("no finished run of the peer", str(folder.parent), "run the stage peer to its end")
@@ -137,30 +135,25 @@ def import_peer(options: argparse.Namespace) -> None:
 
 
 def draw_random(options: argparse.Namespace) -> None:
-    target = workdir_of("random", options)
-    if not checkpoint.has_steps(str(target)):  # in a process of its own: JAX would keep a GPU's memory here
-        run("random", [sys.executable, __file__, "draw", workdir_of("ours", options), target], options)
+    target = workdir("random", options)
+    if not checkpoint.has_steps(str(target)):  # in a new process: here JAX would keep GPU memory
+        run("random", [sys.executable, __file__, "draw", workdir("ours", options), target], options)
 
 
 def draw(run_of: str, workdir: str) -> None:
-    """Write the parameters that the run `run_of` began with as a run of their own."""
-    config = read_json(Path(run_of) / "config.json")
-    if not config:
-        raise CheckpointError("no run", run_of, "run the stage ours first, or give --ours=RUN")
-    encoder = make_encoder(**pretrained.architecture(config["encoder"]))
-    pixels = {name: tuple(config[name]) for name in ("image_size", "mean", "std")}
-    objective = make_objective(encoder=encoder, **pixels, **config["objective"])
-    init_key, _, _ = train.make_keys(config["seed"])
-    checkpoint.write_params(workdir, jax.jit(objective.init)(init_key), config)
+    """Write the initial parameters of the run `run_of` as a new run."""
+    run = load_run(run_of)
+    init_key = make_keys(run.config["seed"]).init
+    checkpoint.write_params(workdir, jax.jit(make_run_objective(run).init)(init_key), run.config)
 
 
 def each_encoder(name: str, command: Callable, options: argparse.Namespace) -> None:
-    """Run `command` (encoder's run, name of the new folder) for each encoder that is asked for."""
+    """Run `command(run of the encoder, new folder)` for each requested encoder."""
     for encoder in options.encoders:
-        source = workdir_of(encoder, options)
+        source = workdir(encoder, options)
         if not checkpoint.has_steps(str(source)):
             raise CheckpointError(
-                f"no weights of {encoder}", str(source), f"run the stages before {name}, or leave out --encoders"
+                f"no weights of {encoder}", str(source), f"run the stages before {name}, or give fewer --encoders"
             )
         run(f"{name}_{encoder}", command(source, options.runs / f"{name}_{encoder}"), options)
 
@@ -173,7 +166,7 @@ def probe(options: argparse.Namespace) -> None:
 
 def finetune(options: argparse.Namespace) -> None:
     program = [sys.executable, "-m", "simmim_jax.main", *config_flags("cifar10_finetune", options)]
-    program += ["--config.encoder.name="]  # each run's own: the peer's is another than the config's
+    program += ["--config.encoder.name="]  # use the encoder of each run: that of the peer differs from the config
     each_encoder(
         "finetune",
         lambda source, out: [*program, f"--config.init_from={source}", *options.finetune, f"--workdir={out}"],
@@ -181,44 +174,44 @@ def finetune(options: argparse.Namespace) -> None:
     )
 
 
-def pretraining_of(folder: Path) -> dict | None:
-    """What a pretraining run says of itself; None where it is not finished."""
+def read_pretraining(folder: Path) -> dict | None:
+    """Results of a pretraining run; None if it is not finished."""
     summary = read_json(folder / "summary.json")
     if not summary:
         return None
     names = ("step", "masked_loss", "images_per_second", "seconds", "parameters", "threads", "device", "describe")
-    told = {name: summary[name] for name in names if name in summary}
+    found = {name: summary[name] for name in names if name in summary}
     if versions := read_json(folder / "versions.json"):
-        told["versions"] = versions
-    return told | {"masked_loss_at_start": summary["start"].get("masked_loss")}
+        found["versions"] = versions
+    return found | {"masked_loss_at_start": summary["start"].get("masked_loss")}
 
 
-def losses_of(folder: Path) -> dict[int, dict]:
+def read_losses(folder: Path) -> dict[int, dict]:
     """The rows of metrics.jsonl by step."""
     return {row["step"]: row for row in read_rows(folder / "metrics.jsonl")}
 
 
 def compare(ours: Path, peer: Path) -> dict[str, list]:
-    """{"step", "ours", "peer"}: the losses at the steps that both runs have written down.
+    """{"step", "ours", "peer"}: the losses at the steps that both runs have recorded.
 
-    Raises ConfigError where their configs differ, and DataError where their batches did.
+    Raises ConfigError if their configs differ, and DataError if their batches differ.
     """
     first, second = (read_json(folder / "config.json") for folder in (ours, peer))
     if first and second:
         given = {name: value for name, value in second["encoder"].items() if value is not None}
         same = {name: value for name, value in first["encoder"].items() if name in given}
         refuse_change(first | {"encoder": same}, second | {"encoder": given}, str(peer))
-    rows = losses_of(ours), losses_of(peer)
+    rows = read_losses(ours), read_losses(peer)
     steps = sorted(rows[0].keys() & rows[1].keys())
     for step in steps:
         if rows[0][step]["samples"] != rows[1][step]["samples"]:
-            raise DataError(f"other images at step {step}", f"{ours} and {peer}", "run both with the same flags")
+            raise DataError(f"different images at step {step}", f"{ours} and {peer}", "run both with the same flags")
     curves = [[round(of_run[step]["loss"], 5) for step in steps] for of_run in rows]
     return {"step": steps, "ours": curves[0], "peer": curves[1]}
 
 
-def finetuning_of(folder: Path) -> dict | None:
-    """Accuracy of a finished fine-tuning, and how it rose; None where there is none."""
+def read_finetuning(folder: Path) -> dict | None:
+    """Accuracy and accuracy curve of a finished fine-tuning run; None if there is none."""
     summary = read_json(folder / "summary.json")
     if not summary:
         return None
@@ -227,31 +220,31 @@ def finetuning_of(folder: Path) -> dict | None:
     return {name: summary[name] for name in ("step", "top1", "top5", "images")} | {"curve": curve}
 
 
-def way_of(results: dict) -> dict:
-    """What decided a probe's results: options that name its images, those of each kind of probe, how many images."""
+def probe_settings(results: dict) -> dict:
+    """Settings that decide a probe's results: options of its images, of each kind of probe, and numbers of images."""
     options = results["options"]
     kinds = results["options_by_method"]
-    idle = {"run", "out", "only", "threads", "batch_size", *itertools.chain(*DECIDING.values())}
-    of_images = {name: value for name, value in options.items() if name not in {*idle, *DECIDING_ALL}}
+    irrelevant = {"run", "out", "only", "threads", "batch_size", *itertools.chain(*DECIDING.values())}
+    of_images = {name: value for name, value in options.items() if name not in {*irrelevant, *DECIDING_ALL}}
     return of_images | kinds | {"train_images": {row["images"]: row.get("train_images") for row in results["rows"]}}
 
 
 def check_same_budget(*several: argparse.Namespace) -> None:
-    """Raise ConfigError where two encoders were probed or fine-tuned in other ways, or `ours` before its last step.
+    """Raise ConfigError if encoders were probed or fine-tuned differently, or `ours` was probed before its last step.
 
-    several: the options of one --runs, or of some; of these the seeds of fine-tuning may differ.
+    several: the options for each folder of --runs. With several folders, the seeds of fine-tuning may differ.
     """
     probed, tuned = {}, {}
     free = {"encoder", "init_from"} | ({"seed"} if several[1:] else set())
     for options, encoder in itertools.product(several, ENCODERS):
         folder = options.runs / f"probe_{encoder}"
         if results := read_json(folder / "results.json"):
-            probed[folder] = way_of(results)
-            step = (pretraining_of(workdir_of("ours", options)) or {}).get("step", "an unfinished run")
+            probed[folder] = probe_settings(results)
+            step = (read_pretraining(workdir("ours", options)) or {}).get("step", "an unfinished run")
             if encoder == "ours" and results["step"] != step:
                 raise ConfigError(f"probed at step {results['step']} of {step}", str(folder), "run the stage probe")
         folder = options.runs / f"finetune_{encoder}"
-        if finetuning_of(folder):
+        if read_finetuning(folder):
             config = read_json(folder / "config.json")
             tuned[folder] = {k: v for k, v in config.items() if k not in free}
     for of_each in (probed, tuned):
@@ -261,17 +254,17 @@ def check_same_budget(*several: argparse.Namespace) -> None:
 
 
 def gather(options: argparse.Namespace) -> dict:
-    """All that is there of the stages, and None or nothing for what is not yet run."""
-    ours, peer = workdir_of("ours", options), options.runs / "peer"
-    pretraining = {"ours": pretraining_of(ours), "peer": pretraining_of(peer)}
+    """All results of the stages; None for results that are missing."""
+    ours, peer = workdir("ours", options), options.runs / "peer"
+    pretraining = {"ours": read_pretraining(ours), "peer": read_pretraining(peer)}
     rows = []
     for encoder in ENCODERS:
         loss = pretraining["ours" if encoder == "random" else encoder] or {}
         rows.append({
             "encoder": encoder,
             "masked_loss": loss.get("masked_loss_at_start" if encoder == "random" else "masked_loss"),
-            "probe": probes_of(options.runs / f"probe_{encoder}"),
-            "finetuned": finetuning_of(options.runs / f"finetune_{encoder}"),
+            "probe": read_probes(options.runs / f"probe_{encoder}"),
+            "finetuned": read_finetuning(options.runs / f"finetune_{encoder}"),
         })  # fmt: skip
     check_same_budget(options)
     config = read_json(ours / "config.json")
@@ -291,7 +284,8 @@ def gather(options: argparse.Namespace) -> dict:
 
 
 def gather_all(options: argparse.Namespace) -> dict:
-    """What `gather` finds in one folder; of several, {"seeds": that of each}. Raises ConfigError for unlike ones."""
+    """The result of `gather`; for several folders, {"seeds": their results}. Raises ConfigError if they are not
+    comparable."""
     each = [argparse.Namespace(**vars(options) | {"runs": runs}) for runs in options.folders]
     seeds = [gather(one) for one in each]
     if len(seeds) == 1:
@@ -299,62 +293,64 @@ def gather_all(options: argparse.Namespace) -> dict:
     check_same_budget(*each)
     configs = [found["pretraining_config"] for found in seeds]
     if len({config.get("seed") for config in configs}) < len(configs):
-        raise ConfigError("two pretraining runs of one seed", str(options.runs), "give each --config.seed of its own")
+        raise ConfigError(
+            "two pretraining runs with the same seed", str(options.runs), "give each its own --config.seed"
+        )
     for folder, config in zip(options.folders, configs, strict=True):
         refuse_change(configs[0] | {"seed": config.get("seed")}, config, str(folder))
     commands = [found.pop("command") for found in seeds]
     return {"command": functools.reduce(without_paths, each, commands[0]), **describe(), "seeds": seeds}
 
 
-def probes_of(folder: Path) -> list[dict]:
-    """The rows of a probe's results that its validation images chose, and those of the paper's block."""
+def read_probes(folder: Path) -> list[dict]:
+    """The rows of a probe's results that were chosen on validation images, and those of the paper's block."""
     rows = read_json(folder / "results.json").get("rows", [])
     return [row for row in rows if row["chosen"] or row["paper"]]
 
 
 def table(report: dict) -> str:
-    """The rows of a report as a Markdown table; benchmarks/README.md says what its columns mean."""
+    """The rows of a report as a Markdown table; benchmarks/README.md explains the columns."""
     lines = [["encoder", "masked loss", *PROBES, "fine-tuned"]]
     for rows in zip(*(each["rows"] for each in report.get("seeds", [report])), strict=True):
-        told = []
+        cells = []
         for method, images, which in PROBES.values():
             found = []
             for row in rows:
                 fitting = (r for r in row["probe"] if (r["method"], r["images"]) == (method, images) and r[which])
                 found.append(max(fitting, key=lambda r: r["validation_top1"] or 0.0, default=None))
-            told.append(accuracy_of(*found))
+            cells.append(format_accuracy(*found))
         losses = [row["masked_loss"] for row in rows]
-        loss = NOT_RUN if None in losses else mean_of(losses, ".3f")
-        lines.append([ENCODERS[rows[0]["encoder"]], loss, *told, accuracy_of(*(row["finetuned"] for row in rows))])
+        loss = NOT_RUN if None in losses else format_mean(losses, ".3f")
+        lines.append([ENCODERS[rows[0]["encoder"]], loss, *cells, format_accuracy(*(row["finetuned"] for row in rows))])
     return markdown(lines)
 
 
-def mean_of(values: list[float], form: str, deviation: float | None = None) -> str:
-    """The mean, and the values' deviation; of a single one `deviation`, where there is one."""
+def format_mean(values: list[float], form: str, deviation: float | None = None) -> str:
+    """Mean ± standard deviation; for a single value, `deviation` if there is one."""
     found = spread(values)
     deviation = deviation if found["std"] is None else found["std"]
     return f"{found['mean']:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
 
 
-def accuracy_of(*rows: dict | None) -> str:
-    """In percent, with the deviation over rows, or draws of a single one, and the blocks where there are such."""
+def format_accuracy(*rows: dict | None) -> str:
+    """Accuracy in percent, with the standard deviation over rows (for one row, over its draws), and the blocks."""
     if None in rows:
         return NOT_RUN
     if any(row["top1"] is None for row in rows):
         return "diverged"
     over_draws = rows[0].get("top1_std")
-    text = mean_of([100 * row["top1"] for row in rows], ".1f", None if over_draws is None else 100 * over_draws)
+    text = format_mean([100 * row["top1"] for row in rows], ".1f", None if over_draws is None else 100 * over_draws)
     blocks = {f"block {row['block']}" if row["block"] else "output" for row in rows if "block" in row}
     return text + (f" ({', '.join(sorted(blocks))})" if blocks else "")
 
 
 WIDTH, HEIGHT = 720, 440  # pixels of a panel
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 52, 52  # around its axes
-SHARPNESS = 3  # lines are drawn so much larger, and reduced: Pillow's are not smooth
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 52, 52  # margins of the axes in pixels
+SHARPNESS = 3  # supersampling factor: Pillow's lines are not antialiased
 
 
 class Curve(NamedTuple):
-    """name: empty for one that the legend leaves out."""
+    """A line. With an empty name, it is not in the legend."""
 
     name: str
     color: str
@@ -368,46 +364,46 @@ class Panel(NamedTuple):
     x_label: str
     y_label: str
     curves: list[Curve]
-    legend: str  # "upper" or "lower", at the right, where there are no curves
+    legend: str  # "upper" or "lower" right corner
 
 
 def running_mean(x: list[int], y: list[float], count: int) -> tuple[list[float], list[float]]:
-    """The mean of each `count` neighbors, in x and in y."""
+    """Moving average over `count` points, of x and of y."""
     kernel = np.full(count, 1 / count)
     return np.convolve(x, kernel, "valid").tolist(), np.convolve(y, kernel, "valid").tolist()
 
 
-def panels_of(report: dict) -> list[Panel]:
-    """The losses of both pretraining runs, and the accuracies of all fine-tuning runs, where there are any."""
+def make_panels(report: dict) -> list[Panel]:
+    """Panels with the losses of both pretraining runs and the accuracies of all fine-tuning runs, if any."""
     panels, losses = [], report["losses"]
     if len(losses["step"]) > 1:
         count = max(1, len(losses["step"]) // 40)
-        curves = [Curve("", faded(COLOURS[name]), losses["step"], losses[name], 1) for name in ("ours", "peer")]
+        curves = [Curve("", faded(COLORS[name]), losses["step"], losses[name], 1) for name in ("ours", "peer")]
         for name in ("ours", "peer"):
             x, y = running_mean(losses["step"], losses[name], count)
-            curves.append(Curve(f"{ENCODERS[name]}  {y[-1]:.3f}", COLOURS[name], x, y))
-        title = "pretraining: the same images, crops and masks at every step"
-        panels.append(Panel(title, "step", f"loss, and its mean over {count} of the steps drawn", curves, "upper"))
+            curves.append(Curve(f"{ENCODERS[name]}  {y[-1]:.3f}", COLORS[name], x, y))
+        title = "pretraining: same images, crops and masks at each step"
+        panels.append(Panel(title, "step", f"loss, and its moving average over {count} points", curves, "upper"))
     tuned = {row["encoder"]: row["finetuned"]["curve"] for row in report["rows"] if row["finetuned"]}
     curves = []
     for name, curve in tuned.items():
         if len(curve["step"]) > 1:
             percent = [100 * value for value in curve["top1"]]
-            curves.append(Curve(f"{ENCODERS[name]}  {percent[-1]:.1f}", COLOURS[name], curve["step"], percent))
+            curves.append(Curve(f"{ENCODERS[name]}  {percent[-1]:.1f}", COLORS[name], curve["step"], percent))
     if curves:
-        title = "fine-tuning: the same recipe and number of steps for all"
+        title = "fine-tuning: same recipe and number of steps"
         panels.append(Panel(title, "step", "top-1 of the test images, %", curves, "lower"))
     return panels
 
 
 def faded(color: str) -> str:
-    """The color, three quarters of the way to white."""
+    """The color, mixed with three parts of white."""
     channels = (int(color[n : n + 2], 16) for n in (1, 3, 5))
     return "#" + "".join(f"{round(255 - (255 - channel) * 0.25):02x}" for channel in channels)
 
 
-def ticks_of(low: float, high: float) -> list[float]:
-    """Round numbers, four to eight of them, that hold `low` and `high` between them."""
+def make_ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers that enclose `low` and `high`."""
     span = max(high - low, 1e-9)
     power = 10.0 ** np.floor(np.log10(span / 4))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if span / (factor * power) <= 6)
@@ -416,23 +412,24 @@ def ticks_of(low: float, high: float) -> list[float]:
 
 
 def draw_panels(panels: list[Panel]) -> Image.Image:
-    """The panels side by side."""
+    """Draw the panels side by side."""
     large = Image.new("RGB", (len(panels) * WIDTH * SHARPNESS, HEIGHT * SHARPNESS), "white")
     pen = ImageDraw.Draw(large)
     texts = [text for n, panel in enumerate(panels) for text in draw_panel(pen, panel, n * WIDTH)]
     sheet = large.resize((len(panels) * WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     pen = ImageDraw.Draw(sheet)
-    for place, text, anchor, size, color in texts:  # at the last size, at which they are hinted
+    for place, text, anchor, size, color in texts:  # at the final size, for sharp text
         pen.text(place, text, fill=color, font=ImageFont.load_default(size), anchor=anchor)
     return sheet
 
 
 def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tuple]:
-    """Draw a panel's lines, `offset` pixels from the left; returns its texts: (place, text, anchor, size, color)."""
+    """Draw the lines of a panel, `offset` pixels from the left; return its texts: (place, text, anchor, size,
+    color)."""
     left, right, top, bottom = offset + LEFT, offset + WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
-    x_ticks = ticks_of(0, max(x for curve in panel.curves for x in curve.x))
+    x_ticks = make_ticks(0, max(x for curve in panel.curves for x in curve.x))
     values = [y for curve in panel.curves for y in curve.y]
-    y_ticks = ticks_of(min(values), max(values))
+    y_ticks = make_ticks(min(values), max(values))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -464,12 +461,12 @@ def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tupl
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the JSON file of what is there, its picture beside it, and print the table."""
+    """Write the JSON file of all results and its picture, and print the table."""
     found = gather_all(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, json.dumps(found, indent=1) + "\n")
     print(table(found))
-    if panels := panels_of(found.get("seeds", [found])[0]):
+    if panels := make_panels(found.get("seeds", [found])[0]):
         picture = options.out.with_suffix(".png")
         draw_panels(panels).save(picture, optimize=True)
         print(f"\ncurves: {picture}")
@@ -485,12 +482,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options. Raises ConfigError."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"some of {', '.join(STAGES)} (default: all)")
-    runs = "folder of all runs; for report alone several, one of each seed, with commas between"
+    runs = "folder of all runs; for report, several folders separated by commas, one per seed"
     parser.add_argument("--runs", default="runs/cifar10_comparison", help=runs)
     parser.add_argument("--images", default="", help="folder with train/ and test/ (default: TFDS's cifar10)")
     parser.add_argument("--ours", type=Path, help="a finished run of configs/cifar10_vit_tiny.py")
-    parser.add_argument("--encoders", default=",".join(ENCODERS), help="for probe and finetune: some of these")
-    parser.add_argument("--python", default=sys.executable, help="that has torch and transformers, for the stage peer")
+    parser.add_argument("--encoders", default=",".join(ENCODERS), help="encoders for the stages probe and finetune")
+    parser.add_argument(
+        "--python", default=sys.executable, help="Python with torch and transformers, for the stage peer"
+    )
     parser.add_argument("--pretrain", type=shlex.split, default=[], help="flags of both pretraining runs")
     parser.add_argument("--probe", type=shlex.split, default=[], help="flags of simmim_jax.tools.probe")
     parser.add_argument("--finetune", type=shlex.split, default=[], help="flags of the fine-tuning runs")
@@ -505,7 +504,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.folders = [Path(folder).expanduser().resolve() for folder in options.runs.split(",")]
     options.runs = options.folders[0]
     if options.folders[1:] and (options.stages != ["report"] or options.ours):
-        raise ConfigError("several --runs", "command line", "give them to the stage report alone, without --ours")
+        raise ConfigError(
+            "several --runs", "command line", "several folders are only for the stage report, without --ours"
+        )
     options.ours = options.ours and options.ours.expanduser().resolve()
     options.out = (options.out or options.runs / "cifar10.json").expanduser().resolve()
     if options.images and not (Path(options.images) / "train").is_dir():

@@ -1,19 +1,18 @@
-"""SimMIM pretraining of the ViT of `transformers` in PyTorch, by a config of ours: the peer in benchmarks/cifar10.py.
+"""SimMIM pretraining of the ViT of `transformers` in PyTorch, with a config of ours: the peer in benchmarks/cifar10.py.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/cifar10_peer.py --config configs/cifar10_vit_tiny.py --workdir runs/cifar10_peer
 
-It takes the flags of `simmim_jax.main`. Run the same command again to go on after any interruption, a kill -9 too.
+It takes the flags of `simmim_jax.main`. Run the same command again to resume after any interruption, even kill -9.
 
-From our own code, called with the same config and seed, come at every step the images, their crops and their order, the
-masks, the learning rate, and which kinds of parameters decay. Depth, width, heads, patch, batch, AdamW, clipping, loss
-and precision are the config's too. The model is ViTForMaskedImageModeling as `transformers` has it and draws it: with a
-class token, learned positions and biases on queries, keys and values; without LayerScale, relative positions, and
-positions of sines and cosines.
+The images, crops and their order, the masks, the learning rate and the kinds of decayed parameters come from our code,
+with the same config and seed. Depth, width, heads, patch, batch, AdamW, clipping, loss and precision follow the config.
+The model is ViTForMaskedImageModeling with the initialization of `transformers`. It has a class token, learned
+positions and biases on queries, keys and values. It has no LayerScale, relative positions or sine-cosine positions.
 
-The workdir holds metrics.jsonl (each step's loss), evaluations.jsonl (the loss on held-out images, with the masks of
-our evaluations) and summary.json, all as our runs write them; checkpoint.pt, written atomically; and at the end
-`huggingface/`, which `python -m simmim_jax.tools.convert` imports.
+The workdir holds the files of our runs: metrics.jsonl (loss of each step), evaluations.jsonl (loss on held-out images
+under the masks of our evaluations) and summary.json. It also holds checkpoint.pt, which is written atomically, and at
+the end `huggingface/`, which `python -m simmim_jax.tools.convert` imports.
 """
 
 import importlib.util
@@ -26,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's threads, spinning, stall on a busy machine
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory; JAX draws masks alone
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's spinning threads stall on a busy machine
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU memory; JAX only draws masks
 
 import jax
 import numpy as np
@@ -35,32 +34,31 @@ from absl import app, flags, logging
 from step import CORES, ROOT, describe
 
 sys.path.insert(0, str(ROOT))
-from simmim_jax import data, train
+from simmim_jax import data
 from simmim_jax.config import refuse_change, to_dict
 from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, exit_with_message
-from simmim_jax.files import lock_folder, read_json
+from simmim_jax.experiment import make_experiment
+from simmim_jax.files import lock_folder, read_json, write_json
 from simmim_jax.flags import define_config_flag, parse_flags
 from simmim_jax.interop.folder import make_preprocessor_config
-from simmim_jax.models import make_encoder
-from simmim_jax.objectives import make_objective
 from simmim_jax.runs import checkpoint
-from simmim_jax.runs import records as run_records
+from simmim_jax.runs.records import Clock, Records, duration
 from simmim_jax.train_step import hash_samples
 
-SPARED = (
-    "bias",
-    "cls_token",
-    "position_embeddings",
-)  # ends of its parameters' names that spare weight decay, and norms
+NO_DECAY = ("bias", "cls_token", "position_embeddings")  # suffixes of parameters without weight decay, next to norms
 
 
 class Settings(NamedTuple):
-    """What the peer has of our run of a config.
+    """The part of our run that the peer shares.
 
-    model: arguments of ViTConfig. rates: the learning rate of each step. batches: a function of the first step. masks:
-    a function (batch, step) -> bool [b, i, j]. heldout: batches to evaluate on. heldout_masks: a function of such a
-    batch. evaluation_every: steps from one evaluation to the next, 0: none but at start and end. decays: whether a
-    parameter of this name there decays.
+    model: arguments of ViTConfig.
+    rates: learning rate of each step.
+    batches: first step -> iterator over batches.
+    masks: (batch, step) -> bool [b, i, j].
+    heldout: batches to evaluate on.
+    heldout_masks: batch -> bool [b, i, j].
+    evaluation_every: steps between two evaluations; 0: only at the start and the end.
+    decays: name of a parameter of the peer -> whether weight decay applies to it.
     """
 
     model: dict
@@ -74,61 +72,56 @@ class Settings(NamedTuple):
     decays: Callable[[str], bool]
 
 
-def settings_of(config) -> Settings:
-    """What a run of `config` in `simmim_jax` would have. Raises ConfigError for what the peer does not have."""
-    encoder = make_encoder(**train.resolve_encoder(config, ""))
+def make_settings(config) -> Settings:
+    """The settings of our run of `config`. Raises ConfigError for a feature that the peer does not have."""
+    experiment = make_experiment(config)
+    encoder = experiment.encoder
     check_peer_has(config, encoder)
-    objective = make_objective(
-        encoder=encoder, image_size=config.image_size, mean=config.mean, std=config.std, **config.objective
-    )
-    source, heldout_source = train.make_sources(config)
-    batch_spec, loading = train.batch_options(config)
-    steps, steps_per_epoch = train.run_length(config, len(source))
-    _, schedule = train.make_tx(config, encoder, steps, steps_per_epoch)
-    init_key, step_key, eval_key = train.make_keys(config.seed)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, init_key))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), experiment.state.params)
 
     @jax.jit
-    def masks(params, batch, key):  # XLA computes the masks alone, for which it needs no parameters
-        pixels = objective.predict(params, batch, key)["mask"]
+    def masks(params, batch, key):  # XLA keeps only the masks, which depend on no parameter
+        pixels = experiment.objective.predict(params, batch, key)["mask"]
         return pixels[:, :: encoder.token_stride, :: encoder.token_stride]
 
-    def masks_of(batch, key):
+    def make_masks(batch, key):
         return np.asarray(masks(zeros, {name: batch[name] for name in ("image", "label", "batch_index")}, key))
 
-    token_decays = config.optim.decay_mask_token
-    token_decays = "mask_token" in encoder.DECAYED_TOO if token_decays is None else token_decays
-    spared = SPARED if token_decays else (*SPARED, "mask_token")
+    no_decay = NO_DECAY if experiment.is_decayed("mask_token") else (*NO_DECAY, "mask_token")
     return Settings(
         model={
-            "hidden_size": encoder.width, "num_hidden_layers": encoder.depth, "num_attention_heads": encoder.num_heads,
-            "intermediate_size": int(encoder.width * encoder.mlp_ratio), "image_size": config.image_size[0],
-            "patch_size": encoder.patch_size, "encoder_stride": encoder.patch_size, "num_channels": len(config.mean),
+            "hidden_size": encoder.width,
+            "num_hidden_layers": encoder.depth,
+            "num_attention_heads": encoder.num_heads,
+            "intermediate_size": int(encoder.width * encoder.mlp_ratio),
+            "image_size": config.image_size[0],
+            "patch_size": encoder.patch_size,
+            "encoder_stride": encoder.patch_size,
+            "num_channels": len(config.mean),
             "layer_norm_eps": encoder.norm_epsilon,
         },
-        steps=steps,
-        rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps))).tolist(),
-        batches=lambda start: data.make_batches(source, batch_spec, start_step=start, loading=loading),
-        masks=lambda batch, step: masks_of(batch, jax.random.fold_in(step_key, step)),
+        steps=experiment.steps,
+        rates=np.asarray(jax.jit(jax.vmap(experiment.schedule))(np.arange(experiment.steps))).tolist(),
+        batches=lambda start: data.make_batches(
+            experiment.source, experiment.batches, start_step=start, loading=experiment.loading
+        ),
+        masks=lambda batch, step: make_masks(batch, jax.random.fold_in(experiment.keys.step, step)),
         heldout=data.make_epoch(
-            heldout_source,
-            data.CenterCrop(
-                image_size=config.image_size, channels=len(config.mean), crop_fraction=config.data.crop_fraction,
-                interpolation=config.data.interpolation, max_pixels=config.data.max_pixels,
-            ),
-            batch_size=config.eval_batch_size, limit=config.eval_images, loading=loading._replace(max_bad_fraction=1.0),
+            experiment.heldout,
+            experiment.evals.crop,
+            batch_size=experiment.evals.batch_size,
+            limit=experiment.evals.images,
+            loading=experiment.loading._replace(max_bad_fraction=1.0),
         ),
-        heldout_masks=lambda batch: masks_of(batch, eval_key),
-        evaluation_every=train.evaluation_period(
-            config, {"reconstruction": {}}, steps, len(source), len(heldout_source)
-        ),
-        decays=lambda name: not name.endswith(spared) and "norm" not in name,
-    )  # fmt: skip
+        heldout_masks=lambda batch: make_masks(batch, experiment.keys.eval),
+        evaluation_every=experiment.evals.every,
+        decays=lambda name: not name.endswith(no_decay) and "norm" not in name,
+    )
 
 
 def check_peer_has(config, encoder) -> None:
-    """Raise ConfigError for a setting that the peer does not have."""
-    wanted = {
+    """Raise ConfigError for a feature that the peer does not have."""
+    expected = {
         "encoder.name": (type(encoder).__name__, "ViT"), "encoder.drop_path": (encoder.drop_path, 0.0),
         "objective.name": (config.objective.name, "simmim"), "objective.norm_window": (config.objective.norm_window, 0),
         "optim.name": (config.optim.name, "adamw"), "optim.layer_decay": (config.optim.layer_decay, 1.0),
@@ -137,19 +130,20 @@ def check_peer_has(config, encoder) -> None:
         "init_from": (config.init_from, ""), "ema_decay": (config.ema_decay, 0.0),
         "image_size": (tuple(config.image_size), (config.image_size[0],) * 2),
     }  # fmt: skip
-    for name, (given, there) in wanted.items():
-        if given != there:
-            raise ConfigError(f"the peer has no {name}={given!r}", name, f"give {there!r}")
+    for name, (given, supported) in expected.items():
+        if given != supported:
+            raise ConfigError(f"the peer has no {name}={given!r}", name, f"give {supported!r}")
 
 
 def make_model(config, settings: Settings, device: str) -> tuple:
-    """The model as `transformers` draws it, and AdamW with a group of parameters that decay and one of the others."""
+    """(model with the initialization of `transformers`, AdamW with one group of decayed and one of other
+    parameters)."""
     import torch
     import transformers
 
     torch.manual_seed(config.seed)
-    there = transformers.ViTConfig(**settings.model, attn_implementation="sdpa")
-    model = transformers.ViTForMaskedImageModeling(there).to(device)
+    model_config = transformers.ViTConfig(**settings.model, attn_implementation="sdpa")
+    model = transformers.ViTForMaskedImageModeling(model_config).to(device)
     groups = []
     for decays, weight_decay in ((True, config.optim.weight_decay), (False, 0.0)):
         parameters = [x for name, x in model.named_parameters() if settings.decays(name) == decays]
@@ -159,14 +153,14 @@ def make_model(config, settings: Settings, device: str) -> tuple:
 
 
 def pretrain(config, workdir: str) -> dict:
-    """Pretrain the peer in `workdir`, from where an earlier run of it stopped; returns what summary.json holds.
+    """Pretrain the peer in `workdir`, or resume there; return the content of summary.json.
 
-    Raises UserError of the kinds that our own runs raise, and Preempted after SIGTERM or SIGINT, with the state saved.
+    Raises the same UserErrors as our own runs, and Preempted after SIGTERM or SIGINT, with the state saved.
     """
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         raise ConfigError(f"no {' and '.join(missing)}", "Python", "pip install -r benchmarks/requirements.txt")
-    settings = settings_of(config)
+    settings = make_settings(config)
     import torch
 
     folder = Path(workdir)
@@ -175,7 +169,7 @@ def pretrain(config, workdir: str) -> dict:
         saved = read_json(folder / "config.json")
         if saved and (folder / "checkpoint.pt").exists():
             refuse_change(saved, to_dict(config), workdir)
-        run_records.write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        write_json(folder / "config.json", to_dict(config))
         summary = read_json(folder / "summary.json")
         if summary.get("step") == settings.steps:
             print(f"nothing to do: {workdir} is finished, {settings.steps} of {settings.steps} steps")
@@ -210,13 +204,13 @@ def pretrain(config, workdir: str) -> dict:
 
         start = step = restore(folder, model, optimizer, partial(torch.load, weights_only=True, map_location=device))
         save = partial(save_atomically, folder, model, optimizer, torch.save)
-        records = run_records.Records(workdir, step)
+        records = Records(workdir, step)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
             f"{'resuming at' if start else 'starting'} step {start} of {settings.steps} in {workdir}: batch "
             f"{config.batch_size}, {parameters / 1e6:.2f} M parameters, {device}, {torch.get_num_threads()} threads"
         )
-        batches, clock, saved_step = settings.batches(start), run_records.Clock(), start
+        batches, clock, saved_step = settings.batches(start), Clock(), start
         every = settings.evaluation_every
         model.train()
         while True:
@@ -230,7 +224,7 @@ def pretrain(config, workdir: str) -> dict:
                 raise Preempted(stop.number, saved_step)
             if due and step not in records.evaluations:
                 with clock.measure("evaluation"):
-                    records.write_evaluation(step, evaluate(), {})
+                    records.write_evaluation(step, evaluate())
                 print(f"evaluation at step {step}: {records.evaluations[step]}", flush=True)
             if step == settings.steps:
                 break
@@ -253,7 +247,7 @@ def pretrain(config, workdir: str) -> dict:
             records.write_metrics(step, row | {"samples": f"{samples:08x}"}, {})
             if step % config.log_every == 0 or step in (1, settings.steps):
                 rate = (step - start) * config.batch_size / (clock.seconds["step"] + clock.seconds["data"])
-                left = records.duration((settings.steps - step) * config.batch_size / rate)
+                left = duration((settings.steps - step) * config.batch_size / rate)
                 line = f"step {step}/{settings.steps}  loss {row['loss']:.4f}  {rate:.0f} images/s  ETA {left}"
                 print(line, flush=True)
 
@@ -263,26 +257,26 @@ def pretrain(config, workdir: str) -> dict:
         pixels = make_preprocessor_config(
             tuple(config.image_size), tuple(config.mean), tuple(config.std), config.data.interpolation
         )
-        (folder / "huggingface" / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
+        write_json(folder / "huggingface" / "preprocessor_config.json", pixels)
         busy = max(clock.seconds["step"] + clock.seconds["data"], 1e-9)
         summary = {
             "step": step, **evaluations[1], "start": evaluations[0], "parameters": parameters,
             "images_per_second": round((step - start) * config.batch_size / busy, 1), "seconds": clock.summary(),
             "threads": torch.get_num_threads(), "device": device, "describe": describe(),
         }  # fmt: skip
-        run_records.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(folder / "summary.json", summary)
         return summary
 
 
 def save_atomically(folder: Path, model, optimizer, write: Callable, step: int) -> None:
-    """`checkpoint.pt` of `folder` is all of this step's state, or what it was before."""
+    """Replace `checkpoint.pt` of `folder` by the complete state of this step, atomically."""
     partial_file = folder / ".checkpoint.pt.partial"
     write({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial_file)
     partial_file.replace(folder / "checkpoint.pt")
 
 
 def restore(folder: Path, model, optimizer, read: Callable) -> int:
-    """Put what `save_atomically` has written into model and optimizer; returns its step, 0 where there is nothing."""
+    """Load what `save_atomically` has written into model and optimizer; return its step, or 0 if there is nothing."""
     if not (folder / "checkpoint.pt").exists():
         return 0
     saved = read(folder / "checkpoint.pt")

@@ -1,12 +1,12 @@
-"""Time to the first step by the depth of a ViT, with its blocks one after another and scanned over.
+"""Time to the first step by the depth of a ViT, with and without scan over its blocks.
 
     python benchmarks/compile_time.py --out=compile_time.json
     python benchmarks/compile_time.py --models=vit_ti --batch=2 --image=32 --depths=2,4 --rounds=1      # a quick try
 
-Every measurement is a fresh process without a cache of compiled programs, which makes what a run makes, on the devices
-that are here: the state, compiled and drawn; the step, compiled; and the first step. They take turns, one at a time, in
-an order that every round reverses. A ratio is the median over the rounds of the quotients within a round: of each depth
-to the least one.
+Each measurement is a fresh process without a compilation cache. As a run does, it compiles and computes the initial
+state, compiles the step, and takes the first step, on the devices of this machine. The processes run one at a time, in
+an order that each round reverses. A ratio is the median over the rounds of (seconds of a depth / seconds of the
+smallest depth in the same round).
 """
 
 import argparse
@@ -25,7 +25,7 @@ PHASES = ("build", "init", "compile", "first step")
 
 
 def serve(spec: dict) -> dict:
-    """The seconds of each phase, in a process that has done nothing before."""
+    """Seconds of each phase, in a fresh process."""
     begun, phases = time.perf_counter(), {}
 
     def phase(name: str) -> None:
@@ -34,50 +34,50 @@ def serve(spec: dict) -> dict:
     import jax
     import numpy as np
 
-    from simmim_jax import train
     from simmim_jax.config import pretrain_config
+    from simmim_jax.experiment import compile_train_step, make_experiment, make_state, to_device
+    from simmim_jax.runtime.sharding import replicated
 
     phase("import")
     config = pretrain_config()
     config.image_size, config.batch_size, config.steps = (spec["image"],) * 2, spec["batch"], 100
     config.encoder.size, config.encoder.depth, config.encoder.scan = spec["size"], spec["depth"], spec["scan"]
     config.encoder.dtype = spec["dtype"]
-    built = train.build(config, config.steps, 1)
+    experiment = make_experiment(config, images=spec["batch"])
     phase("build")
-    places = jax.tree.map(lambda x: x.sharding, built["abstract"])
-    state = jax.block_until_ready(jax.jit(built["make_state"], out_shardings=places)())
+    state = jax.block_until_ready(make_state(experiment))
     phase("init")
-    step = train.compile_to_measure(config, built, config.steps, 1)
+    step = compile_train_step(experiment)
     phase("compile")
-    batch = {name: np.zeros(x.shape, x.dtype) for name, x in train.abstract_batch(config).items()}
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in experiment.batches.arrays().items()}
     batch["batch_index"] = np.arange(spec["batch"], dtype=np.int32)
-    key = jax.device_put(built["key"], jax.sharding.NamedSharding(built["mesh"], jax.sharding.PartitionSpec()))
-    jax.block_until_ready(step(state, train.to_device(batch, built["mesh"], tuple(batch)), key))
+    key = jax.device_put(experiment.keys.step, replicated(experiment.mesh))
+    jax.block_until_ready(step(state, to_device(batch, 0, experiment.mesh), key))
     phase("first step")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"phases": phases, "device": device, "seconds": sum(phases[name] for name in PHASES)}
 
 
 def measure(spec: dict) -> dict:
-    """What `serve` gives in a process of its own. Ends the program where it fails."""
+    """Run `serve` in a new process. Exits if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     command = [sys.executable, __file__, "--serve", json.dumps(spec)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         model = f"{spec['model']} of depth {spec['depth']}"
-        raise SystemExit(f"benchmarks/compile_time.py: {model}: the line above says why")
+        raise SystemExit(f"benchmarks/compile_time.py: {model} failed: see the line above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def summarize(rounds: list[list[dict]], specs: list[dict]) -> list[dict]:
-    """A row of each spec: medians over the rounds, and its quotients to the least depth of the same kind in a round."""
+    """A row for each spec: medians over the rounds, and ratios to the smallest depth of the same kind in each round."""
     rows = []
     for n, spec in enumerate(specs):
         same = {name: value for name, value in spec.items() if name != "depth"}
         alike = [m for m, other in enumerate(specs) if {k: v for k, v in other.items() if k != "depth"} == same]
-        least = min(alike, key=lambda m: specs[m]["depth"])
-        ratios = [each[n]["seconds"] / each[least]["seconds"] for each in rounds]
+        smallest = min(alike, key=lambda m: specs[m]["depth"])
+        ratios = [each[n]["seconds"] / each[smallest]["seconds"] for each in rounds]
         own = [each[n] for each in rounds]
         rows.append({
             **spec,
@@ -91,13 +91,13 @@ def summarize(rounds: list[list[dict]], specs: list[dict]) -> list[dict]:
 
 
 def table(report: dict) -> str:
-    """The rows of a report as a Markdown table; benchmarks/README.md says what its columns mean."""
-    lines = [["model", "scan", "depth", *(f"{name} s" for name in PHASES), "all s", "x least", "least-most"]]
+    """The rows of a report as a Markdown table; benchmarks/README.md explains the columns."""
+    lines = [["model", "scan", "depth", *(f"{name} s" for name in PHASES), "all s", "x smallest", "min-max"]]
     for row in report["rows"]:
-        least, ratio, most = (f"{quotient:.2f}" for quotient in row["times_least"])
+        low, ratio, high = (f"{quotient:.2f}" for quotient in row["times_least"])
         lines.append([
             row["model"], "on" if row["scan"] else "off", str(row["depth"]),
-            *(f"{row['phases'][name]:.2f}" for name in PHASES), f"{row['seconds']:.2f}", ratio, f"{least}-{most}",
+            *(f"{row['phases'][name]:.2f}" for name in PHASES), f"{row['seconds']:.2f}", ratio, f"{low}-{high}",
         ])  # fmt: skip
     return markdown(lines)
 
@@ -108,16 +108,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--depths", default="12,24,48")
     parser.add_argument("--scan", default="off,on")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=2, help="images a step: this is about compiling")
+    parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--image", type=int, default=224, help="side in pixels, a multiple of 32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     for model in options.models.split(","):
         if family_and_size(model)[0] != "vit":
-            parser.exit(2, f"no model {model!r}: the depth of a ViT alone is one number; give like vit_s\n")
+            parser.exit(2, f"no model {model!r}: give sizes of the ViT, like vit_s\n")
     if unknown := set(options.scan.split(",")).difference(("on", "off")):
-        parser.exit(2, f"--scan={','.join(sorted(unknown))}: give off,on or one of them\n")
+        parser.exit(2, f"--scan={','.join(sorted(unknown))}: give off, on or off,on\n")
     if not all(depth.isdigit() and int(depth) for depth in options.depths.split(",")) or options.rounds < 1:
         parser.exit(2, "give --depths and --rounds above 0, like --depths=12,24\n")
 

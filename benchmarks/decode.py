@@ -1,15 +1,15 @@
-"""Milliseconds of one core that a photograph costs: to decode, to crop and resize, and in each part of ours.
+"""CPU time of a photograph on one core: to decode, to crop and resize, and in each part of our pipeline.
 
     pip install -r requirements.txt
     pip install opencv-python-headless==5.0.0.93 imagecodecs==2026.3.6 kornia-rs==0.2.0 av==18.1.0      # the others
     python benchmarks/decode.py --path=PHOTOGRAPHS --shards-path=SHARDS --out=decode.json
     python benchmarks/decode.py --path=PHOTOGRAPHS --images=32 --rounds=2                               # a quick try
 
-There are three tables: decoders, from a JPEG's bytes to RGB; filters, from decoded pixels to 224 x 224 of a random
-crop; and the parts of `simmim_jax.data`, from a record to what a batch is made of. In each, every row does all
-photographs, one after another, in an order that every round reverses; the first round is thrown away. A ratio is the
-median over the rounds of the quotients within a round, because machines drift. What is counted is the CPU time of this
-process, which is pinned to one core. Pixels are compared with Pillow's before that.
+There are three tables: decoders (from JPEG bytes to RGB), filters (from decoded pixels to a random crop of 224 x 224),
+and the parts of `simmim_jax.data` (from a record to an image of a batch). Each row processes all photographs, in an
+order that each round reverses. The first round is discarded. A ratio is the median over the rounds of the ratios within
+a round, because machines drift. The times are CPU time of this process, which is pinned to one core. Before that,
+pixels are compared with Pillow's.
 """
 
 import argparse
@@ -43,44 +43,45 @@ PACKAGES = (
     "numpy", "pillow", "simplejpeg", "cykooz_resizer", "opencv_python_headless", "imagecodecs", "kornia_rs", "av",
 )  # fmt: skip
 HALF = "Pillow, at a half (draft)"
-COMPARED = {"simplejpeg, at a half": HALF, HALF: HALF}  # rows whose pixels are compared with other than the first's
+COMPARED = {"simplejpeg, at a half": HALF, HALF: HALF}  # reference rows other than the first
 
 
 class Photograph(NamedTuple):
-    """A photograph at every stage, so that each row finds what it begins with."""
+    """A photograph at every stage, as input of the rows."""
 
-    index: int  # in its source
+    index: int  # in the source
     name: str
     content: bytes
     picture: Picture
     box: tuple[int, int, int, int]  # left, top, right, bottom
     pixels: np.ndarray
     pillow: Image.Image
-    read: tuple[np.ndarray, tuple]  # what ours decodes for this box, perhaps at a fraction, and the box in it
+    read: tuple[np.ndarray, tuple]  # our decoded pixels for this box, perhaps at reduced size, and the box in them
     resized: np.ndarray
 
 
 def prepare(source, count: int, size: tuple[int, int]) -> list[Photograph]:
-    """So many photographs, spread evenly over the source (its first records may be of one class), each with its box."""
-    photographs, there = [], len(source)
-    for index in (n * there // min(count, there) for n in range(min(count, there))):
+    """`count` photographs with their boxes, evenly spread over the source, because its first records may be of one
+    class."""
+    photographs, count = [], min(count, len(source))
+    for index in (n * len(source) // count for n in range(count)):
         content, name = source[index]["image"], source.name(index)
         try:
             if not isinstance(content, bytes) or not content.startswith(b"\xff\xd8"):
-                raise BadImage("is no JPEG")
+                raise BadImage("is not a JPEG")
             picture = Picture(content, 3, MAX_PIXELS)
             pixels = picture.read()
             box = transforms._random_box(np.random.default_rng(index), picture.width, picture.height, SCALE, RATIO)
             read = transforms._read(picture, box, size, "bilinear")
         except BadImage as error:
-            raise DataError(f"{name!r} {error}", source.describe(), "give a folder of sound JPEGs") from error
+            raise DataError(f"{name!r} {error}", source.describe(), "give a folder of undamaged JPEGs") from error
         pillow, resized = Image.fromarray(pixels), cut_and_resize(*read, size)
         photographs.append(Photograph(index, name, content, picture, box, pixels, pillow, read, resized))
     return photographs
 
 
 def cut_and_resize(pixels: np.ndarray, box: tuple, size: tuple[int, int]) -> np.ndarray:
-    """The last half of `transforms.random_resized_crop`; a test holds the two together."""
+    """The second half of `transforms.random_resized_crop`. A test checks that they agree."""
     left, top, right, bottom = box
     rows, columns = slice(math.floor(top), math.ceil(bottom)), slice(math.floor(left), math.ceil(right))
     box = left - columns.start, top - rows.start, right - columns.start, bottom - rows.start
@@ -88,7 +89,7 @@ def cut_and_resize(pixels: np.ndarray, box: tuple, size: tuple[int, int]) -> np.
 
 
 def decoders() -> dict[str, Callable]:
-    """From bytes to RGB where the library puts it: Pillow's rows end in Pillow's images, which its crop takes."""
+    """From bytes to RGB, in the form of the library: Pillow's rows end in Pillow images, as its crop needs them."""
 
     def pillow(one, half=False):
         image = Image.open(io.BytesIO(one.content))
@@ -104,7 +105,7 @@ def decoders() -> dict[str, Callable]:
     def kornia():
         return import_module("kornia_rs").io
 
-    def three(pixels):  # channels, also of a gray photograph
+    def to_rgb(pixels):  # gray photographs have one channel
         return pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2)
 
     def pyav(one):
@@ -119,8 +120,8 @@ def decoders() -> dict[str, Callable]:
 
     def at_a_half(one):
         height, width = simplejpeg.decode_jpeg_header(one.content)[:2]
-        least = {"min_height": -(-height // 2), "min_width": -(-width // 2)}
-        return simplejpeg.decode_jpeg(one.content, "RGB", min_factor=2, **least)
+        minimum = {"min_height": -(-height // 2), "min_width": -(-width // 2)}
+        return simplejpeg.decode_jpeg(one.content, "RGB", min_factor=2, **minimum)
 
     return {
         "Pillow": pillow,
@@ -128,7 +129,7 @@ def decoders() -> dict[str, Callable]:
         "OpenCV": opencv,
         "imagecodecs": lambda one: import_module("imagecodecs").jpeg8_decode(one.content, outcolorspace="RGB"),
         "kornia-rs, libjpeg-turbo": lambda one: kornia().decode_image_jpegturbo(one.content, "rgb"),
-        "kornia-rs": lambda one: three(kornia().decode_image_jpeg(one.content)),
+        "kornia-rs": lambda one: to_rgb(kornia().decode_image_jpeg(one.content)),
         "PyAV": pyav,
         "simplejpeg, fastdct and fastupsample": fast,
         HALF: lambda one: pillow(one, half=True),
@@ -137,8 +138,8 @@ def decoders() -> dict[str, Callable]:
 
 
 def filters(size: tuple[int, int]) -> dict[str, Callable]:
-    """From decoded pixels, as the library holds them, to an array of this size."""
-    resizer, bilinear, turned = Resizer(), Image.Resampling.BILINEAR, size[::-1]
+    """From decoded pixels, in the form of the library, to an array of this size."""
+    resizer, bilinear, width_height = Resizer(), Image.Resampling.BILINEAR, size[::-1]
 
     def cut(one):
         left, top, right, bottom = one.box
@@ -153,11 +154,11 @@ def filters(size: tuple[int, int]) -> dict[str, Callable]:
 
     def opencv(one, filter):
         cv2 = import_module("cv2")
-        return cv2.resize(cut(one), turned, interpolation=getattr(cv2, filter))
+        return cv2.resize(cut(one), width_height, interpolation=getattr(cv2, filter))
 
     return {
-        "Pillow, crop and resize": lambda one: np.asarray(one.pillow.crop(one.box).resize(turned, bilinear)),
-        "Pillow, resize(box=)": lambda one: np.asarray(one.pillow.resize(turned, bilinear, box=one.box)),
+        "Pillow, crop and resize": lambda one: np.asarray(one.pillow.crop(one.box).resize(width_height, bilinear)),
+        "Pillow, resize(box=)": lambda one: np.asarray(one.pillow.resize(width_height, bilinear, box=one.box)),
         "cykooz_resizer, across then down (ours)": lambda one: cut_and_resize(one.pixels, one.box, size),
         "cykooz_resizer, one call": in_one_call,
         "OpenCV, INTER_AREA": lambda one: opencv(one, "INTER_AREA"),
@@ -166,7 +167,7 @@ def filters(size: tuple[int, int]) -> dict[str, Callable]:
 
 
 def parts(source, size: tuple[int, int]) -> dict[str, Callable]:
-    """What `simmim_jax.data` does with a record, first all of it."""
+    """The parts of `simmim_jax.data` that process a record. The first row is all of it."""
     rng = np.random.default_rng(0)
 
     def whole(one):
@@ -186,20 +187,20 @@ def parts(source, size: tuple[int, int]) -> dict[str, Callable]:
 
 
 def difference(own: Callable, reference: Callable, photographs: list[Photograph]) -> dict:
-    """Over all values of all photographs, on the scale of 0 to 255: the largest, the mean, the share that differs."""
-    largest = total = differ = count = 0
+    """Max and mean difference, 0..255, and fraction of different values, over all values of all photographs."""
+    greatest = total = differ = count = 0
     for one in photographs:
         pixels, wanted = np.asarray(own(one)), np.asarray(reference(one))
         if pixels.shape != wanted.shape:
-            raise ValueError(f"gives {list(pixels.shape)} where the reference has {list(wanted.shape)}")
+            raise ValueError(f"has shape {list(pixels.shape)}, the reference {list(wanted.shape)}")
         apart = np.abs(pixels.astype(np.int16) - wanted)
-        largest, count = max(largest, int(apart.max())), count + apart.size
+        greatest, count = max(greatest, int(apart.max())), count + apart.size
         total, differ = total + int(apart.sum(dtype=np.int64)), differ + int((apart > 0).sum())
-    return {"largest": largest, "mean": total / count, "share_that_differs": differ / count}
+    return {"greatest": greatest, "mean": total / count, "share_that_differs": differ / count}
 
 
 def measure(rows: dict[str, Callable], photographs: list[Photograph], rounds: int) -> list[dict]:
-    """A row of each: milliseconds of CPU for a photograph, and their quotients by the first row's of the same round."""
+    """For each row, CPU milliseconds per photograph, and the ratio to the first row in the same round."""
     found = {name: [] for name in rows}
     for order in in_turns(list(rows), rounds + 1):
         for name in order:
@@ -218,42 +219,40 @@ def measure(rows: dict[str, Callable], photographs: list[Photograph], rounds: in
 
 
 def spread(values: list[float]) -> list[float]:
-    """Least, median, largest."""
+    """[min, median, max]."""
     return [min(values), statistics.median(values), max(values)]
 
 
 def compare(rows: dict[str, Callable], photographs: list[Photograph], rounds: int) -> tuple[list[dict], dict[str, str]]:
-    """What `measure` gives, with the difference from the reference's pixels; and what is missing, with the reason."""
+    """(rows of `measure` with the difference from the reference, missing rows with the reason)."""
     differences, missing = {}, {}
     for name, function in rows.items():
         try:
             differences[name] = difference(function, rows[COMPARED.get(name, next(iter(rows)))], photographs)
-        except Exception as error:  # not installed, another version, or photographs that it does not take
+        except Exception as error:  # not installed, another version, or unsupported photographs
             missing[name] = " ".join(str(error).split())[:200] or type(error).__name__
     there = {name: function for name, function in rows.items() if name in differences}
     return [row | differences[row["row"]] for row in measure(there, photographs, rounds)], missing
 
 
 def tables(report: dict) -> list[str]:
-    """What was measured as Markdown tables; benchmarks/README.md says what their columns mean."""
+    """The results as Markdown tables; benchmarks/README.md explains the columns."""
     return [table(title, rows) for title, rows in report["tables"].items()]
 
 
 def table(title: str, rows: list[dict]) -> str:
-    compared = "largest" in rows[0]
-    lines = [
-        [title, "ms", "x Pillow's", "largest", "mean", "differ"] if compared else [title, "ms", "of the whole"]
-    ]
+    compared = "greatest" in rows[0]
+    lines = [[title, "ms", "x Pillow", "max", "mean", "differ"] if compared else [title, "ms", "of the whole"]]
     for row in rows:
         lines.append([row["row"], span(row["milliseconds"], 3), span(row["times_first"], 2)])
         if compared:
-            lines[-1] += [str(row["largest"]), f"{row['mean']:.3f}", f"{row['share_that_differs']:.2%}"]
+            lines[-1] += [str(row["greatest"]), f"{row['mean']:.3f}", f"{row['share_that_differs']:.2%}"]
     return markdown(lines)
 
 
 def span(values: list[float], digits: int) -> str:
-    least, median, largest = (f"{value:.{digits}f}" for value in values)
-    return f"{median} ({least}-{largest})"
+    low, median, high = (f"{value:.{digits}f}" for value in values)
+    return f"{median} ({low}-{high})"
 
 
 def versions() -> dict:
@@ -263,23 +262,25 @@ def versions() -> dict:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", required=True, help="photographs: JPEGs in folders of classes")
-    parser.add_argument("--shards-path", default="", help="what simmim_jax.tools.prepare made of them")
-    parser.add_argument("--images", type=int, default=256, help="photographs, at most: they are held in memory")
-    parser.add_argument("--image", type=int, default=224, help="side in pixels, after the crop")
-    parser.add_argument("--rounds", type=int, default=5, help="that count; one more is thrown away")
+    parser.add_argument("--path", required=True, help="photographs: JPEGs in class folders")
+    parser.add_argument("--shards-path", default="", help="shards of them from simmim_jax.tools.prepare")
+    parser.add_argument(
+        "--images", type=int, default=256, help="maximum number of photographs, which are held in memory"
+    )
+    parser.add_argument("--image", type=int, default=224, help="side of the crop in pixels")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more is discarded")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if not hasattr(os, "sched_setaffinity"):
-        parser.exit(2, "no sched_setaffinity here: run it on Linux, where a process can be pinned to a core\n")
+        parser.exit(2, "no sched_setaffinity: run it on Linux\n")
     if min(options.rounds, options.images, options.image) < 1:
-        parser.exit(2, "--rounds, --images and --image are from 1 on\n")
+        parser.exit(2, "give --rounds, --images and --image of at least 1\n")
     for flag, path in (("path", options.path), ("shards-path", options.shards_path)):
         if (path or flag == "path") and not os.path.isdir(path):
             parser.exit(2, f"--{flag}={path} is not a folder\n")
 
     core = max(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {core})  # before libraries count the cores to size their pools of threads
+    os.sched_setaffinity(0, {core})  # before libraries size their thread pools
     changed = run_text("git", "status", "--porcelain", "simmim_jax", "benchmarks/decode.py").splitlines()
     report = {"command": " ".join(["python benchmarks/decode.py", *arguments]), **describe(), "changed": changed}
     del report["gpu"]

@@ -1,4 +1,4 @@
-"""Images/s of the input pipeline alone, beside PyTorch's DataLoader and tf.data, on the same few cores.
+"""Images/s of the input pipeline, compared with PyTorch's DataLoader and tf.data on the same cores.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python -m simmim_jax.tools.prepare --help          # makes the shards of --shards-path
@@ -6,18 +6,18 @@
     python benchmarks/input.py --path=PHOTOGRAPHS --peer=none --rounds=2 --seconds=1 --max-difference
     python benchmarks/input.py --path=PHOTOGRAPHS --sweep
 
-Every side reads the same files and makes batches of random crops (0.67 to 1 of the area, 224 x 224) that are mirrored
-half of the time, endlessly:
+Each side reads the same files and makes endless batches of random crops (0.67 to 1 of the area, 224 x 224), flipped
+with probability 0.5:
 
-    ours, photographs   simmim_jax.data.make_batches from the folder, with workers, threads and prefetch as given
-    ours, shards        the same from what simmim_jax.tools.prepare made of it
-    torch, N workers    DataLoader with SimMIM's transform and masks, as its data_simmim.py has them
+    ours, photographs   simmim_jax.data.make_batches from the folder, with the given workers, threads and prefetch
+    ours, shards        the same from the shards of simmim_jax.tools.prepare
+    torch, N workers    DataLoader with the transform and masks of SimMIM's data_simmim.py
     tf                  tf.data: decode_and_crop_jpeg, bilinear; "tf, antialiased" with antialias=True
 
-Each side is a process of its own, with what workers it starts, pinned to the same cores. They measure in turns, one at
-a time, in an order that every round reverses. A side whose turn it is not is stopped (SIGSTOP, workers too), which is
-checked: one that used the CPU meanwhile ends the run. A turn begins with batches that are thrown away, those that lay
-ready among them. A ratio is the median over the rounds of the quotients within a round, because machines drift.
+Each side is its own process with its own workers, pinned to the same cores. The sides measure one at a time, in an
+order that each round reverses. The others are stopped with SIGSTOP, including their workers. If a stopped side used the
+CPU, the run ends. A turn begins by discarding batches, including those that were ready. A ratio is the median over the
+rounds of the ratios within a round, because machines drift.
 """
 
 import argparse
@@ -42,31 +42,30 @@ from step import ROOT, describe, run_text
 from step import ask as ask_side
 
 SCALE, RATIO, FLIP = (0.67, 1.0), (3 / 4, 4 / 3), 0.5
-BLOCK, HIDDEN, PATCH = 32, 0.6, 16  # of the masks that PyTorch's side makes: pixels, fraction, pixels
+BLOCK, HIDDEN, PATCH = 32, 0.6, 16  # masks of the PyTorch side: pixels, fraction, pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ask = functools.partial(ask_side, program="benchmarks/input.py")  # what a side is asked, and answers
+ask = functools.partial(ask_side, program="benchmarks/input.py")  # send a request to a side; returns its reply
 SETTINGS = ("workers", "threads", "prefetch")
 SWEEP = {"workers": (0, 1, 2), "threads": (1, 2, 4), "prefetch": (2, 4)}
-GOALS = (  # of issue 4: our side, the peer, the least ratio
+GOALS = (  # (our side, peer, minimum ratio)
     ("ours, photographs", "torch", 2.5),
     ("ours, shards", "torch", 5.0),
     ("ours, photographs", "tf", 1.0),
     ("ours, shards", "tf", 1.0),
 )
-PEERS = ("torch", "tf", "tf, antialiased")  # that a row of ours is compared with; of torch's the best number of workers
+PEERS = ("torch", "tf", "tf, antialiased")  # compared with our rows; torch with its best number of workers
 PACKAGES = (
     "numpy", "pillow", "grain", "array_record", "simplejpeg", "cykooz_resizer", "torch", "torchvision",
     "tensorflow-cpu", "tensorflow",
 )  # fmt: skip
-IDLE = 0.05  # seconds of CPU that a stopped side may seem to have used: the kernel counts in hundredths
+IDLE = 0.05  # CPU seconds that a stopped side may appear to use: the kernel counts in hundredths
 
 
-# A side is (batches, images, settings): an endless iterator over arrays of images, how many images there are, and what
-# there is to know of how it runs.
+# A side is (batches, images, settings): an endless iterator over arrays of images, the number of images, its settings.
 
 
 def ours(path: str, source: str, batch: int, image: int, settings: dict, **_) -> tuple:
-    """`simmim_jax`, with the settings given, and a config's own where they are None."""
+    """`simmim_jax` with these settings. None means the default of a config."""
     from simmim_jax import data
     from simmim_jax.config import base_config
 
@@ -80,12 +79,12 @@ def ours(path: str, source: str, batch: int, image: int, settings: dict, **_) ->
 
 
 def torch_side(path: str, batch: int, image: int, workers: int, torchvision: str, **_) -> tuple:
-    """The loader of SimMIM's data_simmim.py, but for one process, and shuffled without an end."""
+    """The loader of SimMIM's data_simmim.py for one process, with an endless shuffled sampler."""
     import torch
 
     sys.path += [torchvision] if torchvision else []
-    # PyPI's torchvision is built for CUDA. Beside a torch without it, it fails where it describes its own operators,
-    # which no transform uses: leave that out.
+    # PyPI's torchvision is built for CUDA. With a torch without CUDA, it fails while it registers its own operators. No
+    # transform uses them, so skip the registration.
     register = torch.library.register_fake
     nothing = lambda function: function  # noqa: E731
     torch.library.register_fake = lambda operator, *args, **kwargs: (
@@ -115,7 +114,7 @@ def torch_side(path: str, batch: int, image: int, workers: int, torchvision: str
 
 
 def tf_side(path: str, batch: int, image: int, antialias: bool, cores: list[int], **_) -> tuple:
-    """tf.data as its guides have it: decode the crop alone, as much in parallel as it finds best on so many threads."""
+    """tf.data as in its guides: decode only the crop, with AUTOTUNE on one thread per core."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(len(cores))
@@ -145,8 +144,8 @@ def tf_side(path: str, batch: int, image: int, antialias: bool, cores: list[int]
 MAKERS = {"ours": ours, "torch": torch_side, "tf": tf_side}
 
 
-def greatest_difference(path: str, image: int) -> dict:
-    """Our pixels against Pillow's crop and bilinear resize of the same boxes, one box of each photograph."""
+def max_difference(path: str, image: int) -> dict:
+    """Compare our pixels with Pillow's crop and bilinear resize of the same boxes, one box per photograph."""
     from PIL import Image, ImageOps
 
     from simmim_jax.data import make_source, transforms
@@ -163,17 +162,17 @@ def greatest_difference(path: str, image: int) -> dict:
         theirs = upright.crop(box).resize(size, Image.Resampling.BILINEAR)
         apart = np.abs(own.astype(int) - np.asarray(theirs))
         found.append((int(apart.max()), float(apart.mean()), float((apart > 0).mean()), source.name(i)))
-    largest, _, _, name = max(found)
+    greatest, _, _, name = max(found)
     mean, share = (statistics.fmean(column) for column in list(zip(*found, strict=True))[1:3])
-    return {"images": len(found), "largest": largest, "in": name, "mean": mean, "share_that_differs": share}
+    return {"images": len(found), "greatest": greatest, "in": name, "mean": mean, "share_that_differs": share}
 
 
 def serve() -> None:
-    """A side's process: the first line of JSON says what to make, the others ask for a turn each."""
+    """The process of a side. Reads JSON lines: first what to build, then one request per turn."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to stderr
+    os.dup2(2, 1)  # output of libraries goes to stderr
     spec, begun = json.loads(sys.stdin.readline()), time.perf_counter()
-    os.sched_setaffinity(0, spec["cores"])  # before libraries count the cores to size their pools of threads
+    os.sched_setaffinity(0, spec["cores"])  # before libraries size their thread pools
     try:
         batches, images, settings = MAKERS[spec["kind"]](**spec)
         first = next(batches)
@@ -181,7 +180,7 @@ def serve() -> None:
         replies.write(json.dumps({"missing": str(error)}) + "\n")
         return
     except Exception as error:
-        # what the user can mend is one line; a fault of this program or of a library has a traceback, and no reply
+        # a user error is one line; any other error is a traceback without a reply
         if getattr(error, "kind", "") in ("config", "data") or isinstance(error, OSError):
             replies.write(json.dumps({"error": " ".join(str(error).split())}) + "\n")
             return
@@ -194,18 +193,18 @@ def serve() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if question.pop("ask") == "difference":
-            answer = greatest_difference(spec["path"], spec["image"])
+            answer = max_difference(spec["path"], spec["image"])
         else:
             answer = turn(batches, spec["batch"], **question)
         replies.write(json.dumps(answer) + "\n")
     if spec["kind"] == "tf":
-        os._exit(0)  # TensorFlow 2.21 at times waits for ever when an iterator that is at work is taken down
+        os._exit(0)  # TensorFlow 2.21 sometimes hangs when it destroys a running iterator
 
 
 def turn(batches: Iterator, batch: int, seconds: float, warm: float) -> dict:
-    """The rate from the arrival of one batch to that of another, after `warm` seconds of batches thrown away.
+    """The rate between the arrivals of two batches, after `warm` seconds of discarded batches.
 
-    A batch that lay ready is taken in milliseconds, so those that did are gone long before `warm` is over.
+    Batches that were ready take milliseconds, so they are gone long before `warm` is over.
     """
     begun, discarded = time.perf_counter(), 0
     while not discarded or time.perf_counter() - begun < warm:
@@ -219,7 +218,7 @@ def turn(batches: Iterator, batch: int, seconds: float, warm: float) -> dict:
 
 
 def versions() -> dict:
-    """Of Python, and of the packages that this process has imported."""
+    """Versions of Python and of the packages that this process has imported."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -229,13 +228,14 @@ def versions() -> dict:
 
 
 def start(spec: dict, python: str) -> tuple[subprocess.Popen | None, dict]:
-    """A side's process, and what it says after its first batch; no process where what a peer needs is missing.
+    """(process of a side, its facts after the first batch). The process is None if a package of a peer is missing.
 
-    It leads a process group, to be stopped with its workers. If this program dies, the kernel wakes and ends the group.
+    The process leads a process group, so that it can be stopped with its workers. If this program dies, the kernel ends
+    the group.
     """
     environment = {"OMP_WAIT_POLICY": "passive", "TF_CPP_MIN_LOG_LEVEL": "2"} | dict(os.environ)
     environment |= {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}  # TensorFlow and grain's JAX would take them
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}  # keep TensorFlow and grain's JAX off the GPU
     command, pipes = [python, __file__, "--serve"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     begun = time.perf_counter()
     try:
@@ -256,7 +256,7 @@ def start(spec: dict, python: str) -> tuple[subprocess.Popen | None, dict]:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a side, its workers with it: it ends by itself, or else by force."""
+    """End a side and its workers, by force if necessary."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGCONT)
     with contextlib.suppress(BrokenPipeError):
@@ -264,17 +264,17 @@ def end(process: subprocess.Popen) -> None:
     try:
         process.wait(timeout=10)
     except subprocess.TimeoutExpired:
-        print(f"benchmarks/input.py: side {process.pid} does not end by itself, and is killed", file=sys.stderr)
+        print(f"benchmarks/input.py: side {process.pid} does not exit and is killed", file=sys.stderr)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def family(pid: int) -> dict[int, tuple[str, float]]:
-    """A process and its descendants, in whatever group: the state of each, and the seconds of CPU that it has used."""
+    """State and CPU seconds of a process and all its descendants, in any process group."""
     known = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended just now
+        with contextlib.suppress(OSError):  # it has just ended
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             known[int(folder.name)] = int(fields[1]), (fields[0], used)
@@ -286,12 +286,12 @@ def family(pid: int) -> dict[int, tuple[str, float]]:
 
 
 def pause(process: subprocess.Popen) -> float:
-    """Stop a side with all of its workers; the seconds of CPU that they have used until then."""
+    """Stop a side and its workers; return the CPU seconds that they have used."""
     os.killpg(process.pid, signal.SIGSTOP)
     deadline = time.monotonic() + 5
     while awake := [pid for pid, (state, _) in family(process.pid).items() if state not in "TZX"]:
         if time.monotonic() > deadline:
-            raise SystemExit(f"benchmarks/input.py: process {awake[0]} of a side does not stop for the others' turns")
+            raise SystemExit(f"benchmarks/input.py: process {awake[0]} of a side does not stop")
         time.sleep(0.01)
     return used_by(process)
 
@@ -301,32 +301,32 @@ def used_by(process: subprocess.Popen) -> float:
 
 
 def resume(process: subprocess.Popen, used_before: float) -> None:
-    """Let a side go on, that must have used no CPU since it was stopped."""
+    """Continue a stopped side. Exits if it has used the CPU since it was stopped."""
     used = used_by(process) - used_before
     if used > IDLE:
-        raise SystemExit(f"benchmarks/input.py: a side that was stopped used {used:.2f} s of CPU: nothing here is true")
+        raise SystemExit(f"benchmarks/input.py: a stopped side used {used:.2f} s of CPU: the measurement is invalid")
     os.killpg(process.pid, signal.SIGCONT)
 
 
 def in_turns(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """The order of each round: that of the one before, reversed."""
+    """The order of each round, which reverses the order of the round before."""
     for number in range(rounds):
         yield names[::-1] if number % 2 else names
 
 
 def measure(specs: dict[str, dict], pythons: dict[str, str], options) -> tuple[dict, dict, dict]:
-    """Rounds and facts of each side, which all live from beginning to end; and what is missing, with the reason."""
+    """(rounds, facts, missing) of the sides, which all run from start to end. missing: side -> reason."""
     processes, facts, used, missing = {}, {}, {}, {}
     rounds = {name: [] for name in specs}
     try:
         for name, spec in specs.items():
             if spec["kind"] in missing:
                 continue
-            process, said = start(spec, pythons.get(spec["kind"], sys.executable))
+            process, reply = start(spec, pythons.get(spec["kind"], sys.executable))
             if process is None:
-                missing[spec["kind"]] = said["missing"]
+                missing[spec["kind"]] = reply["missing"]
                 continue
-            processes[name], facts[name] = process, said
+            processes[name], facts[name] = process, reply
             used[name] = pause(process)
         check_same_images(specs, facts)
         for order in in_turns(list(processes), options.rounds + 1):
@@ -345,15 +345,15 @@ def measure(specs: dict[str, dict], pythons: dict[str, str], options) -> tuple[d
 
 
 def check_same_images(specs: dict[str, dict], facts: dict[str, dict]) -> None:
-    """Refuse sides that read different files, for they are not to be compared."""
+    """Exit if sides read different numbers of images."""
     counts = {name: facts[name]["images"] for name, spec in specs.items() if name in facts and not spec["prepared"]}
     if len(set(counts.values())) > 1:
         each = "; ".join(f"{name}: {count}" for name, count in counts.items())
-        raise SystemExit(f"benchmarks/input.py: not the same images for all ({each}): give JPEGs in folders of classes")
+        raise SystemExit(f"benchmarks/input.py: the sides read different images ({each}): give JPEGs in class folders")
 
 
 def measure_sweep(specs: dict[str, dict], options) -> tuple[dict, dict]:
-    """Rounds and facts of each of our settings, which live for one turn at a time: all at once fill the memory."""
+    """(rounds, facts) of each of our settings. Each runs for one turn at a time: all at once would fill the memory."""
     rounds, facts = {name: [] for name in specs}, {}
     for number, order in enumerate(in_turns(list(specs), options.rounds + 1)):
         for name in order:
@@ -367,7 +367,7 @@ def measure_sweep(specs: dict[str, dict], options) -> tuple[dict, dict]:
 
 
 def best(rounds: dict[str, list[dict]], names: list[str]) -> str | None:
-    """Of these sides the one with the highest median rate."""
+    """The side with the highest median rate."""
     there = [name for name in names if name in rounds]
     return max(there, key=lambda name: median_rate(rounds[name]), default=None)
 
@@ -377,13 +377,13 @@ def median_rate(rounds: list[dict]) -> float:
 
 
 def quotients(own: list[dict], other: list[dict]) -> list[float]:
-    """Least, median and largest of the quotients of the rates in the same round."""
+    """[min, median, max] of the ratios of the rates in the same round."""
     of_rounds = [a["images_per_second"] / b["images_per_second"] for a, b in zip(own, other, strict=True)]
     return [min(of_rounds), statistics.median(of_rounds), max(of_rounds)]
 
 
 def summarize(rounds: dict[str, list[dict]], facts: dict, cores: int) -> list[dict]:
-    """A row of each side: medians over the rounds, and, of ours, ratios to the peers."""
+    """A row for each side: medians over the rounds, and ratios to the peers for our sides."""
     peers = {"torch": best(rounds, [name for name in rounds if name.startswith("torch")])}
     peers |= {name: best(rounds, [name]) for name in PEERS[1:]}
     rows = []
@@ -399,7 +399,7 @@ def summarize(rounds: dict[str, list[dict]], facts: dict, cores: int) -> list[di
 
 
 def summarize_sweep(rounds: dict[str, list[dict]], facts: dict, sources: dict[str, str]) -> list[dict]:
-    """A row of each setting, the best of each source first."""
+    """A row for each setting, the best of each source first."""
     rows = []
     for source in dict.fromkeys(sources.values()):
         names = [name for name in rounds if sources[name] == source]
@@ -413,7 +413,7 @@ def summarize_sweep(rounds: dict[str, list[dict]], facts: dict, sources: dict[st
 
 
 def tables(report: dict) -> list[str]:
-    """What was measured as Markdown tables; benchmarks/README.md says what their columns mean."""
+    """The results as Markdown tables; benchmarks/README.md explains the columns."""
     found = []
     if report.get("rows"):
         found += [table(report["rows"]), goals_table(report["rows"])]
@@ -429,14 +429,14 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         rates = [f"{row[name]:.0f}" for name in ("images_per_second", "images_per_second_per_core")]
         times = [span(row["times"].get(peer)) for peer in PEERS]
-        lines.append([said(row), *rates, *times, f"{row['cores_busy']:.2f}", f"{row['start_seconds']:.1f}"])
+        lines.append([side_name(row), *rates, *times, f"{row['cores_busy']:.2f}", f"{row['start_seconds']:.1f}"])
     return markdown(lines)
 
 
 def goals_table(rows: list[dict]) -> str:
-    """The goals of the sides that were measured, missed ones too."""
+    """All goals, whether reached, missed or not measured."""
     times = {row["side"]: row["times"] for row in rows}
-    lines = [["goal", "wanted", "measured", "reached"]]
+    lines = [["goal", "minimum", "measured", "reached"]]
     for side, peer, wanted in GOALS:
         found = times.get(side, {}).get(peer)
         reached = "not measured" if not found else "yes" if found[1] >= wanted else "no"
@@ -457,16 +457,16 @@ def sweep_table(rows: list[dict]) -> str:
 
 def difference_table(found: dict) -> str:
     numbers = [
-        str(found["largest"]),
+        str(found["greatest"]),
         f"{found['mean']:.3f}",
         f"{found['share_that_differs']:.2%}",
         str(found["images"]),
     ]
-    return markdown([["largest difference", "mean", "values that differ", "images"], numbers])
+    return markdown([["max difference", "mean", "values that differ", "images"], numbers])
 
 
-def said(row: dict) -> str:
-    """A side's name, ours with its settings."""
+def side_name(row: dict) -> str:
+    """The name of a side, with its settings if it is ours."""
     settings = [str(row["settings"][name]) for name in SETTINGS] if row["side"].startswith("ours") else []
     return row["side"] + (f" ({'/'.join(settings)})" if settings else "")
 
@@ -482,7 +482,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def make_specs(options, cores: list[int]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """What each side is to make, by its name: ours, and the peers."""
+    """(our sides, peers): the spec of each side by name."""
     shared = {"cores": cores, "batch": options.batch, "image": options.image, "path": options.path, "prepared": False}
     settings = {name: getattr(options, name) for name in SETTINGS}
     mine = {"ours, photographs": {**shared, "kind": "ours", "source": "folder", "settings": settings}}
@@ -501,7 +501,7 @@ def make_specs(options, cores: list[int]) -> tuple[dict[str, dict], dict[str, di
 
 
 def make_sweep(mine: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
-    """Each of our sides in each setting, by name; and the source of each name."""
+    """(spec of each of our sides in each setting by name, source of each name)."""
     specs, sources = {}, {}
     for side, values in itertools.product(mine, itertools.product(*SWEEP.values())):
         name = f"{side} {'/'.join(map(str, values))}"
@@ -512,35 +512,37 @@ def make_sweep(mine: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", required=True, help="photographs: JPEGs in folders of classes")
-    parser.add_argument("--shards-path", default="", help="what simmim_jax.tools.prepare made of them")
-    parser.add_argument("--peer", default="torch,tf", help="some of torch,tf; or none")
-    parser.add_argument("--torchvision", default="", help="folder in which torchvision was installed by itself")
-    parser.add_argument("--tf-python", default=sys.executable, help="the Python that has TensorFlow")
-    parser.add_argument("--cores", type=int, default=2, help="for each side")
+    parser.add_argument("--path", required=True, help="photographs: JPEGs in class folders")
+    parser.add_argument("--shards-path", default="", help="shards of them from simmim_jax.tools.prepare")
+    parser.add_argument("--peer", default="torch,tf", help="torch, tf, torch,tf or none")
+    parser.add_argument("--torchvision", default="", help="folder in which torchvision was installed separately")
+    parser.add_argument("--tf-python", default=sys.executable, help="Python with TensorFlow")
+    parser.add_argument("--cores", type=int, default=2, help="cores of each side")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image", type=int, default=224, help="side in pixels")
     for name in SETTINGS:
-        helped = "one for each core" if name == "workers" else "a config's default"
-        parser.add_argument(f"--{name}", type=int, help=f"of ours; {helped} if not given")
-    parser.add_argument("--rounds", type=int, default=5, help="that count; one more is thrown away")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of batches by each side in a round")
-    parser.add_argument("--warm", type=float, default=1.0, help="seconds of batches thrown away before these")
-    parser.add_argument("--sweep", action="store_true", help="instead: our sides at workers x threads x prefetch")
-    parser.add_argument("--max-difference", action="store_true", help="of our pixels from Pillow's, too")
+        default = "one per core" if name == "workers" else "that of a config"
+        parser.add_argument(f"--{name}", type=int, help=f"setting of our sides; default: {default}")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more is discarded")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of batches by each side in a round")
+    parser.add_argument("--warm", type=float, default=1.0, help="seconds of discarded batches before these")
+    parser.add_argument(
+        "--sweep", action="store_true", help="measure our sides at workers x threads x prefetch instead"
+    )
+    parser.add_argument("--max-difference", action="store_true", help="also compare our pixels with Pillow's")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if not hasattr(os, "sched_setaffinity") or not os.path.exists("/proc/self/stat"):
-        parser.exit(
-            2, "no sched_setaffinity or /proc here: run it on Linux, where processes can be pinned and watched\n"
-        )
+        parser.exit(2, "no sched_setaffinity or /proc: run it on Linux\n")
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     if not 0 < options.cores == len(cores):
-        parser.exit(2, f"--cores={options.cores}, and {len(os.sched_getaffinity(0))} are there: give that or fewer\n")
+        parser.exit(
+            2, f"--cores={options.cores}, but {len(os.sched_getaffinity(0))} are available: give that or fewer\n"
+        )
     if unknown := set(options.peer.split(",")) - {"torch", "tf", "none"}:
-        parser.exit(2, f"no peer {', '.join(sorted(unknown))}: give some of torch,tf, or none\n")
+        parser.exit(2, f"no peer {', '.join(sorted(unknown))}: give torch, tf, torch,tf or none\n")
     if options.rounds < 1 or options.batch < 1 or options.seconds <= 0 or options.warm < 0:
-        parser.exit(2, "--rounds and --batch are from 1 on, --seconds above 0, --warm from 0 on\n")
+        parser.exit(2, "give --rounds and --batch of at least 1, --seconds above 0, --warm of at least 0\n")
     for name in ("path", "shards_path"):
         where = getattr(options, name)
         if where and not os.path.isdir(where):
@@ -551,10 +553,10 @@ def main(arguments: list[str]) -> None:
     mine, peers = make_specs(options, cores)
     changed = run_text("git", "status", "--porcelain", "simmim_jax", "benchmarks/input.py").splitlines()
     report = {"command": " ".join(["python benchmarks/input.py", *arguments]), **describe(), "changed": changed}
-    del report["versions"], report["gpu"]  # each side has its own versions, and none a GPU
+    del report["versions"], report["gpu"]  # each side has its own versions, and none uses a GPU
     report |= {"cores_used": cores, "batch": options.batch, "image": options.image}
     missing = {} if options.shards_path else {"ours, shards": "no --shards-path"}
-    if options.greatest_difference:
+    if options.max_difference:
         process, _ = start(mine["ours, photographs"], sys.executable)
         try:
             report["difference"] = ask(process, {"ask": "difference"})

@@ -1,16 +1,16 @@
-"""What devices send each other in a training step, under each placement: counted in the compiled step, nothing is run.
+"""Communication of a training step under each sharding, counted in the compiled step. Runs nothing.
 
     python benchmarks/scaling.py --out=scaling.json
     python benchmarks/scaling.py --devices=8 --models=vit_ti --batch-per-device=2 --override=encoder.depth=2
 
-Every number of devices and placement is a process of `simmim_jax.tools.plan` with so many simulated devices:
+Each number of devices and sharding is a process of `simmim_jax.tools.plan` with simulated devices:
 
-    replicated   each device has all parameters, and gradients are summed over all
-    fsdp         parameters, gradients and moments are split over all devices
-    tensor       attention and MLP are split over `--tensor` neighbors, and the batch over the groups of these
-    mixed        tensor, and what is left split two ways by fsdp as well
+    replicated   each device has all parameters; gradients are summed over all devices
+    fsdp         parameters, gradients and moments are sharded over all devices
+    tensor       attention and MLP are sharded over groups of `--tensor` devices, the batch over the groups
+    mixed        tensor, and fsdp over two groups
 
-The batch grows with the devices: `--batch-per-device` images for each. The table says whose bytes these are.
+The batch has `--batch-per-device` images for each device.
 """
 
 import argparse
@@ -27,18 +27,18 @@ PLACEMENTS = ("replicated", "fsdp", "tensor", "mixed")
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def mesh_of(placement: str, tensor: int) -> dict[str, int]:
+def make_mesh(placement: str, tensor: int) -> dict[str, int]:
     """The fields of `config.mesh` for a placement."""
     fsdp = {"replicated": 1, "fsdp": -1, "tensor": 1, "mixed": 2}[placement]
     return {"data": -1, "fsdp": fsdp, "tensor": tensor if placement in ("tensor", "mixed") else 1}
 
 
 def measure(model: str, devices: int, placement: str, options: argparse.Namespace) -> dict:
-    """What `simmim_jax.tools.plan` says of a model on so many devices. Ends the program where it fails."""
+    """Result of `simmim_jax.tools.plan` for a model on `devices` devices. Exits if it fails."""
     family, size = family_and_size(model)
     batch = options.batch_per_device * devices
     fields = {"encoder.size": size, "encoder.dtype": options.dtype, "batch_size": batch, "steps": 1}
-    fields |= {f"mesh.{axis}": ways for axis, ways in mesh_of(placement, options.tensor).items()}
+    fields |= {f"mesh.{axis}": ways for axis, ways in make_mesh(placement, options.tensor).items()}
     fields |= dict(override.split("=", 1) for override in options.override)
     command = [
         sys.executable, "-m", "simmim_jax.tools.plan", f"--config={CONFIGS[family]}", f"--devices={devices}",
@@ -48,7 +48,7 @@ def measure(model: str, devices: int, placement: str, options: argparse.Namespac
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"benchmarks/scaling.py: {model}, {devices} devices, {placement}: the line above says why")
+        raise SystemExit(f"benchmarks/scaling.py: {model}, {devices} devices, {placement} failed: see the line above")
     plan = json.loads(done.stdout)
     kept = (
         "mesh", "dtype", "batch_size", "parameters", "state_bytes", "memory_bytes", "compute_seconds",
@@ -58,7 +58,7 @@ def measure(model: str, devices: int, placement: str, options: argparse.Namespac
 
 
 def table(report: dict) -> str:
-    """The rows of a report as a Markdown table; benchmarks/README.md says what its columns mean."""
+    """The rows of a report as a Markdown table; benchmarks/README.md explains the columns."""
     head = ["model", "devices", "placement", "data x fsdp x tensor", "state MiB", "sent MiB"]
     lines = [[*head, *(f"{kind} MiB" for kind in KINDS[:3]), "others MiB", "collectives", "ms", "of matmuls"]]
     for row in report["rows"]:
@@ -79,12 +79,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--models", default="vit_b,swin_b")
     parser.add_argument("--devices", default="8,64,256")
     parser.add_argument("--placements", default=",".join(PLACEMENTS))
-    parser.add_argument("--tensor", type=int, default=4, help="ways of tensor parallelism: ViT-B has 12 heads")
+    parser.add_argument("--tensor", type=int, default=4, help="devices of a tensor-parallel group; ViT-B has 12 heads")
     parser.add_argument("--batch-per-device", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--kind", default="h100", help="whose links make milliseconds of bytes")
+    parser.add_argument("--kind", default="h100", help="device whose link rates turn bytes into milliseconds")
     parser.add_argument("--devices-per-host", type=int, default=8)
-    parser.add_argument("--override", action="append", default=[], help="a field of the config: encoder.depth=2")
+    parser.add_argument("--override", action="append", default=[], help="a config field, like encoder.depth=2")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     models, placements = options.models.split(","), options.placements.split(",")

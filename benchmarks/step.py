@@ -1,23 +1,23 @@
-"""Speed and memory of a SimMIM training step of ViT or Swin, beside the same model of `transformers` in PyTorch.
+"""Speed and memory of a SimMIM training step of ViT or Swin, compared with the same model of `transformers` in PyTorch.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/step.py --models=vit_ti,vit_s,swin_t --dtypes=float32,bfloat16 --batch=8 --out=step.json
     python benchmarks/step.py --models=cifar,vit_s --dtypes=float32 --batch=64,8 --peer=eager,compile
     python benchmarks/step.py --models=vit_l --dtypes=bfloat16 --batch=256 --remat=dots --scan --peer=none  # no PyTorch
 
-A step: uint8 images on the device -> normalize -> hide 60 % of the blocks (32 pixels; of "cifar" 8) -> forward ->
-masked L1 -> backward -> clip the gradient to norm 5 -> AdamW. There are three sides:
+A step: uint8 images on the device -> normalize -> mask 60 % of the patches (32 pixels; 8 for "cifar") -> forward ->
+masked L1 -> backward -> clip the gradient to norm 5 -> AdamW. The sides:
 
-    official   ours as SimMIM has it: a ViT with one relative position bias, LayerScale, biases on q and v
-    plain      ours as the peer has it: a ViT with learned positions, biases on q, k and v, no LayerScale. No Swin:
-               SimMIM's is the peer's as it stands
-    eager, compile   the peer, without and with torch.compile: transformers' ...ForMaskedImageModeling, SDPA attention,
+    official   our SimMIM model: a ViT with a shared relative position bias, LayerScale, biases on q and v; or a Swin
+    plain      our model in the form of the peer: a ViT with learned positions, biases on q, k and v, no LayerScale.
+               For Swin there is no difference from `official`
+    eager, compile   the peer without and with torch.compile: ...ForMaskedImageModeling of transformers, SDPA attention,
                torch.autocast for bfloat16, fused AdamW
 
-Each side is a process of its own with all cores, so that no memory and no thread pool is shared. They start one after
-another (there "first step" is timed), then measure in turns, one at a time, in an order that every round reverses. A
-ratio is the median over the rounds of the quotients within a round, because machines drift. In every round a side also
-times a large square matmul in its own framework and dtype; "of matmul" is the part of that rate that its step reaches.
+Each side is its own process with all cores, so no memory or thread pool is shared. The sides start one after another,
+which is when "first step" is timed. Then they measure one at a time, in an order that each round reverses. A ratio is
+the median over the rounds of the ratios within a round, because machines drift. In each round a side also times a large
+square matmul in its own framework and dtype. "of matmul" is the fraction of that rate that its step reaches.
 """
 
 import argparse
@@ -44,30 +44,32 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 RATIO, CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.6, 5.0, 1e-4, 0.05
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MATMUL_SIZES = {"cpu": 2048}  # side of the square matmul, by JAX's or PyTorch's name of the device; elsewhere 8192
+MATMUL_SIZES = {"cpu": 2048}  # side of the square matmul by platform; default: 8192
 PEERS = ("eager", "compile")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
 class Family(NamedTuple):
-    """What a family of models has of its own."""
+    """Properties of a family of models."""
 
-    encoder: str  # the name of `make_encoder`
-    image: int  # side in pixels, unless --image says otherwise
-    block: int  # side in pixels of what is hidden together; the image is a multiple of it
-    ours: dict[str, dict]  # our sides, and the options of make_encoder for each
-    fitted: Callable[[int], dict]  # those that follow from the image
-    shape: tuple[str, ...]  # what of our encoder the peer and the count of flops are made from
-    flops: Callable[..., int]  # in the matmuls of an image's forward pass
-    peer: str  # what its classes in transformers begin with
-    peer_options: Callable[..., dict]  # of its configuration there
-    peer_spared: tuple[str, ...]  # besides norms: ends of its parameters' names that spare weight decay
+    encoder: str  # name for `make_encoder`
+    image: int  # default side in pixels
+    block: int  # side of a masked patch in pixels; divides the image
+    ours: dict[str, dict]  # our sides: options of make_encoder
+    fitted: Callable[[int], dict]  # options that follow from the image size
+    shape: tuple[str, ...]  # attributes of our encoder for the peer and `flops`
+    flops: Callable[..., int]  # of the matmuls in the forward pass of an image
+    peer: str  # prefix of its classes in transformers
+    peer_options: Callable[..., dict]  # options of its configuration in transformers
+    peer_no_decay: tuple[str, ...]  # suffixes of parameters without weight decay, next to norms
 
 
 def vit_flops(image: int, width: int, depth: int, patch_size: int, **_) -> int:
-    """In n tokens of width d, class token included, a block takes 24nd^2 (projections 8, MLP 16) + 4n^2 d (logits,
-    values); embedding and head take 2d(3 * 16^2) a patch each.
+    """A block on n tokens of width d, including the class token: 24nd^2 (projections 8, MLP 16) + 4n^2 d (logits,
+    values).
+
+    Embedding and head: 2d(3 * 16^2) per patch each.
     """
     patches = (image // patch_size) ** 2
     tokens = patches + 1
@@ -76,9 +78,10 @@ def vit_flops(image: int, width: int, depth: int, patch_size: int, **_) -> int:
 
 
 def swin_flops(image: int, width: int, depths: list[int], window: int, patch_size: int, **_) -> int:
-    """In a map of n tokens of width d, which windows of w x w tile, a block takes 24nd^2 (projections 8, MLP 16)
-    + 4nw^2 d (logits, values), and merging 2(n/4)(4d)(2d). Embedding takes 2d(3 * 4^2) a token of the first map, the
-    head 2d(3 * 32^2) a token of the last.
+    """A block on n tokens of width d with w x w windows: 24nd^2 (projections 8, MLP 16) + 4nw^2 d (logits, values).
+
+    Patch merging: 2(n/4)(4d)(2d). Embedding: 2d(3 * 4^2) per token of the first stage. Head: 2d(3 * 32^2) per token of
+    the last stage.
     """
     tokens, stages = (image // patch_size) ** 2, len(depths)
     total = 2 * tokens * width * 3 * patch_size**2
@@ -101,7 +104,7 @@ def swin_peer(image: int, width: int, depths: list[int], num_heads: list[int], w
     return {
         "embed_dim": width, "depths": depths, "num_heads": num_heads, "window_size": window, "image_size": image,
         "patch_size": patch_size, "encoder_stride": patch_size * 2 ** (len(depths) - 1), "layer_norm_eps": 1e-5,
-        "use_absolute_embeddings": False, "drop_path_rate": 0.0,  # 0.1 there; its dropout is 0
+        "use_absolute_embeddings": False, "drop_path_rate": 0.0,  # default: 0.1; dropout is 0 by default
     }  # fmt: skip
 
 
@@ -122,7 +125,7 @@ VIT = Family(
     flops=vit_flops,
     peer="ViT",
     peer_options=vit_peer,
-    peer_spared=("bias", "cls_token", "position_embeddings", "mask_token"),
+    peer_no_decay=("bias", "cls_token", "position_embeddings", "mask_token"),
 )  # fmt: skip
 FAMILIES = {
     "vit": VIT,
@@ -131,16 +134,16 @@ FAMILIES = {
         image=192,
         block=32,
         ours={"official": {}},
-        # Windows of SimMIM's 6 tokens at 192 pixels; at any size they tile every map, the last is one window. The peer
-        # fails on a map smaller than its window.
+        # 6 tokens at 192 pixels, as in SimMIM. At any size, windows tile every feature map, and the last map is one
+        # window. The peer fails on a map smaller than its window.
         fitted=lambda image: {"patch_size": 4, "window": image // 32},
         shape=("width", "depths", "num_heads", "window", "patch_size"),
         flops=swin_flops,
         peer="Swin",
         peer_options=swin_peer,
-        peer_spared=("bias", "relative_position_bias_table", "mask_token"),
+        peer_no_decay=("bias", "relative_position_bias_table", "mask_token"),
     ),
-    "cifar": VIT._replace(  # one model: it has no sizes
+    "cifar": VIT._replace(  # one model, without sizes
         image=32, block=8, fitted=lambda image: {"width": 192, "depth": 6, "num_heads": 3, "patch_size": 4}
     ),
 }  # fmt: skip
@@ -149,8 +152,9 @@ FAMILIES = {
 def step_flops(family: str, image: int, shape: dict, batch: int) -> int:
     """Multiplications and additions in the matmuls of a training step: three times those of its forward pass.
 
-    Forward: see `vit_flops` and `swin_flops`. Backward does each twice: for the input, for the weight. The images need
-    no gradient, so 3 counts a little too much; norms, softmax, GELU and the optimizer count nothing.
+    See `vit_flops` and `swin_flops`. The backward pass has two matmuls for each: for the input and for the weight. The
+    factor of 3 is slightly high, because the images need no gradient. Norms, softmax, GELU and the optimizer do not
+    count.
     """
     return 3 * batch * FAMILIES[family].flops(image, **shape)
 
@@ -162,9 +166,9 @@ def step_flops(family: str, image: int, shape: dict, batch: int) -> int:
 def ours(
     phase: Callable, family: str, side: str, size: str, dtype: str, batch: int, image: int, settings: dict, **_
 ) -> tuple:
-    """The step of `simmim_jax`, compiled by the very function that a run compiles it with.
+    """The step of `simmim_jax`, compiled by the same function as in a run.
 
-    settings: options of the encoder besides those of the side, and "microbatches".
+    settings: more encoder options than those of the side, and "microbatches".
     """
     import jax
     import jax.numpy as jnp
@@ -186,13 +190,12 @@ def ours(
     masking = {"image_size": (image, image), "mask_patch_size": of_family.block, "mask_ratio": RATIO}
     objective = make_objective("simmim", encoder, mean=MEAN, std=STD, **masking)
     rate = {"schedule": "constant", "steps": 10**6, "steps_per_epoch": 1, "learning_rate": LEARNING_RATE}
-    tx, _ = optim.make_optimizer(
-        "adamw", weight_decay=WEIGHT_DECAY, grad_clip_norm=CLIP, scanned_layers=encoder.scanned_layers, **rate
-    )
+    fields = {"weight_decay": WEIGHT_DECAY, "grad_clip_norm": CLIP, "scanned_layers": encoder.scanned_layers}
+    tx, _ = optim.make_optimizer("adamw", **fields, **rate)
     make_state = functools.partial(init_state, init=objective.init, tx=tx)
     abstract = sharding.shard_state(jax.eval_shape(make_state, key), mesh, tuple(encoder.scanned_layers))
-    state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
-    jax.block_until_ready(state)
+    newest = {"state": jax.jit(make_state, out_shardings=sharding.shardings(abstract))(key)}
+    jax.block_until_ready(newest)
     phase("build")
 
     integers = np.arange(batch, dtype=np.int32)
@@ -202,40 +205,38 @@ def ours(
     compiled = compile_step(pure_step, abstract, images, key, mesh)
     phase("compile")
 
-    newest = {}
     matmul_size = MATMUL_SIZES.get(device.platform, 8192)
     square = functools.cache(lambda: jax.random.normal(key, (matmul_size, matmul_size), dtype))
     multiply = jax.jit(jnp.matmul)
 
     def step() -> None:
-        nonlocal state
-        state, newest["metrics"] = compiled(state, images, key)
+        newest["state"], newest["metrics"] = compiled(newest["state"], images, key)
 
     def matmul() -> None:
         newest["product"] = multiply(square(), square())
 
     def facts() -> dict:
         return {
-            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            "parameters": sum(x.size for x in jax.tree.leaves(newest["state"].params)),
             "loss": float(newest["metrics"]["loss"]),
             "device": f"{jax.device_count()} x {device.device_kind}",
             "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
             "shape": {name: getattr(encoder, name) for name in of_family.shape},
         }
 
-    return step, matmul, matmul_size, lambda: jax.block_until_ready((state, newest)), facts
+    return step, matmul, matmul_size, lambda: jax.block_until_ready(newest), facts
 
 
 def peer_model(transformers, family: str, image: int, shape: dict) -> tuple:
-    """The model for masked image modeling of the module `transformers`, and AdamW's groups of its parameters."""
+    """(masked image modeling model of `transformers`, parameter groups for AdamW)."""
     of_family = FAMILIES[family]
     make_config = getattr(transformers, f"{of_family.peer}Config")
     config = make_config(**of_family.peer_options(image, **shape), attn_implementation="sdpa")
     model = getattr(transformers, f"{of_family.peer}ForMaskedImageModeling")(config)
     groups = {0.0: [], WEIGHT_DECAY: []}
     for name, parameter in model.named_parameters():
-        spared = name.endswith(of_family.peer_spared) or "norm" in name
-        groups[0.0 if spared else WEIGHT_DECAY].append(parameter)
+        no_decay = name.endswith(of_family.peer_no_decay) or "norm" in name
+        groups[0.0 if no_decay else WEIGHT_DECAY].append(parameter)
     return model, [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
@@ -249,7 +250,7 @@ def peer(phase: Callable, family: str, side: str, shape: dict, dtype: str, batch
     torch.manual_seed(0)
     torch.set_num_threads(CORES)
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, which JAX takes by default
+        torch.set_float32_matmul_precision("high")  # TF32, the default of JAX
     model, groups = peer_model(transformers, family, image, shape)
     model.to(device).train()
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
@@ -290,9 +291,9 @@ def peer(phase: Callable, family: str, side: str, shape: dict, dtype: str, batch
 
 
 def serve() -> None:
-    """A side's process: the first line of JSON says what to make, the others ask for a round each."""
+    """The process of a side. Reads JSON lines: first what to build, then one request per round."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to stderr
+    os.dup2(2, 1)  # output of libraries goes to stderr
     spec = json.loads(sys.stdin.readline())
     phases, begun = {}, time.perf_counter()
 
@@ -309,7 +310,7 @@ def serve() -> None:
     latest = {}  # seconds per call
 
     def seconds_per_call(start: Callable, seconds: float) -> float:
-        """Of as many calls in a row as should fill `seconds`, with one wait at their end."""
+        """Seconds of a call, from enough consecutive calls to fill `seconds`, with one wait at the end."""
         calls = max(1, round(seconds / latest[start])) if start in latest else 1
         begun = time.perf_counter()
         for _ in range(calls):
@@ -326,12 +327,12 @@ def serve() -> None:
 
 
 def start(spec: dict) -> tuple[subprocess.Popen, dict]:
-    """A side's process, and what it says after its first step."""
+    """(process of a side, its facts after the first step)."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    environment.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's, spinning, stall on a busy machine
-    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other sides need their part of the GPU
+    environment.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's spinning threads stall on a busy machine
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other sides need GPU memory too
     begun = time.perf_counter()
     command, pipes = [sys.executable, __file__, "--serve"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment, text=True, **pipes)
@@ -340,17 +341,17 @@ def start(spec: dict) -> tuple[subprocess.Popen, dict]:
 
 
 def ask(process: subprocess.Popen, question: dict, program: str = "benchmarks/step.py") -> dict:
-    with contextlib.suppress(BrokenPipeError):  # then there is no reply either
+    with contextlib.suppress(BrokenPipeError):  # then there is no reply
         process.stdin.write(json.dumps(question) + "\n")
         process.stdin.flush()
     reply = process.stdout.readline()
     if not reply:
-        raise SystemExit(f"{program}: a side ended with code {process.wait()}; its last words are above")
+        raise SystemExit(f"{program}: a side ended with code {process.wait()}; see the lines above")
     return json.loads(reply)
 
 
 def family_and_size(model: str) -> tuple[str, str]:
-    """Of a name like "swin_t"; a size alone is a ViT's, and a family without sizes has the empty one."""
+    """("swin", "t") for "swin_t". A size without a family is a ViT. A family without sizes has the size ""."""
     if model in FAMILIES:
         return model, ""
     family, _, size = model.rpartition("_")
@@ -358,7 +359,7 @@ def family_and_size(model: str) -> tuple[str, str]:
 
 
 def measure(model: str, dtype: str, batch: int, options: argparse.Namespace) -> list[dict]:
-    """The rows of one model in one dtype: its sides start one after another, then measure in turns."""
+    """The rows of one model in one dtype: sides start one after another, then measure in turns."""
     family, size = family_and_size(model)
     image = options.image or FAMILIES[family].image
     settings = {"remat": options.remat, "scan": options.scan, "attention": options.attention}
@@ -371,7 +372,7 @@ def measure(model: str, dtype: str, batch: int, options: argparse.Namespace) -> 
     with contextlib.ExitStack() as stack:
         for side in [*sides, *options.peer]:
             processes[side], firsts[side] = start({"side": side, "shape": shape, **spec})
-            stack.callback(processes[side].communicate)  # closes its stdin, at which it ends
+            stack.callback(processes[side].communicate)  # closes its stdin, which ends it
             shape = firsts[side].pop("shape", shape)
         rounds = {side: [] for side in processes}
         for number in range(options.rounds + 2):
@@ -390,9 +391,9 @@ def measure(model: str, dtype: str, batch: int, options: argparse.Namespace) -> 
 
 
 def summarize(rounds: list[dict], peers: dict[str, list[dict]], batch: int, flops: int) -> dict:
-    """Medians over the rounds, of rates and of quotients within a round; the rounds themselves beside them.
+    """Medians over the rounds of rates and of ratios within a round, and the rounds themselves.
 
-    `times_peer` is against the fastest peer, that with the smallest of these ratios; `times_each` against every one.
+    `times_each` compares with each peer, `times_peer` with the fastest one, which has the smallest ratio.
     """
     seconds = [r["step_seconds"] for r in rounds]
     times = {}
@@ -401,7 +402,7 @@ def summarize(rounds: list[dict], peers: dict[str, list[dict]], batch: int, flop
         times[name] = [min(ratios), statistics.median(ratios), max(ratios)]
     return {
         "images_per_second": statistics.median(batch / t for t in seconds),
-        "times_peer": min(times.values(), key=lambda least_median_most: least_median_most[1], default=None),
+        "times_peer": min(times.values(), key=lambda low_median_high: low_median_high[1], default=None),
         "times_each": times,
         "flops_per_second": statistics.median(flops / t for t in seconds),
         "matmul_flops_per_second": statistics.median(r["matmul_flops_per_second"] for r in rounds),
@@ -412,14 +413,14 @@ def summarize(rounds: list[dict], peers: dict[str, list[dict]], batch: int, flop
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; benchmarks/README.md says what its columns mean."""
-    head = "model,dtype,side,batch,M params,images/s,x peer,least-most,GFLOP/s,matmul,of matmul,first step s,peak MiB"
+    """The rows as a Markdown table; benchmarks/README.md explains the columns."""
+    head = "model,dtype,side,batch,M params,images/s,x peer,min-max,GFLOP/s,matmul,of matmul,first step s,peak MiB"
     lines = [head.split(",")]
     for row in rows:
-        least, ratio, most = [f"{quotient:.2f}" for quotient in row["times_peer"] or []] or [""] * 3
+        low, ratio, high = [f"{quotient:.2f}" for quotient in row["times_peer"] or []] or [""] * 3
         lines.append([
             row["model"], row["dtype"], row["side"], str(row["batch"]), f"{row['parameters'] / 1e6:.2f}",
-            f"{row['images_per_second']:.2f}", ratio, least and f"{least}-{most}",
+            f"{row['images_per_second']:.2f}", ratio, low and f"{low}-{high}",
             f"{row['flops_per_second'] / 1e9:.0f}", f"{row['matmul_flops_per_second'] / 1e9:.0f}",
             f"{row['of_matmul']:.0%}", f"{row['first_step_seconds']:.1f}",
             f"{(row['device_peak_bytes'] or row['host_peak_bytes']) / 2**20:.0f}",
@@ -428,20 +429,20 @@ def table(rows: list[dict]) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A Markdown table of these lines, the first of them its head; all columns to the right."""
+    """A Markdown table of these lines with right-aligned columns. The first line is the head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * (width - 1) + ":" for width in widths]
     return "\n".join(f"| {' | '.join(map(str.rjust, line, widths))} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def run_text(*command: str) -> str:
-    """What a command prints, or "" where there is no such command."""
+    """The output of a command, or "" if it does not exist."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if shutil.which(command[0]) else None
     return done.stdout.rstrip() if done else ""
 
 
 def describe() -> dict:
-    """Where and when this is, and of what: machine, versions, commit, and what is changed since."""
+    """Machine, date, package versions, commit and uncommitted changes."""
     processors = run_text("lscpu", "--json")
     fields = {field["field"]: field["data"] for field in json.loads(processors)["lscpu"]} if processors else {}
     found = {"python": platform.python_version()}
@@ -464,18 +465,24 @@ def describe() -> dict:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="ti,s,b", help="like vit_s,swin_t,cifar; a size alone is a ViT's")
+    parser.add_argument("--models", default="ti,s,b", help="like vit_s,swin_t,cifar; a size without a family is a ViT")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--ours", default="plain,official", help="which of our sides, of those that a model has")
-    parser.add_argument("--peer", default="eager", help="how PyTorch runs: eager, compile, both with a comma, or none")
-    parser.add_argument("--remat", help="of our sides: none, attention, dots or full")
-    parser.add_argument("--scan", action="store_true", default=None, help="our sides run their blocks by lax.scan")
-    parser.add_argument("--attention", help="of our sides: auto, xla or cudnn")
-    parser.add_argument("--microbatches", type=int, default=1, help="our sides work a batch off in so many parts")
-    parser.add_argument("--batch", default="8", help="images a step: one number, or one for each model")
-    parser.add_argument("--image", type=int, help="side in pixels, a multiple of 32, of cifar 8; else the model's")
+    parser.add_argument("--ours", default="plain,official", help="our sides, if the model has them")
+    parser.add_argument(
+        "--peer", default="eager", help="mode of PyTorch: eager, compile, both separated by a comma, or none"
+    )
+    parser.add_argument("--remat", help="for our sides: none, attention, dots or full")
+    parser.add_argument("--scan", action="store_true", default=None, help="our sides use lax.scan over their blocks")
+    parser.add_argument("--attention", help="for our sides: auto, xla or cudnn")
+    parser.add_argument("--microbatches", type=int, default=1, help="parts of a batch, for our sides")
+    parser.add_argument("--batch", default="8", help="images per step: one number, or one for each model")
+    parser.add_argument(
+        "--image", type=int, help="side in pixels, a multiple of 32 (cifar: 8); default: that of the model"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of steps by each side in a round, at least one")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="seconds of steps by each side in a round; at least one step"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
@@ -504,7 +511,7 @@ def main(arguments: list[str]) -> None:
             report["rows"] += rows
             report["load_average_end"] = os.getloadavg()
             print(table(rows), "\n", flush=True)
-            if options.out:  # after each model: what has been measured is kept
+            if options.out:  # after each model, to keep what has been measured
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["rows"]))

@@ -1,4 +1,4 @@
-"""benchmarks/step.py: that it runs, counts right, and says what is missing. Never how fast anything is."""
+"""benchmarks/: wrong flags are one line, the README shows the results; step.py counts right and runs."""
 
 import importlib.util
 import json
@@ -6,37 +6,32 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.extend
 import jax.numpy as jnp
 import pytest
+from bench import FOLDER, load_program
 
 from simmim_jax import optim
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 
-STEP = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
 # (family, size, our side, image, parameters of transformers' ...ForMaskedImageModeling)
 SAME_AS_THE_PEER = [
     ("vit", "b", "plain", 224, 86_390_016),
     ("cifar", "", "plain", 32, 2_701_104),
     ("swin", "t", "official", 192, 29_875_194),
-    ("swin", "b", "official", 192, 89_874_104),
 ]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_step", STEP)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("step")
 
 
 def sides_model(bench, family: str, size: str, side: str, image: int) -> tuple:
-    """The objective of one of our sides, its abstract parameters, and what the peer is told of its shape."""
+    """(objective of one of our sides, its abstract parameters, the shape for the peer)."""
     of_family = bench.FAMILIES[family]
     encoder = make_encoder(of_family.encoder, size or None, **of_family.ours[side] | of_family.fitted(image))
     pixels = {"image_size": (image, image), "mean": bench.MEAN, "std": bench.STD}
@@ -46,27 +41,27 @@ def sides_model(bench, family: str, size: str, side: str, image: int) -> tuple:
 
 
 @pytest.mark.parametrize(("family", "size", "side", "image", "parameters"), SAME_AS_THE_PEER)
-def test_one_of_our_sides_has_the_parameters_of_the_peer(bench, family, size, side, image, parameters):
+def test_our_side_has_as_many_parameters_as_the_peer(bench, family, size, side, image, parameters):
     _, params, _ = sides_model(bench, family, size, side, image)
     assert sum(x.size for x in jax.tree.leaves(params)) == parameters
 
 
 @pytest.mark.slow
-def test_as_many_parameters_decay_of_the_peers_swin_as_of_ours(bench):
+def test_as_many_parameters_of_the_peers_swin_decay_as_of_ours(bench):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     _, params, shape = sides_model(bench, "swin", "t", "official", 192)
     with torch.device("meta"):
         _, groups = bench.peer_model(transformers, "swin", 192, shape)
     theirs = {group["weight_decay"]: sum(x.numel() for x in group["params"]) for group in groups}
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(optim.decayed(params, optim.NO_DECAY)), strict=True)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(optim.decayed(params, optim.make_is_decayed())), strict=True)
     decayed = sum(x.size for x, decays in pairs if decays)
     parameters = next(row[-1] for row in SAME_AS_THE_PEER if row[:2] == ("swin", "t"))
     assert theirs == {0.0: parameters - decayed, bench.WEIGHT_DECAY: decayed}
 
 
 def matmul_flops(jaxpr) -> int:
-    """Multiplications and additions in the matmuls and convolutions of a traced function, and of what it calls."""
-    contracted = {  # the terms of each sum, by the shape of the right operand
+    """Multiplications and additions in the matmuls and convolutions of a traced function, including its calls."""
+    contracted = {  # terms of each sum, from the shape of the right operand
         "dot_general": lambda shape, numbers: math.prod(shape[axis] for axis in numbers[0][1]),
         "conv_general_dilated": lambda shape, numbers: math.prod(shape) // shape[numbers.rhs_spec[0]],
     }
@@ -81,9 +76,9 @@ def matmul_flops(jaxpr) -> int:
 
 @pytest.mark.parametrize(
     ("family", "size", "side", "image"),
-    [("vit", "ti", "plain", 224), ("cifar", "", "plain", 32), ("swin", "t", "official", 192)],
+    [("vit", "ti", "plain", 224), pytest.param("swin", "t", "official", 192, marks=pytest.mark.slow)],
 )
-def test_counted_flops_are_those_of_the_matmuls_but_for_the_gradient_of_the_images(bench, family, size, side, image):
+def test_counted_flops_are_those_of_the_matmuls_except_for_the_gradient_of_the_images(bench, family, size, side, image):
     objective, params, shape = sides_model(bench, family, size, side, image)
     integers = jax.ShapeDtypeStruct((2,), jnp.int32)
     batch = {"image": jax.ShapeDtypeStruct((2, image, image, 3), jnp.uint8), "label": integers, "batch_index": integers}
@@ -97,29 +92,11 @@ def test_counted_flops_are_those_of_the_matmuls_but_for_the_gradient_of_the_imag
     ("model", "found"),
     [("swin_t", ("swin", "t")), ("vit_s", ("vit", "s")), ("ti", ("vit", "ti")), ("cifar", ("cifar", ""))],
 )
-def test_a_size_alone_is_that_of_a_vit(bench, model, found):
+def test_size_without_a_family_is_a_vit(bench, model, found):
     assert bench.family_and_size(model) == found
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("--models=swim_t", "vit, swin, cifar"),
-        ("--models=vit_s,swin_t --ours=plain", "swin_t has no side plain: give official"),
-        ("--ours=plain,oficial", "no side oficial"),
-        ("--peer=eager,compiled", "no peer compiled: give eager, compile, both, or none"),
-    ],
-)
-def test_what_is_not_there_is_one_line(bench, capsys, flags, says):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(["--peer=none", *flags.split()])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert says in message
-
-
-def test_ratios_are_medians_of_quotients_within_a_round(bench):
+def test_ratios_are_medians_of_ratios_within_a_round(bench):
     def rounds(*seconds):
         return [{"step_seconds": t, "matmul_flops_per_second": 100.0} for t in seconds]
 
@@ -132,37 +109,84 @@ def test_ratios_are_medians_of_quotients_within_a_round(bench):
     assert bench.summarize(rounds(1.0), {}, batch=8, flops=80)["times_peer"] is None
 
 
-@pytest.mark.parametrize("path", sorted(STEP.parent.glob("results/*/step*.json")), ids=lambda path: path.parent.name)
-def test_the_readme_shows_what_was_measured(bench, path):
-    assert bench.table(json.loads(path.read_text())["rows"]) in (STEP.parent / "README.md").read_text()
+# --- all programs
 
 
-def test_a_missing_peer_is_one_line_that_says_what_to_do(bench, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        bench.main([])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert "torch" in message
-    assert "--peer=none" in message
+@pytest.fixture(scope="module")
+def programs():
+    return {name: load_program(name) for name in ("step", "scaling", "compile_time", "input", "decode")}
 
 
 @pytest.mark.parametrize(
-    ("model", "image", "side", "settings"),
+    ("name", "flags", "message"),
     [
-        ("cifar", 16, "plain", {"remat": "dots", "scan": True, "attention": "xla", "microbatches": 2}),
-        ("swin_t", 64, "official", {"microbatches": 1}),
+        ("step", "--peer=none --models=swim_t", "vit, swin, cifar"),
+        ("step", "--peer=none --models=vit_s,swin_t --ours=plain", "swin_t has no side plain: give official"),
+        ("step", "--peer=none --ours=plain,oficial", "no side oficial"),
+        ("step", "--peer=eager,compiled", "no peer compiled"),
+        ("scaling", "--models=vitt_b", "vit, swin"),
+        ("scaling", "--placements=fsdpp", "no placement fsdpp"),
+        ("scaling", "--devices=8,0", "--devices=8,0"),
+        ("compile_time", "--models=swin_t", "no model 'swin_t'"),
+        ("compile_time", "--scan=maybe", "--scan=maybe"),
+        ("compile_time", "--depths=12,x", "--depths"),
+        ("input", "--path=. --peer=tensorflow", "tensorflow"),
+        ("input", "--path=/no/such/folder --peer=none", "--path=/no/such/folder"),
+        ("input", "--path=. --shards-path=/none --peer=none", "--shards-path=/none"),
+        ("input", "--path=. --cores=4096 --peer=none", "--cores=4096"),
+        ("input", "--path=. --rounds=0 --peer=none", "--rounds"),
+        ("decode", "--path=/no/such/folder", "--path=/no/such/folder"),
+        ("decode", "--path=", "--path="),
+        ("decode", "--path=. --shards-path=/none", "--shards-path=/none"),
+        ("decode", "--path=. --images=0", "--images"),
     ],
 )
+def test_wrong_flag_is_one_line(programs, capsys, name, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        programs[name].main(flags.split())
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert message in line
+
+
+def test_missing_peer_is_one_line(programs, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        programs["step"].main([])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "torch" in line
+    assert "--peer=none" in line
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("results/*/*.json")), ids=lambda path: path.stem)
+def test_readme_shows_the_measured_tables(programs, path):
+    report, readme = json.loads(path.read_text()), (FOLDER / "README.md").read_text()
+    kind = next((name for name in (*programs, "cifar10") if path.stem.startswith(name)), None)
+    if kind is None:
+        pytest.skip("this file has no table")
+    program = programs.get(kind) or load_program(kind)
+    make = {"step": lambda: [program.table(report["rows"])], "input": lambda: program.tables(report)}
+    make["decode"] = make["input"]
+    tables = make.get(kind, lambda: [program.table(report)])()
+    assert tables
+    assert all(table in readme for table in tables)
+
+
+# --- step.py in its own process
+
+
 @pytest.mark.slow
-def test_it_measures_without_a_peer(tmp_path, model, image, side, settings):
-    out = tmp_path / "step.json"
+def test_step_measures_without_a_peer(tmp_path):
+    model, image, side, out = "cifar", 16, "plain", tmp_path / "step.json"
+    settings = {"remat": "dots", "scan": True, "attention": "xla", "microbatches": 2}
     flags = f"--models={model} --dtypes=float32 --ours={side} --peer=none --batch=4 --rounds=1 --seconds=0.01"
     flags += "".join(f" --{name}" if value is True else f" --{name}={value}" for name, value in settings.items())
     quickly_compiled = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": f"{quickly_compiled} --xla_force_host_platform_device_count=2"}
-    command = [sys.executable, STEP, *flags.split(), f"--image={image}", f"--out={out}"]
+    command = [sys.executable, FOLDER / "step.py", *flags.split(), f"--image={image}", f"--out={out}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
