@@ -163,7 +163,7 @@ def runs(tmp_path, config):
     rows = [row, row | {"block": 2, "paper": False, "chosen": True, "top1": 0.452}, of_few, row | {"paper": False}]
     (tmp_path / "probe_ours").mkdir()
     (tmp_path / "probe_ours" / "results.json").write_text(
-        json.dumps({"rows": rows, "step": 40, "options": {"limit": 0}})
+        json.dumps({"rows": rows, "step": 40, "options": {"limit": 0}, "options_by_method": {}})
     )
     accuracies = [{"step": step, "top1": step / 100, "top5": 1.0} for step in (0, 10, 61)]
     make_run(tmp_path / "finetune_ours", config, [], step=61, top1=0.61, top5=1.0, images=100.0)
