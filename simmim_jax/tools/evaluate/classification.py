@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from simmim_jax.errors import DataError
-from simmim_jax.evals import accuracy, confusion
+from simmim_jax.evals import accuracy
 from simmim_jax.evals.sheet import save_png
 from simmim_jax.evaluation import make_eval_inputs, make_run_subject
 from simmim_jax.files import utf8_name, write_atomically
@@ -14,7 +14,7 @@ from simmim_jax.objectives import Objective
 from simmim_jax.runs.finished import Run, make_state
 from simmim_jax.tools import images
 from simmim_jax.tools.cli import Progress, check_output
-from simmim_jax.tools.evaluate import results
+from simmim_jax.tools.evaluate import confusion, results
 
 TABLES, PICTURES = ("classes.csv", "confusion.csv"), ("confusion.png", "mistakes.png")
 
@@ -95,8 +95,8 @@ def classify(
     def answer() -> Iterator[accuracy.Answers]:
         for batch in progress.watch(eval_inputs["heldout"]):
             answers, used = accuracy.read_answers(eval_inputs["predict"](params, batch))
-            if mistakes.most:
-                mistakes.see(batch["image"][used], answers)
+            if mistakes.limit:
+                mistakes.add(batch["image"][used], answers)
             yield answers
 
     return accuracy.join(answer()), mistakes.kept
@@ -123,7 +123,7 @@ def write_files(folder: Path, answers: accuracy.Answers, mistakes: list[confusio
     for name in (*TABLES, *PICTURES):
         (folder / name).unlink(missing_ok=True)
     tables, pictures = {"classes.csv": confusion.classes_csv(answers, names)}, {}
-    if len(names) <= confusion.MOST:
+    if len(names) <= confusion.MAX_CLASSES:
         matrix = confusion.confusion_matrix(answers, len(names))
         tables["confusion.csv"] = confusion.matrix_csv(matrix, names)
         pictures["confusion.png"] = confusion.draw_confusion(matrix, names)
