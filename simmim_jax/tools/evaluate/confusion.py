@@ -113,7 +113,7 @@ def most_confused_pairs(matrix: Int[np.ndarray, "c c"], names: Sequence[str], li
     cells = [np.unravel_index(index, wrong.shape) for index in order if wrong.flat[index]]
     number = (lambda n: f"{n} ") if len(names) > MAX_NAMED else (lambda n: "")
     label = lambda n: number(n) + short_name(names[n])  # noqa: E731
-    return [f"{wrong[n, m]} ×  {label(n)} → {label(m)}" for n, m in cells]
+    return [f"{wrong[n, m]} x {label(n)} → {label(m)}" for n, m in cells]
 
 
 def cell_colors(fractions: Float[np.ndarray, "c c"]) -> UInt8[np.ndarray, "c c 3"]:
