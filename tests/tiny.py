@@ -28,10 +28,30 @@ def tiny_batch(size=16, shape=(32, 32, 3), seed=0):
     }
 
 
-def relative_difference(a, b) -> float:
-    """The largest difference between two trees, each leaf's as a share of its largest value."""
+def random_params(shapes, seed=0):
+    """Parameters of these shapes in which no branch is silent: zeros at initialization would hide mistakes.
+
+    Kernels keep the scale of their input, and vectors are near 1. numpy draws them, because to compile an `init` takes
+    seconds.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if len(leaf.shape) > 1:
+            return jnp.asarray(rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape), jnp.float32)
+        return jnp.asarray(rng.uniform(0.3, 1.3, leaf.shape), jnp.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def relative_difference(a, b, floor=1e-12) -> float:
+    """The largest difference between two trees, relative to each leaf's largest value, which is at least `floor`.
+
+    By numpy, which compiles nothing for a new shape and compares arrays from different devices.
+    """
 
     def one(x, y):
-        return float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1e-12))
+        x, y = np.asarray(x), np.asarray(y)
+        return np.abs(x - y).max() / max(np.abs(y).max(), floor, 1e-12)
 
-    return max(jax.tree.leaves(jax.tree.map(one, a, b)))
+    return max(map(float, jax.tree.leaves(jax.tree.map(one, a, b))))
