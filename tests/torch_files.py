@@ -1,6 +1,6 @@
-"""Files as torch.save writes them, without PyTorch: whole ones, damaged ones, and such as would do harm if run.
+"""Write files like torch.save, without PyTorch: valid, damaged and hostile ones.
 
-NumPy arrays (bfloat16 by ml_dtypes) are pickled as tensors are, over shared storages where they share memory.
+NumPy arrays (bfloat16 by ml_dtypes) are pickled as tensors, with a shared storage if they share memory.
 Source: torch/serialization.py and Tensor.__reduce_ex__ of PyTorch 2.13.
 """
 
@@ -22,7 +22,7 @@ STORAGE_OF = {
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the pickle imports, which need not exist here."""
+    """A global that the pickle imports. It need not exist here."""
 
     module: str
     name: str
@@ -32,7 +32,7 @@ class Global:
 
 
 class CfgNode(dict):
-    """Pickled as a yacs.config.CfgNode, as which the official checkpoints hold their config."""
+    """Pickled as a yacs.config.CfgNode, like the config in official checkpoints."""
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
@@ -40,7 +40,7 @@ class CfgNode(dict):
 
 
 class Call:
-    """Pickled as a call: whoever unpickles it as Python does calls `function` with `arguments`."""
+    """Pickled as a call of `function` with `arguments`, which Python's unpickler executes."""
 
     def __init__(self, function, *arguments, state=None):
         self.reduced = (function, arguments) if state is None else (function, arguments, state)
@@ -50,7 +50,7 @@ class Call:
 
 
 class Parameter:
-    """Pickled as the torch.nn.Parameter around a tensor."""
+    """Pickled as a torch.nn.Parameter."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -61,7 +61,7 @@ class Parameter:
 
 
 class AsNumpy:
-    """Pickled as NumPy pickles the array, not as a tensor."""
+    """Pickled as a NumPy array, not as a tensor."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -72,7 +72,7 @@ class AsNumpy:
 
 @dataclass(frozen=True)
 class Storage:
-    """Pickled as a persistent id; `memory` is the one-dimensional array that the tensors lie in."""
+    """Pickled as a persistent id. memory: the one-dimensional array that holds the tensors."""
 
     kind: str
     key: str
@@ -80,11 +80,11 @@ class Storage:
 
 
 class Pickler(pickle._Pickler):
-    """Python's own, in Python, so that a Global can be written that nothing here defines."""
+    """Python's pickler in Python, so that it can write a Global that does not exist here."""
 
     def __init__(self, file, legacy, protocol):
         super().__init__(file, protocol)
-        self.legacy, self.storages = legacy, {}  # storages by the id of an array, which is kept with them
+        self.legacy, self.storages = legacy, {}  # by id of an array: its storage, and the array to keep the id valid
 
     def save(self, obj, save_persistent_id=True):
         obj = Global("yacs.config", "CfgNode") if obj is CfgNode else obj
@@ -142,7 +142,7 @@ def pickled(content, *, legacy: bool = False, protocol: int = 2) -> tuple[bytes,
 
 
 def pack(path, data: bytes, storages: dict[str, np.ndarray], *, legacy: bool = False, byteorder: str = "little"):
-    """Write a file out of a pickle, whatever it is, and storages."""
+    """Write a file with a pickle, which can be any bytes, and storages."""
     if legacy:
         info = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
         with open(path, "wb") as file:

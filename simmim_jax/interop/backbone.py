@@ -244,8 +244,8 @@ def resnet(encoder, image_size: tuple[int, int]) -> list[Rule]:
         return name
 
     table = [rule._replace(theirs=tuple(map(named, rule.theirs))) for rule in timm.resnet(encoder, "")]
-    seen = [name.replace("running_mean", "num_batches_tracked") for rule in table for name in rule.theirs
-            if name.endswith("running_mean")]  # fmt: skip
+    names = [name for rule in table for name in rule.theirs if name.endswith("running_mean")]
+    seen = [name.replace("running_mean", "num_batches_tracked") for name in names]
     return table + [Rule("", (name,), SAME, np.zeros((), np.int64)) for name in seen]
 
 

@@ -122,9 +122,15 @@ def squash_note(image_size: tuple[int, int]) -> tuple[str, ...]:
 
 
 def model_card(
-    title: str, objective: dict, config: dict, *, step: int | None, summary: dict, left_out: dict[str, list[str]],
+    title: str,
+    objective: dict,
+    config: dict,
+    *,
+    step: int | None,
+    summary: dict,
+    left_out: dict[str, list[str]],
     notes: tuple[str, ...] = (),
-) -> str:  # fmt: skip
+) -> str:
     """README.md: what the model is, how it was trained, and its metrics.
 
     config, summary: the run's config.json and summary.json ({} if it has none). Metrics are shown only if they belong

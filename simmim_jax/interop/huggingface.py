@@ -374,8 +374,9 @@ def vit(encoder, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
 
 def attention(ours: str, inner: str, projection: str, qkv_bias: str) -> list[Rule]:
     """Separate query, key and value, and the output projection."""
-    table = three_dense(f"{ours}/attn/qkv", (f"{inner}.{part}" for part in ("query", "key", "value")),
-                        bias=qkv_bias == "qkv")  # fmt: skip
+    table = three_dense(
+        f"{ours}/attn/qkv", (f"{inner}.{part}" for part in ("query", "key", "value")), bias=qkv_bias == "qkv"
+    )
     if qkv_bias == "qv":
         table += one(f"{ours}/attn/q_bias", f"{inner}.query.bias", VECTOR)
         table += one(f"{ours}/attn/v_bias", f"{inner}.value.bias", VECTOR)

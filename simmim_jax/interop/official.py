@@ -184,9 +184,14 @@ def detect_swin(weights: Weights, format: str, name: str) -> WeightSpec:
         grid = windows[stage] * 2**stage  # a window shrinks to the size of its map
     objective = detect_objective(weights, shapes, prefix, encoder["final_norm"])
     return WeightSpec(
-        format, encoder, objective, (grid * patch_size,) * 2 if grid else None, patch[1], prefix,
+        format,
+        encoder,
+        objective,
+        (grid * patch_size,) * 2 if grid else None,
+        patch[1],
+        prefix,
         windows=tuple(windows) if known else None,
-    )  # fmt: skip
+    )
 
 
 def shifted_map(derived: dict[str, np.ndarray]) -> int | None:

@@ -43,9 +43,12 @@ def make_parser() -> Parser:
     for name in ("mean", "std"):
         add(f"--{name}", metavar="R,G,B", help="normalization of the training images (default: ImageNet's)")
     add(
-        "--allow", metavar="PATTERN", action="append", default=[],
+        "--allow",
+        metavar="PATTERN",
+        action="append",
+        default=[],
         help="names of arrays to leave out, with * and ?; comma-separated or repeated. In an export: head, mask_token",
-    )  # fmt: skip
+    )
     cli.add_overwrite(parser)
     return parser
 
