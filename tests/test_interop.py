@@ -340,9 +340,7 @@ def test_impossible_shapes_are_refused():
 
 def test_unknown_names_are_refused_with_the_supported_formats():
     weights = Weights({"transformer.wte.weight": np.zeros((3, 3), np.float32)}, {}, {}, {}, "gpt.pth", "")
-    with pytest.raises(
-        CheckpointError, match=r"unknown weights: 1 arrays .* transformer.wte.weight - gpt.pth - supported"
-    ):
+    with pytest.raises(CheckpointError, match=r"transformer.wte.weight - gpt.pth - supported"):
         interop.detect(weights)
 
 
@@ -351,16 +349,15 @@ def test_hugging_face_file_without_its_config_is_refused():
     assert "without its config.json" in message(weights._replace(config={}))
 
 
-def test_the_names_of_transformers_5_in_memory_are_told():
+def test_names_of_a_transformers_5_state_dict_are_refused():
     weights, _ = exported("huggingface", {**SWINS[0], "window": 2}, SIMMIM)
     renamed = {name.replace("patch_embeddings", "patches"): x for name, x in weights.arrays.items()}
     assert "give the output of save_pretrained" in message(weights._replace(arrays=renamed))
 
 
 @pytest.mark.parametrize("format", ["timm", "huggingface", "official"])
-def test_a_classifier_of_the_class_token_comes_in_and_goes_out(format):
-    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
-    options = {**plain, "qkv_bias": "qv", "relative_position": "shared"} if format == "official" else plain
+def test_classifier_of_the_class_token_is_exported_and_imported(format):
+    options = {**PLAIN_VIT, "qkv_bias": "qv", "relative_position": "shared"} if format == "official" else PLAIN_VIT
     objective = {"name": "classify", "num_classes": 5, "fc_norm": False, "pool": "class_token"}
     assert interop.EXPORTS[format].refusal(make_encoder(**options), objective, (32, 32)) == ""
     weights, params = exported(format, options, objective)
@@ -369,10 +366,9 @@ def test_a_classifier_of_the_class_token_comes_in_and_goes_out(format):
     assert_same(taken, params)
 
 
-def test_a_classifier_of_what_ours_cannot_read_is_refused_until_it_is_left_out():
+def test_unsupported_classifier_is_refused_until_it_is_left_out():
     """Without a final norm and without fc_norm: timm's fc_norm=False with global_pool="avg"."""
-    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
-    weights, params = exported("timm", {**plain, "final_norm": False}, BARE)
+    weights, params = exported("timm", {**PLAIN_VIT, "final_norm": False}, BARE)
     head = {"head__weight": np.zeros((5, 16), np.float32), "head__bias": np.zeros(5, np.float32)}
     text = message(changed(weights, **head), {"num_heads": 2})
     assert "reads neither fc_norm" in text
@@ -380,9 +376,8 @@ def test_a_classifier_of_what_ours_cannot_read_is_refused_until_it_is_left_out()
     assert_same(imported(weights, {"num_heads": 2})[0], params)
 
 
-def test_a_mae_is_its_encoder_with_fixed_positions_when_its_decoder_is_left_out():
-    plain = {**VIT, "relative_position": "none", "absolute_position": "sincos", "qkv_bias": "qkv", "layer_scale": 0.0}
-    weights, params = exported("timm", plain, BARE)
+def test_mae_without_its_decoder_is_an_encoder_with_fixed_positions():
+    weights, params = exported("timm", {**PLAIN_VIT, "absolute_position": "sincos"}, BARE)
     x = np.zeros((8, 16), np.float32)
     whole = changed(weights, mask_token=x[:1, None, :8], decoder_pos_embed=x[None], decoder_embed__weight=x,
                     decoder_blocks__0__norm1__weight=x[0], decoder_norm__weight=x[0],
@@ -401,8 +396,7 @@ def test_a_mae_is_its_encoder_with_fixed_positions_when_its_decoder_is_left_out(
 
 
 def test_register_tokens_are_refused():
-    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
-    weights, _ = exported("timm", plain, BARE)
+    weights, _ = exported("timm", PLAIN_VIT, BARE)
     text = message(changed(weights, reg_token=np.zeros((1, 4, 16), np.float32)), {"num_heads": 2})
     assert "no place in the model: reg_token" in text
 
@@ -492,9 +486,8 @@ def test_encoder_without_a_backbone_is_refused_with_an_alternative(options, imag
 
 
 def test_rectangular_masked_image_model_is_refused_for_transformers():
-    plain = {**VIT, "relative_position": "none", "absolute_position": "learned", "qkv_bias": "qkv", "layer_scale": 0.0}
-    assert "are square" in huggingface.refusal(make_encoder(**plain), SIMMIM, (256, 64))
-    assert huggingface.refusal(make_encoder(**plain), BARE, (256, 64)) == ""
+    assert "are square" in huggingface.refusal(make_encoder(**PLAIN_VIT), SIMMIM, (256, 64))
+    assert huggingface.refusal(make_encoder(**PLAIN_VIT), BARE, (256, 64)) == ""
 
 
 # Files next to the weights

@@ -14,17 +14,7 @@ import re
 import numpy as np
 
 from simmim_jax.interop import folder, huggingface, tables, timm
-from simmim_jax.interop.rules import (
-    POSITIONS,
-    SAME,
-    TOKEN,
-    Layout,
-    Rule,
-    convolution,
-    dense,
-    norm,
-    one,
-)
+from simmim_jax.interop.rules import POSITIONS, SAME, TOKEN, Layout, Rule, convolution, dense, norm, one
 
 CLASSES = {
     "beit": "BeitBackbone",

@@ -11,11 +11,7 @@ config.json gives what the weights do not determine. It is refused if it contrad
 import math
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.official import (
-    class_token_classifier,
-    position_type,
-    reads_class_token,
-)
+from simmim_jax.interop.official import class_token_classifier, position_type, reads_class_token
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import (
     PER_HEAD,
@@ -119,8 +115,7 @@ def _image_size(weights: Weights) -> tuple[int, int]:
 
 
 def _patch_size(weights: Weights, shapes: Shapes, default: int) -> int:
-    size = _field(weights, "patch_size", default)
-    patch = shapes[f"{PATCHES}.weight"]
+    size, patch = _field(weights, "patch_size", default), shapes[f"{PATCHES}.weight"]
     sides = size if isinstance(size, list) else [size, size]
     channels = patch[1], _positive_int(weights, "num_channels", 3)
     check_agreement({"patch_size": (list(patch[2:]), sides), "num_channels": channels}, weights.where)
@@ -128,20 +123,17 @@ def _patch_size(weights: Weights, shapes: Shapes, default: int) -> int:
 
 
 def _relative_position(weights: Weights) -> str:
-    if weights.config.get("use_shared_relative_position_bias"):
-        return "shared"
-    return "per_block" if weights.config.get("use_relative_position_bias") else "none"
+    shared, per_block = (weights.config.get(f"use_{kind}relative_position_bias") for kind in ("shared_", ""))
+    return "shared" if shared else "per_block" if per_block else "none"
 
 
 def _detect_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
     is_beit = weights.config["model_type"] == "beit"
     width, depth = _positive_int(weights, "hidden_size", 768), _positive_int(weights, "num_hidden_layers", 12)
     heads = _positive_int(weights, "num_attention_heads", 12)
-    patch_size = _patch_size(weights, shapes, 16)
-    table = shapes.first(TABLE)
+    patch_size, table = _patch_size(weights, shapes, 16), shapes.first(TABLE)
     shared = f"encoder.relative_position_bias.{TABLE}" in shapes
-    height, image_width = _image_size(weights)
-    is_square = height == image_width
+    height, is_square = _image_size(weights)[0], len(set(_image_size(weights))) == 1
     side = table_side(table[0] - 3) if table and is_square else None
     pairs = {
         "hidden_size": (shapes[f"{PATCHES}.weight"][0], width),
@@ -263,7 +255,7 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
         return f"a {kind} is exported for transformers only as a backbone; timm can hold it"
     if not encoder.final_norm and not (kind == "beit" and objective["name"] != "simmim"):
         return f"the {kind} of transformers always has a final norm; in timm's and the official ViT it is optional"
-    refuse = _vit_refusal if kind in ("vit", "beit") else _swin_refusal
+    refuse = _swin_refusal if kind.startswith("swin") else _vit_refusal
     return refuse(kind, encoder, objective, image_size) or _head_refusal(kind, encoder, objective)
 
 
@@ -275,19 +267,14 @@ def _vit_refusal(kind: str, encoder, objective: dict, image_size: tuple[int, int
     if objective["name"] == "simmim" and kind == "vit" and image_size[0] != image_size[1]:
         return "masked image models of transformers are square; leave the head out with --allow head,mask_token"
     if kind == "beit" and encoder.qkv_bias != "qv":
-        return (
-            "with LayerScale or relative positions it is a BEiT, which has biases only on queries and values; timm's "
-            "ViT can have LayerScale with other biases"
-        )
+        return "with LayerScale or relative positions it is a BEiT, which has biases only on queries and values"
     return ""
 
 
 def _swin_refusal(kind: str, encoder, objective: dict, image_size: tuple[int, int]) -> str:
     if not math.isclose(encoder.norm_epsilon, 1e-5, rel_tol=1e-6):
-        return (
-            f"norm_epsilon is {encoder.norm_epsilon:g}, but some norms of the {kind} of transformers always have 1e-5; "
-            "stablehlo can hold it"
-        )
+        epsilon = f"{encoder.norm_epsilon:g}"
+        return f"norm_epsilon is {epsilon}, but some norms of the {kind} there always have 1e-5; stablehlo can hold it"
     if not encoder.patch_norm:
         return f"the {kind} of transformers always has a norm after the patches; in the official one it is optional"
     grids = stage_grids(image_size, encoder.patch_size, len(encoder.depths))
@@ -342,9 +329,8 @@ def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) ->
     is_vit = type(encoder).__name__ == "ViT"
     table = under_encoder((vit if is_vit else swin)(encoder, prefix, image_size))
     if objective["name"] == "simmim":
-        return (
-            table + one("mask_token", f"{prefix}embeddings.mask_token", TOKEN) + dense("head", "decoder.0", POINTWISE)
-        )
+        table += one("mask_token", f"{prefix}embeddings.mask_token", TOKEN)
+        return table + dense("head", "decoder.0", POINTWISE)
     if objective["name"] == "classify":
         if objective["fc_norm"]:
             table += norm("head/norm", f"{prefix}pooler.layernorm")
@@ -374,9 +360,8 @@ def vit(encoder, prefix: str, image_size: tuple[int, int]) -> list[Rule]:
 
 def attention(ours: str, inner: str, projection: str, qkv_bias: str) -> list[Rule]:
     """Separate query, key and value, and the output projection."""
-    table = three_dense(
-        f"{ours}/attn/qkv", (f"{inner}.{part}" for part in ("query", "key", "value")), bias=qkv_bias == "qkv"
-    )
+    parts = [f"{inner}.{part}" for part in ("query", "key", "value")]
+    table = three_dense(f"{ours}/attn/qkv", parts, bias=qkv_bias == "qkv")
     if qkv_bias == "qv":
         table += one(f"{ours}/attn/q_bias", f"{inner}.query.bias", VECTOR)
         table += one(f"{ours}/attn/v_bias", f"{inner}.value.bias", VECTOR)

@@ -183,15 +183,8 @@ def detect_swin(weights: Weights, format: str, name: str) -> WeightSpec:
         stage = next(s for s in range(stages) if windows[s] < encoder["window"])
         grid = windows[stage] * 2**stage  # a window shrinks to the size of its map
     objective = detect_objective(weights, shapes, prefix, encoder["final_norm"])
-    return WeightSpec(
-        format,
-        encoder,
-        objective,
-        (grid * patch_size,) * 2 if grid else None,
-        patch[1],
-        prefix,
-        windows=tuple(windows) if known else None,
-    )
+    image_size, windows = (grid * patch_size,) * 2 if grid else None, tuple(windows) if known else None
+    return WeightSpec(format, encoder, objective, image_size, patch[1], prefix, windows=windows)
 
 
 def shifted_map(derived: dict[str, np.ndarray]) -> int | None:

@@ -1,17 +1,6 @@
 """Tables of ViT, Swin and ConvNeXt that the official code, timm and transformers' backbones share."""
 
-from simmim_jax.interop.rules import (
-    PER_HEAD,
-    POSITIONS,
-    TO_WIDTH,
-    TOKEN,
-    VECTOR,
-    Rule,
-    convolution,
-    dense,
-    norm,
-    one,
-)
+from simmim_jax.interop.rules import PER_HEAD, POSITIONS, TO_WIDTH, TOKEN, VECTOR, Rule, convolution, dense, norm, one
 from simmim_jax.models.vit import sincos_position
 
 CONVNEXT = {  # names in facebookresearch/ConvNeXt, by part
