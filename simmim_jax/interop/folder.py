@@ -85,7 +85,7 @@ def make_preprocessor_config(
     - by rounding: by 1 of 255. With nearest another pixel may be taken. An older torchvision resizes by bicubic
       instead of lanczos.
     - by a shift of one pixel, if 1.5, 3.5, ... pixels are cropped on a side: transformers rounds down, we round up.
-    - in images that are not square: transformers crops to squares only, so the whole image is resized; see
+    - for image sizes that are not square: transformers crops to squares only, so the whole image is resized; see
       `squash_note`.
 
     BitImageProcessor supports all of this in transformers 4 and 5. The ViTImageProcessor of 4 has no shortest edge.
