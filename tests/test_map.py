@@ -133,12 +133,12 @@ def test_the_program_of_the_page_finds_zooms_and_hides_points(made, tmp_path):
     (tmp_path / "x.cjs").write_text(BROWSER % json.dumps(texts["script", "data"]) + texts["script", None] + USE)
     done = subprocess.run(["node", tmp_path / "x.cjs"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["found"] == list(range(30))  # at the position of each point
-    assert said["stays"] < 1e-6  # zooming keeps the point under the pointer
-    assert said["moved"] == [30, -10]
-    assert said["shown"] == [20, 10, 30, 1]
-    assert said["legend"] == [*CLASSES]
+    report = json.loads(done.stdout)
+    assert report["found"] == list(range(30))  # at the position of each point
+    assert report["stays"] < 1e-6  # zooming keeps the point under the pointer
+    assert report["moved"] == [30, -10]
+    assert report["shown"] == [20, 10, 30, 1]
+    assert report["legend"] == [*CLASSES]
 
 
 # the parts of a browser that the program uses
@@ -159,27 +159,27 @@ made.tip = element("div");
 made.tip.append(element("canvas"), element("b"), element("span"));
 """
 USE = """
-const all = D.name.map((_, n) => n), count = () => all.filter(isShown).length, said = {shown: []};
-said.found = all.map(n => nearest(...place(n)));
+const all = D.name.map((_, n) => n), count = () => all.filter(isShown).length, report = {shown: []};
+report.found = all.map(n => nearest(...place(n)));
 const [x, y] = place(3);
 map.onwheel({deltaY: -700, deltaMode: 0, offsetX: x, offsetY: y, preventDefault() {}});
 const there = place(3);
-said.stays = Math.hypot(there[0] - x, there[1] - y) + (zoom > 2 ? 0 : 1);
+report.stays = Math.hypot(there[0] - x, there[1] - y) + (zoom > 2 ? 0 : 1);
 map.onpointerdown({offsetX: 10, offsetY: 20, pointerId: 1});
 map.onpointermove({offsetX: 40, offsetY: 10});
 map.onpointerup({});
-said.moved = place(3).map((value, n) => Math.round(value - there[n]));
+report.moved = place(3).map((value, n) => Math.round(value - there[n]));
 const legend = get("legend").children;
-said.legend = legend.map(button => button.children[1].textContent);
+report.legend = legend.map(button => button.children[1].textContent);
 legend[0].onclick();
-said.shown.push(count());
+report.shown.push(count());
 legend[1].ondblclick();
-said.shown.push(count());
+report.shown.push(count());
 get("all").onclick();
-said.shown.push(count());
+report.shown.push(count());
 get("filter").oninput({target: {value: D.name[4].toUpperCase()}});
-said.shown.push(count());
-console.log(JSON.stringify(said));
+report.shown.push(count());
+console.log(JSON.stringify(report));
 """
 
 

@@ -572,20 +572,6 @@ def test_out_of_memory_on_the_device_is_one_line_and_other_errors_stay(tmp_path,
 # --- sources
 
 
-@pytest.mark.parametrize(
-    ("train", "test", "shared"),
-    [("train", "train[75%:]", True), ("train[:50%]", "train[50%:]", False), ("train", "test", False)],
-)
-def test_slices_of_tfds_that_overlap_share_images(train, test, shared):
-    def sliced(split):
-        places = {"train": (0, 8), "train[75%:]": (6, 2), "train[:50%]": (0, 4), "train[50%:]": (4, 4)}
-        skip, take = places.get(split, (0, 4))
-        part = SimpleNamespace(filename=split.split("[")[0], skip=skip, take=take)
-        return SimpleNamespace(file_instructions=lambda: [part])
-
-    assert share_images(sliced(train), sliced(test)) == shared
-
-
 def test_a_run_is_tested_on_images_that_it_was_not_trained_on(tmp_path):
     images = make_folder(tmp_path / "images", {"a": 40, "b": 40})
     own = {"source": "auto", "path": str(images), "name": "", "data_dir": "", "split": "train"}
