@@ -292,6 +292,7 @@ def test_features_that_are_not_finite_are_refused_and_overflow_is_named(tmp_path
     assert not list(tmp_path.glob("*/meta.json"))
 
 
+@pytest.mark.slow
 def test_features_are_reused_unless_something_that_decides_them_changed(tmp_path, probe_fake, capsys):
     def extracted(*more):
         probe_fake("--only=ridge", "--overwrite", *more)
