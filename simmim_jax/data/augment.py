@@ -228,10 +228,14 @@ def parse(augment: str) -> RandAugment:
         operations, weights = tuple(weighted), tuple(weight / sum(weighted.values()) for weight in weighted.values())
     deviation = float(given.get("mstd", 0.0))
     policy = RandAugment(
-        operations, weights=weights, magnitude=given.get("m", 10), max_magnitude=given.get("mmax", 10),
+        operations,
+        weights=weights,
+        magnitude=given.get("m", 10),
+        max_magnitude=given.get("mmax", 10),
         deviation=deviation if deviation <= 100 else float("inf"),
-        layers=given.get("n", 2), probability=float(given.get("p", 0.5)),
-    )  # fmt: skip
+        layers=given.get("n", 2),
+        probability=float(given.get("p", 0.5)),
+    )
     max_layers = len(operations) if weights else 100
     _check(1 <= policy.layers <= max_layers, augment, "n", f"a number of operations from 1 to {max_layers}")
     _check(policy.max_magnitude >= 1, augment, "mmax", "a magnitude of 1 or more")

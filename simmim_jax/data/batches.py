@@ -95,10 +95,8 @@ class BatchSpec(NamedTuple):
         - label_map, with `label_maps` only: class of each pixel, uint8 or uint16 [batch_size, h, w].
         """
         rows, crops = (self.batch_size,), (self.batch_size, *self.image_size, self.channels)
-        entries = {
-            "image": (crops, np.uint8), "label": (rows, np.int32), "index": (rows, np.int64),
-            "replaced": (rows, np.bool_), "batch_index": (rows, np.int32),
-        }  # fmt: skip
+        entries = {"image": (crops, np.uint8), "label": (rows, np.int32), "index": (rows, np.int64)}
+        entries |= {"replaced": (rows, np.bool_), "batch_index": (rows, np.int32)}
         if self.label_maps:
             entries["label_map"] = (crops[:3], self.label_maps.dtype)
         return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in entries.items()}
