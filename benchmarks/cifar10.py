@@ -32,11 +32,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 from step import ROOT, describe, markdown
 
 sys.path.insert(0, str(ROOT))
@@ -137,10 +136,10 @@ def import_peer(options: argparse.Namespace) -> None:
 def draw_random(options: argparse.Namespace) -> None:
     target = workdir("random", options)
     if not checkpoint.has_steps(str(target)):  # in a new process: here JAX would keep GPU memory
-        run("random", [sys.executable, __file__, "draw", workdir("ours", options), target], options)
+        run("random", [sys.executable, __file__, "write_random", workdir("ours", options), target], options)
 
 
-def draw(run_of: str, workdir: str) -> None:
+def write_random(run_of: str, workdir: str) -> None:
     """Write the initial parameters of the run `run_of` as a new run."""
     run = load_run(run_of)
     init_key = make_keys(run.config["seed"]).init
@@ -344,120 +343,42 @@ def format_accuracy(*rows: dict | None) -> str:
     return text + (f" ({', '.join(sorted(blocks))})" if blocks else "")
 
 
-WIDTH, HEIGHT = 720, 440  # pixels of a panel
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 52, 52  # margins of the axes in pixels
-SHARPNESS = 3  # supersampling factor: Pillow's lines are not antialiased
-
-
-class Curve(NamedTuple):
-    """A line. With an empty name, it is not in the legend."""
-
-    name: str
-    color: str
-    x: list[int | float]
-    y: list[float]
-    width: int = 2
-
-
-class Panel(NamedTuple):
-    title: str
-    x_label: str
-    y_label: str
-    curves: list[Curve]
-    legend: str  # "upper" or "lower" right corner
-
-
-def running_mean(x: list[int], y: list[float], count: int) -> tuple[list[float], list[float]]:
+def moving_average(x: list[int], y: list[float], count: int) -> tuple[list[float], list[float]]:
     """Moving average over `count` points, of x and of y."""
     kernel = np.full(count, 1 / count)
     return np.convolve(x, kernel, "valid").tolist(), np.convolve(y, kernel, "valid").tolist()
 
 
-def make_panels(report: dict) -> list[Panel]:
-    """Panels with the losses of both pretraining runs and the accuracies of all fine-tuning runs, if any."""
-    panels, losses = [], report["losses"]
-    if len(losses["step"]) > 1:
-        count = max(1, len(losses["step"]) // 40)
-        curves = [Curve("", faded(COLORS[name]), losses["step"], losses[name], 1) for name in ("ours", "peer")]
-        for name in ("ours", "peer"):
-            x, y = running_mean(losses["step"], losses[name], count)
-            curves.append(Curve(f"{ENCODERS[name]}  {y[-1]:.3f}", COLORS[name], x, y))
-        title = "pretraining: same images, crops and masks at each step"
-        panels.append(Panel(title, "step", f"loss, and its moving average over {count} points", curves, "upper"))
+def draw(report: dict) -> Figure | None:
+    """Losses of both pretraining runs, and accuracies of all fine-tuning runs; None if there are no curves."""
+    losses = report["losses"] if len(report["losses"]["step"]) > 1 else None
     tuned = {row["encoder"]: row["finetuned"]["curve"] for row in report["rows"] if row["finetuned"]}
-    curves = []
-    for name, curve in tuned.items():
-        if len(curve["step"]) > 1:
+    tuned = {name: curve for name, curve in tuned.items() if len(curve["step"]) > 1}
+    if not losses and not tuned:
+        return None
+    panels = bool(losses) + bool(tuned)
+    figure = Figure(figsize=(7.2 * panels, 4.4), dpi=100, layout="constrained")
+    axes = iter(figure.subplots(1, panels, squeeze=False)[0])
+    if losses:
+        panel, count = next(axes), max(1, len(losses["step"]) // 40)
+        panel.set_title("pretraining: same images, crops and masks at each step")
+        panel.set_ylabel(f"loss, and its moving average over {count} points")
+        for name in ("ours", "peer"):
+            panel.plot(losses["step"], losses[name], color=COLORS[name], alpha=0.25, linewidth=1)
+            x, y = moving_average(losses["step"], losses[name], count)
+            panel.plot(x, y, color=COLORS[name], label=f"{ENCODERS[name]}  {y[-1]:.3f}")
+    if tuned:
+        panel = next(axes)
+        panel.set_title("fine-tuning: same recipe and number of steps")
+        panel.set_ylabel("top-1 of the test images, %")
+        for name, curve in tuned.items():
             percent = [100 * value for value in curve["top1"]]
-            curves.append(Curve(f"{ENCODERS[name]}  {percent[-1]:.1f}", COLORS[name], curve["step"], percent))
-    if curves:
-        title = "fine-tuning: same recipe and number of steps"
-        panels.append(Panel(title, "step", "top-1 of the test images, %", curves, "lower"))
-    return panels
-
-
-def faded(color: str) -> str:
-    """The color, mixed with three parts of white."""
-    channels = (int(color[n : n + 2], 16) for n in (1, 3, 5))
-    return "#" + "".join(f"{round(255 - (255 - channel) * 0.25):02x}" for channel in channels)
-
-
-def make_ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers that enclose `low` and `high`."""
-    span = max(high - low, 1e-9)
-    power = 10.0 ** np.floor(np.log10(span / 4))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if span / (factor * power) <= 6)
-    first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
-    return [float(round(n * step, 10)) for n in np.arange(first, max(last, first + 1) + 1)]
-
-
-def draw_panels(panels: list[Panel]) -> Image.Image:
-    """Draw the panels side by side."""
-    large = Image.new("RGB", (len(panels) * WIDTH * SHARPNESS, HEIGHT * SHARPNESS), "white")
-    pen = ImageDraw.Draw(large)
-    texts = [text for n, panel in enumerate(panels) for text in draw_panel(pen, panel, n * WIDTH)]
-    sheet = large.resize((len(panels) * WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-    pen = ImageDraw.Draw(sheet)
-    for place, text, anchor, size, color in texts:  # at the final size, for sharp text
-        pen.text(place, text, fill=color, font=ImageFont.load_default(size), anchor=anchor)
-    return sheet
-
-
-def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> list[tuple]:
-    """Draw the lines of a panel, `offset` pixels from the left; return its texts: (place, text, anchor, size,
-    color)."""
-    left, right, top, bottom = offset + LEFT, offset + WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
-    x_ticks = make_ticks(0, max(x for curve in panel.curves for x in curve.x))
-    values = [y for curve in panel.curves for y in curve.y]
-    y_ticks = make_ticks(min(values), max(values))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * (right - left), bottom - up * (bottom - top)
-
-    def line(places: list[tuple[float, float]], color: str, width: int) -> None:
-        scaled = [(x * SHARPNESS, y * SHARPNESS) for x, y in places]
-        pen.line(scaled, fill=color, width=width * SHARPNESS, joint="curve")
-
-    texts = [((left, 16), panel.title, "lt", 16, "#24292f"), ((left, 38), panel.y_label, "lt", 12, "#57606a")]
-    for tick in y_ticks:
-        line([place(x_ticks[0], tick), place(x_ticks[-1], tick)], "#e6e8eb", 1)
-        texts.append(((left - 8, place(0, tick)[1]), f"{tick:g}", "rm", 12, "#57606a"))
-    for tick in x_ticks:
-        x = place(tick, y_ticks[0])[0]
-        line([(x, bottom), (x, bottom + 4)], "#8c959f", 1)
-        texts.append(((x, bottom + 8), f"{tick:,.0f}", "mt", 12, "#57606a"))
-    line([(left, bottom), (right, bottom)], "#8c959f", 1)
-    texts.append((((left + right) / 2, bottom + 28), panel.x_label, "mt", 12, "#57606a"))
-    for curve in panel.curves:
-        line([place(x, y) for x, y in zip(curve.x, curve.y, strict=True)], curve.color, curve.width)
-    named = [curve for curve in panel.curves if curve.name]
-    for n, curve in enumerate(named):
-        y = top + 18 + 20 * n if panel.legend == "upper" else bottom - 18 - 20 * (len(named) - 1 - n)
-        line([(right - 172, y), (right - 148, y)], curve.color, 3)
-        texts.append(((right - 140, y), curve.name, "lm", 13, "#24292f"))
-    return texts
+            panel.plot(curve["step"], percent, color=COLORS[name], label=f"{ENCODERS[name]}  {percent[-1]:.1f}")
+    for panel in figure.axes:
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return figure
 
 
 def report(options: argparse.Namespace) -> None:
@@ -466,9 +387,9 @@ def report(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, json.dumps(found, indent=1) + "\n")
     print(table(found))
-    if panels := make_panels(found.get("seeds", [found])[0]):
+    if figure := draw(found.get("seeds", [found])[0]):
         picture = options.out.with_suffix(".png")
-        draw_panels(panels).save(picture, optimize=True)
+        figure.savefig(picture)
         print(f"\ncurves: {picture}")
 
 
@@ -515,8 +436,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["draw"]:
-        draw(*arguments[1:])
+    if arguments[:1] == ["write_random"]:
+        write_random(*arguments[1:])
         return
     options = parse(arguments)
     for stage in options.stages:

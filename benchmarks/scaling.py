@@ -37,7 +37,7 @@ def measure(model: str, devices: int, placement: str, options: argparse.Namespac
     """Result of `simmim_jax.tools.plan` for a model on `devices` devices. Exits if it fails."""
     family, size = family_and_size(model)
     batch = options.batch_per_device * devices
-    fields = {"encoder.size": size, "encoder.dtype": options.dtype, "batch_size": batch, "steps": 1}
+    fields = {"encoder.size": size, "encoder.dtype": options.dtype, "batch_size": batch, "steps": 1, "probe_block": 0}
     fields |= {f"mesh.{axis}": ways for axis, ways in make_mesh(placement, options.tensor).items()}
     fields |= dict(override.split("=", 1) for override in options.override)
     command = [

@@ -287,37 +287,17 @@ def test_probe_of_an_unfinished_run_is_refused(cifar10, runs):
     assert cifar10.format_accuracy({"top1": None, "block": 3}) == "diverged"
 
 
-def test_picture_draws_lower_losses_lower_and_higher_accuracies_higher(cifar10):
+def test_picture_has_the_losses_and_accuracies(cifar10):
     def tuned(encoder, top1):
         return {"encoder": encoder, "finetuned": {"curve": {"step": [0, 50, 100], "top1": [0.1, top1, top1]}}}
 
-    steps = list(range(1, 101))
-    losses = {"step": steps, "ours": [0.45] * 99 + [0.4], "peer": [0.8] * 99 + [0.9]}
-    panels = cifar10.make_panels({"losses": losses, "rows": [tuned("ours", 0.7), tuned("random", 0.3)]})
-    picture = np.asarray(cifar10.draw_panels(panels))
-    assert picture.shape == (cifar10.HEIGHT, 2 * cifar10.WIDTH, 3)
-
-    def height_of(color, column):
-        wanted = [int(color[n : n + 2], 16) for n in (1, 3, 5)]
-        return np.flatnonzero(np.abs(picture[:, column].astype(int) - wanted).sum(axis=1) < 90).mean()
-
-    middle, late = cifar10.WIDTH // 2, 2 * cifar10.WIDTH - 200
-    assert height_of(cifar10.COLORS["ours"], middle) > height_of(cifar10.COLORS["peer"], middle) + 100
-    assert height_of(cifar10.COLORS["ours"], late) < height_of(cifar10.COLORS["random"], late) - 100
-
-
-def test_moving_average_keeps_a_straight_line(cifar10):
-    x, y = cifar10.running_mean([10, 20, 30, 40, 50], [1.0, 2.0, 3.0, 4.0, 5.0], 3)
-    assert x == pytest.approx([20, 30, 40])
-    assert y == pytest.approx([2, 3, 4])
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.43, 0.96), (0, 3900), (12.3, 76.0), (0.5, 0.5), (0, 16)])
-def test_ticks_are_few_and_enclose_all_values(cifar10, low, high):
-    ticks = cifar10.make_ticks(low, high)
-    assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
+    losses = {"step": list(range(1, 101)), "ours": [0.45] * 99 + [0.4], "peer": [0.8] * 99 + [0.9]}
+    figure = cifar10.draw({"losses": losses, "rows": [tuned("ours", 0.7), tuned("random", 0.3)]})
+    pretraining, finetuning = figure.axes
+    assert [line.get_ydata()[-1] for line in pretraining.lines] == pytest.approx([0.4, 0.425, 0.9, 0.85])
+    assert [line.get_label() for line in finetuning.lines] == ["ours  70.0", "random weights  30.0"]
+    assert [line.get_ydata()[-1] for line in finetuning.lines] == pytest.approx([70, 30])
+    assert cifar10.draw({"losses": {"step": [], "ours": [], "peer": []}, "rows": []}) is None
 
 
 @pytest.mark.slow
@@ -326,7 +306,7 @@ def test_random_weights_are_the_initial_parameters_of_the_run(cifar10, config, t
     initial = jax.device_get(make_state(experiment).params)
     zeros = jax.tree.map(np.zeros_like, initial)
     checkpoint.write_params(str(tmp_path / "ours"), zeros, experiment.record)
-    cifar10.draw(str(tmp_path / "ours"), str(tmp_path / "random"))
+    cifar10.write_random(str(tmp_path / "ours"), str(tmp_path / "random"))
     drawn, _ = checkpoint.read_params(str(tmp_path / "random"))
     jax.tree.map(np.testing.assert_array_equal, drawn, initial)
 
