@@ -25,7 +25,7 @@ def digits(name="digits_vit_tiny"):
     c = load(f"configs/{name}.py")
     c.encoder.name, c.encoder.size = "vit", "ti"
     c.encoder.width, c.encoder.depth, c.encoder.num_heads = 32, 1, (2,)
-    c.probe_block, c.evals = 1, {}
+    c.probe_block, c.evals, c.online_probes = 1, {}, False
     return c
 
 
@@ -161,7 +161,10 @@ def test_average_distances_are_compared_with_the_best_range():
     masks = {"ratio": 0.5, "mask_patches": 4, "asked": 0.5}
     for distance, word in ((9.9, "below"), (10.0, "inside"), (20.0, "inside"), (20.1, "above"), (None, "warning")):
         assert word in str(preview.format_masks(masks | {"average_distance": distance}))
-    assert preview.measure_masks([np.ones((32, 32), bool)], digits().objective)["average_distance"] is None
+    assert (
+        preview.measure_masks([np.ones((8, 8), bool)], {"mask_patch_size": 8, "mask_ratio": 1})["average_distance"]
+        is None
+    )
 
 
 def test_batches_that_were_waiting_are_not_timed():

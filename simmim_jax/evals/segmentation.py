@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum, warn_once
 from simmim_jax.evals.sheet import make_tile, save_png, sheet
@@ -303,7 +303,7 @@ def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
 
 
 def paint(
-    image: UInt8[np.ndarray, "h w 3"], classes: Int[np.ndarray, "h w"], num_classes: int, opacity: float = 0.6
+    image: UInt8[np.ndarray, "h w 3"], classes: Integer[np.ndarray, "h w"], num_classes: int, opacity: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
     """An image under the colors of its classes. Pixels without a class show the image."""
     colors = palette(num_classes)[np.minimum(classes, num_classes - 1)]
@@ -323,7 +323,7 @@ def draw_segmentations(
     return sheet(tiles, titles=COLUMNS)
 
 
-def resize_map(classes: Int[np.ndarray, "y x"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
+def resize_map(classes: Integer[np.ndarray, "y x"], size: tuple[int, int]) -> Integer[np.ndarray, "h w"]:
     """A map of `size` by nearest neighbor."""
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, classes.shape, strict=True))
     return classes[rows[:, None], columns]
