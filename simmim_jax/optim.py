@@ -53,7 +53,7 @@ class ScheduleOptions(NamedTuple):
 
 
 class OptimizerOptions(NamedTuple):
-    """Options of the optimizer besides its schedule.
+    """Options of the optimizer, except those of its schedule.
 
     layer_decay: the peak rate of layer n is `learning_rate` * layer_decay ** (depth + 1 - n). The initial rate of the
         warm-up and the final rate are the same for all layers, as in the official code.

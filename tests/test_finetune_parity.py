@@ -1,8 +1,8 @@
-"""Three updates of fine-tuning a small ViT: by `configs/simmim_vit_b_finetune.py`, and by PyTorch as official code.
+"""Three fine-tuning updates of a small ViT with `configs/simmim_vit_b_finetune.py` equal those of PyTorch.
 
-The peer is transformers' BEiT, which is the official model, under torch.optim.AdamW with the parameter groups of
-official optimizer.py, the rates of its lr_scheduler.py (timm's CosineLRScheduler, one group at a time) and gradients
-clipped by torch. Both see the same images, erased and mixed alike. Runs where torch and transformers are installed.
+The PyTorch side is transformers' BEiT, which is the official model, with torch.optim.AdamW, the parameter groups of the
+official optimizer.py, the rates of its lr_scheduler.py (timm's CosineLRScheduler per group), and gradient clipping by
+torch. Both train on the same erased and mixed images. Needs torch and transformers.
 """
 
 import math
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jax import random
 
-from simmim_jax import train
 from simmim_jax.config import load
+from simmim_jax.experiment import make_tx
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective, mixing
 from simmim_jax.objectives.pixels import normalize
@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
 SIDE, BATCH, CLASSES, DEPTH = 32, 8, 5, 3
-STEPS, STEPS_PER_EPOCH = 12, 2  # 20 epochs of warm-up are cut to one: the second and third update have left it
+STEPS, STEPS_PER_EPOCH = 12, 2  # warm-up of one epoch instead of 20: it ends before the last update
 BEIT = {
     "hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "intermediate_size": 128, "patch_size": 8,
     "image_size": SIDE, "layer_norm_eps": 1e-6, "drop_path_rate": 0.0, "use_relative_position_bias": True,
@@ -39,7 +39,7 @@ BEIT = {
 
 
 def official_layer(name: str) -> int:
-    """`get_vit_layer` of optimizer.py, for the names of transformers."""
+    """`get_vit_layer` of optimizer.py, for parameter names of transformers."""
     if name.startswith("beit.embeddings."):
         return 0
     block = re.search(r"\.layers?\.(\d+)\.", name)
@@ -47,7 +47,7 @@ def official_layer(name: str) -> int:
 
 
 def official_groups(model, config) -> list[dict]:
-    """`get_finetune_param_groups`: what has one dimension, biases and the class token do not decay."""
+    """`get_finetune_param_groups`: parameters of one dimension, biases and the class token do not decay."""
     groups = []
     for name, x in model.named_parameters():
         spared = x.ndim == 1 or name.endswith(".bias") or name.endswith("cls_token")
@@ -58,7 +58,7 @@ def official_groups(model, config) -> list[dict]:
 
 
 def official_rate(config, peak: float, step: int) -> float:
-    """timm's CosineLRScheduler, set after each update: the first two updates have the rate that warm-up starts from."""
+    """timm's CosineLRScheduler, set after each update: the first two updates have the initial warm-up rate."""
     t, warmup = max(step - 1, 0), STEPS_PER_EPOCH
     low, start = config.optim.min_learning_rate, config.optim.warmup_learning_rate
     if t < warmup:
@@ -74,9 +74,9 @@ def draw_batch(step: int) -> dict:
 
 
 def peers_batch(batch: dict, key, config) -> tuple:
-    """(images, targets, of each process whether it cuts) of a step, as timm's Mixup makes them of the draws of ours.
+    """(images, targets, whether each process uses CutMix) for a step, as timm's Mixup makes them from our draws.
 
-    It works on the batch of each of the official run's processes by itself.
+    In the official run, each process mixes its own batch.
     """
     objective = config.objective
     erase_key, mix_key = random.split(random.fold_in(key, 1))
@@ -108,7 +108,7 @@ def imported(model, folder):
     return checkpoint.read_params(str(folder / "workdir"))
 
 
-def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_groups(tmp_path):
+def test_three_fine_tuning_updates_equal_pytorch(tmp_path):
     torch.manual_seed(0)
     model = transformers.BeitForImageClassification(transformers.BeitConfig(**BEIT)).train()
     with torch.no_grad():
@@ -120,12 +120,12 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
     config.batch_size, config.image_size, config.base_learning_rate = BATCH, (SIDE, SIDE), 5e-3 * 512 / BATCH
     config.mean, config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config.optim.warmup_epochs, config.objective.num_classes = 1.0, CLASSES
-    config.objective.mixup_group = BATCH // 2  # as of two processes
+    config.objective.mixup_group = BATCH // 2  # two processes
     encoder = make_encoder(**architecture(record["encoder"]))
-    assert (encoder.relative_position, encoder.final_norm) == ("per_block", False)  # as the config has it
+    assert (encoder.relative_position, encoder.final_norm) == ("per_block", False)
     pixels = {"image_size": config.image_size, "mean": config.mean, "std": config.std}
     objective = make_objective(encoder=encoder, **pixels, **config.objective)
-    tx, _ = train.make_tx(config, encoder, STEPS, STEPS_PER_EPOCH)
+    tx, _ = make_tx(config, encoder, STEPS, STEPS_PER_EPOCH)
     key = random.key(3)
     params = jax.tree.map(jnp.asarray, params)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
@@ -150,7 +150,7 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip_norm)
         optimizer.step()
         np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
-    assert set(cut) == {True, False}  # of the six batches some are cut and some are blended
+    assert set(cut) == {True, False}  # both CutMix and Mixup are used
 
     theirs, _ = imported(model, tmp_path / "after")
     theirs = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(theirs)}
@@ -159,4 +159,4 @@ def test_three_updates_of_fine_tuning_are_those_of_pytorch_with_the_official_gro
         name = path_name(path)
         np.testing.assert_allclose(x, theirs[name], rtol=0, atol=1e-5, err_msg=name)
         moved = np.abs(theirs[name] - before[name]).max()
-        assert moved > 1e-4, f"{name} has hardly moved"
+        assert moved > 1e-4, f"{name} has hardly changed"

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "simmim_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# The longest prefix that fits counts; "x." covers the modules in folder x. A module imports modules of lower floors, and
-# those of the same floor in its own folder.
+# The longest prefix that fits counts; "x." covers the modules in folder x. A module imports modules of lower floors,
+# and those of the same floor in its own folder.
 FLOORS = {
     "main": 9, "tools": 9, "tools.": 9,
     "train": 8,

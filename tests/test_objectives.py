@@ -19,7 +19,7 @@ OPTIONS = {
     "segment": {"num_classes": 5},
     "simmim": {"mask_patch_size": 16, "mask_ratio": 0.5},
 }
-BATCH = tiny_batch(8) | {"label_map": np.random.default_rng(0).integers(0, 6, (8, 32, 32), np.uint8)}
+BATCH = tiny_batch(8) | {"label_map": jnp.asarray(np.random.default_rng(0).integers(0, 6, (8, 32, 32), np.uint8))}
 BATCH |= {"label": BATCH["label"] % 5}
 
 
