@@ -184,6 +184,7 @@ def write_inputs(folder: Path) -> None:
         part = "val" if n % 4 == 0 else "train"
         save(picture(n), folder / "SEGMENTS" / "images" / part / f"{n}.png")
         save(Image.fromarray(np.uint8(np.eye(72) * (n % 3))), folder / "SEGMENTS" / "annotations" / part / f"{n}.png")
+    tfds.disable_progress_bar()
     Cifar10(data_dir=str(folder / "TFDS_DIR"), file_format="array_record").download_and_prepare()
     with np.load(ROOT / "tests" / "golden" / "official_swin_pretrain.npz") as arrays:  # a very small Swin
         model = {name.removeprefix("params/"): arrays[name] for name in arrays if name.startswith("params/")}
