@@ -3,7 +3,6 @@
 import ast
 import copy
 import dataclasses
-import functools
 import math
 import re
 from pathlib import Path
@@ -31,10 +30,8 @@ def in_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@functools.cache
-def parameters(name):
+def parameters(config):
     """Shapes of a recipe's parameters. Recipes for any encoder get a small one."""
-    config = load(f"configs/{name}.py")
     encoder = {**config.encoder} if config.encoder.name else {**config.encoder, "name": "vit", "size": "s"}
     objective = make_objective(
         encoder=make_encoder(**encoder | {"scan": True}), image_size=config.image_size, mean=config.mean,
@@ -46,7 +43,9 @@ def parameters(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_builds_its_model_and_optimizer_and_documents_itself(name):
     config = load(f"configs/{name}.py")
-    assert parameters(name)
+    if config.encoder.name.startswith("swin"):  # the official recipes below are built at their depth
+        config.encoder.depths = (1, 1, 1, 1)
+    assert parameters(config)
     make_optimizer(steps=10, steps_per_epoch=5, layer_id=lambda path: 0, depth=1, **config.optim)
     text = (ROOT / "configs" / f"{name}.py").read_text()
     docstring = text.split('"""')[1]
@@ -98,7 +97,7 @@ def test_pretraining_recipe_is_the_official_one(
 ):
     """Compared with the yaml files and config.py of microsoft/SimMIM d3e29bc and microsoft/Swin-Transformer f82860b."""
     config = load(f"configs/simmim_{name}.py")
-    assert sum(x.size for x in jax.tree.leaves(parameters(f"simmim_{name}"))) == num_parameters
+    assert sum(x.size for x in jax.tree.leaves(parameters(config))) == num_parameters
     encoder, objective, optim, data = config.encoder, config.objective, config.optim, config.data
     assert (config.epochs, config.batch_size, config.image_size) == (epochs, 2048, (image, image))
     assert (encoder.window, encoder.drop_path) == (window, drop_path)
