@@ -1,12 +1,9 @@
-"""What a user did that cannot work, said in one line, with an exit code of its own.
+"""User-facing errors. Each prints one line and has its own exit code.
 
-Every error a user can cause ends as one line on stderr::
+    ERROR[kind] what - where - how to fix it
 
-    ERROR[kind] what - where - what to do
-
-`exit_with_message` prints it without a traceback (set SIMMIM_TRACEBACK=1 to see one) and exits with the code of its
-kind.
-This module imports nothing of ours, and nothing heavy: it is needed before JAX is.
+`exit_with_message` prints the line to stderr without a traceback (SIMMIM_TRACEBACK=1 shows one) and exits with the code
+of the kind. This module imports nothing heavy: it is needed before JAX is imported.
 """
 
 import argparse
@@ -23,13 +20,13 @@ from absl import logging
 
 
 class UserError(Exception):
-    """An error that the user can mend: `what` happened, `where`, and what to do about it (`fix`)."""
+    """An error that the user can fix: `what` happened, `where`, and the `fix`."""
 
     kind = "error"
     exit_code = 1
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
-        super().__init__(what, where, fix)  # all three, so that the error survives pickling between processes
+        super().__init__(what, where, fix)  # all three, so that pickling keeps them
         self.what, self.where, self.fix = what, where, fix
 
     def __str__(self) -> str:
@@ -38,84 +35,84 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A config that is misspelt, mistyped, contradictory, or not the one of this workdir."""
+    """A config or command line is misspelled, contradictory, or not the one of this workdir."""
 
     kind, exit_code = "config", 2
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are errors of one line."""
+    """An argparse parser that raises ConfigError."""
 
     def error(self, message: str):
         raise ConfigError(message, "command line", "see --help")
 
 
 class DataError(UserError):
-    """Images that are missing, unreadable, too few, or not those that the run began with."""
+    """Images are missing, unreadable, too few, or not those that the run started with."""
 
     kind, exit_code = "data", 3
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite, several steps in a row."""
+    """The loss or gradient is NaN or infinite for several steps in a row."""
 
     kind, exit_code = "nonfinite", 4
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of another model."""
+    """A checkpoint is missing, damaged, or belongs to another model."""
 
     kind, exit_code = "checkpoint", 5
 
 
 class PeerError(UserError):
-    """Another process of the same run that is gone."""
+    """Another process of the same run was lost."""
 
     kind, exit_code = "peer", 6
 
 
 class BusyError(UserError):
-    """A workdir that another run holds."""
+    """Another process holds the workdir."""
 
     kind, exit_code = "busy", 75  # EX_TEMPFAIL
 
 
 class Preempted(Exception):
-    """A SIGTERM or SIGINT came: the state is saved, and the same command goes on from there."""
+    """SIGTERM or SIGINT was received. The state is saved, and the same command resumes from it."""
 
     def __init__(self, signal_number: int, step: int):
         super().__init__(signal_number, step)
-        self.exit_code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells have it
+        self.exit_code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as in shells
         self.number, self.name, self.step = signal_number, signal.Signals(signal_number).name, step
 
     def __str__(self) -> str:
-        state = f"step {self.step} is saved" if self.step else "there was no step to save"
-        return f"stopped by {self.name}: {state}; run the same command again to go on"
+        state = f"step {self.step} is saved" if self.step else "no step to save"
+        return f"stopped by {self.name}: {state}; run the same command to resume"
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
-    """What to do about a `name` that is not among the choices: the nearest of them, and all."""
+    """A suggestion for an unknown `name`: the nearest choice, and all choices."""
     near = difflib.get_close_matches(str(name), choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{hint}choose one of {', '.join(sorted(choices))}"
 
 
 def choose(what: str, name: str, choices):
-    """`choices[name]` (or `name`, of a set), or a ConfigError that lists the choices and the nearest."""
+    """`choices[name]`, or `name` if `choices` is a set. Raises ConfigError with the nearest choice."""
     if name in choices:
         return choices[name] if isinstance(choices, dict) else name
     raise ConfigError(f"unknown {what} {name!r}", fix=suggest(name, choices))
 
 
 def check_options(what: str, function: Callable, options: dict) -> None:
-    """Raise ConfigError for an option that `function` does not take, with the nearest that it does."""
+    """Raise ConfigError for an option that `function` does not take, with the nearest one."""
     for option in options:
         choose(f"{what} option", option, set(inspect.signature(function).parameters))
 
 
 def check_minimum(where: str, value: int | float, minimum: int, *, strict: bool = False) -> None:
-    """Raise ConfigError unless `value` is `minimum` or more, or, where `strict`, more."""
-    if not (value > minimum if strict else value >= minimum):  # so that NaN is refused
+    """Raise ConfigError unless `value` is at least `minimum`; with `strict`, above it."""
+    if not (value > minimum if strict else value >= minimum):  # also true for NaN
         bound = "above" if strict else "of at least"
         raise ConfigError(f"{where.split('.')[-1]} is {value}", where, f"give a number {bound} {minimum}")
 
@@ -143,18 +140,17 @@ def warn_once(line: str) -> None:
 
 
 def _end_processes() -> None:
-    """What multiprocessing does when an interpreter ends: else it tells of semaphores that were left behind."""
+    """Run multiprocessing's exit handler. Otherwise it warns about leaked semaphores."""
     if "multiprocessing.util" in sys.modules:
         sys.modules["multiprocessing.util"]._exit_function()
 
 
 @contextlib.contextmanager
 def exit_with_message(before_end: Callable[[bool], None] | None = None) -> Iterator[None]:
-    """End the process as promised above, if what runs inside raises UserError or Preempted; quietly if it is cut off.
+    """Context manager for the entry of a program: turn UserError and Preempted into a line and an exit code.
 
-    For the entry of a program: the exit codes are those of the errors, 141 where nobody reads the output any more, as
-    after `| head`, and 130 for a Ctrl-C before a run has begun (later it is a signal like SIGTERM).
-    before_end: called after the line is printed, with whether it is a signal that ends the process.
+    The process exits with 141 if nobody reads its output, as after `| head`, and with 130 after Ctrl-C before a run has
+    started. before_end: called after the line is printed, with whether a signal ends the process.
     """
     try:
         yield
@@ -166,7 +162,7 @@ def exit_with_message(before_end: Callable[[bool], None] | None = None) -> Itera
         if before_end:
             before_end(isinstance(error, Preempted))
         _end_processes()
-        # All is closed by now, and the line must be the last: Orbax's threads print while the interpreter shuts down.
+        # Everything is closed. Exit at once, so that the line stays the last: Orbax's threads print at shutdown.
         os._exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

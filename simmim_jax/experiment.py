@@ -1,7 +1,8 @@
 """A config becomes one value: `make_experiment(config) -> Experiment`. The only reader of a config.
 
 Training, memory planning, previews, tools and benchmarks all start from an `Experiment`. Nothing else assembles
-encoder, objective, optimizer, batches or state, and nothing below this module has seen a config.
+encoder, objective, optimizer, batches or state, and nothing below this module has seen a config. That is why this file
+is longer than others.
 """
 
 import json
@@ -81,11 +82,15 @@ class Saving(NamedTuple):
 class Experiment(NamedTuple):
     """Everything that a config determines.
 
-    record: what config.json holds. steps: length of the run. source, heldout: images; None if they were not opened.
-    is_frozen, is_decayed: parameter path ->
-    whether it gets no update (None: nothing is frozen), or weight decay. init_from: step folder to take parameters from, or
-    None. init_parts: which of them; (): the default. state: abstract and sharded `TrainState`. variant: other values of
-    config fields -> the Experiment with them.
+    record: content of config.json.
+    schedule: step -> learning rate.
+    is_frozen: parameter path -> whether it gets no update; None if nothing is frozen.
+    is_decayed: parameter path -> whether it gets weight decay.
+    steps: length of the run.
+    source, heldout: training and held-out images; None if they were not opened.
+    init_from: step folder to take parameters from, or None. init_parts: which of them; (): the default.
+    state: abstract and sharded `TrainState`.
+    variant: {config field: value} -> the Experiment with these values.
     """
 
     record: dict
@@ -483,7 +488,7 @@ def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, 
 
 
 def check_frozen(config: ConfigDict, encoder: Encoder, is_frozen: Callable | None, params: dict) -> None:
-    """Raise ConfigError if `optim.frozen` or `optim.frozen_layers` name nothing, everything, or a trained batch norm."""
+    """Raise ConfigError if `optim.frozen` or `optim.frozen_layers` freeze nothing, everything, or a live batch norm."""
     layers = config.optim.frozen_layers
     if layers > encoder.depth + 1:
         raise ConfigError(
@@ -513,8 +518,8 @@ def check_frozen(config: ConfigDict, encoder: Encoder, is_frozen: Callable | Non
     all_frozen = all(path in frozen for path in paths if path.startswith("encoder/"))
     if not all_frozen and not train_encoder:
         logging.warning(
-            "objective.train_encoder=false freezes nothing, it only turns stochastic depth off: freeze the encoder with "
-            "--config.optim.frozen=encoder/"
+            "objective.train_encoder=false freezes nothing, it only turns stochastic depth off: freeze the encoder "
+            "with --config.optim.frozen=encoder/"
         )
     if all_frozen and config.objective.get("train_encoder") and encoder.drop_path:
         logging.warning("the encoder is frozen but uses stochastic depth: give --config.objective.train_encoder=false")
@@ -528,30 +533,3 @@ def pretrained_settings(record: dict) -> str:
     if record["optim"]["frozen"] or record["optim"]["frozen_layers"]:
         notes.append("optim.frozen freezes random weights")
     return "".join(f"; {note}" for note in notes)
-
-
-def parameter_overview(experiment: Experiment) -> str:
-    """One line with the number of parameters by top-level group, and of trained, decayed and sharded ones."""
-    params = unstack(experiment.state.params, experiment.encoder.scanned_layers)
-    leaves = [(path_name(path), math.prod(x.shape), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-    total = sum(size for _, size, _ in leaves)
-    trained = [(path, size, x) for path, size, x in leaves if not (experiment.is_frozen and experiment.is_frozen(path))]
-    counts = {
-        "trained": sum(size for _, size, _ in trained),
-        "decayed": sum(size for path, size, _ in trained if experiment.is_decayed(path)),
-        "sharded": sum(size for _, size, x in leaves if not x.sharding.is_fully_replicated),
-    }
-    groups = {}
-    for path, size, _ in leaves:
-        groups[path.split("/")[0]] = groups.get(path.split("/")[0], 0) + size
-    parts = [f"{name} {count_name(size)}" for name, size in groups.items()]
-    parts += [f"{name} {'all' if size == total else count_name(size)}" for name, size in counts.items()]
-    return f"{count_name(total)} parameters: {', '.join(parts)}"
-
-
-def count_name(number: int) -> str:
-    """A parameter count with three digits: 12.3 M, 4.56 k, 789."""
-    for unit, name in ((1e6, " M"), (1e3, " k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return str(number)

@@ -49,7 +49,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(
     path: Path, error: type[UserError] = ConfigError, fix: str = "remove it, or give another --workdir"
 ) -> dict:
-    """The object in a JSON file; {} if the file does not exist. Raises `error` if it holds no object or is unreadable."""
+    """The object in a JSON file; {} if there is no file. Raises `error` if it holds no object or is unreadable."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
     except OSError as reason:

@@ -45,8 +45,8 @@ def gib(size: int) -> str:
 def compile_to_measure(experiment: Experiment):
     """Compile the step so that its memory is that of an accelerator.
 
-    XLA:CPU drops the barriers that make rematerialization effective, except in a scan. So a model with remat is compiled
-    with scanned blocks.
+    XLA:CPU drops the barriers that make rematerialization effective, except in a scan. So a model with remat is
+    compiled with scanned blocks.
     """
     encoder = experiment.encoder
     if encoder.remat != "none" and not encoder.scan:

@@ -4,6 +4,7 @@ Rules depend on a parameter's *path* ("encoder/block_0/attn/qkv/kernel"), never 
 lr_scheduler.py and optimizer.py of microsoft/SimMIM and microsoft/Swin-Transformer; timm's CosineLRScheduler.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -309,3 +310,34 @@ def make_optimizer(
             lambda params: train_labels(params, is_frozen, scanned_layers),
         )
     return tx, rates[-1]
+
+
+def parameter_overview(
+    params: PyTree, is_frozen: Callable[[str], bool] | None, is_decayed: Callable[[str], bool]
+) -> str:
+    """One line with the number of parameters by top-level group, and of trained, decayed and sharded ones.
+
+    params: abstract and sharded.
+    """
+    leaves = [(path_name(path), math.prod(x.shape), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    total = sum(size for _, size, _ in leaves)
+    trained = [(path, size) for path, size, _ in leaves if not (is_frozen and is_frozen(path))]
+    groups = {}
+    for path, size, _ in leaves:
+        group = path.split("/")[0]
+        groups[group] = groups.get(group, 0) + size
+    counts = groups | {
+        "trained": sum(size for _, size in trained),
+        "decayed": sum(size for path, size in trained if is_decayed(path)),
+        "sharded": sum(size for _, size, x in leaves if not x.sharding.is_fully_replicated),
+    }
+    parts = [f"{name} {'all' if size == total else format_count(size)}" for name, size in counts.items()]
+    return f"{format_count(total)} parameters: {', '.join(parts)}"
+
+
+def format_count(number: int) -> str:
+    """A count with three digits: 12.3 M, 4.56 k, 789."""
+    for unit, name in ((1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)

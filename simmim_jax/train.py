@@ -12,14 +12,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from simmim_jax import data
+from simmim_jax import data, optim
 from simmim_jax.errors import CheckpointError, DataError, PeerError, Preempted
 from simmim_jax.evaluation import make_evaluators
 from simmim_jax.experiment import (
     Experiment,
     compile_train_step,
     make_state,
-    parameter_overview,
     pretrained_settings,
     step_flops,
     to_device,
@@ -154,7 +153,8 @@ def log_start(experiment: Experiment, workdir: str, start: int) -> None:
         f"{experiment.mesh.size} {jax.devices()[0].device_kind} device(s)"
         + (f", {count} processes" if count > 1 else "")
     )
-    log0(parameter_overview(experiment))
+    params = unstack(experiment.state.params, experiment.encoder.scanned_layers)
+    log0(optim.parameter_overview(params, experiment.is_frozen, experiment.is_decayed))
 
 
 def needed_memory(experiment: Experiment, step_fn: Callable) -> int:

@@ -29,6 +29,10 @@ def digits(**changes):
     return c
 
 
+def overview(made):
+    return optim.parameter_overview(made.state.params, made.is_frozen, made.is_decayed)
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     """The warnings that `experiment` logs."""
@@ -62,9 +66,9 @@ def test_config_becomes_one_value():
     assert made.evals.every == 3
     assert made.record["encoder"]["depth"] == 1
     assert all(x.sharding is not None for x in jax.tree.leaves(made.state))
-    line = experiment.parameter_overview(made)
+    line = overview(made)
     count = sum(x.size for x in jax.tree.leaves(made.state.params))
-    assert line.startswith(f"{experiment.count_name(count)} parameters: encoder ")
+    assert line.startswith(f"{optim.format_count(count)} parameters: encoder ")
     assert "trained all" in line
     assert made.variant({"microbatches": 2}).microbatches == 2
 
@@ -73,8 +77,8 @@ def test_frozen_parameters_are_not_counted_as_trained():
     config = load("configs/digits_linear.py")
     config.init_from = ""
     config.batch_size = 32
-    line = experiment.parameter_overview(experiment.make_experiment(config))
-    assert f"trained {experiment.count_name(config.objective.num_classes * (96 + 1))}" in line
+    line = overview(experiment.make_experiment(config))
+    assert f"trained {optim.format_count(config.objective.num_classes * (96 + 1))}" in line
 
 
 def test_probes_join_if_both_splits_have_the_same_classes():

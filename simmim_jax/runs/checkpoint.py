@@ -23,11 +23,9 @@ from absl import logging
 from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from simmim_jax.runtime import processes
-from simmim_jax.files import read_json
-
 from simmim_jax.errors import CheckpointError, PeerError, differences
 from simmim_jax.files import read_json, write_json
+from simmim_jax.runtime import processes
 from simmim_jax.runtime.scanning import path_name
 from simmim_jax.train_step import TrainState
 
@@ -35,7 +33,7 @@ FREE_SPACE = "earlier checkpoints are kept; free some space or repair the folder
 
 
 def make_manager(workdir: str, *, max_to_keep: int = 2, keep_period: int = 0) -> ocp.CheckpointManager:
-    """Orbax's manager of a workdir's checkpoints. Keeps the newest `max_to_keep`, and each `keep_period`-th step (0: none)."""
+    """Orbax's manager of a workdir. It keeps the newest `max_to_keep`, and each `keep_period`-th step (0: none)."""
     logging.get_absl_handler().addFilter(_is_not_from_orbax)
     policies = [preservation_policy.LatestN(max(max_to_keep, 1))]
     if keep_period:
@@ -132,7 +130,9 @@ def _translate_disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
             raise translated from error
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(
-            f"could not save: {reason}", f"{manager.directory} ({_free_bytes(manager) / 2**20:.1f} MiB free)", FREE_SPACE
+            f"could not save: {reason}",
+            f"{manager.directory} ({_free_bytes(manager) / 2**20:.1f} MiB free)",
+            FREE_SPACE,
         ) from error
 
 
@@ -185,7 +185,9 @@ def restore(
                 fix = "if it is damaged, move this step away and run again"
                 raise CheckpointError(f"cannot read: {reason}", str(folder), fix) from error
             aside = processes.on_process_0(lambda folder=folder: str(_move_aside(folder)))
-            logging.warning("checkpoint %s is damaged (%s): moved to %s, trying the checkpoint before it", folder, reason, aside)
+            logging.warning(
+                "checkpoint %s is damaged (%s): moved to %s, trying the checkpoint before it", folder, reason, aside
+            )
             manager.reload()
     if steps:
         raise CheckpointError(

@@ -226,7 +226,7 @@ class Recorder:
                 log0(f"the device waits for data: {data.advice(self._source, workers=self._workers)}")
         if self.skipped > self._limits.nonfinite_steps:
             raise NonFiniteError(
-                f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}, {self.skipped} steps in a row",
+                f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step}, {self.skipped} steps in a row",
                 str(self.records.folder),
                 "none of these updates was applied; check the images, or lower the learning rate in a new --workdir",
             )

@@ -1,7 +1,7 @@
-"""The processes of one run: how they find each other, and how they agree.
+"""The processes of a run: joining, agreement, and signals.
 
-A run on one host is one process and needs none of this. On several hosts every process runs the same command; the first
-one, `is_process_0`, holds the workdir and writes what is written once.
+A run on one host is one process. On several hosts, every process runs the same command, and process 0 holds the workdir
+and writes shared files.
 """
 
 import contextlib
@@ -22,18 +22,24 @@ from jax.experimental import multihost_utils
 from simmim_jax import errors
 from simmim_jax.errors import ConfigError, PeerError, UserError
 
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # within `srun`
+SLURM = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+)  # variables that `srun` sets
 
 
 def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, heartbeat: int = 100
 ) -> None:
-    """Join the other processes of this run, if there are any; to be called before anything else of JAX.
+    """Join the other processes of this run, if any. Call it before any other use of JAX.
 
-    coordinator: HOST:PORT of the first process, processes: how many, process: which of them is this, from 0 on; or in
-    the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Without them, what SLURM, Open MPI or a
-    TPU slice says of itself is used. heartbeat: seconds of silence after which a process counts as lost, and all others
-    end. Raises ConfigError if only some are given, or the others cannot be reached.
+    coordinator: HOST:PORT of process 0. processes: their number. process: the index of this one. They default to
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and then to what SLURM, Open MPI or a TPU slice
+    provides. heartbeat: seconds of silence after which a process counts as lost and the others end. Raises ConfigError
+    if only some of them are given, or the other processes cannot be reached.
     """
     given = {
         "--coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -58,19 +64,19 @@ def join(
                           "--processes and --process, or none of them")  # fmt: skip
     elif not _is_cluster():
         return
-    elif _one_task_for_each_node():  # else JAX takes one of its GPUs
+    elif _one_task_for_each_node():  # otherwise JAX uses only one of its GPUs
         options["local_device_ids"] = list(range(int(os.environ["SLURM_GPUS_ON_NODE"])))
-    # It would take SIGTERM for itself; a run agrees on its own, in the step.
+    # JAX's preemption service would handle SIGTERM. A run agrees on signals itself, in the step.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        where = given["--coordinator"] or "what the cluster says of itself"
-        fix = "start all with the same command; the first one's port must be open and free; or, alone, --processes=1"
+        where = given["--coordinator"] or "the cluster's environment"
+        fix = "start all with the same command; process 0's port must be open and free; for one process: --processes=1"
         raise ConfigError(f"cannot join the other processes: {reason}", where, fix) from error
     if not os.environ.get("SIMMIM_TRACEBACK"):
-        # Where another process is lost, JAX aborts this one and says so: not to be buried under the stacks of threads.
+        # If another process is lost, JAX aborts this one with a message. Do not bury it under all threads' stacks.
         faulthandler.disable()
 
 
@@ -82,7 +88,7 @@ def _number(variable: str) -> int | None:
 
 
 def _is_cluster() -> bool:
-    """Whether the environment is one of several processes that JAX knows how to read."""
+    """Whether the environment describes several processes in a way that JAX can read."""
     environment = os.environ
     if all(name in environment for name in SLURM):
         return int(environment["SLURM_NTASKS"]) > 1
@@ -102,7 +108,7 @@ def is_process_0() -> bool:
 
 
 def log0(line: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line on process 0."""
     if is_process_0():
         print(line, flush=True)
 
@@ -118,17 +124,17 @@ def process_min(number: int) -> int:
 
 
 def on_process_0(action: Callable[[], object]):
-    """What `action` gives, as JSON data, in the first process, where alone it runs; its UserError is raised in all."""
+    """Run `action` on process 0 only; return its result, JSON data, on all processes, or raise its UserError on all."""
     if jax.process_count() == 1:
         return action()
-    told, value, failed = {}, None, None
+    message, value, failed = {}, None, None
     if is_process_0():
         try:
             value = action()
-            told = {"value": value if _is_json(value) else None}
+            message = {"value": value if _is_json(value) else None}
         except UserError as error:
-            failed, told = error, {"error": [type(error).__name__, error.what, error.where, error.fix]}
-    words = np.frombuffer(json.dumps(told).encode(), np.uint8)
+            failed, message = error, {"error": [type(error).__name__, error.what, error.where, error.fix]}
+    words = np.frombuffer(json.dumps(message).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(words))))
     if not is_process_0():
         words = np.zeros(length, np.uint8)
@@ -137,11 +143,11 @@ def on_process_0(action: Callable[[], object]):
         raise failed
     if is_process_0():
         return value
-    told = json.loads(bytes(np.asarray(words, np.uint8)))
-    if "error" in told:
-        name, *what = told["error"]
+    message = json.loads(bytes(np.asarray(words, np.uint8)))
+    if "error" in message:
+        name, *what = message["error"]
         raise getattr(errors, name)(*what)
-    return told["value"]
+    return message["value"]
 
 
 def _is_json(value) -> bool:
@@ -149,7 +155,7 @@ def _is_json(value) -> bool:
 
 
 def check_same(text: str, what: str, where: str, fix: str) -> None:
-    """Raise ConfigError in all processes unless all give the same text."""
+    """Raise ConfigError on all processes unless all give the same text."""
     if jax.process_count() > 1:
         own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
         others = multihost_utils.process_allgather(own)
@@ -159,15 +165,15 @@ def check_same(text: str, what: str, where: str, fix: str) -> None:
 
 
 def leave(*, agreed: bool) -> None:
-    """To be called before a process ends itself without the interpreter's own end.
+    """Call this before `os._exit`.
 
-    agreed: whether a signal ends all of them, with their state saved. Then they wait for each other, so that none is
-    taken for lost. Else it stays for a moment: if it is the first, with which the others are connected, these can say
-    why they end too.
+    agreed: whether a signal ends all processes, with their state saved. Then they wait for each other, so that none
+    counts as lost. Otherwise wait a moment, so that the other processes, which are connected to process 0, can still
+    report why they end.
     """
-    if not jax.distributed.is_initialized():  # without asking for a device, which may be what is missing
+    if not jax.distributed.is_initialized():  # does not initialize a device, which may be what failed
         return
-    with contextlib.suppress(Exception):  # whatever the others do: this process keeps its own end
+    with contextlib.suppress(Exception):  # keep this process's own exit code
         if agreed:
             jax.distributed.shutdown()
         else:
@@ -175,7 +181,7 @@ def leave(*, agreed: bool) -> None:
 
 
 def translate_error(error: Exception) -> Exception:
-    """What stopped a computation of all processes: PeerError if another process is gone; else `error` itself."""
+    """PeerError if `error` says that another process was lost; otherwise `error` itself."""
     if jax.process_count() == 1 or isinstance(error, UserError):
         return error
     reason = " ".join(str(error).split())
@@ -183,8 +189,8 @@ def translate_error(error: Exception) -> Exception:
     lost += ("broken pipe", "remote process exited", "another task died")
     if any(word in reason.lower() for word in lost):
         return PeerError(
-            f"another process of this run is gone: {reason[:160]}", f"process {jax.process_index()}",
-            "its own last words say why; start all again with the same command",
+            f"another process of this run was lost: {reason[:160]}", f"process {jax.process_index()}",
+            "see its own log; start all processes again with the same command",
         )  # fmt: skip
     return error
 

@@ -1,9 +1,8 @@
-"""Parameters of equal blocks, one by one or as one stack: on the disk and for others they are the former, in the memory
-of a run that scans over its blocks the latter.
+"""Scanned layers: parameters of equal blocks, stacked for `lax.scan` in a run, one by one in checkpoints and exports.
 
-`stacks` is what an encoder says: {"blocks": ("block_0", "block_1", ...)}, the name of a stack and those of its blocks
-in order; empty where nothing is stacked. The functions take any tree that holds such parameters, as moments do, and of
-arrays as of `jax.ShapeDtypeStruct`.
+`scanned_layers` comes from the encoder: {"blocks": ("block_0", "block_1", ...)}, the name of a stack and its blocks in
+order; {} if nothing is scanned. The functions take any tree that contains such parameters, like an optimizer state, of
+arrays or of `jax.ShapeDtypeStruct`.
 """
 
 from collections.abc import Callable
@@ -17,12 +16,12 @@ ScannedLayers = dict[str, tuple[str, ...]]
 
 
 def path_name(key_path) -> str:
-    """The names of a parameter's path, joined by slashes."""
+    """A parameter's path as names joined by slashes."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def stack(tree: PyTree, scanned_layers: ScannedLayers, join: Callable = jnp.stack) -> PyTree:
-    """`tree` with the blocks of each stack as one subtree, whose leaves have a new first axis, of the blocks."""
+    """Stack the blocks of each entry of `scanned_layers` along a new first axis, under the name of the stack."""
 
     def stacked(parts: dict) -> dict:
         parts = dict(parts)
@@ -35,7 +34,7 @@ def stack(tree: PyTree, scanned_layers: ScannedLayers, join: Callable = jnp.stac
 
 
 def unstack(tree: PyTree, scanned_layers: ScannedLayers) -> PyTree:
-    """`tree` with the blocks of each stack under their own names: the inverse of `stack`."""
+    """The inverse of `stack`: each block under its own name."""
 
     def unstacked(parts: dict) -> dict:
         parts = dict(parts)
@@ -49,7 +48,7 @@ def unstack(tree: PyTree, scanned_layers: ScannedLayers) -> PyTree:
 
 
 def _where(names: set[str], change: Callable[[dict], dict], tree: PyTree) -> PyTree:
-    """`tree` with every dictionary in it that has one of these names replaced by what `change` makes of it."""
+    """Replace each dictionary in `tree` that has one of these names by `change` of it."""
     has = lambda x: isinstance(x, dict) and not names.isdisjoint(x)  # noqa: E731
     return jax.tree.map(lambda x: change(x) if has(x) else x, tree, is_leaf=has)
 

@@ -1,4 +1,4 @@
-"""Where things live: the mesh of devices, and the placement of state and batches on it."""
+"""The device mesh, and the sharding of state and batches on it."""
 
 import math
 import re
@@ -15,11 +15,11 @@ from simmim_jax.runtime.scanning import path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-SMALL = 2**16  # leaves below this many elements are not split over `fsdp`: that costs more than it saves
+MIN_FSDP_SIZE = 2**16  # elements; smaller arrays are not split over `fsdp`, since that costs more than it saves
 
-# Which dimension of a parameter `tensor` splits, from the last on: heads of attention, hidden units of an MLP. What
-# comes out of a block is summed over them. All else is whole on each device of the axis (Shoeybi et al. 2019, arXiv
-# 1909.08053, section 3). By the end of its path, so that moments and averages go where their parameter goes.
+# The dimension of a parameter that `tensor` splits, by the end of its path: attention heads and MLP hidden units, as in
+# Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Other parameters are replicated over the axis.
+# Optimizer moments and the EMA have the same paths, so they are sharded like their parameters.
 TENSOR = (
     (r"attn/qkv/kernel", -2),
     (r"attn/qkv/bias", -2),
@@ -35,11 +35,11 @@ TENSOR = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices as a (data, fsdp, tensor) mesh; -1 takes the rest, and where two are -1, the later one takes it.
+    """All devices as a (data, fsdp, tensor) mesh. -1: the remaining devices; if two sizes are -1, the later takes them.
 
-    Batches are split over `data` and `fsdp`; parameters, moments and averages over `fsdp` (1: not) and, those of
-    attention and MLP, over `tensor`. The devices of one `tensor` group are neighbors. Raises ConfigError if it does
-    not come out even.
+    Batches are split over `data` and `fsdp`. Parameters, moments and the EMA are split over `fsdp`, and those of
+    attention and MLP over `tensor`. Devices of a `tensor` group are adjacent. Raises ConfigError if the sizes do not
+    multiply to the number of devices.
     """
     count, sizes = jax.device_count(), [data, fsdp, tensor]
     while sizes.count(-1) > 1:
@@ -57,7 +57,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=types)
-    if devices[0].platform == "tpu" and sizes[0] % slices == 0:  # `data` over the slices, the rest within each
+    if devices[0].platform == "tpu" and sizes[0] % slices == 0:  # `data` over slices, the other axes within each
         within = (sizes[0] // slices, *sizes[1:])
         return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=types)
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
@@ -68,23 +68,23 @@ def divisors(count: int) -> list[int]:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(where: str, batch_size: int, ways: int, microbatches: int = 1) -> None:
-    """Raise ConfigError, with the nearest sizes that work, unless every microbatch splits evenly `ways` ways."""
+def check_batch_size(where: str, batch_size: int, num_shards: int, microbatches: int = 1) -> None:
+    """Raise ConfigError, with the nearest valid sizes, unless every microbatch splits into `num_shards` parts."""
     check_minimum(where, batch_size, 1)
-    unit = ways * microbatches
+    unit = num_shards * microbatches
     if batch_size % unit:
         below = batch_size // unit * unit
         near = f"try {below} or {below + unit}" if below > 0 else f"try {unit}"
-        parts = f"{ways} devices" + (f" x {microbatches} microbatches" if microbatches > 1 else "")
+        parts = f"{num_shards} devices" + (f" x {microbatches} microbatches" if microbatches > 1 else "")
         raise ConfigError(f"{where} {batch_size} not divisible by {parts}", where, near)
 
 
 def check_tensor(state: PyTree, mesh: Mesh) -> None:
-    """Raise ConfigError, with the sizes that work, unless `tensor` divides what it splits of an abstract state."""
+    """Raise ConfigError, with the valid sizes, unless `tensor` divides the dimensions that it splits."""
     ways = mesh.shape["tensor"]
     leaves = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
     sizes = {path: leaf.shape[n] for path, leaf in leaves if (n := _tensor_dimension(path)) is not None}
@@ -104,11 +104,10 @@ def _any_of(numbers: list[int]) -> str:
 
 
 def shard_state(state: PyTree, mesh: Mesh, scanned_layers: tuple[str, ...] = ()) -> PyTree:
-    """An abstract state with a sharding for each leaf: over `tensor` by `TENSOR`, over `fsdp` along the largest
-    dimension that it divides, else replicated.
+    """Give each leaf of an abstract state a sharding: over `tensor` by `TENSOR`, over `fsdp` along the largest
+    dimension that it divides, otherwise replicated.
 
-    scanned_layers: names of subtrees whose leaves have a first axis of blocks, which is scanned and therefore not split.
-    Moments and averages have the path and shape of their parameter below them, so they are placed as it is.
+    scanned_layers: names of subtrees whose leaves have a first axis of blocks, which is scanned and not split.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
 
@@ -120,7 +119,7 @@ def shard_state(state: PyTree, mesh: Mesh, scanned_layers: tuple[str, ...] = ())
         if tensor > 1 and dimension is not None:
             spec[dimension] = "tensor"
         free = [n for n in range(int(scanned), len(shape)) if spec[n] is None and shape[n] % fsdp == 0]
-        if fsdp > 1 and free and math.prod(shape[int(scanned) :]) >= SMALL:
+        if fsdp > 1 and free and math.prod(shape[int(scanned) :]) >= MIN_FSDP_SIZE:
             spec[max(free, key=lambda n: shape[n])] = "fsdp"
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
@@ -132,15 +131,15 @@ def _tensor_dimension(path: str) -> int | None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Images split along the first dimension, over `data` and `fsdp`."""
+    """The sharding of a batch: the first dimension over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def along_batch(x: Array) -> Array:
-    """`x` held to be split along its first dimension as a batch is, on the mesh of `jax.set_mesh`; without one, `x`.
+    """Constrain `x` to be sharded like a batch on the mesh of `jax.set_mesh`; without a mesh, return `x`.
 
-    Said of what each block gives: else XLA may split a map as the weights are that `fsdp` splits, and send maps, which
-    are larger, from device to device in place of weights. In a scan it does.
+    Constrain each block's output. Otherwise XLA may shard activations like the FSDP weights and communicate activations
+    instead of weights, which it does in a scan.
     """
     known = set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if known else x
@@ -163,24 +162,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shard(mesh: Mesh) -> tuple[int, int]:
-    """(which part of each batch this process brings, of how many).
+    """(index, count) of the part of each batch that this process loads.
 
-    Each process brings another part, but where one `tensor` group reaches over several processes: these bring the same.
-    Raises ConfigError for a mesh where they would share a part of their rows alone.
+    Processes that share a `tensor` group load the same part. Raises ConfigError for a mesh on which two processes would
+    share only some of their rows.
     """
     rows = {process: set() for process in range(jax.process_count())}
     for device, (part,) in batch_sharding(mesh).devices_indices_map((num_batch_shards(mesh),)).items():
         rows[device.process_index].add(part.indices(num_batch_shards(mesh))[0])
-    shares = sorted({tuple(sorted(parts)) for parts in rows.values()})
-    if sum(map(len, shares)) != num_batch_shards(mesh):
+    parts = sorted({tuple(sorted(rows_of)) for rows_of in rows.values()})
+    if sum(map(len, parts)) != num_batch_shards(mesh):
         raise ConfigError(
             f"a mesh of {dict(mesh.shape)} on {jax.process_count()} processes", "mesh.tensor",
             f"give a divisor of a process's {jax.local_device_count()} devices",
         )  # fmt: skip
-    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def to_global(batch: dict, mesh: Mesh) -> dict:
-    """This process's numpy batch as its part of the global arrays on the devices."""
+    """Turn this process's numpy batch into its part of global arrays on the devices."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

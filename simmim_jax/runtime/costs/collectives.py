@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled step, read from its HLO. Bytes, and per second."""
+"""Communication between devices in a compiled step, read from its HLO. Sizes are in bytes, rates per second."""
 
 import math
 import re
@@ -12,50 +12,50 @@ from simmim_jax.runtime.costs.devices import Kind
 
 
 class Collective(NamedTuple):
-    """A communication of a step, alike ones together, of each device."""
+    """A kind of communication in a step, summed over its runs, per device."""
 
     kind: str  # all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute
-    group: int  # devices that take part with each other
-    local: int  # of these, at least, on a host of `devices_per_host`
-    count: int  # runs a step
-    size: int  # bytes of the whole: what is reduced, or is there after a gather; of all runs together
-    sent: int  # bytes that a device sends by the ring algorithm
+    group: int  # devices that communicate with each other
+    local: int  # minimum number of them on one host
+    count: int  # runs per step
+    size: int  # bytes that are reduced, or present after a gather, in all runs
+    sent: int  # bytes that a device sends with the ring algorithm, in all runs
 
     def seconds(self, kind: Kind) -> float:
-        """The least time on devices of `kind`, at the published rates and with nothing else to send.
+        """Minimum time on devices of `kind`: at published rates, with no other traffic.
 
-        Where a group spans hosts, all its devices of a host send by their own adapters at once.
+        If a group spans hosts, all its devices on a host send through their own network adapters in parallel.
         """
         rate = kind.link if self.local == self.group else min(kind.link, self.local * kind.network)
         return self.sent / rate
 
 
-RING = {  # what a device sends, as a part of the whole, in a group of n
+RING = {  # fraction of the size that a device sends in a group of n
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-# What changes neither the number of elements nor their values, but by rounding.
+# Operations that keep the number of elements and, up to rounding, their values.
 SAME_VALUES = {"parameter", "convert", "copy", "bitcast", "reshape", "transpose", "get-tuple-element"}
 
 
 def collectives(compiled: jax.stages.Compiled, devices_per_host: int | None = None) -> list[Collective]:
-    """The communication of a compiled program, the largest first, counted in its HLO.
+    """The communication of a compiled program, largest first.
 
-    Those of a loop count times its turns, where the compiler knows them, else once. devices_per_host: neighbors by
-    their number, for `local`; None: all are on one host. Of a program of one device, and of groups of one: none.
+    A collective in a loop counts once per iteration if the compiler knows the trip count, otherwise once.
+    devices_per_host: for `local`; devices with consecutive numbers share a host; None: all are on one host.
 
-    Two habits of XLA:CPU, which simulated devices have, are counted as other compilers do it. An all-reduce of which
-    each device then takes its slice is a reduce-scatter. bfloat16 that was widened to float32 for the way alone has its
-    own size.
+    XLA:CPU does two things differently from accelerator compilers; both are counted as an accelerator does them. An
+    all-reduce from which each device takes a slice counts as a reduce-scatter. A bfloat16 array that is widened to
+    float32 only for communication counts with its own size.
     """
     return parse_collectives(compiled.as_text(), devices_per_host)
 
 
 def parse_collectives(text: str, devices_per_host: int | None = None) -> list[Collective]:
-    """As `collectives`, of the text of an HLO module."""
+    """`collectives` for the text of an HLO module."""
     partitions = re.search(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
     devices = int(partitions.group(1)) if partitions else 1
     module, entry = _read_module(text)
@@ -64,7 +64,7 @@ def parse_collectives(text: str, devices_per_host: int | None = None) -> list[Co
     def visit(name: str, times: int) -> None:
         for each in module.get(name, {}).values():
             kind = each.operation.removesuffix("-start").removesuffix("-done")
-            # The result of a -start has its operands beside it: that of its -done has not.
+            # The result of a -start op also holds its operands, the result of its -done op does not.
             if kind in RING and not each.operation.endswith("-start"):
                 asked = module[name][each.operands[0]] if each.operation.endswith("-done") else each
                 groups = _groups(asked.text, devices)
@@ -88,10 +88,10 @@ class _Instruction(NamedTuple):
     shape: str  # of the result: an array's type, or a tuple of them
     operation: str
     operands: list[str]
-    text: str  # what stands behind the operation
+    text: str  # the rest of the line
 
 
-_Module = dict[str, dict[str, _Instruction]]  # the instructions of each computation, by name
+_Module = dict[str, dict[str, _Instruction]]  # computation name -> instruction name -> instruction
 _LINE = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -100,7 +100,7 @@ _ARRAY = re.compile(r"([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\]")
 
 
 def _read_module(text: str) -> tuple[_Module, str]:
-    """The computations of a module, and the name of its entry. The last instruction of a computation is its result."""
+    """(computations of a module, name of its entry). The last instruction of a computation is its result."""
     module, entry, current = {}, "", {}
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -115,9 +115,9 @@ def _read_module(text: str) -> tuple[_Module, str]:
 
 
 def _calls(each: _Instruction) -> list[tuple[str, int]]:
-    """The computations that an instruction runs, and how often."""
+    """The computations that an instruction calls, with the number of calls."""
     if each.operation.endswith(("-update", "-done")):
-        return []  # what its -start has called
+        return []  # counted at its -start op
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', each.text) if each.operation == "while" else None
     called = _CALLED.findall(each.text)
     called += [name.strip().lstrip("%") for names in _BRANCHES.findall(each.text) for name in names.split(",")]
@@ -125,7 +125,7 @@ def _calls(each: _Instruction) -> list[tuple[str, int]]:
 
 
 def _parts(kind: str, each: _Instruction, asked: _Instruction, module: _Module, name: str, group: int):
-    """(kind, bytes of the whole) of what a collective carries; of an all-reduce what is sliced apart from the rest."""
+    """(kind, bytes) of a collective. The sliced part of an all-reduce is a reduce-scatter of its own."""
     whole, promoted = Counter(), re.search(r"to_apply=%?[\w.-]*_promoted\b", asked.text)
     for number, (dtype, elements) in enumerate(_arrays(each.shape)):
         size = elements * _bits(dtype) // 8 * (group if kind == "reduce-scatter" else 1)
@@ -138,7 +138,7 @@ def _parts(kind: str, each: _Instruction, asked: _Instruction, module: _Module, 
 
 
 def _is_widened(operand: str, module: _Module, name: str) -> bool:
-    """Whether a value of a computation is 16 bits wide, and was written as float32."""
+    """Whether a float32 value was converted from a 16-bit one."""
     instructions = module[name]
     while found := instructions.get(operand):
         if found.operation == "fusion" and (called := re.search(r"calls=%?([\w.-]+)", found.text)):
@@ -154,7 +154,7 @@ def _is_widened(operand: str, module: _Module, name: str) -> bool:
 
 
 def _is_sliced(result: str, number: int, part: int, module: _Module, name: str) -> bool:
-    """Whether all that becomes of a result (of element `number` where it is a tuple) is a slice of `part` elements."""
+    """Whether a result, or element `number` of a tuple, is only used as a slice of `part` elements."""
     users = [each for each in module[name].values() if result in each.operands]
     elements = [each for each in users if each.operation == "get-tuple-element"]
     values = [each.name for each in elements if re.search(rf"index={number}\b", each.text)] if elements else [result]
@@ -162,7 +162,7 @@ def _is_sliced(result: str, number: int, part: int, module: _Module, name: str) 
 
 
 def _fates(value: str, part: int, module: _Module, name: str) -> set[str]:
-    """What becomes of a value in a computation: "sliced" to `part` elements, "returned", or used "whole"."""
+    """The uses of a value in a computation: "sliced" to `part` elements, "returned", or used "whole"."""
     fates = {"returned"} if value == next(reversed(module[name])) else set()
     for each in module[name].values():
         if value not in each.operands:
@@ -183,7 +183,7 @@ def _fates(value: str, part: int, module: _Module, name: str) -> set[str]:
 
 
 def _arrays(shape: str) -> list[tuple[str, int]]:
-    """(type, elements) of an array's type, or of each in a tuple."""
+    """(dtype, number of elements) of an array type, or of each array in a tuple type."""
     return [(dtype, math.prod(int(n) for n in sides.split(",") if n)) for dtype, sides in _ARRAY.findall(shape)]
 
 
@@ -192,7 +192,7 @@ def _bits(dtype: str) -> int:
 
 
 def _groups(text: str, devices: int) -> list[list[int]]:
-    """The devices of each group that an instruction names, in any of HLO's notations; all where it names none."""
+    """The devices of each replica group, in any of HLO's notations; one group of all devices if none is given."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
         return _lists(pairs.group(1))
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
@@ -213,14 +213,14 @@ def _lists(text: str) -> list[list[int]]:
 
 
 def _iota(sides: str, order: str | None) -> np.ndarray:
-    """0, 1, 2, ... in an array of these sides, transposed to this order of its axes."""
+    """0, 1, 2, ... as an array of shape `sides`, transposed to the axis order `order`."""
     return np.arange(math.prod(_numbers(sides))).reshape(_numbers(sides)).transpose(_numbers(order))
 
 
 def _groups_of_mesh(axes: str, order: str, named: str) -> list[list[int]]:
     """Groups along the named axes of a mesh: mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}.
 
-    'b':(2)2 names a part of an axis: of its devices those that the factor 2 behind a factor 2 numbers.
+    'b':(2)2 names a part of an axis: split into factors, the factor of size 2 after a factor of size 2.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
     numbers = np.arange(math.prod(sizes.values()))
@@ -231,7 +231,7 @@ def _groups_of_mesh(axes: str, order: str, named: str) -> list[list[int]]:
     wanted = {}
     for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", named):
         wanted.setdefault(name, []).append((int(before or 1), int(size or sizes[name])))
-    sides, taken = [], []  # the mesh with its axes split where a part of one is named; which of these are
+    sides, taken = [], []  # shape with split axes; indices of the named ones
     for name, whole in sizes.items():
         done = 1
         for before, size in sorted(wanted.get(name, [])):
@@ -245,7 +245,7 @@ def _groups_of_mesh(axes: str, order: str, named: str) -> list[list[int]]:
 
 
 def _local(group: list[int], devices_per_host: int | None) -> int:
-    """The least devices of a group that are on one host, of the hosts that have any."""
+    """The minimum number of a group's devices on one host, over the hosts that have any."""
     if devices_per_host is None:
         return len(group)
     return min(Counter(device // devices_per_host for device in group).values())

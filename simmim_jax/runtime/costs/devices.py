@@ -1,4 +1,4 @@
-"""What a device has: published peaks, memory and links; and what a compiled step needs of it. Bytes, and per second."""
+"""Devices: published peaks, memory and links, and the memory that a compiled step needs. Bytes, and bytes/s."""
 
 import math
 import re
@@ -15,15 +15,15 @@ GIB = 2**30
 
 
 class Kind(NamedTuple):
-    """What the vendor publishes of one device as JAX counts them; `pattern` matches all of its `device_kind`."""
+    """Published numbers of one device, as JAX counts devices. `pattern` matches its whole `device_kind`."""
 
     pattern: str
-    bfloat16: float  # operations a second of dense matmuls
-    float32: float  # at JAX's default precision: TF32 on NVIDIA since Ampere, one bfloat16 pass on a TPU
-    memory: int
-    bandwidth: float  # of the memory
-    link: float  # that a device can send to others of its host, in one direction, all links together
-    network: float  # that a device can send to other hosts, in one direction
+    bfloat16: float  # FLOP/s of dense matmuls
+    float32: float  # FLOP/s at JAX's default precision: TF32 on NVIDIA since Ampere, one bfloat16 pass on a TPU
+    memory: int  # bytes
+    bandwidth: float  # bytes/s of the memory
+    link: float  # bytes/s that a device sends to devices of its host, in one direction, over all links
+    network: float  # bytes/s that a device sends to other hosts, in one direction
 
 
 def _nvidia(
@@ -35,21 +35,20 @@ def _nvidia(
     link: int | float,
     network: int | float = 50,
 ) -> Kind:
-    """A Kind in TFLOP/s, GiB and GB/s. Vendors' datasheets add both directions of a link: `link` is half of that."""
+    """A Kind from TFLOP/s, GiB and GB/s. Datasheets add both directions of a link; `link` is half of that."""
     return Kind(pattern, bfloat16 * 1e12, float32 * 1e12, memory * GIB, bandwidth * 1e9, link * 1e9, network * 1e9)
 
 
 def _tpu(pattern: str, bfloat16: int | float, memory: int, bandwidth: int | float, link: int | float) -> Kind:
-    """Within a slice the network is that of the links."""
+    """Within a slice, the network is the links."""
     return _nvidia(pattern, bfloat16, bfloat16, memory, bandwidth, link, link)
 
 
-# NVIDIA: the product's datasheet, dense where it prints "with sparsity" (half of that); of GeForce the architecture's
-# whitepaper, with float32 accumulation. `network` is one adapter per device as NVIDIA's own DGX has it, 400 Gb/s since
-# Hopper, 200 before, 100 in DGX-1; cards that no DGX has are given 100 Gb/s shared by eight, which is an assumption.
-# V100 and T4 have no bfloat16: XLA computes it in float32.
-# TPU: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, whose ICI bandwidth counts both directions; v3 and v4 from Jouppi
-# et al. 2023 (arXiv 2304.01433, table 4). A v3 chip is two devices.
+# NVIDIA: datasheets, without sparsity; GeForce: the architecture's whitepaper, with float32 accumulation. `network` is
+# one adapter per device as in NVIDIA DGX: 400 Gb/s since Hopper, 200 before, 100 in DGX-1. Cards that are not in a DGX
+# are assumed to share 100 Gb/s among eight. V100 and T4 have no bfloat16 units: XLA computes in float32.
+# TPU: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, whose ICI bandwidth counts both directions; v3 and v4: Jouppi et
+# al. 2023 (arXiv 2304.01433, table 4). A v3 chip is two devices.
 KINDS = {
     "a100-40": _nvidia("NVIDIA A100.*40GB.*", 312, 156, 40, 1555, 300, 25),
     "a100-80": _nvidia("NVIDIA A100.*80GB.*", 312, 156, 80, 2039, 300, 25),
@@ -72,14 +71,14 @@ KINDS = {
 
 
 def find_kind(device_kind: str) -> Kind | None:
-    """What is published of the device that JAX calls so; None if it is not among `KINDS`."""
+    """The published numbers for JAX's `device_kind`; None if it is not in `KINDS`."""
     return next((kind for kind in KINDS.values() if re.fullmatch(kind.pattern, device_kind)), None)
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float:
-    """Operations a second that `device` can reach in matmuls of `dtype`: as published, else measured, in about 0.2 s.
+    """Peak FLOP/s of a device in matmuls of `dtype`: published, or measured in about 0.2 s.
 
-    What is measured is the best of a few square matmuls; simulated CPU devices share it.
+    The measurement takes the best of a few square matmuls. Simulated CPU devices share it.
     """
     if kind := find_kind(device.device_kind):
         return kind.bfloat16 if dtype == "bfloat16" else kind.float32
@@ -97,9 +96,9 @@ def peak_flops(device: jax.Device, dtype: str) -> float:
 
 
 def memory(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes that a device needs for a compiled program: arguments, results, what lies between, and its code.
+    """Bytes that a device needs for a compiled program: arguments, results, temporaries and code.
 
-    A donated argument counts once. None where the backend does not tell.
+    A donated argument counts once. None if the backend does not report it.
     """
     try:
         stats = compiled.memory_analysis()
@@ -112,13 +111,13 @@ def memory(compiled: jax.stages.Compiled) -> int | None:
 
 
 def state_bytes(abstract: PyTree) -> int:
-    """What one device holds of a placed abstract tree."""
+    """Bytes of a sharded abstract tree on one device."""
     leaves = jax.tree.leaves(abstract)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes that JAX may use of `device`; of a CPU, what is free now, by its devices here. None where unknown."""
+    """Bytes that JAX may use on a device; None if unknown. Simulated CPU devices share the free memory."""
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit
     if device.platform == "cpu":

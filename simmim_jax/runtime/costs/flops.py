@@ -1,4 +1,8 @@
-"""Operations of a training step: multiplications and additions in its matmuls, counted in the traced program."""
+"""FLOPs of a training step: multiplications and additions in its matmuls, counted in the traced program.
+
+XLA's own count (`Compiled.cost_analysis`) is no substitute: it counts the body of a scan once, and counts operations
+that rematerialization repeats.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,23 +15,22 @@ from jaxtyping import PyTree
 
 
 def matmul_flops(function: Callable, *arguments: PyTree) -> int:
-    """Multiplications and additions in the matmuls and convolutions of `function` of (abstract) arguments.
+    """FLOPs of the matmuls and convolutions of `function`; arguments may be abstract.
 
-    As often as they run: those of a scan times its length, of a shard_map times its devices; of a cond the branch with
-    most. A loop of unknown length counts once. Attention in one cuDNN call counts as its two matmuls.
+    A scan counts times its length, a shard_map times its devices, a cond as its most expensive branch, and a while loop
+    once. cuDNN attention counts as its two matmuls.
     """
     jaxpr = _open(jax.make_jaxpr(function)(*arguments))
     return _count(jaxpr, [False] * len(jaxpr.invars))[0]
 
 
 def step_flops(loss_fn: Callable, params: PyTree, batch: PyTree, key) -> int:
-    """Multiplications and additions in the matmuls of the loss of a whole batch and of its gradient, over all devices.
+    """FLOPs of the matmuls of a loss and its gradient for a global batch, as MFU counts them.
 
-    The count of MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): each matmul of the forward pass that the
-    loss needs, and another for each of its operands that a parameter reaches, but through `stop_gradient`. So frozen
-    parameters and images cost no backward pass, and what is computed twice to save memory counts once. Norms, softmax,
-    GELU and the optimizer count nothing. `loss_fn` is `(params, batch, key, train) -> (loss, metrics)`; arguments may
-    be abstract.
+    Each matmul of the forward pass counts once, and once more for each operand that depends on a trained parameter
+    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Frozen parameters and images need no backward pass.
+    Rematerialized operations count once. Norms, softmax, GELU and the optimizer count nothing. loss_fn: (params, batch,
+    key, train) -> (loss, metrics); arguments may be abstract.
     """
     closed = jax.make_jaxpr(lambda *x: loss_fn(*x, True)[0])(params, batch, key)
     jaxpr, _ = partial_eval.dce_jaxpr(_open(closed), [True], instantiate=True)
@@ -37,11 +40,11 @@ def step_flops(loss_fn: Callable, params: PyTree, batch: PyTree, key) -> int:
 
 
 def _open(jaxpr) -> Jaxpr:
-    return getattr(jaxpr, "jaxpr", jaxpr)  # a ClosedJaxpr's, which later versions of JAX do without
+    return getattr(jaxpr, "jaxpr", jaxpr)  # of a ClosedJaxpr, which later versions of JAX do not have
 
 
 def _count(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[int, int, list[bool]]:
-    """(forward, backward) matmul operations, and which results depend on an active argument differentiably."""
+    """(forward FLOPs, backward FLOPs, for each result whether it depends differentiably on an active argument)."""
     forward, backward = 0, 0
     reached = {variable for variable, is_active in zip(jaxpr.invars, active, strict=True) if is_active}
     is_reached = lambda x: not isinstance(x, Literal) and x in reached  # noqa: E731
@@ -66,7 +69,7 @@ def _count_equation(equation: JaxprEqn, active: list[bool]) -> tuple[int, int, l
         shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         flops = 2 * equation.outvars[0].aval.size * math.prod(shape) // shape[outputs]
         return flops, flops * sum(active), everything
-    if name.startswith("dot_product_attention_fwd"):  # cuDNN's, inside of jax.nn.dot_product_attention
+    if name.startswith("dot_product_attention_fwd"):  # cuDNN, inside jax.nn.dot_product_attention
         keys = equation.invars[1].aval.shape[2 if params["layout"] == 1 else 1]  # layout 1: b h n d, 0: b n h d
         logits, values = [2 * equation.outvars[0].aval.size * keys] * 2
         reach_logits = any(active[:2]) or any(active[3:])
@@ -84,28 +87,28 @@ def _count_equation(equation: JaxprEqn, active: list[bool]) -> tuple[int, int, l
     if len(inner) == 1 and len(inner[0].invars) == len(active):  # jit, remat, custom_jvp, custom_vjp, shard_map
         forward, backward, outputs = _count(inner[0], active)
         return times * forward, times * backward, outputs
-    counts = [_count(x, [any(active)] * len(x.invars)) for x in inner]  # what a reduction or a sort calls, say
+    counts = [_count(x, [any(active)] * len(x.invars)) for x in inner]  # functions of a reduction or a sort
     return sum(x[0] for x in counts), sum(x[1] for x in counts), everything
 
 
 def _count_scan(equation: JaxprEqn, active: list[bool]) -> tuple[int, int, list[bool]]:
     body, length = _open(equation.params["jaxpr"]), equation.params["length"]
-    # Arguments are constants, carries and slices; results are carries and slices. A slice has lost its first axis.
+    # Arguments are constants, carries and slices; results are carries and slices. A slice lacks the first axis.
     whole = lambda outer, inner: len(outer.aval.shape) == len(inner.aval.shape)  # noqa: E731
     carries = sum(map(whole, equation.outvars, body.outvars))
     first = sum(map(whole, equation.invars, body.invars)) - carries
-    forward, backward, outputs = _count_to_the_end(body, active, first, carries)
+    forward, backward, outputs = _count_loop(body, active, first, carries)
     return length * forward, length * backward, outputs
 
 
 def _count_while(params: dict, active: list[bool]) -> tuple[int, int, list[bool]]:
     condition, first = params["cond_nconsts"], params["body_nconsts"]
     body, inputs = _open(params["body_jaxpr"]), active[condition:]
-    return _count_to_the_end(body, inputs, first, len(inputs) - first)
+    return _count_loop(body, inputs, first, len(inputs) - first)
 
 
-def _count_to_the_end(body: Jaxpr, active: list[bool], first: int, carries: int) -> tuple[int, int, list[bool]]:
-    """`_count` of a loop's body, with a carry active where any turn makes it so."""
+def _count_loop(body: Jaxpr, active: list[bool], first: int, carries: int) -> tuple[int, int, list[bool]]:
+    """`_count` of a loop body; a carry is active if any iteration makes it so."""
     while True:
         forward, backward, outputs = _count(body, active)
         carried = [a or b for a, b in zip(active[first : first + carries], outputs, strict=False)]

@@ -32,15 +32,19 @@ def make_row(run: Run, metrics: dict[str, float], given: dict[str, str]) -> dict
         percent = 100 * metrics[name] if name in metrics else None
         row[name] = "" if percent is None else f"{percent:.3f}"
         row[f"{name}_err"] = "" if percent is None else f"{100 - percent:.3f}"
-    return row | {
-        "model": model_name(run),
-        "img_size": format_size(run.image_size),
-        "param_count": f"{count_parameters(run.params) / 1e6:.2f}",
-        "images": f"{metrics['images']:.0f}",
-        "step": str(run.step),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "version": version(),
-    } | given
+    return (
+        row
+        | {
+            "model": model_name(run),
+            "img_size": format_size(run.image_size),
+            "param_count": f"{count_parameters(run.params) / 1e6:.2f}",
+            "images": f"{metrics['images']:.0f}",
+            "step": str(run.step),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "version": version(),
+        }
+        | given
+    )
 
 
 def model_name(run: Run) -> str:

@@ -64,9 +64,7 @@ def make_options_parser() -> Parser:
     )
     add = parser.add_argument
     add("paths", nargs="*", metavar="SOURCE DEST", help="a data.path, and the folder to write to")
-    add(
-        "--short-side", type=int, default=256, metavar="N", help="pixels of larger images (default: 256; 0: any)"
-    )
+    add("--short-side", type=int, default=256, metavar="N", help="pixels of larger images (default: 256; 0: any)")
     add("--quality", type=int, default=92, metavar="N", help="JPEG quality, 1 to 100 (default: 92)")
     add("--subsampling", default="420", metavar="420|444", help="JPEG chroma subsampling (default: 420)")
     add("--channels", type=int, default=3, metavar="N", help="3, 1 for gray, or the number that all images have")
@@ -76,9 +74,7 @@ def make_options_parser() -> Parser:
         metavar="A,B",
         help="default: train, val, valid, validation, test",
     )
-    add(
-        "--source", default="auto", metavar="KIND", help="data.source: folder, list, ... (default: auto)"
-    )
+    add("--source", default="auto", metavar="KIND", help="data.source: folder, list, ... (default: auto)")
     add("--name", default="", help="name of a TFDS data set; SOURCE is omitted then")
     add("--data-dir", default="", metavar="DIR", help="of TFDS data sets, or of the files named in a list")
     add("--shards", type=int, metavar="N", help="per split (default: shards of about 256 MiB)")
