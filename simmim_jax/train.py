@@ -211,12 +211,13 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
                 continue  # check for signals again
             if step == steps:
                 return
-            with clock.measure("data"):  # while the device works on the step before
-                batch = to_device(next(batches), run.stop.number, mesh)
-            profile.before(step + 1)
-            with clock.measure("step"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                state, device_metrics = step_fn(state, batch, key)
-            step += 1
+            with jax.transfer_guard("disallow"):  # only explicit transfers
+                with clock.measure("data"):  # while the device works on the step before
+                    batch = to_device(next(batches), run.stop.number, mesh)
+                step += 1
+                profile.before(step)
+                with clock.measure("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, device_metrics = step_fn(state, batch, key)
             profile.after(step, device_metrics)
             recorder.push(step, device_metrics)
     except DataError:
