@@ -20,6 +20,7 @@ from runs import command, run
 from tiny import tiny_encoder
 
 from simmim_jax.data import make_source, share_images
+from simmim_jax.data.sources.folder import Folder
 from simmim_jax.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
 from simmim_jax.evals import probes
 from simmim_jax.files import lock_folder
@@ -547,13 +548,11 @@ def test_a_class_without_training_images_is_reported_and_probed_without(tmp_path
 
 
 def test_images_without_labels_are_refused_before_they_are_read(tmp_path, monkeypatch):
-    class Images(list):
-        classes, describe = ("a", "b"), staticmethod(lambda: "a test set")
-
-    sources = {"train": Images([{"label": 0}] * 3), "test": Images([{"label": -1}] * 2)}
-    monkeypatch.setattr(sets, "open_source", lambda run, path, split: sources[split])
-    with pytest.raises(DataError, match=r"labels.* - a test set - .*--test-split"):
-        sets.open_sources(Run({}, {}, None, tmp_path, (16, 16)), probe.parse(["RUN", "OUT", "--data=DIR"]))
+    make_folder(tmp_path, {f"{split}/{name}": 2 for split in ("train", "test") for name in "ab"})
+    read = Folder.__getitem__
+    monkeypatch.setattr(Folder, "__getitem__", lambda source, i: read(source, i) | {"label": -1})
+    with pytest.raises(DataError, match=r"labels.*--train-split"):
+        sets.open_sources(Run({}, {}, None, tmp_path, (16, 16)), probe.parse(["RUN", "OUT", f"--data={tmp_path}"]))
 
 
 def test_out_of_memory_on_the_device_is_one_line_and_other_errors_stay(tmp_path, monkeypatch):
