@@ -363,7 +363,7 @@ def make_batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
     fields = {name: config.data[name] for name in BatchSpec._fields if name in config.data}
     label_maps = None
     if "label_map" in objective.needs:
-        label_maps = make_label_maps(config.objective.num_classes, config.mean, config.data.maps)
+        label_maps = make_label_maps(config.objective.num_classes, config.mean, dict(config.data.maps))
     return BatchSpec(
         **fields,
         image_size=config.image_size,
