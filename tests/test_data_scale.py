@@ -1,4 +1,4 @@
-"""Ten million records: a start in seconds, no more memory than for ten thousand, and nothing large that travels."""
+"""Ten million records: a start in seconds, the memory of ten thousand, and small pickles."""
 
 import hashlib
 import json
@@ -7,106 +7,103 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgpack
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from simmim_jax.data import make_source
+from simmim_jax.data.prepared import HEAD, pack_record
 
 FEW, MANY = 10_000, 10_000_000
-# MiB that many records may take beyond ten thousand: a list or manifest took 3, a folder 13. A worker has a quarter.
-PRIVATE = 24
+PRIVATE = 24  # MiB that many records may need: a list or manifest took 3, a folder 13; a worker may need a quarter
 PICKLE = 10_000  # bytes
 
-# Opens the source, reads at both ends and in the middle, and lets a process as a worker is do the same.
+# Opens the source, reads at both ends and in the middle, and does the same in another process. The few records are read
+# first, so that imports are not part of the measurement.
 PROGRAM = """
 import json, pickle, subprocess, sys, time
 from simmim_jax.data import make_source
 
-def private():  # MiB of this process's own; mapped files are the page cache's, of which one fault may map 2 MiB
+def private():  # MiB of anonymous memory; mapped files belong to the page cache
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
 
-def read(source):
+def measure(open_few, open_many):
+    few = open_few()
+    few[0]
+    before, start = private(), time.monotonic()
+    source = open_many()
+    found = {"seconds": time.monotonic() - start, "count": len(source)}
     places = [0, 1, 63, 64, len(source) // 2, len(source) - 65, len(source) - 1]
-    return [[i, source.name(i), source[i]["label"], len(source[i]["image"])] for i in places]
+    found["read"] = [[i, source.name(i), source[i]["label"], len(source[i]["image"])] for i in places]
+    return few, source, found | {"private": private() - before}
 
 if __name__ == "__main__":
     if sys.argv[1] == "worker":
-        source = pickle.load(sys.stdin.buffer)
-        print(json.dumps({"count": len(source), "read": read(source), "private": private()}))
+        load = lambda: pickle.load(sys.stdin.buffer)
+        print(json.dumps(measure(load, load)[2]))
     else:
         options = json.loads(sys.argv[1])
-        make_source(**options["warm"])[0]  # what is imported for the first record is not the data's
-        before, start = private(), time.monotonic()
-        source = make_source(**options["source"])
-        told = {"seconds": time.monotonic() - start, "count": len(source), "read": read(source)}
-        told["private"] = private() - before
-        pickled = pickle.dumps(source)
-        worker = subprocess.run([sys.executable, __file__, "worker"], input=pickled, stdout=subprocess.PIPE, check=True)
-        print(json.dumps(told | {"pickle": len(pickled), "worker": json.loads(worker.stdout)}))
+        few, source, found = measure(*(lambda path=path: make_source(**options, path=path) for path in sys.argv[2:]))
+        pickles = pickle.dumps(few), pickle.dumps(source)
+        command = [sys.executable, __file__, "worker"]
+        worker = subprocess.run(command, input=b"".join(pickles), stdout=subprocess.PIPE, check=True)
+        print(json.dumps(found | {"pickle": len(pickles[1]), "worker": json.loads(worker.stdout)}))
 """
 
 
-def tell(tmp_path: Path, source: dict, warm: dict) -> dict:
-    """What PROGRAM found of a source."""
+def measure(tmp_path: Path, few: Path, many: Path, **options) -> tuple[int, list]:
+    """Run PROGRAM, and check what it measures. Returns (count, [[index, name, label, bytes], ...])."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), json.dumps({"source": source, "warm": warm})]
+    command = [sys.executable, str(program), json.dumps(options), str(few), str(many)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def check(few: dict, many: dict, count: int = MANY) -> None:
-    assert many["count"] == many["worker"]["count"] == count
-    assert many["worker"]["read"] == many["read"]
-    assert many["private"] - few["private"] < PRIVATE
-    assert many["worker"]["private"] - few["worker"]["private"] < PRIVATE / 4
-    assert many["pickle"] < PICKLE
-    assert many["seconds"] < 60  # 3 on an idle machine of two cores
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["worker"]["count"] == found["count"]
+    assert found["worker"]["read"] == found["read"]
+    assert found["private"] < PRIVATE
+    assert found["worker"]["private"] < PRIVATE / 4
+    assert found["pickle"] < PICKLE
+    assert found["seconds"] < 60  # 3 on two idle cores; far more if records were Python objects
+    return found["count"], found["read"]
 
 
 def write_list(file: Path, count: int) -> None:
-    """Lines `p/00000000.png 000`, of which the number and the label count up; their images are one and the same."""
+    """Write lines `p/00000000.png 000` with increasing number and label."""
     template = np.frombuffer(b"p/00000000.png 000\n", np.uint8)
     with open(file, "wb") as output:
         for start in range(0, count, 1_000_000):
             i = np.arange(start, min(start + 1_000_000, count))
             lines = np.tile(template, (len(i), 1))
-            for place in range(8):
-                lines[:, 9 - place] = ord("0") + i // 10**place % 10
-            for place in range(3):
-                lines[:, 17 - place] = ord("0") + i % 1000 // 10**place % 10
+            for digit in range(8):
+                lines[:, 9 - digit] = ord("0") + i // 10**digit % 10
+            for digit in range(3):
+                lines[:, 17 - digit] = ord("0") + i % 1000 // 10**digit % 10
             output.write(lines)
 
 
 @pytest.mark.slow
-def test_a_list_of_ten_million_lines_takes_no_more_than_one_of_ten_thousand(tmp_path):
+def test_list_of_ten_million_lines_needs_the_memory_of_ten_thousand(tmp_path):
     (tmp_path / "p").mkdir()
-    told = {}
-    for count in (FEW, MANY):
-        write_list(tmp_path / f"{count}.txt", count)
-        for i in (0, 1, 63, 64, count // 2, count - 65, count - 1):
-            Image.new("RGB", (4, 4)).save(tmp_path / "p" / f"{i:08}.png")
-        options = {"source": "list", "heldout_fraction": 0.0}
-        source = options | {"path": str(tmp_path / f"{count}.txt")}
-        told[count] = tell(tmp_path, source, options | {"path": str(tmp_path / f"{FEW}.txt")})
-    check(told[FEW], told[MANY])
-    for i, name, label, size in told[MANY]["read"]:
-        assert (name, label) == (f"p/{i:08}.png", i % 1000)
-        assert size == os.path.getsize(tmp_path / name)
+    files = [tmp_path / f"{count}.txt" for count in (FEW, MANY)]
+    for count, file in zip((FEW, MANY), files, strict=True):
+        write_list(file, count)
+    for i in (0, 1, 63, 64, MANY // 2, MANY - 65, MANY - 1):
+        Image.new("RGB", (4, 4)).save(tmp_path / "p" / f"{i:08}.png")
+    count, read = measure(tmp_path, *files, source="list", heldout_fraction=0.0)
+    assert count == MANY
+    for i, name, label, size in read:
+        assert (name, label, size) == (f"p/{i:08}.png", i % 1000, os.path.getsize(tmp_path / name))
 
 
-def write_manifest(root: Path, count: int, shard: int = 100_000) -> None:
-    """A prepared folder in which all shards are one file, but for the last."""
+def write_manifest(root: Path, count: int, shard: int) -> None:
+    """A prepared folder in which all shards except the last are the same file."""
     root.mkdir()
     for name, offset in (("first", 0), ("last", count - shard)):
         writer = ArrayRecordWriter(str(root / name), "group_size:1,uncompressed")
         for i in range(offset, offset + shard):
-            writer.write(msgpack.packb({"image": b"\xff\xd8\xff", "label": i % 10, "name": f"{i}"}))
+            writer.write(pack_record({"image": b"\xff\xd8\xff", "label": i % 10, "name": f"{i}"}))
         writer.close()
     shards, total = [], count // shard
     for number in range(total):
@@ -115,46 +112,29 @@ def write_manifest(root: Path, count: int, shard: int = 100_000) -> None:
         os.link(file, link)
         digest = hashlib.sha256(f"{number}".encode()).hexdigest()
         shards.append({"file": link.name, "count": shard, "bytes": file.stat().st_size, "sha256": digest})
-    classes = [f"{i}" for i in range(10)]
-    manifest = {"format": "simmim_jax.prepared", "version": 1, "count": count, "classes": classes, "shards": shards}
+    manifest = HEAD | {"count": count, "classes": list("0123456789"), "shards": shards}
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_manifest_of_ten_million_records_takes_no_more_than_one_of_ten_thousand(tmp_path):
+def test_manifest_of_ten_million_records_needs_the_memory_of_ten_thousand(tmp_path):
     write_manifest(tmp_path / "few", FEW, shard=500)
-    write_manifest(tmp_path / "many", MANY)
+    write_manifest(tmp_path / "many", MANY, shard=100_000)
     options = {"source": "array_record", "heldout_fraction": 0.0}
-    few, many = (
-        tell(tmp_path, options | {"path": str(tmp_path / name)}, options | {"path": str(tmp_path / "few")})
-        for name in ("few", "many")
-    )
-    check(few, many)
-    for i, name, label, size in many["read"]:
+    count, read = measure(tmp_path, tmp_path / "few", tmp_path / "many", **options)
+    assert count == MANY
+    for i, name, label, size in read:
         assert int(name) == (i if i >= MANY - 100_000 else i % 100_000)
         assert (label, size) == (int(name) % 10, 3)
 
 
-def test_the_held_out_part_of_ten_million_lines_is_found_by_arithmetic(tmp_path):
-    (tmp_path / "p").mkdir()
-    write_list(tmp_path / "all.txt", 1_000_000)
-    Image.new("RGB", (4, 4)).save(tmp_path / "p" / "00000000.png")
-    train, held_out = (make_source("auto", path=str(tmp_path / "all.txt"), split=split) for split in ("train", "val"))
-    assert (len(train), len(held_out)) == (900_000, 100_000)
-    assert held_out.name(99_999) == "p/00999990.png"
-    assert (train.name(0), train.name(899_999)) == ("p/00000001.png", "p/00999999.png")
-
-
 @pytest.mark.slow
-def test_a_folder_of_200_000_files_takes_no_more_than_one_of_ten_thousand(tmp_path):
-    told = {}
+def test_folder_of_200_000_files_needs_the_memory_of_ten_thousand(tmp_path):
     for count in (FEW, 200_000):
         for i in range(count):
             if i % 1000 == 0:
                 folder = tmp_path / f"{count}" / f"class{i // 1000:03}"
                 folder.mkdir(parents=True)
             (folder / f"a_rather_long_name_of_an_image_{i:08}.jpg").touch()
-        options = {"source": "folder", "heldout_fraction": 0.1}
-        warm = options | {"path": str(tmp_path / f"{FEW}")}
-        told[count] = tell(tmp_path, options | {"path": str(tmp_path / f"{count}")}, warm)
-    check(told[FEW], told[200_000], told[200_000]["count"])
-    assert 178_000 < told[200_000]["count"] < 182_000
+    few, many = tmp_path / f"{FEW}", tmp_path / "200000"
+    count, _ = measure(tmp_path, few, many, source="folder", heldout_fraction=0.1)
+    assert 178_000 < count < 182_000
