@@ -90,3 +90,25 @@ def test_every_run_that_a_command_reads_is_written_by_another():
     commands = [command for command in runner.commands() if not runner.why_not_run(command)]
     written = set().union(*(runner.files(command)[1] for command in commands))
     assert {name for command in commands for name in runner.files(command)[0]} <= written
+
+
+BANNED = re.compile(
+    r"\b(told|mend|mended|anew|heed|heeds|nonetheless|besides?|thereof|whichever)\b"
+    r"|colour|normalise|centre|\bgrey|neighbour|initialise|regularis|parallelise|behaviour",
+    re.IGNORECASE,
+)
+
+
+def prose_files() -> list[Path]:
+    files = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "benchmarks").glob("*.py")]
+    for folder in ("simmim_jax", "configs", "launch", "docs"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return sorted(files)
+
+
+def test_prose_uses_plain_american_words():
+    found = []
+    for path in prose_files():
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found += [f"{path.relative_to(ROOT)}:{number}: {match[0]}" for match in BANNED.finditer(line)]
+    assert found == []
