@@ -98,12 +98,11 @@ def test_new_running_statistics_have_the_paths_of_their_parameters_in_training_o
         assert set(jax.eval_shape(lambda train=train: encoder.init(KEY, IMAGES, train))) == {"params"}
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_running_statistics_get_no_gradient(train):
+def test_running_statistics_get_no_gradient():
     encoder = tiny_cnn("resnet")
 
     def loss(params, share):
-        features, state = encoder.apply({"params": params}, IMAGES, train, mutable=["batch_stats"])
+        features, state = encoder.apply({"params": params}, IMAGES, True, mutable=["batch_stats"])
         return features.std() + share * sum(leaf.sum() for leaf in jax.tree.leaves(state))
 
     params, gradient = lively("resnet"), jax.jit(jax.grad(loss))

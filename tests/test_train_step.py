@@ -13,9 +13,9 @@ from tiny import relative_difference, tiny_batch, tiny_encoder, tiny_objective
 from simmim_jax.errors import ConfigError
 from simmim_jax.optim import make_frozen, make_optimizer, train_labels
 from simmim_jax.runtime import sharding
+from simmim_jax.runtime.compilation import compile_step
 from simmim_jax.runtime.costs import collectives
 from simmim_jax.runtime.scanning import stack, unstack
-from simmim_jax.train import compile_step, shard_state
 from simmim_jax.train_step import hash_samples, init_state, train_step
 
 KEY = jax.random.key(0)
@@ -30,24 +30,25 @@ TX, _ = make_optimizer("sgd", **SGD)
 
 
 def run(devices=1, fsdp=1, tensor=1, microbatches=1, steps=3, **options):
-    """Losses of some steps, and the final parameters and their average, on `devices` of the eight devices."""
+    """The losses of some steps, and (parameters, their average) after each, on `devices` of the eight devices."""
     shape = (devices // fsdp // tensor, fsdp, tensor)
     mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices])
     encoder = tiny_encoder(**OPTIONS, **options)
     objective, (tx, _) = tiny_objective(encoder), make_optimizer("sgd", **SGD, scanned_layers=encoder.scanned_layers)
     make_state = partial(init_state, init=objective.init, tx=tx, ema_decay=0.9)
-    abstract = shard_state(jax.eval_shape(make_state, KEY), mesh, encoder)
+    abstract = sharding.shard_state(jax.eval_shape(make_state, KEY), mesh, tuple(encoder.scanned_layers))
     state = jax.jit(make_state, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(KEY)
     step = partial(train_step, loss_fn=objective.loss_fn, tx=tx, microbatches=microbatches, ema_decay=0.9)
     abstract_batch = jax.eval_shape(partial(tiny_batch, 32))
     key = jax.device_put(KEY, sharding.replicated(mesh))
     compiled = compile_step(step, abstract, abstract_batch, key, mesh)
-    losses = []
+    losses, states = [], []
     for n in range(steps):
         batch = sharding.to_global(jax.tree.map(np.asarray, tiny_batch(32, seed=n)), mesh)
         state, metrics = compiled(state, batch, key)
         losses.append(float(metrics["loss"]))
-    return losses, unstack(jax.device_get((state.params, state.ema)), encoder.scanned_layers)
+        states.append(unstack(jax.device_get((state.params, state.ema)), encoder.scanned_layers))
+    return losses, states
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +71,10 @@ def one_device():
     ids=str,
 )
 def test_losses_and_parameters_do_not_depend_on_the_split(one_device, split):
-    losses, state = run(**split)
+    losses, states = run(**split)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-6)
     # 1e-4: the order of float32 sums over 32 images
-    assert relative_difference(state, one_device[1]) < 1e-4
+    assert relative_difference(states, one_device[1]) < 1e-4
 
 
 def test_fsdp_splits_large_parameters_and_their_moments():
@@ -92,7 +93,7 @@ def test_tensor_splits_heads_and_hidden_units_and_fsdp_splits_the_rest():
     tx, _ = make_optimizer("adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=0.1)
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     make_state = partial(init_state, init=OBJECTIVE.init, tx=tx, ema_decay=0.9)
-    state = shard_state(jax.eval_shape(make_state, KEY), mesh, ENCODER)
+    state = sharding.shard_state(jax.eval_shape(make_state, KEY), mesh)
     place = lambda x: x.sharding.spec  # noqa: E731
     params = jax.tree.map(place, state.params)
     moments = state.opt_state[1]
@@ -123,7 +124,7 @@ def test_fsdp_communicates_weights_and_gradients_but_no_activations(scan):
     objective = tiny_objective(encoder)
     mesh = sharding.make_mesh(fsdp=-1)
     make_state = partial(init_state, init=objective.init, tx=TX)
-    abstract = shard_state(jax.eval_shape(make_state, KEY), mesh, encoder)
+    abstract = sharding.shard_state(jax.eval_shape(make_state, KEY), mesh, tuple(encoder.scanned_layers))
     step = partial(train_step, loss_fn=objective.loss_fn, tx=TX)
     batch = jax.eval_shape(partial(tiny_batch, 512))  # large enough that activations are larger than all weights
     sent = collectives.collectives(compile_step(step, abstract, batch, KEY, mesh))
@@ -135,7 +136,7 @@ def test_fsdp_communicates_weights_and_gradients_but_no_activations(scan):
 def test_tensor_sizes_that_do_not_divide_the_heads_are_refused_with_valid_ones():
     state = jax.eval_shape(partial(init_state, init=OBJECTIVE.init, tx=TX), KEY)
     with pytest.raises(ConfigError, match=r"tensor=8 does not divide the 4 of .*attn.* - give 1 or 2 or 4"):
-        shard_state(state, sharding.make_mesh(tensor=8), ENCODER)
+        sharding.check_tensor(state.params, sharding.make_mesh(tensor=8))
     with pytest.raises(ConfigError, match="without attention"):
         sharding.check_tensor({"conv": {"kernel": np.zeros((3, 3))}}, sharding.make_mesh(tensor=8))
 
@@ -160,40 +161,46 @@ def test_part_of_a_stack_cannot_be_frozen():
     assert labels["head"]["kernel"] == "trained"
 
 
-def test_average_follows_the_parameters_and_does_not_change_in_a_skipped_step():
-    _, (params, ema) = run(steps=1)
+def test_average_follows_the_parameters_and_does_not_change_in_a_skipped_step(one_device):
+    params, ema = one_device[1][0]
     before = jax.jit(OBJECTIVE.init)(KEY)
-    wanted = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before, params)
-    assert relative_difference(ema, wanted) < 1e-5
-    state = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX, ema_decay=0.9))(KEY)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before, params)
+    assert relative_difference(ema, expected) < 1e-5
+    state = init_state(KEY, init=lambda key: before, tx=TX, ema_decay=0.9)
     loss_fn = lambda *_: (jnp.nan * state.params["mask_token"].sum(), {})  # noqa: E731
     after, _ = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX, ema_decay=0.9))(state, tiny_batch(), KEY)
     jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
 
 
-def test_step_compiles_once():
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX))(KEY)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX))
+
+
+def test_step_compiles_once(state, step):
     compiled = 0
 
     def count(event, duration, **_):
         nonlocal compiled
         compiled += event == "/jax/core/compile/backend_compile_duration"
 
-    make_state = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX))
-    state, batches = make_state(KEY), [tiny_batch(seed=n) for n in range(4)]
-    step = jax.jit(partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX))
+    batches = [tiny_batch(seed=n) for n in range(4)]
     jax.monitoring.register_event_duration_secs_listener(count)
     for batch in batches:
         state, _ = step(state, batch, KEY)
     jax.monitoring.unregister_event_duration_listener(count)
-    assert compiled == 1
+    assert compiled <= 1  # 0 if another test compiled the same step
     assert state.step == 4
 
 
-def test_masks_differ_between_steps_and_a_repeated_step_draws_the_same():
-    state, batch = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX))(KEY), tiny_batch()
-    step = jax.jit(partial(train_step, loss_fn=OBJECTIVE.loss_fn, tx=TX))
-    first, again = (step(state, batch, KEY)[1]["loss"] for _ in range(2))
-    later = step(state.replace(step=jnp.int32(7)), batch, KEY)[1]["loss"]
+def test_masks_differ_between_steps_and_a_repeated_step_draws_the_same(state, step):
+    first, again = (step(state, tiny_batch(), KEY)[1]["loss"] for _ in range(2))
+    later = step(state.replace(step=jnp.int32(7)), tiny_batch(), KEY)[1]["loss"]
     assert first == again != later
 
 
@@ -206,18 +213,13 @@ def test_rate_depends_on_the_step_and_not_on_skipped_steps():
         np.testing.assert_allclose(updates["kernel"], -1.05 * float(rate(step)), rtol=1e-5)
 
 
-def test_nonfinite_step_only_advances_the_step():
-    def loss_fn(params, batch, key, train):
-        loss, metrics = OBJECTIVE.loss_fn(params, batch, key, train)
-        return loss * jnp.where(batch["label"][0] == 99, jnp.nan, 1.0), metrics
-
-    step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX))
-    state, batch = jax.jit(partial(init_state, init=OBJECTIVE.init, tx=TX))(KEY), tiny_batch()
-    bad = batch | {"label": batch["label"].at[0].set(99)}
-    after, metrics = step(state, bad, KEY)
-    jax.tree.map(np.testing.assert_array_equal, after.replace(step=state.step), state)
+def test_nonfinite_step_only_advances_the_step(state, step):
+    head = {**state.params["head"], "bias": jnp.full_like(state.params["head"]["bias"], jnp.inf)}
+    bad = state.replace(params={**state.params, "head": head})
+    after, metrics = step(bad, tiny_batch(), KEY)
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=bad.step), bad)
     assert (int(after.step), float(metrics["skipped"])) == (1, 1.0)
-    assert float(step(state, batch, KEY)[1]["skipped"]) == 0.0
+    assert float(step(state, tiny_batch(), KEY)[1]["skipped"]) == 0.0
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
