@@ -180,7 +180,7 @@ class ConvNeXt(Encoder):
             if stage > 0:
                 name = f"stage_{stage}_down"
                 x = Downsample(width, self.norm_epsilon, self.init_truncation, self.dtype, name=name)(x)
-            stacks = (f"stage_{stage}_blocks",) if self.scan else ()
-            blocks = Blocks((block,), self._blocks(stage), sum(self.depths[:stage]), stacks)
+            scanned = (f"stage_{stage}_blocks",) if self.scan else ()
+            blocks = Blocks((block,), self._blocks(stage), sum(self.depths[:stage]), scanned)
             x = run_blocks(self, x, blocks, key=key, drop=drop)
         return x

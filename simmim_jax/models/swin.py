@@ -212,9 +212,10 @@ class Swin(Encoder):
 
     @property
     def scanned_layers(self) -> dict[str, tuple[str, ...]]:
-        return {name: blocks for stage in range(len(self.depths)) for name, blocks in self._stacks(stage).items()}
+        stages = [self._scanned_layers(stage) for stage in range(len(self.depths))]
+        return {name: blocks for stage in stages for name, blocks in stage.items()}
 
-    def _stacks(self, stage: int) -> dict[str, tuple[str, ...]]:
+    def _scanned_layers(self, stage: int) -> dict[str, tuple[str, ...]]:
         """The stacks of one stage: plain blocks and shifted blocks. A last block without a partner is in neither."""
         pairs = self.depths[stage] // 2
         if not self.scan or pairs < 2:
@@ -277,10 +278,10 @@ class Swin(Encoder):
                 )
                 for shifted in (False, True)
             )
-            names, stacks = self._blocks(stage), self._stacks(stage)
-            paired = sum(map(len, stacks.values()))
-            if stacks:
-                x = run_blocks(self, x, Blocks(modules, names[:paired], first, tuple(stacks)), key=key, drop=drop)
+            names, scanned = self._blocks(stage), self._scanned_layers(stage)
+            paired = sum(map(len, scanned.values()))
+            if scanned:
+                x = run_blocks(self, x, Blocks(modules, names[:paired], first, tuple(scanned)), key=key, drop=drop)
             x = run_blocks(self, x, Blocks(modules, names[paired:], first + paired), key=key, drop=drop)
             first += depth
             if stage < len(self.depths) - 1:
