@@ -3,6 +3,8 @@
 Consecutive members with the same key, the path up to the first dot of the base name, are one sample: an image, and
 optionally a label. Finding the offsets takes a pass over all headers, so the index of a shard is stored in the user's
 cache folder.
+
+Reading headers, grouping samples and caching the index are in one file because they share its columns.
 """
 
 import array
