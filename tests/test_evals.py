@@ -1,5 +1,6 @@
 """Evaluators against independent computations, and the sheet of reconstructions."""
 
+import inspect
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ from PIL import Image
 from tiny import tiny_batch, tiny_objective
 
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError
-from simmim_jax.evals import make_evaluator
+from simmim_jax.evals import EVALUATORS, forward_passes, make_evaluator
 from simmim_jax.evals.features import Features, make_feature_reader
 from simmim_jax.evals.reconstruction import draw_reconstructions
 from simmim_jax.evals.sheet import GAP, LINE
@@ -171,6 +172,24 @@ def test_a_linear_probe_of_one_class_is_skipped_with_one_warning(caplog):
     run = make_evaluator("linear", {"features": lambda _: Features(train, np.zeros(10, int), heldout, labels)})
     assert [run(STATE), run(STATE)] == [{}, {}]
     assert caplog.text.count("10 training images are of one class") == 1
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATORS))
+def test_an_evaluator_declares_its_inputs_and_takes_no_others(name):
+    evaluator = EVALUATORS[name]
+    parameters = inspect.signature(evaluator.make).parameters
+    options = {each for each in parameters if each not in evaluator.inputs}
+    assert set(evaluator.inputs) <= parameters.keys()
+    assert all(parameters[each].default is not inspect.Parameter.empty for each in options)
+    assert set(evaluator.needs) <= {"label", "label_map"}
+    with pytest.raises(ConfigError, match=evaluator.inputs[0]):
+        make_evaluator(name, {}, **{evaluator.inputs[0]: 1})
+
+
+def test_features_are_extracted_once_for_all_their_evaluators():
+    assert forward_passes(["knn"]) == forward_passes(["knn", "linear"]) == (1, 1)
+    assert forward_passes(["reconstruction", "knn", "linear", "accuracy"]) == (3, 1)
+    assert forward_passes([]) == (0, 0)
 
 
 def test_an_unknown_evaluator_is_refused():

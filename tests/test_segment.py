@@ -373,7 +373,7 @@ def test_too_many_bad_images_end_a_pass_with_the_same_error_in_all_processes(cou
     source = data.make_source("folder", path=str(tmp_path), split="train", heldout_fraction=0.0)
     process_max, place = greatest_of(count)
 
-    def told(process, fraction):
+    def read(process, fraction):
         place.process = process
         split = {"shard": data.Shard(process, count), "process_max": process_max}
         loading = data.Loading(max_bad_fraction=fraction)
@@ -384,8 +384,8 @@ def test_too_many_bad_images_end_a_pass_with_the_same_error_in_all_processes(cou
             return str(error)
 
     with ThreadPoolExecutor(count) as pool:
-        assert sum(pool.map(partial(told, fraction=0.1), range(count))) == 27
-        said = set(pool.map(partial(told, fraction=0.05), range(count)))
+        assert sum(pool.map(partial(read, fraction=0.1), range(count))) == 27
+        said = set(pool.map(partial(read, fraction=0.05), range(count)))
     assert len(said) == 1
     assert "3 of 30 images" in said.pop()
 
@@ -485,11 +485,11 @@ def workdir(tmp_path_factory):
         "max_bad_fraction": 0.01,
         "max_pixels": 10**6,
     }
-    told = {"eval_batch_size": 6, "eval_images": 0, "evals": {"segmentation": {"pictures": 2, "step": 0}}}
-    told |= {"encoder": ENCODER, "objective": TRAINED, "data": own | how | {"maps": maps}, "classes": list("abcde")}
+    config = {"eval_batch_size": 6, "eval_images": 0, "evals": {"segmentation": {"pictures": 2, "step": 0}}}
+    config |= {"encoder": ENCODER, "objective": TRAINED, "data": own | how | {"maps": maps}, "classes": list("abcde")}
     _, abstract = abstract_model(ENCODER, TRAINED, SIZE, {"mean": PIXELS["mean"], "std": PIXELS["std"]})
-    told |= {"image_size": SIZE, "mean": PIXELS["mean"], "std": PIXELS["std"]}
-    checkpoint.write_params(str(folder / "run"), random_weights(abstract), json.loads(json.dumps(told)), step=7)
+    config |= {"image_size": SIZE, "mean": PIXELS["mean"], "std": PIXELS["std"]}
+    checkpoint.write_params(str(folder / "run"), random_weights(abstract), json.loads(json.dumps(config)), step=7)
     return str(folder / "run")
 
 
