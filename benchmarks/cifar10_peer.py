@@ -41,8 +41,8 @@ from simmim_jax.experiment import make_experiment
 from simmim_jax.files import lock_folder, read_json, write_json
 from simmim_jax.flags import define_config_flag, parse_flags
 from simmim_jax.interop.folder import make_preprocessor_config
-from simmim_jax.runs import checkpoint
 from simmim_jax.runs.records import Clock, Records, duration
+from simmim_jax.runtime.processes import StopSignal
 from simmim_jax.train_step import hash_samples
 
 NO_DECAY = ("bias", "cls_token", "position_embeddings")  # suffixes of parameters without weight decay, next to norms
@@ -165,7 +165,7 @@ def pretrain(config, workdir: str) -> dict:
 
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(Path(workdir)), checkpoint.StopSignal() as stop:
+    with lock_folder(Path(workdir)), StopSignal() as stop:
         saved = read_json(folder / "config.json")
         if saved and (folder / "checkpoint.pt").exists():
             refuse_change(saved, to_dict(config), workdir)
