@@ -58,7 +58,7 @@ SMALL = (  # regular expression of a command, flags that make it small; the firs
     (r"main .*/cifar10_linear", f"{FEW} {SHALLOW} --config.eval_images=32 --config.objective.block=1"),
     (r"main .*/simmim_swin_b_100ep", f"{FEW} {STAMPS} {TINY_SWIN} --config.eval_images=8 --config.data.workers=1"
                                      " --config.data.name=cifar10 --config.data.heldout_split=test"),
-    (r"tools.plan ", f"--devices=8 --config.batch_size=64 {STAMPS} --config.encoder.depth=1"),
+    (r"tools.plan ", f"--devices=8 --config.batch_size=64 {STAMPS} --config.encoder.depth=1 --config.probe_block=1"),
     (r"tools.probe ", "--limit=100 --epochs=3 --seeds=2"),
     (r"tools.(prepare|evaluate|predict|embed|map|convert) ", ""),
     (r"benchmarks/step.py ", "--dtypes=float32"),
