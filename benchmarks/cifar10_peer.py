@@ -35,7 +35,7 @@ from step import CORES, ROOT, describe
 
 sys.path.insert(0, str(ROOT))
 from simmim_jax import data
-from simmim_jax.config import refuse_change, to_dict
+from simmim_jax.config import refuse_change
 from simmim_jax.errors import ConfigError, NonFiniteError, Preempted, exit_with_message
 from simmim_jax.experiment import make_experiment
 from simmim_jax.files import lock_folder, read_json, write_json
@@ -51,6 +51,7 @@ NO_DECAY = ("bias", "cls_token", "position_embeddings")  # suffixes of parameter
 class Settings(NamedTuple):
     """The part of our run that the peer shares.
 
+    record: content of config.json.
     model: arguments of ViTConfig.
     rates: learning rate of each step.
     batches: first step -> iterator over batches.
@@ -61,6 +62,7 @@ class Settings(NamedTuple):
     decays: name of a parameter of the peer -> whether weight decay applies to it.
     """
 
+    record: dict
     model: dict
     steps: int
     rates: list[float]
@@ -89,6 +91,7 @@ def make_settings(config) -> Settings:
 
     no_decay = NO_DECAY if experiment.is_decayed("mask_token") else (*NO_DECAY, "mask_token")
     return Settings(
+        record=experiment.record,
         model={
             "hidden_size": encoder.width,
             "num_hidden_layers": encoder.depth,
@@ -168,8 +171,8 @@ def pretrain(config, workdir: str) -> dict:
     with lock_folder(Path(workdir)), StopSignal() as stop:
         saved = read_json(folder / "config.json")
         if saved and (folder / "checkpoint.pt").exists():
-            refuse_change(saved, to_dict(config), workdir)
-        write_json(folder / "config.json", to_dict(config))
+            refuse_change(saved, settings.record, workdir)
+        write_json(folder / "config.json", settings.record)
         summary = read_json(folder / "summary.json")
         if summary.get("step") == settings.steps:
             print(f"nothing to do: {workdir} is finished, {settings.steps} of {settings.steps} steps")
