@@ -261,4 +261,5 @@ def evaluate(run: Loop, step: int, state: TrainState) -> None:
             run.recorder.signal = stopped.number
             return
         run.recorder.records.write_evaluation(step, row)
-    log0(f"evaluation at step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    if row:
+        log0(f"evaluation at step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
