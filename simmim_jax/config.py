@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from simmim_jax.errors import ConfigError
+from simmim_jax.errors import ConfigError, differences
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -309,6 +309,12 @@ def defaults(config: ConfigDict) -> ConfigDict:
     return families.get(config.objective.name, base_config)()
 
 
+def changes(config: ConfigDict) -> dict:
+    """The fields whose value is not the default, by dotted name."""
+    default = dict(flat(to_dict(defaults(config))))
+    return {name: value for name, value in flat(to_dict(config)) if default.get(name) != value}
+
+
 def load(path: str) -> ConfigDict:
     """The config of the recipe `FILE.py`, or of `FILE.py:argument`."""
     file, _, argument = path.partition(":")
@@ -344,8 +350,5 @@ def refuse_change(saved: dict, now: dict, where: str) -> None:
         what = f"config.json has fields that this config or version does not know: {', '.join(unknown)}"
         raise ConfigError(what, where, fix)
     names = old if "imported" in saved else old | new
-    changed = [name for name in sorted(names) if name not in FREE and old.get(name) != new.get(name)]
-    if changed:
-        examples = ", ".join(f"{name}: saved {old.get(name)!r}, now {new.get(name)!r}" for name in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ConfigError(f"workdir of another config ({examples}{more})", where, fix)
+    if changed := differences(*({name: side.get(name) for name in names if name not in FREE} for side in (old, new))):
+        raise ConfigError(f"workdir of another config ({changed})", where, fix)

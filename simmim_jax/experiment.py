@@ -20,7 +20,7 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from simmim_jax import data, optim
-from simmim_jax.config import to_dict
+from simmim_jax.config import changes, to_dict
 from simmim_jax.data import BatchSpec, Loading
 from simmim_jax.data.label_maps import LabelMapSpec
 from simmim_jax.errors import ConfigError, DataError, check_minimum
@@ -82,7 +82,7 @@ class Saving(NamedTuple):
 class Experiment(NamedTuple):
     """Everything that a config determines.
 
-    record: content of config.json.
+    record: content of config.json. changes: config fields that are not at their default.
     schedule: step -> learning rate.
     is_frozen: parameter path -> whether it gets no update; None if nothing is frozen.
     is_decayed: parameter path -> whether it gets weight decay.
@@ -94,6 +94,7 @@ class Experiment(NamedTuple):
     """
 
     record: dict
+    changes: dict
     encoder: Encoder
     objective: Objective
     normalization: dict[str, tuple[float, ...]]
@@ -160,6 +161,7 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
 
     return Experiment(
         record=record,
+        changes=changes(config),
         encoder=encoder,
         objective=objective,
         normalization=normalization,

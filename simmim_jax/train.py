@@ -153,6 +153,7 @@ def log_start(experiment: Experiment, workdir: str, start: int) -> None:
         f"{experiment.mesh.size} {jax.devices()[0].device_kind} device(s)"
         + (f", {count} processes" if count > 1 else "")
     )
+    log0("config: " + "  ".join(f"{name}={value}" for name, value in experiment.changes.items()))
     params = unstack(experiment.state.params, experiment.encoder.scanned_layers)
     log0(optim.parameter_overview(params, experiment.is_frozen, experiment.is_decayed))
 

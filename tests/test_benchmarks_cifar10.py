@@ -259,7 +259,7 @@ def test_encoders_probed_or_fine_tuned_differently_are_not_compared(cifar10, run
     (runs / "probe_ours" / "results.json").write_text(json.dumps(of_both[1]))
     cifar10.check_same_budget(options)
     (runs / "probe_ours" / "results.json").write_text(json.dumps(of_both[2]))  # from an earlier call
-    with pytest.raises(ConfigError, match=r"linear\.probe_batch_size: saved 1024, now 512"):
+    with pytest.raises(ConfigError, match=r"linear\.probe_batch_size: 1024 saved, 512 now"):
         cifar10.check_same_budget(options)
     fewer = [row | {"train_images": 450} for row in of_both[0]["rows"]]
     (runs / "probe_ours" / "results.json").write_text(json.dumps(of_both[0] | {"rows": fewer}))
@@ -273,7 +273,7 @@ def test_encoders_probed_or_fine_tuned_differently_are_not_compared(cifar10, run
     (runs / "probe_ours" / "results.json").write_text(json.dumps(results))
     other = with_settings(config, {"epochs": 3.0, "encoder.width": 64, "init_from": "elsewhere"})
     make_run(runs / "finetune_peer", other, [], step=61, top1=0.6, top5=1.0, images=100.0)
-    with pytest.raises(ConfigError, match=r"epochs: saved 40.0, now 3.0"):
+    with pytest.raises(ConfigError, match=r"epochs: 40.0 saved, 3.0 now"):
         cifar10.check_same_budget(options)
 
 

@@ -135,8 +135,8 @@ def test_workdir_of_another_config_is_refused_with_the_difference(finished):
     line = refusal(
         ConfigError, *SHORT, "--workdir", finished, "--config.objective.mask_ratio=0.5", "--config.encoder.depth=3"
     )
-    assert "encoder.depth: saved 2, now 3" in line
-    assert "objective.mask_ratio: saved 0.6, now 0.5" in line
+    assert "encoder.depth: 2 saved, 3 now" in line
+    assert "objective.mask_ratio: 0.6 saved, 0.5 now" in line
     start(*SHORT, "--workdir", finished, "--config.log_every=7", "--config.data.threads=1")
 
 

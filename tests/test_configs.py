@@ -164,7 +164,7 @@ def test_resuming_may_change_free_fields_only():
     config.data.workers, config.log_every, config.mesh.fsdp, config.evals = 7, 1, -1, {"knn": {"k": 3}}
     refuse_change(saved, to_dict(config), "here")
     config.optim.grad_clip_norm = 1.0
-    with pytest.raises(ConfigError, match=r"optim.grad_clip_norm: saved 5.0, now 1.0"):
+    with pytest.raises(ConfigError, match=r"optim.grad_clip_norm: 5.0 saved, 1.0 now"):
         refuse_change(saved, to_dict(config), "here")
 
 

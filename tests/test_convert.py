@@ -488,4 +488,4 @@ def test_official_pretraining_continues_in_the_imported_workdir(golden, tmp_path
     after, config = checkpoint.read_params(str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     assert config["imported"]["format"] == "official"
-    assert "window: saved 4, now 6" in run(*flags, "--config.encoder.window=6").stderr
+    assert "window: 4 saved, 6 now" in run(*flags, "--config.encoder.window=6").stderr
