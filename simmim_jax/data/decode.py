@@ -89,7 +89,7 @@ class Picture:
         with _as_bad_image():
             pixels = self._read_jpeg(reduce)
             return (
-                _from_file(self._file, self._channels) if pixels is None else _rotate_upright(pixels, self._orientation)
+                _from_file(self._file, self._channels) if pixels is None else rotate_upright(pixels, self._orientation)
             )
 
     def _read_jpeg(self, reduce: int) -> np.ndarray | None:
@@ -178,7 +178,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise BadImage(f"has {height} x {width} pixels, more than max_pixels={max_pixels}")
 
 
-def _rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Apply the EXIF orientation, 1 to 8. Other values have no effect."""
     if orientation in TRANSPOSED:
         pixels = pixels.swapaxes(0, 1)

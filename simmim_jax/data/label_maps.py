@@ -21,7 +21,7 @@ from jaxtyping import UInt, UInt8
 from PIL import ExifTags, Image
 
 from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
-from simmim_jax.data.decode import MAX_PIXELS, TRANSPOSED, BadImage, Picture
+from simmim_jax.data.decode import MAX_PIXELS, TRANSPOSED, BadImage, Picture, rotate_upright
 from simmim_jax.data.transforms import resize
 from simmim_jax.errors import ConfigError, DataError, check_minimum
 
@@ -165,7 +165,7 @@ def read_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) 
         what = "its map may show the stored or the upright pixels"
         raise BadImage(f"{what} (EXIF orientation {orientation} of the image)")
     if orientation != 1 and fits_stored:
-        label_map = turn_upright(label_map, orientation)
+        label_map = rotate_upright(label_map, orientation)
     if label_map.shape != shape:
         map_size, image_size = (f"{h} x {w}" for h, w in (label_map.shape, shape))
         raise BadImage(f"its map has {map_size} pixels, and the image {image_size}")
@@ -179,14 +179,6 @@ def exif_orientation(image: bytes | np.ndarray) -> int:
         with contextlib.suppress(Exception):  # parsers of damaged EXIF raise exceptions of any type
             found = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS).getexif().get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
-
-
-def turn_upright(label_map: UInt[np.ndarray, "h w"], orientation: int) -> UInt[np.ndarray, "w h"]:
-    """Turn a map by one of the EXIF orientations in `TRANSPOSED`."""
-    label_map = label_map.T
-    if orientation in (7, 8):
-        label_map = label_map[::-1]
-    return label_map[:, ::-1] if orientation in (6, 7) else label_map
 
 
 def check_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) -> None:

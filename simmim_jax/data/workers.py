@@ -1,6 +1,5 @@
 """Worker processes of the data pipeline: start, watch, restart once, and never outlive the main process."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -20,13 +19,13 @@ class WatchedBatches:
     """Iterator over the batches of `open_at(step)`, which may decode in worker processes.
 
     If a worker dies, new workers make its batch and all later ones: a batch is a function of the step, so nothing
-    changes. A second death raises DataError with the process, the cause of death and its memory.
+    changes. A second death raises DataError with the cause of death and the free memory.
     """
 
     def __init__(self, open_at: Callable[[int], Iterator[dict]], step: int):
         self.open_at, self.step = open_at, step
         self.batches = open_at(step)
-        self.deaths, self.memory = 0, {}
+        self.deaths = 0
 
     def __iter__(self) -> "WatchedBatches":
         return self
@@ -39,7 +38,6 @@ class WatchedBatches:
                 raise
             self._restart(error)
             return next(self)
-        self.memory = _measure(self.memory)
         self.step += 1
         # Copy: a worker's arrays are shared memory, and those still alive at exit would be reported as leaked.
         return {key: value if type(value) is np.ndarray else np.array(value) for key, value in batch.items()}
@@ -51,7 +49,7 @@ class WatchedBatches:
             batches.close()
 
     def _restart(self, error: RuntimeError) -> None:
-        fault, where, fix = _death(str(error), self.memory)
+        fault, where, fix = _death(str(error))
         self.close()  # after an error, grain's iterator would continue with the remaining workers only
         self.deaths += 1
         if self.deaths > 1:
@@ -88,27 +86,9 @@ def let_grain_run_without_flags() -> None:
         flags.FLAGS["grain_enable_multiprocess_worker_profiling"].present = True
 
 
-def _measure(memory: dict) -> dict:
-    """Resident memory of each worker in bytes, measured at most once a second."""
-    now = time.monotonic()
-    if now - memory.get("time", -1) < 1:
-        return memory
-    workers = [child for child in multiprocessing.active_children() if child.name.startswith("grain-process")]
-    sizes = {}
-    for worker in workers:
-        try:
-            sizes[worker] = psutil.Process(worker.pid).memory_info().rss
-        except psutil.Error:  # it has just died, which the iterator reports
-            sizes[worker] = memory.get("sizes", {}).get(worker, 0)
-    return {"time": now, "sizes": sizes}
-
-
-def _death(message: str, memory: dict) -> tuple[str, str, str]:
-    """(which worker died of what, its memory and the free memory, what to do about it)."""
+def _death(message: str) -> tuple[str, str, str]:
+    """(what a worker died of, its exit code and the free memory, what to do about it)."""
     code = int(re.search(r"exit code (-?\d+)", message)[1])
-    dead = [(worker, size) for worker, size in memory.get("sizes", {}).items() if worker.exitcode == code]
-    who = f"data worker {dead[0][0].pid}" if dead else "a data worker"
-    held = f", last measured with {dead[0][1] / 2**20:.0f} MiB of memory" if dead and dead[0][1] else ""
     free = f"{psutil.virtual_memory().available / 2**20:.0f} MiB are free on this host now"
     fix = "see the lines above; a script must start workers under `if __name__ == '__main__':`"
     if -code == signal.SIGKILL:
@@ -116,4 +96,4 @@ def _death(message: str, memory: dict) -> tuple[str, str, str]:
     elif -code == signal.SIGBUS:
         fix = "probably /dev/shm is full: enlarge it (docker run --shm-size), or set data.workers=0"
     what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"{who} {what}", f"exit code {code}{held}; {free}", fix
+    return f"a data worker {what}", f"exit code {code}; {free}", fix

@@ -1,7 +1,6 @@
 """Images in ArrayRecord files: prepared folders (`simmim_jax.data.prepared`), and files of other programs."""
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -11,8 +10,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.prepared import MANIFEST, PLAN, PREPARE, read_manifest, unpack_record
-from simmim_jax.data.sources.files import changed_error, make_opener, stat_file
-from simmim_jax.data.sources.splits import EVALUATION, Selection, make_part, select
+from simmim_jax.data.sources.files import changed_error, make_opener, read_tail, stat_file
+from simmim_jax.data.sources.names import digest_of
+from simmim_jax.data.sources.splits import EVALUATION, FileSource, Selection, make_part, select
 from simmim_jax.errors import DataError
 
 ARRAY_RECORDS = (".array_record", ".arrayrecord")
@@ -23,7 +23,6 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", 
 OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 BUFFER = 2**15  # bytes read at a time
 MAX_OFFSETS = 2**22  # offsets of records, of 8 bytes each, in the memory of a process
-TAIL = 2**16  # bytes at the end of a file, which hold the offsets of its records
 
 
 def make_array_record(*, path: str, split: str, heldout_fraction: float, **_):
@@ -48,7 +47,7 @@ def check_finished(path: str) -> None:
             raise DataError(f"{folder} is not completely prepared", "data.path", fix)
 
 
-class ArrayRecords:
+class ArrayRecords(FileSource):
     """Records of ArrayRecord files. `form` is prepared, image or example, the same for all of them."""
 
     def __init__(self, selection: Selection, split: str):
@@ -71,7 +70,7 @@ class ArrayRecords:
         if not prepared:  # names of such records depend on the names of the shards
             listed = [[name, *each] for name, each in zip(self.names, listed, strict=True)]
             self._detect_form()
-        self.digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        self.digest = digest_of(json.dumps(listed).encode())
 
     def _list_prepared(self, prepared: dict[str, dict]) -> list[dict]:
         shards = []
@@ -115,9 +114,6 @@ class ArrayRecords:
         # an open shard holds the offset of each of its records
         return make_opener(_open, max(16, MAX_OFFSETS * len(self.names) // len(self)))
 
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_open"}
-
     def __len__(self) -> int:
         return int(self.ends[-1])
 
@@ -159,9 +155,6 @@ class ArrayRecords:
         shard = self._shard(i)
         return f"{self.names[shard]}/{i - int(self.ends[shard - 1] if shard else 0)}"
 
-    def describe(self) -> str:
-        return f"{self.path}, split {self.split} ({len(self)} images)"
-
     def fingerprint(self) -> dict:
         return {"source": "array_record", "split": self.split, "count": len(self), "shards_sha256": self.digest}
 
@@ -189,9 +182,7 @@ def _inspect(path: str) -> dict:
     count = reader.num_records()
     if "group_size:1," not in reader.writer_options_string() + "," and reader.writer_options_string():
         logging.warning("%s stores records in groups, and reading one image decodes a whole group: %s", path, PREPARE)
-    with open(path, "rb") as file:
-        file.seek(max(0, version[0] - TAIL))
-        digest = hashlib.sha256(f"{version[0]}".encode() + file.read()).hexdigest()
+    digest = digest_of(str(version[0]).encode(), read_tail(path, version[0]))
     return {"path": path, "version": version, "count": count, "sha256": digest}
 
 

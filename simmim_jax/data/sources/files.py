@@ -9,6 +9,7 @@ from collections.abc import Callable
 from simmim_jax.errors import DataError
 
 LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+TAIL = 2**16  # bytes that `read_tail` reads
 # open files per source and process; a run has two sources and opens many other files
 MAX_OPEN = 1024 if LIMIT == resource.RLIM_INFINITY else max(64, min(1024, LIMIT // 4))
 
@@ -57,6 +58,13 @@ def unreadable_error(path: str, error: OSError) -> DataError:
 def file_version(status: os.stat_result) -> tuple[int, int]:
     """(size in bytes, time of the last change in nanoseconds), which change if the file changes."""
     return status.st_size, status.st_mtime_ns
+
+
+def read_tail(path: str, size: int) -> bytes:
+    """The end of a file of `size` bytes. In ArrayRecord files it holds the offsets of the records."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - TAIL))
+        return file.read()
 
 
 def stat_file(path: str) -> tuple[int, int]:

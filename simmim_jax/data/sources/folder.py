@@ -1,11 +1,8 @@
 """Folders of image files, flat or by class, nested or not."""
 
 import dataclasses
-import difflib
-import functools
 import hashlib
 import heapq
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,12 +12,20 @@ import numpy as np
 from simmim_jax.data.sources.files import unreadable_error
 from simmim_jax.data.sources.listing import folders, is_file, is_folder, nearest_folder
 from simmim_jax.data.sources.names import Names
-from simmim_jax.data.sources.splits import EVALUATION, STANDARD, both_sides, by_side, cases, own_split, side_of
+from simmim_jax.data.sources.splits import (
+    EVALUATION,
+    STANDARD,
+    FileSource,
+    both_sides,
+    by_side,
+    cases,
+    own_split,
+    side_of,
+)
 from simmim_jax.errors import ConfigError, DataError, warn_once
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_SORTED = 200_000  # entries of a directory sorted in memory; more are sorted in runs on disk
-MAX_SIZES = 1000  # files whose sizes are part of the fingerprint
 
 
 def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Folder":
@@ -51,7 +56,9 @@ def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Fold
     if notes.broken:
         warn_once(f"{root}: {notes.broken} broken links are left out, the first is {notes.first_broken}")
     if not len(names):
-        raise DataError(f"{root} has 0 images", f"looked for {' '.join(EXTENSIONS)}", _nearest_images(root))
+        raise DataError(
+            f"{root} has 0 images", f"looked for {' '.join(EXTENSIONS)}", "point data.path at a folder of images"
+        )
     standard = standard and "train" in found
     others = [found[side] for side in ("train", *evaluation) if standard and side != own]
     classes = _classes(notes.firsts, others)
@@ -77,18 +84,12 @@ def split_folders(path: str, split: str = "train") -> dict[str, str]:
     return found
 
 
-class Folder:
+class Folder(FileSource):
     """Image files below `root`."""
 
     def __init__(self, root: str, split: str, names: Names, classes: tuple[str, ...]):
-        self.root, self.split, self.names, self.classes = root, split, names, classes
-
-    @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_numbers"}
+        self.path = self.root = root
+        self.split, self.names, self.classes = split, names, classes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,23 +103,9 @@ class Folder:
     def name(self, i: int) -> str:
         return self.names[i]
 
-    def describe(self) -> str:
-        return f"{self.root}, split {self.split} ({len(self)} images)"
-
     def fingerprint(self) -> dict:
-        sizes = hashlib.sha256(json.dumps(self._sizes()).encode()).hexdigest()
-        part = {"count": len(self), "names_sha256": self.names.digest(), "sizes_sha256": sizes}
-        return {"source": "folder", "split": self.split} | part
-
-    def _sizes(self) -> list[int]:
-        """The sizes in bytes of evenly spaced files. Reading those of all files takes long on a network disk."""
-        sizes, count = [], min(len(self), MAX_SIZES)
-        for n in range(count):
-            try:
-                sizes.append(os.stat(os.path.join(self.root, self.name(n * len(self) // count))).st_size)
-            except OSError:
-                sizes.append(-1)  # removed since; reading it will raise
-        return sizes
+        digests = {"names_sha256": self.names.digest(), "sizes_sha256": self.names.digest_sizes(self.root)}
+        return {"source": "folder", "split": self.split, "count": len(self)} | digests
 
 
 class _LinkedDirectoryError(Exception):
@@ -293,17 +280,3 @@ def _has_images(folder: str) -> bool:
         return next(_walk(folder, None, _Notes(folder)), None) is not None
     except _LinkedDirectoryError:
         return next(_walk(folder, _find_skipped(folder), _Notes(folder)), None) is not None
-
-
-def _nearest_images(path: str) -> str:
-    """A suggestion for a folder without images: the neighbor with images and the most similar name."""
-    parent, own = os.path.split(path)
-    if os.path.dirname(parent) == parent:  # the neighbors of /data are /proc and /sys
-        return "point data.path at a folder of images"
-    neighbors = sorted(folders(parent), key=lambda name: -difflib.SequenceMatcher(None, name, own).ratio())
-    for folder in (os.path.join(parent, name) for name in neighbors[:20] if name != own):
-        # look before walking through it, because it may be as large as a home directory
-        places = [folder, *(os.path.join(folder, name) for name in folders(folder)[:3])]
-        if any(name.lower().endswith(EXTENSIONS) for place in places for name in os.listdir(place)):
-            return f"did you mean {folder} ({len(_index(folder)[0])} images)?"
-    return "point data.path at a folder of images"

@@ -3,7 +3,6 @@
 Records have "map" next to "image": the bytes of a file, or pixels. `data.label_maps` decodes and crops them.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,7 +22,6 @@ EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif")  # lossless formats
 LAYOUT = "give images/train/a.jpg with masks/train/a.png (or annotations/, labels/), or train/images with train/masks"
 KINDS = ("auto", "folder", "tfds")
 FEATURES = ("annotation", "segmentation_mask", "label_map")  # names of label maps in TFDS data sets
-MAX_SIZES = 1000  # files whose sizes are part of the fingerprint
 
 
 def make_label_map_source(
@@ -156,15 +154,8 @@ class MappedFolder:
         return f"{self.images.root} with maps in {self.map_root} ({len(self)} images)"
 
     def fingerprint(self) -> dict:
-        maps = {"map_names_sha256": self.maps.digest(), "map_sizes_sha256": self._digest_sizes()}
+        maps = {"map_names_sha256": self.maps.digest(), "map_sizes_sha256": self.maps.digest_sizes(self.map_root)}
         return self.images.fingerprint() | maps | {"source": "label_maps", "split": self.split}
-
-    def _digest_sizes(self) -> str:
-        """SHA-256 of the sizes of evenly spaced maps."""
-        count = min(len(self), MAX_SIZES)
-        paths = (os.path.join(self.map_root, self.maps[n * len(self) // count]) for n in range(count))
-        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def _maps_below(root: str, below: str = "") -> Iterator[str]:

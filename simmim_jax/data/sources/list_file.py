@@ -16,15 +16,14 @@ import numpy as np
 
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.sources.files import File, changed_error, make_opener, stat_file
-from simmim_jax.data.sources.names import Column
-from simmim_jax.data.sources.splits import EVALUATION, Selection, make_part, natural_classes, select
+from simmim_jax.data.sources.names import Column, digest_of
+from simmim_jax.data.sources.splits import EVALUATION, MAX_CLASSES, FileSource, Selection, make_part, select
 from simmim_jax.errors import DataError
 
 LISTS = (".txt", ".lst", ".list", ".csv", ".tsv")
 STRIDE = 64  # records between two stored offsets
 BLOCK = 2**22  # bytes read at a time
 MAX_LINE = 2**16  # bytes
-MAX_CLASSES = 1_000_000
 # The path ends with the last image extension: names may contain spaces, and directories may be called x.jpg.
 PATH = rb"[^\n]*\.(?:jpe?g|png|webp|bmp|tiff?|gif)"
 REST = rb"(?:(?:[ \t]*,[ \t]*|[ \t]+)([^\s,][^\n]*?)?)?[ \t\r]*$"
@@ -49,7 +48,7 @@ def make_list(*, path: str, data_dir: str, split: str, heldout_fraction: float, 
     return make_part(ListFile(selection, split, data_dir), selection, heldout_fraction)
 
 
-class ListFile:
+class ListFile(FileSource):
     """Image files named in lists."""
 
     def __init__(self, selection: Selection, split: str, data_dir: str):
@@ -66,12 +65,9 @@ class ListFile:
         standard = EVALUATION if split in EVALUATION and selection.held_out is None else ("train",)
         sides = list(dict.fromkeys((selection.own, split, *standard)))
         self.roots = [_find_root(file, scan, data_dir, sides) for file, scan in zip(paths, scans, strict=True)]
-        digest = hashlib.sha256()
-        for scan in scans:
-            digest.update(scan["digest"])
-        if not self.integers:  # the numbers of labels depend on the names of all classes
-            digest.update("\0".join(self.classes).encode(errors="surrogateescape"))
-        self.digest = digest.hexdigest()
+        # the numbers of labels depend on the names of all classes
+        names = b"" if self.integers else "\0".join(self.classes).encode(errors="surrogateescape")
+        self.digest = digest_of(*(scan["digest"] for scan in scans), names)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -103,18 +99,8 @@ class ListFile:
         return int(text) if self.integers else self._numbers[os.fsdecode(text)]
 
     @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
-
-    @functools.cached_property
     def _open(self):
         return make_opener(File)
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_open", "_numbers")}
-
-    def describe(self) -> str:
-        return f"{self.path}, split {self.split} ({len(self)} images)"
 
     def fingerprint(self) -> dict:
         return {"source": "list", "split": self.split, "count": len(self), "lines_sha256": self.digest}
@@ -255,7 +241,7 @@ def _classes(scans: list[dict], paths: list[str]) -> tuple[tuple[str, ...], bool
     if not any(labeled):
         return (), False
     if not any(scan["named"] for scan in scans):
-        return natural_classes(max(scan["largest"] for scan in scans)), True
+        return tuple(map(str, range(max(scan["largest"] for scan in scans) + 1))), True
     integers = [scan for scan in scans if not scan["named"]]
     if integers:
         named = next(scan for scan in scans if scan["named"])

@@ -18,7 +18,7 @@ import numpy as np
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.sources.files import changed_error, make_opener, stat_file
 from simmim_jax.data.sources.names import Column
-from simmim_jax.data.sources.splits import Selection, make_part, natural_classes, select
+from simmim_jax.data.sources.splits import MAX_CLASSES, FileSource, Selection, make_part, select
 from simmim_jax.errors import DataError, warn_once
 
 PARQUETS = (".parquet",)
@@ -27,7 +27,6 @@ LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "class
 CACHE = 2**27  # bytes of decoded row groups per process
 SLOW_ROWS, SLOW_BYTES = 200, 2**26  # of a row group: above, shuffled reading is slow
 SAMPLE = 2**12  # bytes of each column chunk that are part of the fingerprint
-MAX_CLASSES = 1_000_000
 MAX_NAMES = 100_000  # different strings in a column of class names; above, they are captions
 DOWNLOAD = "download the file again"
 
@@ -45,8 +44,10 @@ def make_parquet(*, path: str, split: str, heldout_fraction: float, **_):
     return make_part(Parquet(selection, split), selection, heldout_fraction)
 
 
-class Parquet:
+class Parquet(FileSource):
     """Rows with an image of Parquet files."""
+
+    per_process = (*FileSource.per_process, "lock", "cache", "cache_bytes")
 
     def __init__(self, selection: Selection, split: str):
         self.path, self.split, self.names, self.paths = selection.path, split, selection.files, selection.absolute()
@@ -119,20 +120,12 @@ class Parquet:
             raise DataError(what, f"column {self.label!r}", "label all of them, or none")
         return () if unlabeled else tuple(sorted(found))
 
-    @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
-
     def _start(self) -> None:
         self.lock, self.cache, self.cache_bytes = threading.Lock(), collections.OrderedDict(), 0
 
     @functools.cached_property
     def _open(self):
         return make_opener(_open)
-
-    def __getstate__(self) -> dict:
-        local = ("_open", "_numbers", "lock", "cache", "cache_bytes")
-        return {key: value for key, value in self.__dict__.items() if key not in local}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -184,9 +177,6 @@ class Parquet:
     def name(self, i: int) -> str:
         file = bisect.bisect_right(self.file_ends, i)
         return f"{self.names[file]}/{i - (self.file_ends[file - 1] if file else 0)}"
-
-    def describe(self) -> str:
-        return f"{self.path}, split {self.split} ({len(self)} images)"
 
     def fingerprint(self) -> dict:
         return {"source": "parquet", "split": self.split, "count": len(self), "sample_sha256": self.sample}
@@ -334,7 +324,7 @@ def _classes(ranges: list[tuple[int, int] | None], names: tuple[str, ...], path:
     if low < 0 or high >= (len(names) or MAX_CLASSES):
         bound = len(names) or MAX_CLASSES
         raise DataError(f"labels from {low} to {high}", path, f"number the classes from 0 to {bound - 1}")
-    return names or natural_classes(high)
+    return names or tuple(map(str, range(high + 1)))
 
 
 def _sample(path: str, metadata) -> str:

@@ -9,12 +9,13 @@ refused: they are not splits, and as classes they would put evaluation images in
 """
 
 import fractions
+import functools
 import glob
 import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from simmim_jax.data.sources.files import unreadable_error
@@ -24,6 +25,7 @@ from simmim_jax.errors import ConfigError, DataError, suggest, warn_once
 EVALUATION = ("val", "valid", "validation", "test")  # names of the evaluation split
 STANDARD = ("train", *EVALUATION)
 MAX_FILES = 1_000_000  # named by braces
+MAX_CLASSES = 1_000_000
 WILDCARDS = re.compile(r"[*?\[{]")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 MAX_SUBFOLDERS = 100  # subfolders searched for shards that are not read
@@ -175,7 +177,23 @@ def make_part(source, selection: Selection, heldout_fraction: float):
     return part
 
 
-class Part:
+class FileSource:
+    """What the sources of files share. Each sets `path`, `split` and `classes`."""
+
+    per_process = ("_open", "_numbers")  # attributes that each process makes itself
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in self.per_process}
+
+    def describe(self) -> str:
+        return f"{self.path}, split {self.split} ({len(self)} images)"
+
+
+class Part(FileSource):
     """Every k-th record of a source, starting with the first, or all others. A single record is never held out.
 
     `every`, k, may be a fraction such as 5/3: the records are 0, k, 2 k, ..., rounded down. 0 holds nothing out.
@@ -205,25 +223,10 @@ class Part:
             return i
         return -(-(i + 1) * period // (period - held_out)) - 1
 
-    def describe(self) -> str:
-        return f"{self.path}, split {self.split} ({len(self)} images)"
-
     def fingerprint(self) -> dict:
         every = self.every if isinstance(self.every, int) else str(self.every)
         part = {"count": len(self), "every": every, "held_out": self.held_out}
         return self.whole.fingerprint() | part
-
-
-def natural_classes(max_label: int) -> tuple[str, ...]:
-    """The names of the classes of integer labels up to `max_label`."""
-    return tuple(str(label) for label in range(max_label + 1))
-
-
-def require_all_labels(labeled: int, count: int, path: str, first_unlabeled: Callable[[], str]) -> None:
-    """Raise DataError if some records have a label and others do not."""
-    if 0 < labeled < count:
-        what = f"{labeled} of {count} images have a label, and {first_unlabeled()} has none"
-        raise DataError(what, path, "label all of them, or none")
 
 
 def _files_in(folder: str, extensions: tuple[str, ...]) -> list[str]:

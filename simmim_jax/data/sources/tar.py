@@ -30,7 +30,7 @@ from simmim_jax.data.decode import BadImage
 from simmim_jax.data.sources.files import File, make_opener, stat_file
 from simmim_jax.data.sources.folder import EXTENSIONS
 from simmim_jax.data.sources.names import Column, Names, digest_of
-from simmim_jax.data.sources.splits import Selection, make_part, natural_classes, require_all_labels, select
+from simmim_jax.data.sources.splits import MAX_CLASSES, FileSource, Selection, make_part, select
 from simmim_jax.errors import DataError
 
 TARS = (".tar",)
@@ -38,7 +38,6 @@ COMPRESSED = {
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.zst": "zstd -d", ".tar.bz2": "bunzip2", ".tar.xz": "xz -d",
     ".tar.lz4": "lz4 -d",
 }  # fmt: skip
-MAX_CLASSES = 1_000_000
 MAX_JSON = 2**20  # bytes of a member that is searched for a label
 SAMPLE = 4096  # bytes read at an offset to detect other content
 DOWNLOAD = "download the file again"
@@ -77,7 +76,7 @@ def _refuse_compressed(path: str) -> None:
         raise DataError(what, "data.path", fix)
 
 
-class Tar:
+class Tar(FileSource):
     """Images in tar files."""
 
     def __init__(self, selection: Selection, split: str):
@@ -105,22 +104,19 @@ class Tar:
             counted = ", ".join(f"{count} {why} (the first {first!r})" for why, (count, first) in skipped.items())
             logging.warning("%s: skipped %s", self.describe(), counted)
         labeled = sum(each[1] for each in summaries)
-        require_all_labels(labeled, len(self), self.path, self._first_unlabeled)
+        if 0 < labeled < len(self):
+            unlabeled = self.name(int(np.argmax(self.labels.array < 0)))
+            what = f"{labeled} of {len(self)} images have a label, and {unlabeled} has none"
+            raise DataError(what, self.path, "label all of them, or none")
         max_labels = [each[2] for each in summaries]
         if labeled:
             others = selection.absolute(others=True)
             max_labels += [_summary(_index(path, stat_file(path)[0]))[2] for path in others]
-        self.classes = natural_classes(max(max_labels))
-
-    def _first_unlabeled(self) -> str:
-        return self.name(int(np.flatnonzero(self.labels.array < 0)[0]))
+        self.classes = tuple(map(str, range(max(max_labels) + 1)))
 
     @functools.cached_property
     def _open(self):
         return make_opener(File)
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_open"}
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -136,9 +132,6 @@ class Tar:
 
     def name(self, i: int) -> str:
         return f"{self.shards[bisect.bisect_right(self.ends, i)][0]}/{self.names[i]}"
-
-    def describe(self) -> str:
-        return f"{self.path}, split {self.split} ({len(self)} images)"
 
     def fingerprint(self) -> dict:
         shards = json.dumps([[name, end] for (name, *_), end in zip(self.shards, self.ends, strict=True)]).encode()

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -12,12 +11,12 @@ import threading
 from google.protobuf.message import DecodeError
 
 from simmim_jax.data.decode import BadImage
-from simmim_jax.data.sources.files import stat_file
+from simmim_jax.data.sources.files import read_tail, stat_file
 from simmim_jax.data.sources.listing import folders
+from simmim_jax.data.sources.names import digest_of
 from simmim_jax.errors import ConfigError, DataError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-TAIL = 2**16  # bytes at the end of a shard, which hold the offsets of its records
 
 
 def make_tfds(*, name: str, data_dir: str, split: str, path: str = "", **_) -> "Tfds":
@@ -117,17 +116,11 @@ class Tfds:
 
     def fingerprint(self) -> dict:
         files = sorted({each.filename for each in self.file_instructions()})
-        shards = json.dumps([[os.path.basename(file), *_digest_end(file)] for file in files]).encode()
-        part = {"count": len(self), "shards_sha256": hashlib.sha256(shards).hexdigest()}
+        sizes = [stat_file(file)[0] for file in files]
+        tails = [digest_of(read_tail(file, size)) for file, size in zip(files, sizes, strict=True)]
+        shards = json.dumps(list(zip(map(os.path.basename, files), sizes, tails, strict=True))).encode()
+        part = {"count": len(self), "shards_sha256": digest_of(shards)}
         return {"source": "tfds", "name": self.full_name, "split": self.split} | part
-
-
-def _digest_end(path: str) -> tuple[int, str]:
-    """(size of a shard in bytes, SHA-256 of its end)."""
-    size = stat_file(path)[0]
-    with open(path, "rb") as file:
-        file.seek(max(0, size - TAIL))
-        return size, hashlib.sha256(file.read()).hexdigest()
 
 
 def _make_tfds_builder(name: str, data_dir: str):
