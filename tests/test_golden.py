@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 from simmim_jax import interop
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
-from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.pixels import from_patches, local_moments
 from simmim_jax.objectives.simmim import make_forward, masked_l1
 from simmim_jax.optim import layers, make_optimizer, path_name

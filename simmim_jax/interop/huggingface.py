@@ -11,7 +11,14 @@ config.json gives what the weights do not determine. It is refused if it contrad
 import math
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.official import class_token_classifier, position_type, reads_class_token
+from simmim_jax.interop.official import (
+    WITHOUT_HEAD,
+    class_token_classifier,
+    classifier,
+    head_refusal,
+    position_type,
+    reads_class_token,
+)
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import (
     PER_HEAD,
@@ -172,11 +179,8 @@ def _detect_vit(name: str, weights: Weights, shapes: Shapes, prefix: str) -> Wei
 
 def _objective(weights: Weights, *, fc_norm: bool) -> dict:
     """The objective that the heads in the file belong to."""
-    if "decoder.0.weight" in weights.arrays:
-        return {"name": "simmim"}
-    if "classifier.weight" not in weights.arrays:
-        return {"name": "none"}
-    return {"name": "classify", "num_classes": weights.arrays["classifier.weight"].shape[0], "fc_norm": fc_norm}
+    simmim = "decoder.0.weight" in weights.arrays
+    return {"name": "simmim"} if simmim else classifier(weights, "classifier", fc_norm=fc_norm)
 
 
 def _detect_swin(name: str, weights: Weights, shapes: Shapes, prefix: str) -> WeightSpec:
@@ -293,23 +297,16 @@ def _swin_refusal(kind: str, encoder, objective: dict, image_size: tuple[int, in
 def _head_refusal(kind: str, encoder, objective: dict) -> str:
     if objective["name"] != "classify":
         return ""
-    hint = "leave the classifier out with --allow head"
-    if objective.get("block", 0):
-        return f"the classifier reads block {objective['block']}, but theirs reads the output; {hint}"
-    if kind in ("vit", "beit") and reads_class_token(encoder, objective):
-        return ""
-    pool = objective.get("pool", "patches")
-    if kind == "vit":
-        read = {"patches": "the mean of the patches"}.get(pool, "something else")
-        return f"the classifier reads {read}, but that of transformers the class token; timm can hold it; {hint}"
-    if pool != "patches":
-        return f"the classifier reads {pool}, but theirs the class token after a final norm; {hint}"
-    if kind == "beit" and (encoder.final_norm or not objective["fc_norm"]):
-        return f"BEiT's classifier has one norm, after pooling (final_norm=False, fc_norm=True); {hint}"
-    if kind == "beit" and encoder.norm_epsilon != 1e-6:
-        return f"the norm after pooling has epsilon 1e-6 here, {encoder.norm_epsilon:g} in transformers; {hint}"
-    if kind.startswith("swin") and objective["fc_norm"]:
-        return f"the {kind} of transformers has no norm after pooling (fc_norm); {hint}"
+    reads_token = reads_class_token(encoder, objective)
+    if kind == "vit" and not reads_token:
+        return (
+            f"the classifier does not read the class token as that of transformers; timm has it; {WITHOUT_HEAD}"
+        )
+    if reason := head_refusal(type(encoder).__name__, encoder, objective):
+        return reason
+    if kind == "beit" and not reads_token and encoder.norm_epsilon != 1e-6:
+        epsilon = f"{encoder.norm_epsilon:g}"
+        return f"the norm after pooling has epsilon 1e-6 here, {epsilon} in transformers; {WITHOUT_HEAD}"
     return ""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.reading import Weights
 from simmim_jax.interop.rules import POINTWISE, TOKEN, Rule, dense, norm, one
-from simmim_jax.interop.tables import convnext, swin, under_encoder, vit
+from simmim_jax.interop.tables import CONVNEXT, convnext, swin, under_encoder, vit
 from simmim_jax.interop.weight_spec import (
     Shapes,
     WeightSpec,
@@ -27,6 +27,7 @@ from simmim_jax.models.vit import SIZES, sincos_position
 
 NAME = "official"
 BEIT = ("gamma_1", "attn.q_bias", "relative_position_bias_table")  # endings that timm's plain ViT does not have
+WITHOUT_HEAD = "leave the classifier out with --allow head"
 LAYER_SCALE = 0.1  # initial value in every official ViT, which trained weights do not determine
 
 
@@ -49,11 +50,12 @@ def recognize(weights: Weights) -> str | None:
 
 def detect(name: str, weights: Weights) -> WeightSpec:
     """The model, as far as the weights determine it."""
-    detectors = {"vit": detect_vit, "swin": detect_swin, "swinv2": detect_swin, "convnext": detect_convnext}
-    return detectors[name](weights, NAME, name)
+    if name == "convnext":
+        return detect_convnext(weights, NAME, CONVNEXT, "head")
+    return detect_vit(weights, NAME) if name == "vit" else detect_swin(weights, NAME, name)
 
 
-def detect_vit(weights: Weights, format: str, name: str = "vit", layer_scale: float = LAYER_SCALE) -> WeightSpec:
+def detect_vit(weights: Weights, format: str, layer_scale: float = LAYER_SCALE) -> WeightSpec:
     """A ViT or BEiT whose blocks are named `blocks.0`."""
     prefix = find_prefix(weights.arrays, "patch_embed.proj.weight")
     shapes = shapes_below(weights.arrays, prefix, weights.where)
@@ -63,9 +65,8 @@ def detect_vit(weights: Weights, format: str, name: str = "vit", layer_scale: fl
     depth, heads = shapes.count("blocks."), table[1] if table else None
     if heads is None:
         heads = guess_num_heads(width, depth)
-        notes += (
-            [f"assumed {heads} heads, which these weights do not determine: see --encoder.num_heads"] if heads else []
-        )
+        if heads:
+            notes.append(f"assumed {heads} heads, which these weights do not determine: see --encoder.num_heads")
     class_token = "cls_token" in shapes
     encoder = {
         "name": "vit",
@@ -117,15 +118,22 @@ def detect_objective(weights: Weights, shapes: Shapes, prefix: str, final_norm: 
     """
     if "decoder.0.weight" in weights.arrays:
         return {"name": "simmim"}
-    if "head.weight" not in weights.arrays:
-        return {"name": "none"}
-    classes = weights.arrays["head.weight"].shape[0]
+    found = classifier(weights, "head", fc_norm=bool(of_patches))
+    if found["name"] == "none":
+        return found
     if of_patches and of_patches not in shapes and final_norm and "cls_token" in shapes:
-        return class_token_classifier(classes)
+        return class_token_classifier(found["num_classes"])
     if of_patches and (of_patches not in shapes or final_norm):
         what = "unsupported classifier: it reads neither fc_norm of the patches' mean nor the final norm's class token"
         raise CheckpointError(what, weights.where, "leave it out with --allow 'head.*'")
-    return {"name": "classify", "num_classes": classes, "fc_norm": bool(of_patches)}
+    return found
+
+
+def classifier(weights: Weights, name: str, *, fc_norm: bool) -> dict:
+    """The objective of the classifier with this name, or of a bare encoder if there is none."""
+    if f"{name}.weight" not in weights.arrays:
+        return {"name": "none"}
+    return {"name": "classify", "num_classes": weights.arrays[f"{name}.weight"].shape[0], "fc_norm": fc_norm}
 
 
 def class_token_classifier(classes: int) -> dict:
@@ -206,23 +214,23 @@ def pretrained_windows(coordinates: list[np.ndarray | None], windows: list[int |
     return () if sides == windows else tuple(sides)
 
 
-def detect_convnext(weights: Weights, format: str, name: str = "convnext") -> WeightSpec:
-    """A ConvNeXt with the names of facebookresearch/ConvNeXt."""
-    prefix = find_prefix(weights.arrays, "downsample_layers.0.0.weight")
+def detect_convnext(weights: Weights, format: str, names: dict[str, str], head: str) -> WeightSpec:
+    """A ConvNeXt. names: those of its parts, as in `tables.CONVNEXT`. head: the name of the classifier."""
+    block, conv = names["block"], f"{names['conv']}.weight"
+    prefix = find_prefix(weights.arrays, f"{block.format(stage=0, n=0)}.{conv}")
     shapes = shapes_below(weights.arrays, prefix, weights.where)
-    stages = shapes.count("stages.")
+    stages = range(shapes.count("stages."))
     encoder = {
         "name": "convnext",
-        "depths": tuple(shapes.count(f"stages.{stage}.") for stage in range(stages)),
-        "widths": tuple(shapes[f"stages.{stage}.0.dwconv.weight"][0] for stage in range(stages)),
+        "depths": tuple(shapes.count(block.format(stage=stage, n="")) for stage in stages),
+        "widths": tuple(shapes[f"{block.format(stage=stage, n=0)}.{conv}"][0] for stage in stages),
         "layer_scale": 1e-6 if shapes.any("gamma") else 0.0,
         "norm_epsilon": 1e-6,
     }
-    classes = weights.arrays.get("head.weight")
-    objective = {"name": "simmim"} if "decoder.0.weight" in weights.arrays else {"name": "none"}
-    if classes is not None:
-        objective = {"name": "classify", "num_classes": classes.shape[0], "fc_norm": True}
-    return WeightSpec(format, encoder, objective, None, shapes["downsample_layers.0.0.weight"][1], prefix)
+    objective = classifier(weights, head, fc_norm=True)
+    if "decoder.0.weight" in weights.arrays:
+        objective = {"name": "simmim"}
+    return WeightSpec(format, encoder, objective, None, shapes[f"{names['patch_embed']}.weight"][1], prefix)
 
 
 def exported_objective(encoder, objective: dict) -> dict:
@@ -273,19 +281,20 @@ def head_refusal(name: str, encoder, objective: dict) -> str:
     """Why official and timm models cannot hold the classifier, or ""."""
     if objective["name"] != "classify":
         return ""
-    hint = "leave the classifier out with --allow head"
     if objective.get("block", 0):
-        return f"the classifier reads block {objective['block']}, but theirs reads the output; {hint}"
+        return f"the classifier reads block {objective['block']}, but theirs reads the output; {WITHOUT_HEAD}"
     if name == "ViT" and reads_class_token(encoder, objective):
         return ""
     if objective.get("pool", "patches") != "patches":
-        return f"the classifier reads {objective['pool']}, but theirs the class token after a final norm; {hint}"
+        return (
+            f"the classifier reads {objective['pool']}, but theirs the class token after a norm; {WITHOUT_HEAD}"
+        )
     if name == "ViT" and (encoder.final_norm or not objective["fc_norm"]):
-        return f"theirs has one norm, after pooling (final_norm=False, fc_norm=True); {hint}"
+        return f"theirs has one norm, after pooling (final_norm=False, fc_norm=True); {WITHOUT_HEAD}"
     if name in ("Swin", "SwinV2", "ResNet") and objective["fc_norm"]:
-        return f"theirs has no norm after pooling (fc_norm); {hint}"
+        return f"theirs has no norm after pooling (fc_norm); {WITHOUT_HEAD}"
     if name == "ConvNeXt" and not objective["fc_norm"]:
-        return f"theirs has a norm after pooling (fc_norm); {hint}"
+        return f"theirs has a norm after pooling (fc_norm); {WITHOUT_HEAD}"
     return ""
 
 

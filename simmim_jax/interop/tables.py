@@ -31,6 +31,17 @@ def positions(encoder, prefix: str, image_size: tuple[int, int], name: str) -> l
     return []
 
 
+def block(ours: str, theirs: str, qkv_bias: str) -> list[Rule]:
+    """A block of a ViT or Swin, without its relative positions."""
+    table = norm(f"{ours}/norm1", f"{theirs}.norm1") + norm(f"{ours}/norm2", f"{theirs}.norm2")
+    table += dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv", bias=qkv_bias == "qkv")
+    if qkv_bias == "qv":
+        table += one(f"{ours}/attn/q_bias", f"{theirs}.attn.q_bias", VECTOR)
+        table += one(f"{ours}/attn/v_bias", f"{theirs}.attn.v_bias", VECTOR)
+    table += dense(f"{ours}/attn/proj", f"{theirs}.attn.proj", TO_WIDTH)
+    return table + dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
+
+
 def vit(encoder, prefix: str, image_size: tuple[int, int], scales: tuple = ("gamma_1", "gamma_2")) -> list[Rule]:
     """ViT and BEiT. scales: the names of LayerScale."""
     table = convolution("patch_embed", f"{prefix}patch_embed.proj")
@@ -41,16 +52,9 @@ def vit(encoder, prefix: str, image_size: tuple[int, int], scales: tuple = ("gam
         table += one("rel_pos_bias/table", f"{prefix}rel_pos_bias.relative_position_bias_table")
     for n in range(encoder.depth):
         ours, theirs = f"block_{n}", f"{prefix}blocks.{n}"
-        table += norm(f"{ours}/norm1", f"{theirs}.norm1")
-        table += dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv", bias=encoder.qkv_bias == "qkv")
-        if encoder.qkv_bias == "qv":
-            table += one(f"{ours}/attn/q_bias", f"{theirs}.attn.q_bias", VECTOR)
-            table += one(f"{ours}/attn/v_bias", f"{theirs}.attn.v_bias", VECTOR)
+        table += block(ours, theirs, encoder.qkv_bias)
         if encoder.relative_position == "per_block":
             table += one(f"{ours}/rel_pos_bias/table", f"{theirs}.attn.relative_position_bias_table")
-        table += dense(f"{ours}/attn/proj", f"{theirs}.attn.proj", TO_WIDTH)
-        table += norm(f"{ours}/norm2", f"{theirs}.norm2")
-        table += dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
         if encoder.layer_scale:
             table += one(f"{ours}/scale_attn/gamma", f"{theirs}.{scales[0]}")
             table += one(f"{ours}/scale_mlp/gamma", f"{theirs}.{scales[1]}")
@@ -68,20 +72,13 @@ def swin(encoder, prefix: str, image_size: tuple[int, int], merge_at: int = 0) -
     for stage, depth in enumerate(encoder.depths):
         for n in range(depth):
             ours, theirs = f"stage_{stage}_block_{n}", f"{prefix}layers.{stage}.blocks.{n}"
-            table += norm(f"{ours}/norm1", f"{theirs}.norm1")
-            table += dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv", bias=encoder.qkv_bias == "qkv")
-            if encoder.qkv_bias == "qv":
-                table += one(f"{ours}/attn/q_bias", f"{theirs}.attn.q_bias", VECTOR)
-                table += one(f"{ours}/attn/v_bias", f"{theirs}.attn.v_bias", VECTOR)
+            table += block(ours, theirs, encoder.qkv_bias)
             if second:
                 table += one(f"{ours}/attn/logit_scale", f"{theirs}.attn.logit_scale", PER_HEAD)
                 table += dense(f"{ours}/attn/cpb/fc1", f"{theirs}.attn.cpb_mlp.0")
                 table += dense(f"{ours}/attn/cpb/fc2", f"{theirs}.attn.cpb_mlp.2", bias=False)
             else:
                 table += one(f"{ours}/attn/rel_pos_bias/table", f"{theirs}.attn.relative_position_bias_table")
-            table += dense(f"{ours}/attn/proj", f"{theirs}.attn.proj", TO_WIDTH)
-            table += norm(f"{ours}/norm2", f"{theirs}.norm2")
-            table += dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1") + dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
         if stage < len(encoder.depths) - 1:
             theirs = f"{prefix}layers.{stage + merge_at}.downsample"
             table += norm(f"stage_{stage}_merge/norm", f"{theirs}.norm")

@@ -52,8 +52,10 @@ def detect(name: str, weights: Weights) -> WeightSpec:
         found = official.detect_vit(weights, NAME, layer_scale=LAYER_SCALE)
     elif name in ("swin", "swinv2"):
         found = _detect_swin(name, weights)
+    elif name == "convnext":
+        found = official.detect_convnext(weights, NAME, CONVNEXT, "head.fc")
     else:
-        found = _detect_resnet(weights) if name == "resnet" else _detect_convnext(weights)
+        found = _detect_resnet(weights)
     if name == "resnet" and not weights.config and not weights.made:
         found = found._replace(notes=(*found.notes, ANTI_ALIASED))
     size = weights.config.get("pretrained_cfg", {}).get("input_size")  # in timm's folders on the Hugging Face hub
@@ -80,7 +82,7 @@ def pads(image_size: tuple[int, int], patch_size: int, window: int, stages: int)
 
 def _detect_swin(name: str, weights: Weights) -> WeightSpec:
     found = official.detect_swin(weights, NAME, name)
-    found = found._replace(objective=_classifier(weights, "head.fc", fc_norm=False))
+    found = found._replace(objective=official.classifier(weights, "head.fc", fc_norm=False))
     if name == "swinv2":
         note = (
             "assumed that pretraining had the same windows, which timm's weights do not determine: if it had others, "
@@ -88,12 +90,6 @@ def _detect_swin(name: str, weights: Weights) -> WeightSpec:
         note += "give --encoder.pretrained_windows, like 12,12,12,6"
         found = found._replace(notes=(*found.notes, note))
     return found
-
-
-def _classifier(weights: Weights, name: str, *, fc_norm: bool) -> dict:
-    if f"{name}.weight" not in weights.arrays:
-        return {"name": "none"}
-    return {"name": "classify", "num_classes": weights.arrays[f"{name}.weight"].shape[0], "fc_norm": fc_norm}
 
 
 def _detect_resnet(weights: Weights) -> WeightSpec:
@@ -110,22 +106,7 @@ def _detect_resnet(weights: Weights) -> WeightSpec:
         "width": stem[0],
         "norm_epsilon": 1e-5,
     }
-    return WeightSpec(NAME, encoder, _classifier(weights, "fc", fc_norm=False), None, stem[1], prefix)
-
-
-def _detect_convnext(weights: Weights) -> WeightSpec:
-    prefix = find_prefix(weights.arrays, "stages.0.blocks.0.conv_dw.weight")
-    shapes = shapes_below(weights.arrays, prefix, weights.where)
-    stages = shapes.count("stages.")
-    encoder = {
-        "name": "convnext",
-        "depths": tuple(shapes.count(f"stages.{stage}.blocks.") for stage in range(stages)),
-        "widths": tuple(shapes[f"stages.{stage}.blocks.0.conv_dw.weight"][0] for stage in range(stages)),
-        "layer_scale": 1e-6 if shapes.any("gamma") else 0.0,
-        "norm_epsilon": 1e-6,
-    }
-    objective = _classifier(weights, "head.fc", fc_norm=True)
-    return WeightSpec(NAME, encoder, objective, None, shapes["stem.0.weight"][1], prefix)
+    return WeightSpec(NAME, encoder, official.classifier(weights, "fc", fc_norm=False), None, stem[1], prefix)
 
 
 def exported_objective(encoder, objective: dict) -> dict:
