@@ -53,8 +53,8 @@ class Reference:
         self.arrays, config = arrays, json.loads(str(arrays["config"]))
         save_file(part(arrays, "params/"), folder / "official.safetensors")
         weights = interop.read_weights(str(folder / "official.safetensors"))
-        # What these weights do not tell: a ViT's heads where it has no tables, a Swin V2's window without its buffers.
-        given = {"num_heads": config["num_heads"]} if "vit" in name else {"window": config["window_size"]}
+        # These weights do not determine the heads of a ViT without tables, or the window of a Swin V2 without buffers.
+        given = {"num_heads": config["heads"]} if "vit" in name else {"window": config["window_size"]}
         found = interop.resolve(interop.detect(weights), given, (64, 64), weights.where)
         assert found.format == "official"
         fields = {field: value for field, value in found.encoder.items() if field != "name"}
@@ -81,7 +81,7 @@ def test_pretraining_equals_the_official_one(reference):
     forward, stride = make_forward(encoder, channels=3), encoder.feature_stride
     hidden = mask.repeat(encoder.token_stride, axis=1).repeat(encoder.token_stride, axis=2)
     target = reference.images
-    if window := json.loads(str(arrays["config"])).get("norm_window"):
+    if window := json.loads(str(arrays["config"])).get("norm_target"):
         mean, deviation = local_moments(target, window)
         target = (target - mean) / deviation
 
