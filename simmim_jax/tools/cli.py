@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import csv
+import io
 import logging
+import math
 import os
 import re
 import sys
@@ -12,7 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from simmim_jax.errors import ConfigError, DataError, Parser, UserError, check_minimum, exit_with_message, suggest
+from simmim_jax.errors import ConfigError, DataError, Parser, UserError, exit_with_message, suggest
+from simmim_jax.files import utf8_name
 
 WHOLE = "leave --split out, or give --split=train"  # fix for images that are not divided into parts
 MARKS = (b"Software\0simmim_jax", b'content="simmim_jax', b'"made_by": "simmim_jax')  # in our PNG, HTML and JSON files
@@ -37,28 +41,30 @@ def make_parser(command: str, description: str, examples: str, usage: str | None
 def add_image_options(parser: Parser) -> None:
     """Add the options of commands that pass images through a run's model."""
     add = parser.add_argument
-    add("--image-size", metavar="H[,W]", help="pixels (default: the run's); position embeddings are resized to it")
+    add_image_size(parser)
     add(
-        "--crop-fraction", type=float, metavar="R",
+        "--crop-fraction", type=number(float, 0, 1, strict=True), metavar="R",
         help="part of the resized side that the crop keeps (default: the run's; imports: 0.875, up to 32 pixels 1)",
     )  # fmt: skip
     add("--interpolation", default="", help="bilinear, bicubic, ... (default: the run's; imports: bicubic)")
-    add("--batch-size", type=int, default=64, metavar="N", help="images per batch; changes no result (default: 64)")
-    add("--threads", type=int, metavar="N", help="decoder threads, a batch each (default: one per core, up to 16)")
-    add(
-        "--max-bad-fraction", type=float, default=0.01, metavar="R",
-        help="part of the images that may be unreadable, rounded up (default: 0.01)",
-    )  # fmt: skip
+    size, threads = number(int, 1), number(int, 0)
+    add("--batch-size", type=size, default=64, metavar="N", help="images per batch; changes no result (default: 64)")
+    add("--threads", type=threads, metavar="N", help="decoder threads, a batch each (default: one per core, up to 16)")
+    add_max_bad_fraction(parser)
 
 
-def check_image_options(options: argparse.Namespace) -> None:
-    """Check the options of `add_image_options`; parse `image_size`. Raises ConfigError."""
-    options.image_size = parse_size(options.image_size)
-    check_minimum("--batch-size", options.batch_size, 1)
-    check_minimum("--threads", options.threads or 0, 0)
-    if options.crop_fraction is not None:
-        check_fraction("--crop-fraction", options.crop_fraction, of_crop=True)
-    check_fraction("--max-bad-fraction", options.max_bad_fraction)
+def add_image_size(parser: Parser, when: str = "(default: the run's); position embeddings are resized to it") -> None:
+    parser.add_argument("--image-size", type=parse_size, metavar="H[,W]", help=f"pixels {when}")
+
+
+def add_max_bad_fraction(parser: Parser) -> None:
+    meaning = "part of the images that may be unreadable, rounded up (default: 0.01)"
+    parser.add_argument("--max-bad-fraction", type=number(float, 0, 1), default=0.01, metavar="R", help=meaning)
+
+
+def add_seed(parser: Parser, what: str) -> None:
+    """Add --seed: a number that both JAX and numpy accept."""
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help=f"{what} (default: 0)")
 
 
 def parse_known(parser: Parser, argv: list[str]) -> argparse.Namespace:
@@ -77,27 +83,62 @@ def parse_known(parser: Parser, argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) from "H,W", or from "H" for both. Raises ConfigError."""
-    if text is None:
-        return None
-    numbers = text.strip("()").split(",")
-    if len(numbers) > 2 or not all(number.strip().isdecimal() and 0 < int(number) <= 16384 for number in numbers):
-        raise ConfigError(f"--image-size={text}", "command line", "give height,width in pixels, like 224,224")
-    return int(numbers[0]), int(numbers[-1])
+def numbers(
+    kind: type,
+    minimum: int | float,
+    maximum: int | float = math.inf,
+    *,
+    strict: bool = False,
+    empty: bool = False,
+    distinct: bool = False,
+) -> Callable[[str], tuple]:
+    """A parser of comma-separated finite numbers from `minimum` (strict: above it) to `maximum`."""
+    bound = "" if minimum == -math.inf else f" {'above' if strict else 'of at least'} {minimum}"
+    bound += f", at most {maximum}" if maximum < math.inf else ""
+
+    def parse_numbers(text: str) -> tuple:
+        try:
+            values = tuple(kind(part) for part in text.strip("()").split(",") if part.strip())
+        except ValueError:
+            noun = "numbers" if kind is float else "whole numbers"
+            raise argparse.ArgumentTypeError(f"{text!r}: give {noun}, separated by commas") from None
+        if not values and not empty:
+            raise argparse.ArgumentTypeError("empty: give a number")
+        for value in values:
+            if not minimum <= value <= maximum or (strict and value == minimum) or math.isinf(value):  # also NaN
+                raise argparse.ArgumentTypeError(f"{value}: give a finite number{bound}")
+        return tuple(dict.fromkeys(values)) if distinct else values
+
+    return parse_numbers
 
 
-def check_fraction(flag: str, value: int | float, *, of_crop: bool = False) -> None:
-    """Raise ConfigError unless 0 <= value <= 1; for a crop, unless 0 < value <= 1."""
-    if not 0 <= value <= 1 or (of_crop and not value):
-        fix = "give a number above 0, up to 1" if of_crop else "give a number from 0 to 1"
-        raise ConfigError(f"{flag}={value:g}", "command line", fix)
+def number(
+    kind: type, minimum: int | float, maximum: int | float = math.inf, *, strict: bool = False
+) -> Callable[[str], int | float]:
+    """A parser of one number."""
+
+    def parse_number(text: str) -> int | float:
+        values = numbers(kind, minimum, maximum, strict=strict)(text)
+        if len(values) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: give one number")
+        return values[0]
+
+    return parse_number
 
 
-def check_seed(seed: int) -> None:
-    """Raise ConfigError unless both JAX and numpy accept the seed."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"--seed={seed}", "command line", "give a number from 0 to 2**32 - 1")
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) from "H,W", or from "H" for both."""
+    sides = numbers(int, 1, 16384)(text)
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: give height,width in pixels, like 224,224")
+    return sides[0], sides[-1]
+
+
+def path(text: str) -> str:
+    """A path that is not empty, with ~ expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty")
+    return os.path.expanduser(text)
 
 
 # --- errors
@@ -121,7 +162,9 @@ def translate_errors(error: type[UserError], where: str, fix: str, memory_fix: s
         raise
     except OSError as found:
         raise error(f"cannot read or write: {found.strerror or found}", str(found.filename or where), fix) from found
-    except MemoryError as found:
+    except (MemoryError, RuntimeError) as found:  # JAX raises RuntimeError if a device lacks memory
+        if isinstance(found, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(found):
+            raise
         raise error("not enough memory", where, memory_fix) from found
 
 
@@ -184,6 +227,14 @@ def check_output(
         check_overwrite(path, overwrite=overwrite, is_ours=is_ours(path))
     except OSError as error:
         raise ConfigError(f"cannot write: {error.strerror or error}", str(path), "give another path") from error
+
+
+def to_csv(rows: Iterable[Iterable]) -> str:
+    """Rows as CSV, one line each: line breaks in a value become spaces."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([" ".join(utf8_name(x).split()) if isinstance(x, str) else x for x in row] for row in rows)
+    return text.getvalue()
 
 
 # --- progress

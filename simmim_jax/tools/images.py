@@ -233,7 +233,7 @@ def refuse_label_maps(source) -> None:
 
 
 def check_labels(source, flag: str) -> None:
-    """Raise DataError if the source has class names but no labels. flag: the option that chooses another part."""
+    """Raise DataError if the images have no labels. flag: the option that chooses another part."""
     if not has_labels(source):
         raise DataError("images without labels", source.describe(), f"give labeled images with {flag} or --data")
 
@@ -269,49 +269,35 @@ def warn_other_classes(known: tuple[str, ...], source) -> None:
 # --- one pass over the images
 
 
-def crop_options(run: Run, crop_fraction: int | float | None, interpolation: str) -> dict[str, int | float | str]:
-    """`crop_fraction` and `interpolation`; the run's if they are None and ""."""
-    return {
-        "crop_fraction": run.crop_fraction if crop_fraction is None else crop_fraction,
-        "interpolation": interpolation or run.interpolation,
-    }
-
-
 def make_crop(run: Run, crop_fraction: int | float | None = None, interpolation: str = "") -> data.CenterCrop:
     """How images are resized and cropped; as in the run, if the options are None and ""."""
     return data.CenterCrop(
         image_size=run.image_size,
         channels=run.channels,
-        **crop_options(run, crop_fraction, interpolation),
+        crop_fraction=run.crop_fraction if crop_fraction is None else crop_fraction,
+        interpolation=interpolation or run.interpolation,
         max_pixels=run.config.get("data", {}).get("max_pixels", MAX_PIXELS),
     )
 
 
-def describe_crop(run: Run, crop_fraction: int | float, interpolation: str) -> str:
-    return f"{format_size(run.image_size)} pixels, crop {crop_fraction:g}, {interpolation}"
+def describe_crop(crop: data.CenterCrop) -> str:
+    return f"{format_size(crop.image_size)} pixels, crop {crop.crop_fraction:g}, {crop.interpolation}"
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The smallest multiple of what the devices of `mesh` need that is at least `batch_size`."""
+    num_shards = sharding.num_batch_shards(mesh)
+    return -(-batch_size // num_shards) * num_shards
 
 
 def make_pass(
-    run: Run,
-    source,
-    mesh: Mesh,
-    *,
-    batch_size: int = 64,
-    crop_fraction: int | float | None = None,
-    interpolation: str = "",
-    limit: int = 0,
-    threads: int | None = None,
+    source, crop: data.CenterCrop, mesh: Mesh, *, batch_size: int = 64, limit: int = 0, threads: int | None = None
 ) -> data.Epoch:
-    """Each image of `source` once, as the model takes it: this process's batches (see `data.make_epoch`).
-
-    batch_size: rounded up to a multiple of what the devices of `mesh` need. crop_fraction, interpolation, threads: see
-    `crop_options` and `make_loading`.
-    """
-    ways = sharding.num_batch_shards(mesh)
+    """Each image of `source` once: this process's batches. threads: see `make_loading`."""
     return data.make_epoch(
         source,
-        make_crop(run, crop_fraction, interpolation),
-        batch_size=-(-batch_size // ways) * ways,
+        crop,
+        batch_size=round_up(batch_size, mesh),
         limit=limit,
         shard=data.Shard(*sharding.batch_shard(mesh)),
         loading=make_loading(threads),

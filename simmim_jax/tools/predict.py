@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, check_minimum
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser
 from simmim_jax.tools import cli
 
 EXAMPLES = """\
@@ -33,20 +33,19 @@ NEXT = "fine-tune or probe it (configs/*_finetune.py, configs/*_linear.py), or g
 
 
 def make_parser() -> Parser:
-    """The command line."""
     parser = cli.make_parser("predict", "Classes of images or of their pixels; reconstructions of images.", EXAMPLES)
     add = parser.add_argument
-    add("run", metavar="RUN", help="workdir of a run, or a step in it")
+    add("run", type=cli.path, metavar="RUN", help="workdir of a run, or a step in it")
     add("images", metavar="IMAGE", nargs="+", help="files: JPEG, PNG, WebP, BMP, TIFF, GIF")
-    add("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
+    add("--top", type=cli.number(int, 1), default=5, metavar="N", help="number of classes per image (default: 5)")
     add("--json", action="store_true", help="print JSON")
-    add("--image-size", metavar="H[,W]", help="pixels (default: the run's); position embeddings are resized to it")
+    cli.add_image_size(parser)
     add(
-        "--out", default="", metavar="FILE.png",
+        "--out", type=os.path.expanduser, default="", metavar="FILE.png",
         help="write a picture (pretraining, segmentation); segmentation also writes FILE_mask.png, and for several "
         "images FILE_1.png, FILE_1_mask.png, ...",
     )  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="seed of a reconstruction's masks (default: 0)")
+    cli.add_seed(parser, "of a reconstruction's masks")
     cli.add_overwrite(parser)
     return parser
 
@@ -54,12 +53,6 @@ def make_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options. Raises ConfigError, and DataError for an image that does not exist."""
     options = cli.parse_known(make_parser(), argv)
-    if not options.run:
-        raise ConfigError("an empty RUN", "command line", "see --help")
-    options.run, options.out = map(os.path.expanduser, (options.run, options.out))
-    options.image_size = cli.parse_size(options.image_size)
-    check_minimum("--top", options.top, 1)
-    cli.check_seed(options.seed)
     if options.out and Path(options.out).suffix != ".png":
         raise ConfigError(f"--out={options.out}", "command line", "give a file that ends in .png")
     for image in options.images:
@@ -85,12 +78,24 @@ def run(argv: list[str]) -> None:
     command = next((commands[name] for name in objective.evals if name in commands), None)
     if not command:
         raise CheckpointError(f"a run of {run.objective_name}", str(run.folder), "give a classifier's workdir")
+    answers = []
     with cli.translate_errors(ConfigError, options.out, "free space, or give another --out", "give fewer images"):
-        command(run, objective, options)
+        for answer, lines in command(run, objective, options):
+            answers.append(answer)
+            if not options.json:
+                print(*lines, sep="\n", flush=True)
+        if options.json:
+            print(json.dumps(answers, indent=2))
+    if len(answers) < len(options.images):
+        what = f"{len(options.images) - len(answers)} of {len(options.images)} images cannot be read"
+        raise DataError(what, "they are named above", "give JPEG, PNG, WebP, BMP, TIFF or GIF files")
 
 
-def classify(run, objective, options: argparse.Namespace) -> None:
-    """Print the likeliest classes of each image. Raises DataError at the end if an image cannot be read."""
+# Each command yields (the answer as JSON, the same as lines of text) for each image that can be read.
+
+
+def classify(run, objective, options: argparse.Namespace) -> Iterator[tuple[dict, list[str]]]:
+    """The likeliest classes of each image."""
     import numpy as np
 
     from simmim_jax.tools.images import class_names
@@ -100,7 +105,6 @@ def classify(run, objective, options: argparse.Namespace) -> None:
     classes = class_names(run)
     if not classes:
         print("classes are given by number: neither config.json nor the run's images name them", file=sys.stderr)
-    answers = []
     for i, out in apply(run, objective, options):
         logits = out["logits"].astype(np.float64)
         probabilities = np.exp(logits - logits.max())
@@ -109,41 +113,29 @@ def classify(run, objective, options: argparse.Namespace) -> None:
             {"class": classes[n] if classes else n, "label": n, "probability": float(probabilities[n])}
             for n in np.argsort(-probabilities, kind="stable")[: options.top].tolist()
         ]
-        answers.append({"image": options.images[i], "predictions": ranked})
-        if not options.json:
-            print(options.images[i])
-            for each in ranked:
-                print(f"  {each['probability']:7.2%}  {each['class']}", flush=True)
-    if options.json:
-        print(json.dumps(answers, indent=2))
-    check_all_read(len(answers), options)
+        lines = [f"  {each['probability']:7.2%}  {each['class']}" for each in ranked]
+        yield {"image": options.images[i], "predictions": ranked}, [options.images[i], *lines]
 
 
-def reconstruct(run, objective, options: argparse.Namespace) -> None:
-    """Draw each image, its visible part, the prediction, and the prediction pasted into the visible part."""
+def reconstruct(run, objective, options: argparse.Namespace) -> Iterator[tuple[dict, list[str]]]:
+    """The loss of each image. Draw its visible part, the prediction, and both pasted together."""
     from simmim_jax.evals.reconstruction import draw_reconstructions
     from simmim_jax.evals.sheet import save_png
 
     if not options.out:
         raise CheckpointError("a pretraining run, which predicts no classes", str(run.folder), NEXT)
     cli.check_output(options.out, overwrite=options.overwrite, inputs=options.images)
-    rows, losses = [], []
+    rows = []
     for i, out in apply(run, objective, options):
         rows.append((out["image"], out["mask"], out["prediction"]))
-        losses.append({"image": options.images[i], "masked_loss": float(out["loss"])})
+        loss = float(out["loss"])
+        yield {"image": options.images[i], "masked_loss": loss}, [f"{options.images[i]}: masked_loss {loss:.4f}"]
     if rows:
         save_png(options.out, draw_reconstructions(rows))
-    if options.json:
-        print(json.dumps(losses, indent=2))
-    else:
-        for each in losses:
-            print(f"{each['image']}: masked_loss {each['masked_loss']:.4f}")
-        print(f"{options.out}: {len(rows)} rows")
-    check_all_read(len(rows), options)
 
 
-def segment(run, objective, options: argparse.Namespace) -> None:
-    """Print the largest classes of each image and their parts of it; with --out write an overlay and a mask."""
+def segment(run, objective, options: argparse.Namespace) -> Iterator[tuple[dict, list[str]]]:
+    """The largest classes of each image and their parts of it; with --out write an overlay and a mask."""
     import numpy as np
 
     from simmim_jax.data.decode import decode
@@ -151,7 +143,6 @@ def segment(run, objective, options: argparse.Namespace) -> None:
     from simmim_jax.evals.sheet import save_png
 
     names = run.config.get("classes") or ()
-    answers = []
     outputs = segmentation_files(options)
     for path in (path for pair in outputs for path in pair):
         cli.check_output(path, overwrite=options.overwrite, inputs=options.images)
@@ -163,20 +154,13 @@ def segment(run, objective, options: argparse.Namespace) -> None:
             {"class": names[n] if names else n, "label": n, "share": float(shares[n]), "color": colors[n]}
             for n in largest
         ]
-        answers.append({"image": image, "classes": ranked})
+        lines = [f"  {each['share']:7.2%}  {each['class']}  {each['color']}" for each in ranked]
         if outputs:
             pixels = decode(Path(image).read_bytes(), run.channels)
             save_png(outputs[i][0], overlay(pixels, prediction, num_classes))
             save_png(outputs[i][1], prediction.astype(np.uint8 if num_classes <= 256 else np.uint16))
-        if not options.json:
-            print(image)
-            for each in ranked:
-                print(f"  {each['share']:7.2%}  {each['class']}  {each['color']}")
-            for path in outputs[i] if outputs else ():
-                print(f"  {path}", flush=True)
-    if options.json:
-        print(json.dumps(answers, indent=2))
-    check_all_read(len(answers), options)
+            lines += [f"  {path}" for path in outputs[i]]
+        yield {"image": image, "classes": ranked}, [image, *lines]
 
 
 def segmentation_files(options: argparse.Namespace) -> list[tuple[Path, Path]]:
@@ -239,13 +223,6 @@ def make_inputs(run, objective, options: argparse.Namespace, batch_size: int) ->
     subject = make_run_subject(run, objective, source, crop=crop, batch_size=batch_size, limit=0, loading=loading)
     subject = subject._replace(key=jax.random.key(options.seed))
     return make_eval_inputs(subject), make_state(run, subject.mesh)
-
-
-def check_all_read(read: int, options: argparse.Namespace) -> None:
-    """Raise DataError if an image could not be read."""
-    if read < len(options.images):
-        what = f"{len(options.images) - read} of {len(options.images)} images cannot be read"
-        raise DataError(what, "they are named above", "give JPEG, PNG, WebP, BMP, TIFF or GIF files")
 
 
 if __name__ == "__main__":

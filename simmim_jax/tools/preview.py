@@ -5,7 +5,6 @@ whether the input pipeline keeps up with the training step.
 """
 
 import itertools
-import json
 import math
 import os
 import sys
@@ -18,10 +17,10 @@ import numpy as np
 from absl import app, flags, logging
 from jaxtyping import Bool, UInt8
 
-from simmim_jax.errors import ConfigError, check_minimum, exit_with_message
-from simmim_jax.files import printable, write_atomically
+from simmim_jax.errors import ConfigError, exit_with_message
+from simmim_jax.files import printable, write_json
 from simmim_jax.flags import define_config_flag, parse_flags
-from simmim_jax.tools.cli import check_output
+from simmim_jax.tools.cli import check_output, translate_errors
 
 GOOD_DISTANCE = (10.0, 20.0)  # AvgDist in pixels that works best on images of 192 px (paper section 4.1.2, figure 3)
 MIN_MEASURED = 128  # crops that means, deviations and masks are measured on
@@ -51,16 +50,11 @@ def main(argv: list[str]) -> None:
     out, json_path = (os.path.expanduser(path) for path in (given.out, given.json))
     for path in filter(None, (out, json_path)):
         check_output(path, overwrite=given.overwrite)
-    numbers = preview(
-        given.config,
-        out=out,
-        images=given.images,
-        start_step=given["start-step"].value,
-        seconds=given.seconds,
-        time_step=given.step,
-    )
-    if json_path:
-        write(json_path, partial(write_atomically, Path(json_path), json.dumps(numbers, indent=2) + "\n"))
+    options = {"images": given.images, "start_step": given["start-step"].value, "seconds": given.seconds}
+    with translate_errors(ConfigError, out, "free space, or give another path", "give fewer --images"):
+        numbers = preview(given.config, out=out, **options, time_step=given.step)
+        if json_path:
+            write_json(Path(json_path), numbers)
 
 
 def preview(
@@ -70,9 +64,6 @@ def preview(
 
     time_step: compile and time the training step too. Raises the errors that a run would raise.
     """
-    check_minimum("images", images, 1)
-    check_minimum("start-step", start_step, 0)
-    check_minimum("seconds", seconds, 0)
     from simmim_jax import data  # late: --help and mistakes on the command line need no JAX
     from simmim_jax.evals.sheet import save_png
     from simmim_jax.experiment import make_experiment, with_settings
@@ -98,7 +89,7 @@ def preview(
         shown = [sample | {"name": source.name(sample["index"])} for sample in samples[:images]]
         last = shown[-1]["step"]
         steps = f"step {start_step}" + (f" to {last}" if last > start_step else "")
-        write(out, partial(save_png, out, draw_samples(shown, classes, f"{steps}: {images} crops")))
+        save_png(out, draw_samples(shown, classes, f"{steps}: {images} crops"))
         report("picture", f"{out}: {images} crops of {steps}")
         mask_numbers = measure_masks([sample["mask"] for sample in samples], experiment.record["objective"])
         pixel_numbers = measure_pixels([sample["image"] for sample in samples], **experiment.normalization)
@@ -133,14 +124,6 @@ def preview(
 
 def report(name: str, line: str) -> None:
     print(f"{name:9}{' '.join(line.split())}", flush=True)
-
-
-def write(path: str, write_file: Callable[[], object]) -> None:
-    """Call `write_file`. Raises ConfigError if the disk is full or the like."""
-    try:
-        write_file()
-    except OSError as error:
-        raise ConfigError(f"cannot write: {error.strerror}", path, "free space, or give another path") from error
 
 
 # --- samples

@@ -31,24 +31,18 @@ FORMATS = ("backbone", "huggingface", "official", "stablehlo", "timm")
 
 
 def make_parser() -> Parser:
-    """The command line."""
     description = "Import weights of official files, timm, Hugging Face and MAE; export runs to these and StableHLO."
     parser = cli.make_parser("convert", description, EXAMPLES)
-    add = parser.add_argument
-    add("source", metavar="FROM", help="a workdir or step folder to export, or anything else to import")
-    add("target", metavar="TO", help="the workdir to make, or the file or folder to export to")
+    add, path = parser.add_argument, os.path.expanduser
+    add("source", type=path, metavar="FROM", help="a workdir or step folder to export; anything else is imported")
+    add("target", type=path, metavar="TO", help="the workdir to make, or the file or folder to export to")
     add("--format", help=f"export format: {', '.join(FORMATS)} (default: by TO's ending; huggingface for a folder)")
     add("--encoder.FIELD", metavar="VALUE", dest="_", help="an encoder field that is not in the weights, or is wrong")
-    add("--image-size", metavar="H[,W]", help="pixels, if the weights do not determine it")
-    for name in ("mean", "std"):
-        add(f"--{name}", metavar="R,G,B", help="normalization of the training images (default: ImageNet's)")
-    add(
-        "--allow",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help="names of arrays to leave out, with * and ?; comma-separated or repeated. In an export: head, mask_token",
-    )
+    cli.add_image_size(parser, "if the weights do not determine it")
+    add("--mean", type=cli.numbers(float, -math.inf), metavar="R,G,B", help="of training images (default: ImageNet's)")
+    add("--std", type=cli.numbers(float, 0, strict=True), metavar="R,G,B", help="the same")
+    meaning = "names of arrays to leave out, with * and ?; comma-separated or repeated. In an export: head, mask_token"
+    add("--allow", metavar="PATTERN", action="append", default=[], help=meaning)
     cli.add_overwrite(parser)
     return parser
 
@@ -64,12 +58,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         name, equals, value = argument.removeprefix("--encoder.").partition("=")
         fields[name] = parse_value(value if equals else next(arguments, ""))
     options = cli.parse_known(make_parser(), rest)
-    options.source, options.target = map(os.path.expanduser, (options.source, options.target))
     if options.format:
         choose("format", options.format, set(FORMATS))
-    options.image_size = cli.parse_size(options.image_size)
-    options.mean = parse_numbers("mean", options.mean, above=-math.inf)
-    options.std = parse_numbers("std", options.std, above=0)
     options.allow = [pattern for given in options.allow for pattern in given.split(",") if pattern]
     return options, fields
 
@@ -83,20 +73,6 @@ def parse_value(text: str):
     return tuple(value) if isinstance(value, list) else value
 
 
-def parse_numbers(name: str, text: str | None, *, above: int | float) -> tuple[float, ...] | None:
-    """The comma-separated numbers of an option. Raises ConfigError unless each is larger than `above`."""
-    if text is None:
-        return None
-    try:
-        values = tuple(float(part) for part in text.strip("()").split(",") if part.strip())
-    except ValueError:
-        values = ()
-    if not values or not all(above < value < math.inf for value in values):
-        bound = "numbers" if above < 0 else f"numbers above {above}"
-        raise ConfigError(f"--{name}={text}", "command line", f"give {bound} with commas between, like 0.5,0.5,0.5")
-    return values
-
-
 def is_ours(path: Path) -> bool:
     """Whether `path` is a workdir, a `checkpoints` folder or a step folder of simmim_jax."""
     return any((path / name).is_dir() for name in ("checkpoints", "params")) or any(
@@ -107,13 +83,6 @@ def is_ours(path: Path) -> bool:
 def run(argv: list[str]) -> None:
     """Import or export, depending on FROM."""
     options, fields = parse(argv)
-    memory_fix = "run it on a machine with more, or give a smaller model"
-    with cli.translate_errors(CheckpointError, options.source, "fix that and run again", memory_fix):
-        convert(options, fields)
-
-
-def convert(options: argparse.Namespace, fields: dict) -> None:
-    """Import or export. fields: the encoder fields of the command line."""
     is_export = is_ours(Path(options.source))
     if is_export:
         given = [f"--{name.replace('_', '-')}" for name in ("image_size", "mean", "std") if getattr(options, name)]
@@ -127,10 +96,12 @@ def convert(options: argparse.Namespace, fields: dict) -> None:
     # These import JAX; help and mistakes on the command line do not need it.
     from simmim_jax.tools.convert import exports, weights
 
-    if is_export:
-        exports.export_run(options)
-    else:
-        weights.import_weights(options, fields)
+    memory_fix = "run it on a machine with more, or give a smaller model"
+    with cli.translate_errors(CheckpointError, options.source, "fix that and run again", memory_fix):
+        if is_export:
+            exports.export_run(options)
+        else:
+            weights.import_weights(options, fields)
 
 
 if __name__ == "__main__":

@@ -50,10 +50,17 @@ def export_run(options: argparse.Namespace) -> None:
     kinds = dict.fromkeys(FOLDERS, "huggingface") | {"stablehlo": "stablehlo"}
     check_target(options, kinds.get(format, "safetensors"))
     export = make_export(load_run(options.source), format, options.allow, str(options.source))
-    with replaced(options) as partial:
-        write(partial, export)
-
     run = export.run
+    with replaced(options) as partial:
+        if format == "stablehlo":
+            params = run.params["encoder"]
+            program = stablehlo.serialize(run.encoder, params, image_size=run.image_size, **run.normalization)
+            partial.write_bytes(program)
+        elif format in FOLDERS:
+            write_folder(partial, export)
+        else:
+            write_state_dict(partial, export)
+
     count = sum(x.size for x in jax.tree.leaves(run.params))
     name = run.config["encoder"]["name"]
     print(f"{format} {name} ({export.objective['name']}): {count:,} parameters, written to {options.target}")
@@ -82,20 +89,6 @@ def make_export(run: Run, format: str, allow: list[str], where: str) -> Export:
     if allowed:  # a model without one of its heads is exported as an encoder
         return Export(run, format, objective, [], left_out, notes)
     return Export(run, format, objective, left_out, [], notes)
-
-
-def write(path: Path, export: Export) -> None:
-    """Write the file or folder."""
-    run = export.run
-    if export.format == "stablehlo":
-        program = stablehlo.serialize(
-            run.encoder, run.params["encoder"], image_size=run.image_size, **run.normalization
-        )
-        path.write_bytes(program)
-    elif export.format in FOLDERS:
-        write_folder(path, export)
-    else:
-        write_state_dict(path, export)
 
 
 def write_state_dict(path: Path, export: Export) -> None:

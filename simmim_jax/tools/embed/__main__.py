@@ -24,7 +24,7 @@ import argparse
 import os
 from pathlib import Path
 
-from simmim_jax.errors import ConfigError, DataError, Parser, check_minimum, choose
+from simmim_jax.errors import ConfigError, DataError, Parser, choose
 from simmim_jax.files import utf8_name
 from simmim_jax.tools import cli
 
@@ -46,16 +46,15 @@ POOLS = ("patches", "class_token", "both", "map")
 
 
 def make_parser() -> Parser:
-    """Return the command-line parser."""
     parser = cli.make_parser("embed", "Embed images with the encoder of a run, into a .parquet or .npz file.", EXAMPLES)
-    add = parser.add_argument
-    add("run", metavar="RUN", help="workdir of a run, or a step in it")
-    add("data", metavar="DATA", help="a data.path, digits, or tfds:NAME; '' for the run's training images")
-    add("out", metavar="OUT", help="file to write: .parquet or .npz")
-    add("--block", type=int, metavar="N", help="1 to depth; 0: the encoder's output (default: the run's probe_block)")
+    add, path, count = parser.add_argument, os.path.expanduser, cli.number(int, 0)
+    add("run", type=cli.path, metavar="RUN", help="workdir of a run, or a step in it")
+    add("data", type=path, metavar="DATA", help="a data.path, digits, or tfds:NAME; '': the run's training images")
+    add("out", type=cli.path, metavar="OUT", help="file to write: .parquet or .npz")
+    add("--block", type=count, metavar="N", help="1 to depth; 0: the encoder's output (default: probe_block)")
     add("--pool", default="patches", help=f"{', '.join(POOLS)} (default: patches, their mean)")
     add("--split", default="", metavar="NAME", help="train, val, test, ... (default: train, or the run's for '')")
-    add("--limit", type=int, default=0, metavar="N", help="number of images, evenly spaced; 0: all")
+    add("--limit", type=count, default=0, metavar="N", help="number of images, evenly spaced; 0: all")
     add("--normalize", action="store_true", help="scale to Euclidean length 1, for cosine similarity")
     add("--dtype", default="float32", help="float32 or float16")
     cli.add_image_options(parser)
@@ -66,20 +65,13 @@ def make_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the options. Raises ConfigError for unknown or invalid ones."""
     options = cli.parse_known(make_parser(), argv)
-    for name in ("run", "out"):
-        if not getattr(options, name):
-            raise ConfigError(f"empty {name.upper()}", "command line", "see --help")
-    options.run, options.data, out = map(os.path.expanduser, (options.run, options.data, options.out))
-    options.out = Path(out)
+    out, options.out = options.out, Path(options.out)
     if options.out.suffix not in (".parquet", ".npz"):
         raise ConfigError(f"OUT is {out}", "command line", "give a file that ends in .parquet or .npz")
     if utf8_name(out) != out:  # a limit of Arrow
         raise ConfigError(f"OUT is {utf8_name(out)}", "command line", "give a path that is UTF-8")
     choose("pool", options.pool, set(POOLS))
     choose("dtype", options.dtype, {"float32", "float16"})
-    cli.check_image_options(options)
-    check_minimum("--limit", options.limit, 0)
-    check_minimum("--block", options.block or 0, 0)
     return options
 
 

@@ -50,16 +50,8 @@ def embed_batches(run: Run, options: Namespace, view, mesh: Mesh) -> Iterator[tu
     """Yield (index in `view`, valid, label, embedding) for each batch, as arrays with leading dimension b."""
     run_batch = jit_on_mesh(make_embedding(run, options), mesh)
     params = jax.device_put(run.params["encoder"], sharding.replicated(mesh))
-    batches = images.make_pass(
-        run,
-        view,
-        mesh,
-        batch_size=options.batch_size,
-        crop_fraction=options.crop_fraction,
-        interpolation=options.interpolation,
-        threads=options.threads,
-    )
-    for batch in batches:
+    crop = images.make_crop(run, options.crop_fraction, options.interpolation)
+    for batch in images.make_pass(view, crop, mesh, batch_size=options.batch_size, threads=options.threads):
         out = run_batch(params, batch)
         count = max(0, len(view) - int(out["batch_index"][0]))  # drops the padding of the last batch
         yield tuple(out[name][:count] for name in ("batch_index", "valid", "label", "embedding"))

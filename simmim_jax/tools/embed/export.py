@@ -27,7 +27,8 @@ def export(options: Namespace) -> None:
     run = finished.load_run(options.run, options.image_size)
     if options.block is None:
         options.block = run.config.get("probe_block", 0)
-    vars(options).update(images.crop_options(run, options.crop_fraction, options.interpolation))
+    crop = images.make_crop(run, options.crop_fraction, options.interpolation)
+    options.crop_fraction, options.interpolation = crop.crop_fraction, crop.interpolation
     choose("interpolation", options.interpolation, INTERPOLATIONS)
     check_readable(run.encoder, options.block, "patches" if options.pool == "map" else options.pool, "--block, --pool")
     default_split = "train" if options.data else run.config.get("data", {}).get("split", "train")
@@ -53,14 +54,13 @@ def export(options: Namespace) -> None:
             print(f"{options.out} is complete: {summary(about)}")
             return
         mesh, shape = sharding.make_mesh(), encoding.embedding_shape(run, options)
-        num_shards = sharding.num_batch_shards(mesh)
-        options.batch_size = -(-options.batch_size // num_shards) * num_shards
+        options.batch_size = images.round_up(options.batch_size, mesh)
         part_size = parts.begin(folder, made_from, parts.part_size(shape, options.batch_size), options.overwrite)
         batches = partial(encoding.embed_batches, run, options, mesh=mesh)
         left_out = parts.write_parts(folder, source, count, part_size, batches, options)
         if len(left_out) == count:
             raise DataError("none of the images can be read", source.describe(), "see the warning for each image")
-        about = metadata(run, options, source) | {
+        about = metadata(run, options, source, made_from) | {
             "source": source_options,
             "shape": list(shape),
             "count": count - len(left_out),
@@ -93,8 +93,9 @@ def origin(run: Run, options: Namespace, source) -> dict:
     }
 
 
-def metadata(run: Run, options: Namespace, source) -> dict:
+def metadata(run: Run, options: Namespace, source, made_from: dict) -> dict:
     """Return the metadata that does not depend on which images could be read, as JSON."""
+    names = ("step", "dtype", "block", "pool", "image_size", "crop_fraction", "interpolation", "mean", "std")
     height, width = run.image_size
     cover = [math.floor(side / options.crop_fraction) for side in run.image_size]
     block = f"block {options.block}" if options.block else "the encoder's output"
@@ -107,23 +108,15 @@ def metadata(run: Run, options: Namespace, source) -> dict:
     return {
         "made_by": "simmim_jax.tools.embed",
         "run": options.run,
-        "step": run.step,
+        **{name: made_from[name] for name in names},
         "encoder": run.config["encoder"]["name"],
-        "objective": (run.config.get("objective") or {"name": "none"})["name"],
+        "objective": run.objective_name,
         "what": content[options.pool] + (", of Euclidean length 1" if options.normalize else ""),
         "images": (
             f"resized ({options.interpolation}) to cover {cover[0]} x {cover[1]} pixels, center-cropped to {height} x "
             f"{width}, (pixel / 255 - mean) / std"
         ),
-        "dtype": options.dtype,
-        "block": options.block,
-        "pool": options.pool,
         "normalized": options.normalize,
-        "image_size": list(run.image_size),
-        "crop_fraction": options.crop_fraction,
-        "interpolation": options.interpolation,
-        "mean": list(run.config["mean"]),
-        "std": list(run.config["std"]),
         "data": source.describe(),
         "classes": [utf8_name(name) for name in source.classes],
     }

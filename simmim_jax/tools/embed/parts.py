@@ -26,7 +26,6 @@ from simmim_jax.tools.embed.embeddings import JOINERS, KEY, Rows, make_table
 
 MAX_PART_ROWS, MAX_PART_BYTES = 1024, 2**25
 MAX_FLOAT16 = 65520  # smallest number that rounds to infinity
-MAX_NAMED = 3  # unreadable images that an error names
 
 
 class LeftOut(NamedTuple):
@@ -138,8 +137,7 @@ def write_parts(
     """
     done = finished_parts(folder)
     left_out = [each for n in range(done) for each in read_left_out(part_path(folder, n))]
-    max_bad = math.ceil(options.max_bad_fraction * count)
-    refuse_many(left_out, max_bad, source)
+    images.check_left_out(len(left_out), count, options.max_bad_fraction, source)
     start = min(done * size, count)
     if start == count:
         return left_out
@@ -156,7 +154,8 @@ def write_parts(
                 last = min((done + 1) * size, count)
                 rows, faults, rest = cut(waiting, last - start, view, labeled, options.dtype)
                 left_out += faults
-                refuse_many(left_out, max_bad, source)  # before writing: a fault may pass, as of a network disk
+                # before writing: a fault may pass, as of a network disk
+                images.check_left_out(len(left_out), count, options.max_bad_fraction, source)
                 write_part(folder, done, rows, source.classes, faults)
                 progress.add(last - progress.done, len(faults))
                 done, waiting = done + 1, [rest]
@@ -188,14 +187,6 @@ def cast(numbers: np.ndarray, dtype: str, names: list[str]) -> np.ndarray:
         if dtype == "float16" and value >= MAX_FLOAT16:
             raise NonFiniteError("embeddings overflow float16", name, "give --normalize, or --dtype=float32")
     return numbers.astype(dtype)
-
-
-def refuse_many(left_out: list[LeftOut], max_bad: int, source) -> None:
-    """Raise DataError if more than `max_bad` images are unreadable."""
-    if len(left_out) > max_bad:
-        names = ", ".join(repr(each.name) for each in left_out[-MAX_NAMED:])
-        what = f"{len(left_out)} unreadable images, at most {max_bad} are allowed; the last: {names}"
-        raise DataError(what, source.describe(), "fix the files, or raise --max-bad-fraction; then run again")
 
 
 def join(folder: Path, count: int, out: Path, about: dict) -> None:

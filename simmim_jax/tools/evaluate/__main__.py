@@ -8,7 +8,7 @@ held-out masked loss, as the run itself measures it. A segmentation run: mIoU.
 import argparse
 import os
 
-from simmim_jax.errors import CheckpointError, ConfigError, DataError, Parser, check_minimum
+from simmim_jax.errors import CheckpointError, DataError, Parser
 from simmim_jax.tools import cli
 
 EXAMPLES = """\
@@ -26,41 +26,26 @@ examples:
 
 
 def make_parser() -> Parser:
-    """The command line."""
-    parser = cli.make_parser(
-        "evaluate",
-        "Evaluate a classifier, a segmentation run or a pretraining run over a whole held-out set.",
-        EXAMPLES,
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="workdir of a run or an import, or a step in it")
-    add("--data", default="", metavar="PATH", help="a data.path, digits, or tfds:NAME (default: the run's own)")
+    description = "Evaluate a classifier, a segmentation run or a pretraining run over a whole held-out set."
+    parser = cli.make_parser("evaluate", description, EXAMPLES)
+    add, path, count = parser.add_argument, os.path.expanduser, cli.number(int, 0)
+    add("run", type=cli.path, metavar="RUN", help="workdir of a run or an import, or a step in it")
+    add("--data", type=path, default="", metavar="PATH", help="a data.path, digits, or tfds:NAME (default: the run's)")
     add("--split", default="", metavar="NAME", help="part of the images (default: the evaluation part, or all)")
     cli.add_image_options(parser)
-    add("--limit", type=int, metavar="N", help="number of images, evenly spread; 0: all (default: all, or the run's)")
-    add("--results", default="results.csv", metavar="FILE", help="add a row here (default: results.csv; '': none)")
-    add("--out", default="", metavar="FOLDER", help="write tables and pictures here")
-    add("--mistakes", type=int, default=24, metavar="N", help="images on mistakes.png (default: 24; 0: no such file)")
+    add("--limit", type=count, metavar="N", help="number of images, evenly spread; 0: all (default: all or the run's)")
+    add(
+        "--results", type=path, default="results.csv", metavar="FILE", help="add a row (default: results.csv; '': none)"
+    )
+    add("--out", type=path, default="", metavar="FOLDER", help="write tables and pictures here")
+    add("--mistakes", type=count, default=24, metavar="N", help="images on mistakes.png (default: 24; 0: no file)")
     cli.add_overwrite(parser)
     return parser
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options. Raises ConfigError."""
-    options = cli.parse_known(make_parser(), argv)
-    if not options.run:
-        raise ConfigError("an empty RUN", "command line", "see --help")
-    for name in ("run", "data", "results", "out"):
-        setattr(options, name, os.path.expanduser(getattr(options, name)))
-    cli.check_image_options(options)
-    check_minimum("--limit", options.limit or 0, 0)
-    check_minimum("--mistakes", options.mistakes, 0)
-    return options
-
-
 def run(argv: list[str]) -> None:
     """Evaluate, by the command line."""
-    options = parse(argv)
+    options = cli.parse_known(make_parser(), argv)
     with cli.translate_errors(DataError, options.out or options.run, "fix that and run again", "lower --batch-size"):
         evaluate(options)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from simmim_jax.errors import DataError
 from simmim_jax.evals import accuracy
 from simmim_jax.evals.sheet import save_png
-from simmim_jax.evaluation import make_eval_inputs, make_run_subject
+from simmim_jax.evaluation import Subject, make_eval_inputs, make_run_subject
 from simmim_jax.files import utf8_name, write_atomically
 from simmim_jax.objectives import Objective
 from simmim_jax.runs.finished import Run, make_state
 from simmim_jax.tools import images
-from simmim_jax.tools.cli import Progress, check_output
+from simmim_jax.tools.cli import Progress, check_output, has_mark, to_csv
 from simmim_jax.tools.evaluate import confusion, results
 
 TABLES, PICTURES = ("classes.csv", "confusion.csv"), ("confusion.png", "mistakes.png")
@@ -21,26 +21,24 @@ TABLES, PICTURES = ("classes.csv", "confusion.csv"), ("confusion.png", "mistakes
 
 def evaluate_classifier(run: Run, objective: Objective, options: argparse.Namespace) -> None:
     """Print the accuracies, append a row to the results, and write the files of --out."""
-    crop = images.crop_options(run, options.crop_fraction, options.interpolation)
     if options.results:
-        results.check_results(Path(options.results))
+        check_output(options.results, overwrite=True, is_ours=results.is_ours)
     source, description = open_images(run, options)
     check_classes(run, source, compare_names=bool(options.data))
     if options.out:
-        check_files(Path(options.out), overwrite=options.overwrite)
-    print(
-        f"{results.model_name(run)} at step {run.step}, {description}: {images.describe_crop(run, **crop)}", flush=True
-    )
-    answers, mistakes = classify(run, objective, source, options)
+        for name in (*TABLES, *PICTURES):
+            is_ours = is_table if name in TABLES else has_mark
+            check_output(Path(options.out) / name, overwrite=options.overwrite, is_ours=is_ours)
+    subject, count = make_subject(run, objective, source, description, options)
+    answers, mistakes = classify(run, subject, options, Progress("evaluate", count))
     num_classes = run.config["objective"]["num_classes"]
-    count = min(options.limit or len(source), len(source))
     left_out = count - len(answers.label)
     images.check_left_out(left_out, count, options.max_bad_fraction, source)
     metrics = accuracy.top(answers, num_classes)
     percents = "".join(f"top-{k} {100 * metrics[f'top{k}']:.2f} %  " for k in (1, 5) if f"top{k}" in metrics)
     print(f"{percents}of {len(answers.label)} images" + (f", {left_out} left out" if left_out else ""), flush=True)
     if options.results:
-        given = {"crop_pct": f"{crop['crop_fraction']:g}", "interpolation": crop["interpolation"]}
+        given = {"crop_pct": f"{subject.crop.crop_fraction:g}", "interpolation": subject.crop.interpolation}
         given |= {"run": options.run, "data": description}
         results.append_row(Path(options.results), results.make_row(run, metrics, given))
         print(f"a row added to {options.results}")
@@ -64,10 +62,7 @@ def check_classes(run: Run, source, *, compare_names: bool) -> None:
     compare_names: also warn if the class names differ from the run's.
     """
     num_classes, found = run.config["objective"]["num_classes"], tuple(source.classes)
-    if found:
-        images.check_labels(source, "--split")
-    elif not images.has_labels(source):
-        raise DataError("images without classes", source.describe(), "put each class into a folder of its own")
+    images.check_labels(source, "--split")
     if found and len(found) != num_classes:
         what = f"the head has {num_classes} classes, the images have {len(found)}"
         raise DataError(what, source.describe(), "give images of the head's classes, or fine-tune the run on these")
@@ -75,22 +70,32 @@ def check_classes(run: Run, source, *, compare_names: bool) -> None:
         images.warn_other_classes(images.class_names(run), source)
 
 
-def classify(
-    run: Run, objective: Objective, source, options: argparse.Namespace
-) -> tuple[accuracy.Answers, list[confusion.Mistake]]:
-    """(the classifier's answers, its mistakes of highest confidence)."""
+def make_subject(
+    run: Run, objective: Objective, source, description: str, options: argparse.Namespace
+) -> tuple[Subject, int]:
+    """(the run on the images of `source`, their number). Prints what is evaluated."""
+    crop = images.make_crop(run, options.crop_fraction, options.interpolation)
+    line = f"{results.model_name(run)} at step {run.step}, {description}: {images.describe_crop(crop)}"
+    print(line, flush=True)
     subject = make_run_subject(
         run,
         objective,
         source,
-        crop=images.make_crop(run, options.crop_fraction, options.interpolation),
+        crop=crop,
         batch_size=options.batch_size,
         limit=options.limit or 0,
         loading=images.make_loading(options.threads),
+        folder=options.out,
     )
+    return subject, min(options.limit or len(source), len(source))
+
+
+def classify(
+    run: Run, subject: Subject, options: argparse.Namespace, progress: Progress
+) -> tuple[accuracy.Answers, list[confusion.Mistake]]:
+    """(the classifier's answers, its mistakes of highest confidence)."""
     eval_inputs, params = make_eval_inputs(subject), make_state(run, subject.mesh).params
     mistakes = confusion.Mistakes(options.mistakes if options.out else 0)
-    progress = Progress("evaluate", min(options.limit or len(source), len(source)))
 
     def answer() -> Iterator[accuracy.Answers]:
         for batch in progress.watch(eval_inputs["heldout"]):
@@ -100,14 +105,6 @@ def classify(
             yield answers
 
     return accuracy.join(answer()), mistakes.kept
-
-
-def check_files(folder: Path, *, overwrite: bool) -> None:
-    """Apply the rule for existing output to every file that `write_files` may write."""
-    for name in TABLES:
-        check_output(folder / name, overwrite=overwrite, is_ours=is_table)
-    for name in PICTURES:
-        check_output(folder / name, overwrite=overwrite)
 
 
 def is_table(path: Path) -> bool:
@@ -125,7 +122,8 @@ def write_files(folder: Path, answers: accuracy.Answers, mistakes: list[confusio
     tables, pictures = {"classes.csv": confusion.classes_csv(answers, names)}, {}
     if len(names) <= confusion.MAX_CLASSES:
         matrix = confusion.confusion_matrix(answers, len(names))
-        tables["confusion.csv"] = confusion.matrix_csv(matrix, names)
+        rows = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
+        tables["confusion.csv"] = to_csv([["class", *names], *rows])
         pictures["confusion.png"] = confusion.draw_confusion(matrix, names)
     if mistakes:
         pictures["mistakes.png"] = confusion.draw_mistakes(mistakes, names)

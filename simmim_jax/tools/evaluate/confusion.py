@@ -3,9 +3,8 @@
 Shape letters: c classes, n images, y x pixels. Rows are true classes, columns are predicted classes.
 """
 
-import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 
 from simmim_jax.evals.accuracy import TOP, Answers
 from simmim_jax.evals.sheet import Tile, grid, make_tile
+from simmim_jax.tools.cli import to_csv
 
 COLUMNS = ("class", "images", "top1", "top5", "most_confused_with", "times")
 MAX_CLASSES = 2000  # a matrix of more classes takes gigabytes
@@ -45,11 +45,6 @@ def most_confused_with(answers: Answers, classes: int) -> tuple[Int[np.ndarray, 
     return others, times
 
 
-def matrix_csv(matrix: Int[np.ndarray, "c c"], names: Sequence[str]) -> str:
-    """Return the matrix as CSV, with class names in the first row and column."""
-    return write_csv([["class", *names], *([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))])
-
-
 def classes_csv(answers: Answers, names: Sequence[str]) -> str:
     """Return a row of `COLUMNS` for each class. Accuracies are percentages, empty if they are undefined."""
     images = np.bincount(answers.label, minlength=len(names))
@@ -59,15 +54,7 @@ def classes_csv(answers: Answers, names: Sequence[str]) -> str:
     for n, name in enumerate(names):
         top = [f"{100 * hits[k][n] / images[n]:.2f}" if images[n] and k < len(names) else "" for k in (1, TOP)]
         rows.append([name, int(images[n]), *top, names[others[n]] if others[n] >= 0 else "", int(times[n])])
-    return write_csv([COLUMNS, *rows])
-
-
-def write_csv(rows: Iterable[Sequence]) -> str:
-    """Return rows as CSV, one line each: line breaks in names become spaces."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([" ".join(x.split()) if isinstance(x, str) else x for x in row] for row in rows)
-    return text.getvalue()
+    return to_csv([COLUMNS, *rows])
 
 
 def draw_confusion(matrix: Int[np.ndarray, "c c"], names: Sequence[str]) -> Tile:

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simmim_jax.evals import make_evaluator
-from simmim_jax.evaluation import make_eval_inputs, make_run_subject
+from simmim_jax.evaluation import make_eval_inputs
 from simmim_jax.objectives import Objective
 from simmim_jax.runs.finished import Run, make_state
 from simmim_jax.tools import images
 from simmim_jax.tools.cli import Progress, check_output
-from simmim_jax.tools.evaluate.classification import open_images
-from simmim_jax.tools.evaluate.results import model_name
+from simmim_jax.tools.evaluate.classification import make_subject, open_images
 
 HEADLESS = "fine-tune or probe it first (configs/folder_finetune.py, configs/folder_linear.py)"
 PICTURES = 8  # reconstructions on the sheet
@@ -26,21 +25,8 @@ def evaluate_pretraining(run: Run, objective: Objective, options: argparse.Names
     picture = Path(options.out) / f"reconstruction_{run.step}.png"
     if options.out:
         check_output(picture, overwrite=options.overwrite)
-    crop = images.crop_options(run, options.crop_fraction, options.interpolation)
-    print(f"{model_name(run)} at step {run.step}, {description}: {images.describe_crop(run, **crop)}", flush=True)
-    count = min(options.limit or len(source), len(source))
-    progress = Progress("evaluate", count)
-    subject = make_run_subject(
-        run,
-        objective,
-        source,
-        crop=images.make_crop(run, **crop),
-        batch_size=options.batch_size,
-        limit=options.limit,
-        loading=images.make_loading(options.threads),
-        folder=options.out,
-    )
-    eval_inputs = make_eval_inputs(subject)
+    subject, count = make_subject(run, objective, source, description, options)
+    eval_inputs, progress = make_eval_inputs(subject), Progress("evaluate", count)
 
     def heldout() -> Iterator[dict]:
         yield from progress.watch(eval_inputs["heldout"])

@@ -4,22 +4,19 @@ The columns are timm's, accuracies in percent and parameters in millions, follow
 several processes at once. A process that is killed leaves a whole file.
 """
 
-import csv
 import datetime
 import fcntl
 import importlib.metadata
-import io
 import os
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from simmim_jax.errors import ConfigError, DataError
-from simmim_jax.files import utf8_name
+from simmim_jax.errors import DataError
 from simmim_jax.models import ENCODERS
 from simmim_jax.runs.finished import Run, format_size
+from simmim_jax.tools.cli import to_csv
 
 TIMM_COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 COLUMNS = (*TIMM_COLUMNS, "images", "run", "step", "data", "date", "version")
@@ -76,33 +73,11 @@ def version() -> str:
         return ""
 
 
-def format_line(values: Sequence[str]) -> str:
-    """A line of CSV. Line breaks in a value become spaces."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([" ".join(utf8_name(value).split()) for value in values])
-    return text.getvalue()
-
-
-def check_results(path: Path) -> None:
-    """Raise ConfigError, before anything is computed, if no row can be appended to the file."""
-    if path.is_dir():
-        raise ConfigError("a folder", str(path), "give a file, like --results=results.csv")
-    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if existing != path and not existing.is_dir():
-        raise ConfigError("no folder", str(existing), "give another --results")
-    if not os.access(existing, os.W_OK):
-        raise ConfigError("no permission to write", str(existing), "give another --results")
-    if existing == path:
-        with open(path, "rb") as file:
-            check_header(path, file.readline())
-
-
-def check_header(path: Path, line: bytes) -> None:
-    """Raise ConfigError unless `line`, the first of a file, is empty or that of `COLUMNS`."""
-    columns = next(csv.reader([line.decode("utf-8-sig", "replace").strip()]), [])
-    if line and tuple(columns) != COLUMNS:
-        other = next((name for name in columns if name not in COLUMNS), "") or "too few"
-        raise ConfigError(f"a file with other columns ({other[:40]})", str(path), "give another --results")
+def is_ours(path: Path) -> bool:
+    """Whether rows can be appended to an existing file: it is empty or has our columns. Raises OSError."""
+    with open(path, "r+b") as file:  # fails if it is read-only
+        line = file.readline()
+    return not line or line.decode("utf-8-sig", "replace").strip() == ",".join(COLUMNS)
 
 
 def append_row(path: Path, row: dict[str, str]) -> None:
@@ -114,13 +89,13 @@ def append_row(path: Path, row: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            if not is_ours(path):  # it has appeared during the evaluation
+                raise DataError("exists, and simmim_jax has not written it", str(path), "give another --results")
             size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            check_header(path, file.readline())
             file.seek(max(size - 1, 0))
             unfinished = size and file.read(1) != b"\n"
-            text = format_line([row[name] for name in COLUMNS])
-            text = ("\n" if unfinished else "" if size else format_line(COLUMNS)) + text
+            lines = [[row[name] for name in COLUMNS]]
+            text = ("\n" if unfinished else "") + to_csv(lines if size else [COLUMNS, *lines])
             try:
                 if file.write(text.encode()) != len(text.encode()):
                     raise OSError(28, "No space left on device", str(path))

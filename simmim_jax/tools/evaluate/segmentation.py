@@ -12,11 +12,11 @@ from simmim_jax import data
 from simmim_jax.data.sources.label_maps import TRAINING
 from simmim_jax.errors import ConfigError
 from simmim_jax.evals import make_evaluator
-from simmim_jax.evaluation import Subject, make_eval_inputs, make_run_subject
+from simmim_jax.evaluation import make_eval_inputs, make_run_subject
 from simmim_jax.objectives import Objective
 from simmim_jax.runs.finished import Run, format_size, make_state
 from simmim_jax.tools import images
-from simmim_jax.tools.cli import check_output
+from simmim_jax.tools.cli import check_output, has_mark
 from simmim_jax.tools.evaluate.classification import is_table
 
 
@@ -26,22 +26,29 @@ def evaluate_segmentation(run: Run, objective: Objective, options: argparse.Name
     On the run's own images, the metrics are those of the run's own evaluation.
     """
     if options.crop_fraction is not None:
-        raise ConfigError(
-            "--crop-fraction of a segmentation run", "command line", "leave it out: images are not cropped"
-        )
+        what = "--crop-fraction of a segmentation run"
+        raise ConfigError(what, "command line", "leave it out: images are not cropped")
     source = open_pairs(run, options)
     own = not options.data or images.is_own(run, options.data)
-    subject = make_subject(run, objective, source, options, own=own)
+    threads = run.config["data"]["threads"] if options.threads is None else options.threads
+    subject = make_run_subject(
+        run,
+        objective,
+        source,
+        crop=images.make_crop(run, 1.0, options.interpolation),
+        batch_size=min(options.batch_size, run.config["eval_batch_size"]),
+        limit=options.limit if options.limit is not None else run.config["eval_images"] if own else 0,
+        loading=images.make_loading(threads, options.max_bad_fraction),
+        folder=options.out,
+    )
     eval_inputs, known = make_eval_inputs(subject), tuple(run.config.get("classes") or ())
     data.check_maps(source, subject.label_maps, run.channels, subject.crop.max_pixels)
     images.warn_other_classes(known, source)
     settings = run.config.get("evals", {}).get("segmentation") or {}
     names = ["segmentation.csv"] + [f"segmentation_{run.step}.png"] * bool(settings.get("pictures", 8))
     for name in names if options.out else ():
-        check_output(
-            Path(options.out) / name, overwrite=options.overwrite,
-            **({"is_ours": is_table} if name.endswith(".csv") else {}),
-        )  # fmt: skip
+        is_ours = is_table if name.endswith(".csv") else has_mark
+        check_output(Path(options.out) / name, overwrite=options.overwrite, is_ours=is_ours)
     size = format_size(run.image_size)
     print(f"{options.run} at step {run.step}, {source.describe()}: windows of {size} pixels", flush=True)
     eval_inputs["classes"] = tuple(source.classes) or known
@@ -54,22 +61,6 @@ def evaluate_segmentation(run: Run, objective: Objective, options: argparse.Name
     if options.out:
         print(f"{options.out}: {', '.join(names)}")
     return metrics
-
-
-def make_subject(run: Run, objective: Objective, source, options: argparse.Namespace, *, own: bool) -> Subject:
-    """The run on the images of `source`, with the settings of its own evaluation if `options` leave them open."""
-    limit = options.limit if options.limit is not None else run.config["eval_images"] if own else 0
-    threads = run.config["data"]["threads"] if options.threads is None else options.threads
-    return make_run_subject(
-        run,
-        objective,
-        source,
-        crop=images.make_crop(run, 1.0, options.interpolation),
-        batch_size=min(options.batch_size, run.config["eval_batch_size"]),
-        limit=limit,
-        loading=images.make_loading(threads, options.max_bad_fraction),
-        folder=options.out,
-    )
 
 
 def open_pairs(run: Run, options: argparse.Namespace):

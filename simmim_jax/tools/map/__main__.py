@@ -11,7 +11,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from simmim_jax.errors import ConfigError, DataError, Parser, check_minimum, choose
+from simmim_jax.errors import ConfigError, DataError, Parser, choose
 from simmim_jax.files import utf8_name
 from simmim_jax.tools import cli
 
@@ -29,20 +29,20 @@ MAX_POINTS = 20_000  # more make the page slow
 
 
 def make_parser() -> Parser:
-    """Return the command-line parser."""
     parser = cli.make_parser("map", "A map of embeddings as one HTML file; nearest neighbors as a picture.", EXAMPLES)
-    add = parser.add_argument
-    add("embeddings", metavar="EMBEDDINGS", help="a .parquet or .npz file of python -m simmim_jax.tools.embed")
-    add("out", metavar="OUT.html", nargs="?", default="", help="the page to write")
+    add, path, count = parser.add_argument, os.path.expanduser, cli.number(int, 1)
+    add("embeddings", type=path, metavar="EMBEDDINGS", help="a .parquet or .npz file of the embed command")
+    add("out", type=path, metavar="OUT.html", nargs="?", default="", help="the page to write")
     add("--method", default="tsne", help="pca, tsne or umap (default: tsne)")
-    add("--images", default="", metavar="DATA", help="where the images are now (default: where they were)")
+    add("--images", type=path, default="", metavar="DATA", help="where the images are now (default: where they were)")
     add("--no-images", action="store_true", help="points only, without thumbnails")
-    add("--limit", type=int, default=5000, metavar="N", help="points, evenly spaced over the images (default: 5000)")
-    add("--seed", type=int, default=0, metavar="N", help="of tsne and umap (default: 0)")
+    limit = cli.number(int, 1, MAX_POINTS)
+    add("--limit", type=limit, default=5000, metavar="N", help="points, evenly spaced over the images (default: 5000)")
+    cli.add_seed(parser, "of tsne and umap")
     add("--title", default="", help="of the page (default: the name of EMBEDDINGS)")
-    add("--neighbors", default="", metavar="OUT.png", help="the sheet of nearest neighbors to write")
-    add("--queries", type=int, default=8, metavar="N", help="rows of the sheet (default: 8)")
-    add("--nearest", type=int, default=8, metavar="N", help="neighbors in a row (default: 8)")
+    add("--neighbors", type=path, default="", metavar="OUT.png", help="the sheet of nearest neighbors to write")
+    add("--queries", type=count, default=8, metavar="N", help="rows of the sheet (default: 8)")
+    add("--nearest", type=count, default=8, metavar="N", help="neighbors in a row (default: 8)")
     cli.add_overwrite(parser)
     return parser
 
@@ -50,8 +50,6 @@ def make_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the options. Raises ConfigError for unknown or invalid ones."""
     options = cli.parse_known(make_parser(), argv)
-    for name in ("embeddings", "out", "images", "neighbors"):
-        setattr(options, name, os.path.expanduser(getattr(options, name)))
     path = Path(options.embeddings)
     if path.suffix not in (".parquet", ".npz"):
         raise ConfigError(f"EMBEDDINGS is {path}", "command line", "give a .parquet or .npz file")
@@ -69,11 +67,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.out and options.method == "umap" and not importlib.util.find_spec("umap"):
         fix = "pip install umap-learn, or give --method=tsne"
         raise ConfigError("umap-learn is not installed", "--method=umap", fix)
-    for name in ("queries", "nearest", "limit"):
-        check_minimum(f"--{name}", getattr(options, name), 1)
-    cli.check_seed(options.seed)
-    if options.limit > MAX_POINTS:
-        raise ConfigError(f"--limit={options.limit}", "command line", f"give at most {MAX_POINTS}")
     return options
 
 

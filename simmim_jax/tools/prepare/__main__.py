@@ -14,16 +14,8 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable
 
-from simmim_jax.errors import ConfigError, DataError, Parser, Preempted, check_minimum, choose
-from simmim_jax.tools.cli import (
-    Progress,
-    add_overwrite,
-    check_fraction,
-    make_parser,
-    parse_known,
-    start,
-    translate_errors,
-)
+from simmim_jax.errors import ConfigError, DataError, Parser, Preempted, choose
+from simmim_jax.tools import cli
 
 EXAMPLES = """\
 examples:
@@ -54,47 +46,32 @@ class Stopped(Preempted):
         return f"stopped by {self.name}: finished shards stay; {self.fix}"
 
 
-def make_options_parser() -> Parser:
-    """The parser of the command line."""
-    parser = make_parser(
-        "prepare",
-        "Resize images once and store them in ArrayRecord shards.",
-        EXAMPLES,
-        usage="%(prog)s SOURCE DEST [options]\n       %(prog)s --verify DEST",
-    )
-    add = parser.add_argument
+def make_parser() -> Parser:
+    description = "Resize images once and store them in ArrayRecord shards."
+    usage = "%(prog)s SOURCE DEST [options]\n       %(prog)s --verify DEST"
+    parser = cli.make_parser("prepare", description, EXAMPLES, usage)
+    add, number = parser.add_argument, cli.number
     add("paths", nargs="*", metavar="SOURCE DEST", help="a data.path, and the folder to write to")
-    add("--short-side", type=int, default=256, metavar="N", help="pixels of larger images (default: 256; 0: any)")
-    add("--quality", type=int, default=92, metavar="N", help="JPEG quality, 1 to 100 (default: 92)")
+    add("--short-side", type=number(int, 0), default=256, metavar="N", help="pixels if larger (default: 256; 0: any)")
+    add("--quality", type=number(int, 1, 100), default=92, metavar="N", help="JPEG quality, 1 to 100 (default: 92)")
     add("--subsampling", default="420", metavar="420|444", help="JPEG chroma subsampling (default: 420)")
-    add("--channels", type=int, default=3, metavar="N", help="3, 1 for gray, or the number that all images have")
-    add(
-        "--split",
-        default="",
-        metavar="A,B",
-        help="default: train, val, valid, validation, test",
-    )
+    add("--channels", type=number(int, 1), default=3, metavar="N", help="3, 1 for gray, or what all images have")
+    add("--split", default="", metavar="A,B", help="default: train, val, valid, validation, test")
     add("--source", default="auto", metavar="KIND", help="data.source: folder, list, ... (default: auto)")
     add("--name", default="", help="name of a TFDS data set; SOURCE is omitted then")
     add("--data-dir", default="", metavar="DIR", help="of TFDS data sets, or of the files named in a list")
-    add("--shards", type=int, metavar="N", help="per split (default: shards of about 256 MiB)")
-    add("--workers", type=int, metavar="N", help="processes (default: one per core; 0: only the main process)")
-    add("--max-pixels", type=int, default=64_000_000, metavar="N", help="larger images are refused")
-    add(
-        "--max-bad-fraction",
-        type=float,
-        default=0.01,
-        metavar="R",
-        help="of images that may be bad (default: 0.01)",
-    )
-    add_overwrite(parser)
+    add("--shards", type=number(int, 1), metavar="N", help="per split (default: shards of about 256 MiB)")
+    add("--workers", type=number(int, 0), metavar="N", help="processes (default: one per core; 0: only the main one)")
+    add("--max-pixels", type=number(int, 1), default=64_000_000, metavar="N", help="larger images are refused")
+    cli.add_max_bad_fraction(parser)
+    cli.add_overwrite(parser)
     add("--verify", action="store_true", help="check every byte of DEST")
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, with `path` and `dest`. Raises ConfigError."""
-    options = parse_known(make_options_parser(), argv)
+    options = cli.parse_known(make_parser(), argv)
     only_dest = options.verify or options.name or options.source == "digits"
     expected = ["DEST"] if only_dest else ["SOURCE", "DEST"]
     if len(options.paths) != len(expected) or not all(options.paths):
@@ -102,19 +79,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"{given} instead of {' and '.join(expected)}", "command line", "see --help")
     *path, dest = (os.path.abspath(os.path.expanduser(path)) for path in options.paths)
     options.path, options.dest = path[0] if path else "", dest
-    check_minimum("--short-side", options.short_side, 0)
-    for name in ("quality", "channels", "max_pixels"):
-        check_minimum(f"--{name.replace('_', '-')}", getattr(options, name), 1)
-    if options.quality > 100:
-        raise ConfigError(f"quality is {options.quality}", "--quality", "give a number from 1 to 100")
     choose("subsampling", options.subsampling, {"420", "444"})
-    check_fraction("--max-bad-fraction", options.max_bad_fraction)
-    if options.shards is not None:
-        check_minimum("--shards", options.shards, 1)
     if options.workers is None:
         cores = getattr(os, "sched_getaffinity", None)  # not on macOS
         options.workers = len(cores(0)) if cores else os.cpu_count() or 1
-    check_minimum("--workers", options.workers, 0)
     options.splits = [split for split in options.split.split(",") if split]
     for split in options.splits:
         if "/" in split or split.startswith("."):
@@ -128,7 +96,7 @@ def run(argv: list[str]) -> None:
     # with --overwrite, the same command would start from the beginning
     fix = f"run the same command{', without --overwrite,' if options.overwrite else ''} again to continue"
     stays = "run the same command again: finished shards stay"
-    with translate_errors(DataError, options.dest, stays, f"set --workers or --max-pixels lower, and {stays}"):
+    with cli.translate_errors(DataError, options.dest, stays, f"set --workers or --max-pixels lower, and {stays}"):
         if options.verify:
             verify(options)
         else:
@@ -256,7 +224,7 @@ def prepare_split(
     refused = [fault for made in done.values() for fault in made.refused]
     allowed = max(1, math.ceil(options.max_bad_fraction * len(source)))
     split = os.path.basename(plan.folder)
-    progress = Progress(split, len(source), sum(task.stop - task.start for task in done), len(refused))
+    progress = cli.Progress(split, len(source), sum(task.stop - task.start for task in done), len(refused))
 
     def report(count: int, faults: list) -> None:
         refused.extend(faults)
@@ -345,4 +313,4 @@ def verify(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    start(run)
+    cli.start(run)

@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from simmim_jax.data import prepared
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.prepared import HEAD, MANIFEST, PLAN, SHARD
 from simmim_jax.errors import ConfigError, DataError, differences
-from simmim_jax.files import lock_folder, write_json
+from simmim_jax.files import lock_folder, read_json, write_json
 from simmim_jax.tools.prepare.shards import (
     Settings,
     Statistics,
@@ -44,6 +43,7 @@ SHARD_BYTES, MAX_SHARDS = 256 * 2**20, 1024
 SMALL_SHARDS, MIN_IMAGES = 16, 500  # small data sets: at most 16 shards, with at least 500 images each
 MAX_CLASSES = 1_000_000  # if labels have no names
 SAMPLES = 32  # images from which the size of all is estimated
+FIX = "give another DEST, or remove this file"
 
 
 @dataclasses.dataclass
@@ -133,8 +133,9 @@ def make_plan(
     if changed := differences(_compared(found, count), now):
         what = f"{'finished' if manifest else 'begun'} with another SOURCE or other settings: {changed}"
         raise ConfigError(what, folder, "repeat the first command, or give another DEST or --overwrite")
-    if manifest and (faults := missing_shards(folder, manifest)):
-        raise DataError(f"finished, and damaged since: {faults[0]}", folder, "give --overwrite to prepare it again")
+    for shard in manifest.get("shards", ()):
+        if fault := shard_fault(folder, shard, by_size=True):
+            raise DataError(f"finished, and damaged since: {fault}", folder, "give --overwrite to prepare it again")
     return dataclasses.replace(plan, shards=count, manifest=manifest)
 
 
@@ -238,42 +239,29 @@ def remove_working_files(folder: str) -> None:
 
 def read_manifest(folder: str) -> dict:
     """The manifest of a finished folder; {} if there is none. Raises DataError if prepare did not write it."""
-    path = os.path.join(folder, MANIFEST)
-    manifest = prepared.read_manifest(folder)
-    if manifest is None:
-        if os.path.exists(path):
-            raise _invalid_error(path, "another format")
-        return {}
-    _check_content(manifest, path)
-    if not all(SHARD.fullmatch(shard["file"]) for shard in manifest["shards"]):
-        raise _invalid_error(path, "other names of shards")
+    path, manifest = Path(folder, MANIFEST), prepared.read_manifest(folder) or {}
+    if path.exists():
+        _check_content(
+            path, manifest, bool(manifest) and all(SHARD.fullmatch(each["file"]) for each in manifest["shards"])
+        )
     return manifest
 
 
 def read_plan(folder: str) -> dict:
     """The plan of an unfinished folder; {} if there is none. Raises DataError if prepare did not write it."""
-    path = os.path.join(folder, PLAN)
-    try:
-        plan = json.loads(Path(path).read_bytes())
-        if any(plan[key] != value for key, value in HEAD.items()) or not isinstance(plan["shards"], int):
-            raise ValueError("another format")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _invalid_error(path, f"{type(error).__name__}: {error}") from error
-    _check_content(plan, path)
+    path = Path(folder, PLAN)
+    plan = read_json(path, DataError, FIX)
+    if path.exists():
+        _check_content(path, plan, HEAD.items() <= plan.items() and isinstance(plan.get("shards"), int))
     return plan
 
 
-def _check_content(content: dict, path: str) -> None:
+def _check_content(path: Path, content: dict, valid: bool) -> None:
+    """Raise DataError unless `content` is `valid` and has what plans and manifests have in common."""
     kinds = {"source": dict, "settings": dict, "classes": list}
-    valid = all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-    if not valid or not {"described", "fingerprint"} <= set(content["source"]):
-        raise _invalid_error(path, "a field is missing or has a wrong type")
-
-
-def _invalid_error(path: str, reason: str) -> DataError:
-    return DataError(f"not written by prepare: {reason}", path, "give another DEST, or remove this file")
+    valid = valid and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+    if not valid or not {"described", "fingerprint"} <= content["source"].keys():
+        raise DataError("not written by prepare", str(path), FIX)
 
 
 def _foreign_error(folder: str, name: str) -> ConfigError:
@@ -288,30 +276,13 @@ def _names(folder: str) -> set[str]:
 # --- verification
 
 
-def missing_shards(folder: str, manifest: dict) -> list[str]:
-    """Faults of shards, judged by their sizes."""
-    faults = []
-    for shard in manifest["shards"]:
-        try:
-            size = os.path.getsize(os.path.join(folder, shard["file"]))
-        except OSError as error:
-            faults.append(f"{shard['file']}: {error.strerror}")
-            continue
-        if size != shard["bytes"]:
-            faults.append(f"{shard['file']}: {size} bytes, but {shard['bytes']} in {MANIFEST}")
-    return faults
-
-
 def damaged_shards(folder: str, *, workers: int) -> list[str]:
     """Faults of a folder, judged by every byte, by the number of records, and by surplus files."""
     manifest = read_manifest(folder)
     if not manifest:
         return ["unfinished: run the command that began it again"]
-    faults = missing_shards(folder, manifest)
-    missing = {fault.split(":")[0] for fault in faults}
-    existing = [shard for shard in manifest["shards"] if shard["file"] not in missing]
     with ThreadPoolExecutor(workers) as threads:  # hashing releases the GIL
-        faults += filter(None, threads.map(lambda shard: _damage(folder, shard), existing))
+        faults = [*filter(None, threads.map(lambda shard: shard_fault(folder, shard), manifest["shards"]))]
     count = sum(shard["count"] for shard in manifest["shards"])
     if count != manifest["count"]:
         faults.append(f"{MANIFEST}: {manifest['count']} images, but {count} in its shards")
@@ -319,9 +290,14 @@ def damaged_shards(folder: str, *, workers: int) -> list[str]:
     return sorted(faults) + [f"{name}: not in {MANIFEST}" for name in sorted(surplus)]
 
 
-def _damage(folder: str, shard: dict) -> str:
+def shard_fault(folder: str, shard: dict, *, by_size: bool = False) -> str:
+    """The fault of a shard, or "". by_size: do not read it."""
     path = os.path.join(folder, shard["file"])
     try:
+        if (size := os.path.getsize(path)) != shard["bytes"]:
+            return f"{shard['file']}: {size} bytes, but {shard['bytes']} in {MANIFEST}"
+        if by_size:
+            return ""
         if file_hash(path) != shard["sha256"]:
             return f"{shard['file']}: its bytes have changed"
         reader = ArrayRecordReader(os.fsencode(path))

@@ -5,9 +5,8 @@ few-shot classification.
 """
 
 import argparse
-import math
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from simmim_jax.errors import ConfigError, DataError, Parser, choose
@@ -41,100 +40,48 @@ METHODS = ("linear", "logistic", "ridge", "knn", "fewshot")
 POOLS = ("patches", "class_token", "both", "all")
 
 
-def numbers(kind: type, minimum: int, *, strict: bool = False, empty: bool = False) -> Callable[[str], tuple]:
-    """Return a parser of distinct comma-separated numbers of at least `minimum`, or above it if strict."""
-
-    def parse_numbers(text: str) -> tuple:
-        try:
-            values = tuple(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
-        except ValueError:
-            noun = "numbers" if kind is float else "whole numbers"
-            raise argparse.ArgumentTypeError(f"{text!r}: give {noun}, separated by commas") from None
-        if not values and not empty:
-            raise argparse.ArgumentTypeError("empty: give a number")
-        for value in values:
-            if not (value > minimum if strict else value >= minimum) or math.isinf(value):  # also refuses NaN
-                bound = "above" if strict else "of at least"
-                raise argparse.ArgumentTypeError(f"{value}: give a finite number {bound} {minimum}")
-        return values
-
-    return parse_numbers
-
-
-def number(kind: type, minimum: int, *, strict: bool = False) -> Callable[[str], int | float]:
-    """Return a parser of one number."""
-
-    def parse_number(text: str) -> int | float:
-        values = numbers(kind, minimum, strict=strict)(text)
-        if len(values) > 1:
-            raise argparse.ArgumentTypeError(f"{text!r}: give one number")
-        return values[0]
-
-    return parse_number
-
-
 def make_parser() -> Parser:
-    """Return the command-line parser."""
     description = "Linear probe, logistic and ridge regression, k-NN and few-shot accuracy of each block's features."
     parser = cli.make_parser("probe", description, EXAMPLES)
-    add = parser.add_argument
-    add("run", metavar="RUN", help="workdir of a run or an import, or a step in it")
-    add("out", metavar="OUT", help="folder for results and features")
+    add, number, grid = parser.add_argument, cli.number, partial(cli.numbers, distinct=True)
+    blocks, positive = grid(int, 0, empty=True), grid(float, 0, strict=True)
+    add("run", type=cli.path, metavar="RUN", help="workdir of a run or an import, or a step in it")
+    add("out", type=cli.path, metavar="OUT", help="folder for results and features")
     add("--data", default="", help="folder or file of images, digits, or tfds:NAME (default: the run's images)")
     add("--train-split", help="images to fit to (default: the run's, or train)")
     add("--test-split", help="images to test on (default: the run's, or test)")
     add("--pool", default="patches", help=f"one of {', '.join(POOLS)} (default: patches)")
-    blocks = numbers(int, 0, empty=True)
     add(
-        "--blocks",
-        type=lambda text: () if text == "all" else blocks(text),
-        default="all",
+        "--blocks", type=lambda text: () if text == "all" else blocks(text), default="all",
         help="like 1,8,0; 0: the output after the final norm (default: all)",
-    )
+    )  # fmt: skip
     add("--limit", type=number(int, 0), default=0, help="images of each split, evenly spaced (default: 0, all)")
     add("--only", default=",".join(METHODS), help=f"some of {', '.join(METHODS)} (default: all)")
+    add("--shots", type=grid(int, 1, empty=True), default="1,5,10", help="few-shot images per class")
     add(
-        "--shots",
-        type=numbers(int, 1, empty=True),
-        default="1,5,10",
-        help="few-shot images per class",
-    )
-    add(
-        "--fractions",
-        type=numbers(float, 0, strict=True, empty=True),
-        default="0.01,0.1",
+        "--fractions", type=grid(float, 0, strict=True, empty=True), default="0.01,0.1",
         help="few-shot fractions of the training images of each class (default: 0.01,0.1)",
-    )
+    )  # fmt: skip
     add("--seeds", type=number(int, 1), default=5, help="draws of each few-shot setting (default: 5)")
-    add("--seed", type=number(int, 0), default=0, help="seed of validation images and batch order (default: 0)")
+    cli.add_seed(parser, "of validation images and batch order")
+    validation = number(float, 0, strict=True)
+    add("--validation-fraction", type=validation, default=0.1, help="of the training images (default: 0.1)")
     add(
-        "--validation-fraction",
-        type=number(float, 0, strict=True),
-        default=0.1,
-        help="of the training images (default: 0.1)",
-    )
-    add(
-        "--learning-rates",
-        type=numbers(float, 0, strict=True),
-        default="0.01,0.03,0.1,0.3,1,3,10",
+        "--learning-rates", type=positive, default="0.01,0.03,0.1,0.3,1,3,10",
         help="of the linear probe, per 256 images (default: 0.01 to 10)",
-    )
-    add("--weight-decays", type=numbers(float, 0), default="0,0.0001,0.001", help="of the linear probe")
+    )  # fmt: skip
+    add("--weight-decays", type=grid(float, 0), default="0,0.0001,0.001", help="of the linear probe")
     add(
-        "--C",
-        type=numbers(float, 0, strict=True),
-        default="1e-4,1e-3,1e-2,0.1,1,10,100,1e3,1e4",
+        "--C", type=positive, default="1e-4,1e-3,1e-2,0.1,1,10,100,1e3,1e4",
         help="inverse regularization of logistic regression, as in scikit-learn (default: 1e-4 to 1e4)",
-    )
+    )  # fmt: skip
     add(
-        "--regularizations",
-        type=numbers(float, 0, strict=True),
-        default="1,0.1,1e-2,1e-3,1e-4,1e-5,1e-6,1e-7,1e-8",
+        "--regularizations", type=positive, default="1,0.1,1e-2,1e-3,1e-4,1e-5,1e-6,1e-7,1e-8",
         help="of ridge regression, for standardized features (default: 1e-8 to 1)",
-    )
+    )  # fmt: skip
     add("--epochs", type=number(int, 1), default=100, help="of the linear probe (default: 100)")
     add("--probe-batch-size", type=number(int, 1), default=1024, help="maximum, of the linear probe (default: 1024)")
-    add("--neighbors", type=numbers(int, 1), default="10,20,100,200", help="k of k-NN (default: 10,20,100,200)")
+    add("--neighbors", type=grid(int, 1), default="10,20,100,200", help="k of k-NN (default: 10,20,100,200)")
     add("--temperature", type=number(float, 0, strict=True), default=0.07, help="of k-NN (default: 0.07)")
     add("--dtype", default="float32", help="of features on disk: float32 or float16 (default: float32)")
     cli.add_image_options(parser)
@@ -145,14 +92,11 @@ def make_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the options. Raises ConfigError."""
     options = cli.parse_known(make_parser(), argv)
-    options.run, options.out = map(os.path.expanduser, (options.run, options.out))
     choose("pool", options.pool, POOLS)
     choose("dtype", options.dtype, ("float32", "float16"))
     options.only = tuple(choose("method", name, METHODS) for name in options.only.split(",") if name)
     if not options.only:
         raise ConfigError("--only= leaves no method", "command line", f"give some of {', '.join(METHODS)}")
-    cli.check_image_options(options)
-    cli.check_seed(options.seed)
     options.C = tuple(sorted(options.C))  # the strongest regularization first: the first of equally good ones wins
     options.regularizations = tuple(sorted(options.regularizations, reverse=True))
     largest = max(options.fractions, default=0) if "fewshot" in options.only else 0
@@ -168,8 +112,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(argv: list[str]) -> None:
     """Probe RUN as the command line says."""
     options = parse(argv)
-    import jax
-
     from simmim_jax.tools.probe import probing
 
     fix = "free space or give another OUT; extracted features are kept"
@@ -177,12 +119,7 @@ def run(argv: list[str]) -> None:
     with cli.translate_errors(DataError, options.out, fix, memory_fix):
         os.makedirs(options.out, exist_ok=True)
         with lock_folder(Path(options.out), what="OUT is in use"):
-            try:
-                probing.probe(options)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                raise MemoryError from error
+            probing.probe(options)
 
 
 if __name__ == "__main__":

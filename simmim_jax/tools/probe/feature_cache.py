@@ -151,16 +151,14 @@ def _complete_blocks(final: Path, counts: dict[str, int], max_bad: dict[str, int
 
 def _open_partial(folder: Path, blocks: list[int], log: Callable[[str], None]) -> Partial:
     """Continue the extraction in `folder`, or start a new one if it was of other blocks."""
-    reason = "has no readable progress.json"
     try:
         progress = json.loads((folder / "progress.json").read_text())
         if progress["blocks"] == blocks:
             return Partial(folder, blocks, progress["images"], progress["unreadable"])
-        reason = f"is of blocks {', '.join(map(str, progress['blocks']))}"
     except (OSError, ValueError, KeyError):
         pass
     if any(folder.glob("*.npy")):
-        log(f"features: discarding the unfinished extraction {folder}: it {reason}")
+        log(f"features: discarding the unfinished extraction {folder}: it is damaged, or of other blocks")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return Partial(folder, blocks, {}, {})

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.evals import probes
-from simmim_jax.tools.probe import subsets
 from simmim_jax.tools.probe.feature_cache import FeatureCache
 from simmim_jax.tools.probe.sets import Sets
 
@@ -255,18 +254,18 @@ def few_shot_rows(block: Block, sets: Sets, options: Namespace) -> Iterator[dict
         for method, setting in (("logistic", f"C {FEW_SHOT_C:g}"), ("knn", f"k {k}")):
             validation = [probes.accuracies(each[0], classes)["top1"] for each in ranks[method]]
             test = [probes.accuracies(each[1], classes) for each in ranks[method]]
-            top1 = subsets.spread([each["top1"] for each in test])
+            top1 = [each["top1"] for each in test]
             yield {
                 "method": method,
                 "images": images,
                 "setting": setting,
                 "validation_top1": float(np.mean(validation)),
-                "top1": top1["mean"],
+                "top1": float(np.mean(top1)),
                 "top5": float(np.mean([each["top5"] for each in test])) if classes > 5 else None,
                 "draws": options.seeds,
-                "top1_std": top1["std"],
-                "top1_min": top1["min"],
-                "top1_max": top1["max"],
+                "top1_std": float(np.std(top1, ddof=1)) if len(top1) > 1 else None,
+                "top1_min": min(top1),
+                "top1_max": max(top1),
                 "train_images": len(drawn),
                 "test_images": len(sets.test),
                 "seconds": round((time.monotonic() - begin) / 2, 2),

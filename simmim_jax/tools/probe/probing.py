@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax
 
+from simmim_jax.data import CenterCrop
 from simmim_jax.evals.features import jit_on_mesh
 from simmim_jax.files import utf8_name
 from simmim_jax.objectives.features import check_readable, make_all_features
 from simmim_jax.runs import checkpoint
 from simmim_jax.runs.finished import Run, load_run
 from simmim_jax.runtime import compilation, sharding
-from simmim_jax.tools.images import crop_options, describe_crop, make_pass
+from simmim_jax.tools.images import describe_crop, make_crop, make_pass, round_up
 from simmim_jax.tools.probe import plot
 from simmim_jax.tools.probe.feature_cache import FeatureCache, Pass, cache_key, open_cache
 from simmim_jax.tools.probe.methods import probe_blocks
@@ -32,19 +33,23 @@ def probe(options: Namespace) -> None:
         check_readable(run.encoder, block, "patches", "--blocks")
     sources = open_sources(run, options)
     pools = choose_pools(run, options.pool)
-    cache = extract(run, sources, pools, blocks, options)
+    crop = make_crop(run, options.crop_fraction, options.interpolation)
+    print(f"{options.run} at step {run.step}: {describe_crop(crop)}", flush=True)
+    cache = extract(run, sources, crop, pools, blocks, options)
     sets = make_sets(cache, sources, options)
     paper = round(depth * 2 / 3)  # block 8 of 12 in the paper's linear evaluation (microsoft/SimMIM#14)
     header = {
         "run": utf8_name(str(run.folder)),
         "step": run.step,
         "image_size": list(run.image_size),
-        **crop_options(run, options.crop_fraction, options.interpolation),
+        "crop_fraction": crop.crop_fraction,
+        "interpolation": crop.interpolation,
         "depth": depth,
         "classes": sets.num_classes,
         **{split: utf8_name(source.describe()) for split, source in sources.items()},
         "validation_images": len(sets.validation),
-        "features": features_id(cache),
+        # the same for every pooling
+        "features": cache_key(cache.meta["identity"] | {"pool": "", "dtype": cache.meta["dtype"]}),
         "options": {name: utf8_name(x) if isinstance(x, str) else x for name, x in vars(options).items()},
     }
     results = Results(out, header, earlier, options)
@@ -63,11 +68,6 @@ def probe(options: Namespace) -> None:
     print(f"\nwritten: {out}/results.csv, results.json, blocks.png")
 
 
-def features_id(cache: FeatureCache) -> str:
-    """Return an identifier of the numbers in a cache, the same for every pooling."""
-    return cache_key(cache.meta["identity"] | {"pool": "", "dtype": cache.meta["dtype"]})
-
-
 def choose_pools(run: Run, pool: str) -> tuple[str, ...]:
     """Return the poolings to probe. "all" means all that the encoder has."""
     if pool == "all":
@@ -76,19 +76,16 @@ def choose_pools(run: Run, pool: str) -> tuple[str, ...]:
     return (pool,)
 
 
-def extract(run: Run, sources: dict, pools: tuple[str, ...], blocks: list[int], options: Namespace) -> FeatureCache:
+def extract(
+    run: Run, sources: dict, crop: CenterCrop, pools: tuple[str, ...], blocks: list[int], options: Namespace
+) -> FeatureCache:
     """Return the features of the blocks. Compute those that are not on disk."""
     pool = pools[0] if len(pools) == 1 else "both"  # the other poolings are its halves
     mesh = sharding.make_mesh()
-    num_shards = sharding.num_batch_shards(mesh)
-    batch_size = -(-options.batch_size // num_shards) * num_shards
-    crop = crop_options(run, options.crop_fraction, options.interpolation)
-    print(f"{options.run} at step {run.step}: {describe_crop(run, **crop)}", flush=True)
+    batch_size = round_up(options.batch_size, mesh)
     passes = {}
     for split, source in sources.items():
-        epoch = make_pass(
-            run, source, mesh, batch_size=batch_size, **crop, limit=options.limit, threads=options.threads
-        )
+        epoch = make_pass(source, crop, mesh, batch_size=batch_size, limit=options.limit, threads=options.threads)
         passes[split] = Pass(
             min(options.limit or len(source), len(source)),
             batch_size,
@@ -102,7 +99,8 @@ def extract(run: Run, sources: dict, pools: tuple[str, ...], blocks: list[int], 
         "image_size": list(run.image_size),
         **{name: list(values) for name, values in run.normalization.items()},
         "pool": pool,
-        **crop,
+        "crop_fraction": crop.crop_fraction,
+        "interpolation": crop.interpolation,
         "limit": options.limit,
         **{split: source.fingerprint() for split, source in sources.items()},
     }

@@ -1,7 +1,5 @@
 """The results of a probe: rows on disk that later calls extend, and their report on the screen."""
 
-import csv
-import io
 import json
 import math
 from argparse import Namespace
@@ -10,6 +8,7 @@ from pathlib import Path
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.files import write_atomically
+from simmim_jax.tools.cli import to_csv
 
 # options that decide all rows, next to the features, and options that decide the rows of one method
 DECIDING_ALL = ("seed", "validation_fraction")
@@ -101,11 +100,8 @@ class Results:
         mark_chosen(self.rows)
         content = self.header | {"edges": [*edges(self.rows)], "rows": self.rows}
         write_atomically(self.folder / "results.json", json.dumps(content, indent=2) + "\n")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.folder / "results.csv", text.getvalue())
+        text = to_csv([COLUMNS, *([row[name] for name in COLUMNS] for row in self.rows)])
+        write_atomically(self.folder / "results.csv", text)
 
 
 def mark_chosen(rows: list[dict]) -> None:

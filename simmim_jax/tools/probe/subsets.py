@@ -42,9 +42,3 @@ def _draw(labels: Int[np.ndarray, " m"], size: Callable[[int, int], int], seed: 
     for label, indices in zip(classes, np.split(order, starts[1:]), strict=True):
         drawn.append(rng.permutation(indices)[: size(label, len(indices))])
     return np.sort(np.concatenate(drawn))
-
-
-def spread(values: list[float]) -> dict[str, float | None]:
-    """Return mean, sample standard deviation (None for a single value), minimum and maximum."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "min": min(values), "max": max(values)}
