@@ -338,14 +338,6 @@ def test_full_disk_is_one_line_with_exit_code_5(tmp_path, state, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [state[0]]
 
 
-def test_too_little_memory_is_reported(tmp_path, state, monkeypatch):
-    def fail(*_):
-        raise MemoryError
-
-    monkeypatch.setattr("simmim_jax.interop.reading.load_file", fail)
-    assert "not enough memory" in error(state[0], tmp_path / "w", kind=CheckpointError)
-
-
 def test_failed_replacement_keeps_the_old_output(tmp_path, state, workdir, monkeypatch):
     before = (workdir / "config.json").read_text()
 

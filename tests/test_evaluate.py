@@ -361,13 +361,9 @@ def test_a_run_whose_images_were_moved_is_evaluated_on_its_held_out_images(place
     assert not warning
     moved = folder.rename(tmp_path / "moved")
     assert heldout(moved) == (own, description.replace(str(folder), str(moved)), "")
-    part = shutil.copytree(moved, tmp_path / "part")
-    shutil.rmtree(part / "ant")
-    write_images(part, ("ant",), each=1)
-    found, _, warning = heldout(part)
-    assert len(found) == 25
-    assert "may have been trained on some" in warning  # its own images are gone
     shutil.copytree(moved, folder)
+    part = shutil.copytree(moved, tmp_path / "part")
+    (part / own[0]).unlink()
     assert "was trained on some" in heldout(part)[2]
     (folder / own[0]).unlink()
     assert "not the images that the run held out" in heldout("")[2]

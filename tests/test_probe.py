@@ -548,20 +548,6 @@ def test_images_without_labels_are_refused_before_they_are_read(tmp_path, monkey
         sets.open_sources(Run({}, {}, None, tmp_path, (16, 16)), probe.parse(["RUN", "OUT", f"--data={tmp_path}"]))
 
 
-def test_out_of_memory_on_the_device_is_one_line_and_other_errors_stay(tmp_path, monkeypatch):
-    for what in ("RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: a bug"):
-
-        def fail(options, what=what):
-            raise jax.errors.JaxRuntimeError(what)
-
-        monkeypatch.setattr(probing, "probe", fail)
-        if "MEMORY" in what.upper():
-            assert "not enough memory" in error_line("RUN", tmp_path, kind=DataError)
-        else:
-            with pytest.raises(jax.errors.JaxRuntimeError):
-                tool("RUN", tmp_path)
-
-
 # --- sources
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 from runs import ROOT
 
-from simmim_jax.errors import ConfigError
+from simmim_jax.errors import ConfigError, DataError
 from simmim_jax.tools import cli
 
 TOOLS = ROOT / "simmim_jax" / "tools"
@@ -58,3 +58,26 @@ def test_values_outside_of_their_bounds_are_refused(parse, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (
+            OSError(28, "No space left on device", "x.png"),
+            "cannot read or write: No space left on device - x.png - free",
+        ),
+        (OSError("damaged"), "cannot read or write: damaged - OUT - free"),
+        (MemoryError(), "not enough memory - OUT - give less"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "not enough memory - OUT - give less"),
+        (RuntimeError("INTERNAL: a bug"), None),
+        (BrokenPipeError(), None),
+    ],
+)
+def test_a_full_disk_and_too_little_memory_are_one_line_and_other_errors_stay(raised, line):
+    with (
+        pytest.raises(DataError if line else type(raised)) as caught,
+        cli.translate_errors(DataError, "OUT", "free", "give less"),
+    ):
+        raise raised
+    assert str(caught.value) == (f"ERROR[data] {line}" if line else str(raised))
