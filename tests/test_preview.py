@@ -82,7 +82,7 @@ def masks_of_a_run(tmp_path_factory):
             if len(masks) == START + 2:
                 raise Enough
             values = {"loss": 1.0, "samples": 0, "skipped": 0.0, "grad_norm": 0.0, "bad_images": 0, "stop": 0}
-            return state.replace(step=state.step + 1), values
+            return state.replace(step=jax.jit(lambda step: step + 1)(state.step)), values
 
         return compiled
 

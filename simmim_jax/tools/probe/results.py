@@ -97,25 +97,23 @@ class Results:
         self.rows.sort(
             key=lambda row: (POOLS.index(row["pool"]), row["block"] or math.inf, methods.index(row_method(row)))
         )
-        mark_chosen(self.rows)
+        best = best_rows(self.rows)
+        for row in self.rows:
+            row["chosen"] = row is best.get((row["method"], row["images"]))
         content = self.header | {"edges": [*edges(self.rows)], "rows": self.rows}
         write_atomically(self.folder / "results.json", json.dumps(content, indent=2) + "\n")
         text = to_csv([COLUMNS, *([row[name] for name in COLUMNS] for row in self.rows)])
         write_atomically(self.folder / "results.csv", text)
 
 
-def mark_chosen(rows: list[dict]) -> None:
-    """Set "chosen" on the row of each method and number of images that is best on the validation images."""
-    best: dict[tuple, dict] = {}
+def best_rows(rows: list[dict]) -> dict[tuple[str, str], dict]:
+    """Return the row with the best validation accuracy for each (method, images), unless all of them diverged."""
+    best: dict[tuple[str, str], dict] = {}
     for row in rows:
-        row["chosen"] = False
-        key = (row["method"], row["images"])
-        if row["validation_top1"] is None:  # the probe diverged
-            continue
-        if key not in best or row["validation_top1"] > best[key]["validation_top1"]:
+        key, value = (row["method"], row["images"]), row["validation_top1"]
+        if value is not None and (key not in best or value > best[key]["validation_top1"]):
             best[key] = row
-    for row in best.values():
-        row["chosen"] = True
+    return best
 
 
 def edges(rows: list[dict]) -> Iterator[str]:
@@ -129,34 +127,26 @@ def edges(rows: list[dict]) -> Iterator[str]:
 
 
 def block_summary(rows: list[dict]) -> str:
-    """Return one line for a block: the top-1 of each method on all training images, or else on few.
-
-    If a method has several rows, the validation images choose one.
-    """
-    best: dict[str, dict] = {}
-    for row in [row for row in rows if row["images"] == "all"] or rows:
-        name = row["method"] if row["images"] == "all" else f"{row['method']} {row['images']}"
-        if name not in best or row["validation_top1"] > best[name]["validation_top1"]:
-            best[name] = row
-    values = {name: "diverged" if row["top1"] is None else f"{100 * row['top1']:.1f}" for name, row in best.items()}
+    """Return one line for a block: the best top-1 of each method on all training images, or else on few."""
+    shown = [row for row in rows if row["images"] == "all"] or rows
+    best, parts = best_rows(shown), []
+    for method, images in dict.fromkeys((row["method"], row["images"]) for row in shown):
+        row = best.get((method, images))
+        name = method if images == "all" else f"{method} {images}"
+        parts.append(f"{name} {100 * row['top1']:.1f}" if row else f"{name} diverged")
     seconds = sum({(row["method"], row["images"]): row["seconds"] for row in rows}.values())
-    text = ", ".join(f"{name} {value}" for name, value in values.items())
-    return f"{block_name(rows[0]['block'])}, {rows[0]['pool']}: {text} ({seconds:.1f} s)"
+    return f"{block_name(rows[0]['block'])}, {rows[0]['pool']}: {', '.join(parts)} ({seconds:.1f} s)"
 
 
 def table(rows: list[dict], paper: int, depth: int) -> Iterator[str]:
     """Yield lines: for each method, the accuracy of the paper's block and of the block that validation chose."""
     yield f"\npaper: block {paper} of {depth}, mean of patch tokens; best: the block that the validation images choose"
     yield f"{'method':10}{'images':13}{'paper top-1':>17}{'top-5':>8}   {'best top-1':>17}{'top-5':>8}   setting"
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["images"]), []).append(row)
-    for (method, images), group in groups.items():
-        best = next((row for row in group if row["chosen"]), None)
-        papers = [row for row in group if row["paper"] and row["validation_top1"] is not None]
-        paper_row = max(papers, key=lambda row: row["validation_top1"], default=None)
+    of_paper, of_all = best_rows([row for row in rows if row["paper"]]), best_rows(rows)
+    for key in dict.fromkeys((row["method"], row["images"]) for row in rows):
+        best = of_all.get(key)
         setting = f"{block_name(best['block'])}, {best['pool']}, {best['setting']}" if best else "diverged everywhere"
-        yield f"{method:10}{images:13}{_percent(paper_row)}   {_percent(best)}   {setting}"
+        yield f"{key[0]:10}{key[1]:13}{_percent(of_paper.get(key))}   {_percent(best)}   {setting}"
 
 
 def _percent(row: dict | None) -> str:
