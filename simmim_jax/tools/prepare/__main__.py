@@ -194,12 +194,11 @@ def prepare(options: argparse.Namespace, signals: Signals) -> None:
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     with destination.lock(options.dest):
         destination.check_classes(options.dest, classes, splits=set(sources))
-        plans = {}
-        for split, source in sources.items():  # check all splits before any is begun
-            folder, requested = os.path.join(options.dest, split), {"shards": options.shards, "classes": classes}
-            plans[split] = destination.make_plan(
-                folder, source, **requested, settings=settings, overwrite=options.overwrite
-            )
+        how = {"classes": classes, "settings": settings, "shards": options.shards, "overwrite": options.overwrite}
+        plans = {  # check all splits before any is begun
+            split: destination.make_plan(os.path.join(options.dest, split), source, **how)
+            for split, source in sources.items()
+        }
         # write all plans before the first shard: a split without a plan would look as if it did not exist
         begun = {split: destination.begin(plan, sources[split]) for split, plan in plans.items() if not plan.manifest}
         manifests = {}
