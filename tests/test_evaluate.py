@@ -362,9 +362,6 @@ def test_a_run_whose_images_were_moved_is_evaluated_on_its_held_out_images(place
     moved = folder.rename(tmp_path / "moved")
     assert heldout(moved) == (own, description.replace(str(folder), str(moved)), "")
     shutil.copytree(moved, folder)
-    part = shutil.copytree(moved, tmp_path / "part")
-    (part / own[0]).unlink()
-    assert "was trained on some" in heldout(part)[2]
     (folder / own[0]).unlink()
     assert "not the images that the run held out" in heldout("")[2]
     for name in own:
