@@ -16,7 +16,6 @@ from simmim_jax.data import (
     LabelMapSpec,
     Loading,
     SegmentationSet,
-    Shard,
     fingerprint,
     make_batches,
     make_label_map_source,
@@ -63,10 +62,10 @@ def take(batches, count):
         batches.close()
 
 
-def batches_of(source, *, maps=(), start_step=0, shard=(0, 1), loading=None, **options):
+def batches_of(source, *, maps=(), loading=None, **options):
     label_maps = LabelMapSpec(**{**PLAIN, **dict(maps)})
     spec = BatchSpec(**{"batch_size": 4, "seed": 0, "image_size": (16, 16), "label_maps": label_maps, **options})
-    return make_batches(source, spec, start_step=start_step, shard=Shard(*shard), loading=Loading(**(loading or {})))
+    return make_batches(source, spec, loading=Loading(**(loading or {})))
 
 
 @pytest.mark.parametrize(
@@ -272,18 +271,6 @@ def test_one_class_rarely_has_nearly_all_of_a_crop():
         return np.mean([0.25 < np.mean(crop) < 0.75 for crop in crops])
 
     assert share_below(0.75) > 2 * share_below(1.0) > 0.1
-
-
-def test_samples_of_a_step_do_not_depend_on_shards_or_start(tmp_path):
-    source, options = source_of(write_folder(tmp_path)), {"maps": {"scale": (0.5, 2.0), "photometric": True}}
-    whole = take(batches_of(source, **options), 3)
-    late = take(batches_of(source, **options, start_step=2), 1)
-    split = [take(batches_of(source, **options, shard=(p, 2), loading={"threads": 1}), 3) for p in (0, 1)]
-    for name in ("image", "label_map", "index"):
-        np.testing.assert_array_equal(whole[2][name], late[0][name])
-        for n in range(3):
-            for p in (0, 1):
-                np.testing.assert_array_equal(whole[n][name][p::2], split[p][n][name])
 
 
 def test_fingerprint_depends_on_how_maps_are_read(tmp_path):

@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import pytest
 from runs import arrays, run
-from scipy.interpolate import CubicSpline
 from tiny import PIXELS, tiny_encoder
 
-from simmim_jax.errors import CheckpointError, ConfigError
+from simmim_jax.errors import CheckpointError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.runs.pretrained import fit, refuse_other_encoder, refuse_other_windows
-from simmim_jax.runs.resize import progression, resize_bias_table, resize_positions
+from simmim_jax.runs.resize import resize_bias_table, resize_positions
 
 KEY = jax.random.key(0)
 WINDOWS = ((6, 7), (7, 14), (12, 14), (14, 16), (14, 12))
@@ -27,27 +26,6 @@ def test_resized_table_equals_scipys_removed_interp2d(golden):
         name = f"{source}_{target}"
         resized = resize_bias_table(arrays[f"table_{name}"], (source, source), (target, target))
         np.testing.assert_allclose(resized, arrays[f"resized_{name}"], atol=1e-6)
-
-
-def test_resized_table_equals_cubic_splines_along_each_axis(golden):
-    """Independent of FITPACK: not-a-knot splines along the rows, then the columns, constant beyond the borders."""
-    for windows in WINDOWS:
-        source, target = (2 * window - 1 for window in windows)
-        table = golden("resizing")["table_{}_{}".format(*windows)].astype(np.float64)
-        at = progression(source, target)
-        wanted = np.clip(np.arange(target) - target // 2, at[0], at[-1])
-        rows = CubicSpline(at, table.reshape(source, source, -1), axis=0, bc_type="not-a-knot")(wanted)
-        expected = CubicSpline(at, rows, axis=1, bc_type="not-a-knot")(wanted)
-        resized = resize_bias_table(table, *((window, window) for window in windows))
-        np.testing.assert_allclose(resized, expected.reshape(target**2, -1), atol=1e-9)
-
-
-def test_displacements_are_a_geometric_progression_that_spans_the_target():
-    places = progression(2 * 6 - 1, 2 * 7 - 1)
-    steps = np.diff(places[len(places) // 2 :])
-    np.testing.assert_allclose(steps[1:] / steps[:-1], steps[1] / steps[0])
-    np.testing.assert_array_equal(places, -places[::-1])
-    assert places[-1] == pytest.approx(6, abs=1e-4)
 
 
 def test_extra_rows_and_tables_of_the_right_size_do_not_change():
@@ -240,8 +218,3 @@ def test_encoder_name_replaces_the_encoder_of_a_recipe(tmp_path):
     names = [name for name in after if name.startswith("params['encoder']")]
     assert len(names) > 30  # running statistics among them
     assert all(before[name].tobytes() == after[name].tobytes() for name in names)
-
-
-def test_unknown_encoder_option_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="num_heads"):
-        make_encoder("swinv2", "t", heads=3)

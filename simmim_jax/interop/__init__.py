@@ -29,7 +29,7 @@ from simmim_jax.interop import backbone, huggingface, mae, official, timm
 from simmim_jax.interop.reading import Weights, read_weights
 from simmim_jax.interop.rules import Rule, skip, to_ours, to_theirs
 from simmim_jax.interop.weight_spec import WeightSpec
-from simmim_jax.models import convnext, resnet, swin, swinv2, vit
+from simmim_jax.models import ENCODERS
 from simmim_jax.models.windows import stage_windows
 
 __all__ = [
@@ -50,13 +50,6 @@ __all__ = [
     "why_invalid",
 ]
 
-CLASSES = {
-    "convnext": convnext.ConvNeXt,
-    "resnet": resnet.ResNet,
-    "swin": swin.Swin,
-    "swinv2": swinv2.SwinV2,
-    "vit": vit.ViT,
-}
 MAX_IMAGE = 16384  # pixels per side
 FORMATS = {"huggingface": huggingface, "mae": mae, "official": official, "timm": timm}
 EXPORTS = {"backbone": backbone} | {name: FORMATS[name] for name in ("huggingface", "official", "timm")}
@@ -100,7 +93,7 @@ def _with_metadata(spec: WeightSpec, weights: Weights) -> WeightSpec:
 
 def encoder_fields(name: str) -> dict:
     """The fields of an encoder and their defaults."""
-    return {f.name: f.default for f in dataclasses.fields(CLASSES[name]) if f.name not in ("parent", "name")}
+    return {f.name: f.default for f in dataclasses.fields(ENCODERS[name][0]) if f.name not in ("parent", "name")}
 
 
 def why_invalid(value, default) -> str:

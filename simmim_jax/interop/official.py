@@ -286,9 +286,7 @@ def head_refusal(name: str, encoder, objective: dict) -> str:
     if name == "ViT" and reads_class_token(encoder, objective):
         return ""
     if objective.get("pool", "patches") != "patches":
-        return (
-            f"the classifier reads {objective['pool']}, but theirs the class token after a norm; {WITHOUT_HEAD}"
-        )
+        return f"the classifier reads {objective['pool']}, but theirs the class token; {WITHOUT_HEAD}"
     if name == "ViT" and (encoder.final_norm or not objective["fc_norm"]):
         return f"theirs has one norm, after pooling (final_norm=False, fc_norm=True); {WITHOUT_HEAD}"
     if name in ("Swin", "SwinV2", "ResNet") and objective["fc_norm"]:

@@ -259,7 +259,7 @@ def _classes(firsts: set[str], others: list[str]) -> tuple[str, ...]:
     """The class names of images in the directories `firsts` and of those below `others`."""
     found = set(firsts)
     for other in others:
-        found |= {folder for folder in folders(other) if folder in found or _has_images(os.path.join(other, folder))}
+        found |= {folder for folder in folders(other) if folder in found or len(_index(os.path.join(other, folder))[0])}
     return tuple(sorted(found)) if "" not in found and len(found) >= 2 else ()
 
 
@@ -273,10 +273,3 @@ def _held_out(names: Names, fraction: float) -> np.ndarray:
     if fraction > 0 and len(names) > 1:
         held_out[smallest[1]] = True
     return held_out
-
-
-def _has_images(folder: str) -> bool:
-    try:
-        return next(_walk(folder, None, _Notes(folder)), None) is not None
-    except _LinkedDirectoryError:
-        return next(_walk(folder, _find_skipped(folder), _Notes(folder)), None) is not None

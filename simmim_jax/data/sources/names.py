@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import mmap
 import os
 import tempfile
@@ -91,13 +92,9 @@ class Names:
 
     def __init__(self, names: Iterable[str] = ()):
         self.bytes, self.ends, self.size = Column(np.uint8), Column(np.int64), 0
-        part = []
-        for name in names:
-            part.append(os.fsencode(name))
-            if len(part) == CHUNK:
-                self.append(b"".join(part), [len(each) for each in part])
-                part = []
-        self.append(b"".join(part), [len(each) for each in part])
+        names = map(os.fsencode, names)
+        while chunk := list(itertools.islice(names, CHUNK)):
+            self.append(b"".join(chunk), [len(name) for name in chunk])
 
     def append(self, joined, lengths) -> None:
         """Append names, given as their joined bytes and the length of each."""

@@ -6,12 +6,14 @@ shuffled reading decodes a whole row group for each image.
 
 import bisect
 import collections
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -240,18 +242,25 @@ def _is_text(kind) -> bool:
     return any(getattr(pyarrow.types, f"is_{each}")(kind) for each in ("string", "large_string", "string_view"))
 
 
-def _label_names(opened, label: str, path: str) -> tuple[set[str], int]:
-    """(the different names in the label column, the number of rows without one)."""
+@contextlib.contextmanager
+def _as_damaged(path: str, row_group: int) -> Iterator[None]:
+    """Turn errors of reading a row group into DataError."""
     import pyarrow
 
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged", f"row group {row_group}: {reason}", DOWNLOAD) from error
+
+
+def _label_names(opened, label: str, path: str) -> tuple[set[str], int]:
+    """(the different names in the label column, the number of rows without one)."""
     found, unlabeled = set(), 0
     for number in range(opened.metadata.num_row_groups):
-        try:
+        with _as_damaged(path, number):
             column = opened.read_row_group(number, columns=[label]).column(label)
             new = column.unique().to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path} is damaged", f"row group {number}: {reason}", DOWNLOAD) from error
         found.update(name for name in new if name is not None)
         unlabeled += column.null_count
         if len(found) > MAX_NAMES:
@@ -283,7 +292,6 @@ def _group_sizes(metadata, image: str) -> tuple[np.ndarray, int]:
 
 def _label_range(opened, label: str, path: str) -> tuple[int, int] | None:
     """The smallest and largest label of a file; None if it has no rows or no such column."""
-    import pyarrow
     import pyarrow.compute
 
     if not label or not opened.metadata.num_rows:
@@ -297,16 +305,13 @@ def _label_range(opened, label: str, path: str) -> tuple[int, int] | None:
             continue
         statistics = opened.metadata.row_group(number).column(column).statistics
         known = statistics is not None and statistics.has_min_max and statistics.has_null_count
-        try:
+        with _as_damaged(path, number):
             if known:
                 low, high, unlabeled = statistics.min, statistics.max, statistics.null_count
             else:
                 values = opened.read_row_group(number, columns=[label]).column(label)
                 bounds = pyarrow.compute.min_max(values)
                 low, high, unlabeled = bounds["min"].as_py(), bounds["max"].as_py(), values.null_count
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path} is damaged", f"row group {number}: {reason}", DOWNLOAD) from error
         if unlabeled or low is None:
             what = f"{path} has {unlabeled} rows without a label"
             raise DataError(what, f"column {label!r}, row group {number}", "label all of them, or none")
