@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_batch
+from tiny import random_params, tiny_batch
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
@@ -92,6 +92,13 @@ def test_one_pass_gives_the_features_of_every_block(pool, scan, batch):
         assert single.shape == (BATCH, 16 if pool == "both" else 8)
         np.testing.assert_allclose(features, single, rtol=1e-5, atol=1e-6)
     assert not np.allclose(together[0], together[2])  # the final norm is between them
+
+
+def test_a_classifier_that_pools_the_class_token_trains_it(batch):
+    objective = classifier(tiny_encoder(depth=1), pool="class_token")
+    params = random_params(jax.eval_shape(objective.init, KEY))
+    grads = jax.jit(jax.grad(lambda params: objective.loss_fn(params, batch, KEY, False)[0]))(params)
+    assert np.abs(grads["encoder"]["cls_token"]).max() > 0
 
 
 def test_partners_are_found_by_batch_index_in_any_order_of_rows(batch):

@@ -89,10 +89,18 @@ def test_invalid_options_are_refused_and_every_size_is_valid(name):
         assert make_encoder(name, size).depth > 0
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_masked_pixels_have_no_influence_on_features(name):
+POSITIONS = [
+    ("vit", {"depth": 1, "absolute_position": "learned"}),
+    ("vit", {"depth": 1, "absolute_position": "sincos"}),
+    ("vit", {"depth": 1, "relative_position": "per_block"}),
+    ("swinv2", {"window": 5}),  # does not tile the map, which is padded
+]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in ALL), *POSITIONS])
+def test_masked_pixels_have_no_influence_on_features(name, options):
     """In training mode. Gradients with respect to masked pixels are exactly zero; those of visible pixels are not."""
-    encoder = tiny(name, drop_path=0.2)
+    encoder = tiny(name, drop_path=0.2, **options)
     objective = make_objective("simmim", encoder, image_size=SIZE, mean=(0.5,) * 3, std=(0.2,) * 3)
     params = random_params(jax.eval_shape(objective.init, KEY))
     forward = make_forward(encoder, channels=3)

@@ -1,6 +1,6 @@
 """Parity with the official implementations on their own reference arrays (tests/golden/README.md).
 
-The arrays come in as a user's file does: written down, read, recognized, and laid out by `interop`'s tables.
+Arrays enter as a user's file does: saved, read, recognized, and converted by `interop`'s tables.
 """
 
 import json
@@ -53,7 +53,7 @@ class Reference:
         self.arrays, config = arrays, json.loads(str(arrays["config"]))
         save_file(part(arrays, "params/"), folder / "official.safetensors")
         weights = interop.read_weights(str(folder / "official.safetensors"))
-        # These weights do not determine the heads of a ViT without tables, or the window of a Swin V2 without buffers.
+        # Not in these weights: the heads of a ViT without bias tables, and the window of a Swin V2 without its buffers.
         given = {"num_heads": config["heads"]} if "vit" in name else {"window": config["window_size"]}
         found = interop.resolve(interop.detect(weights), given, (64, 64), weights.where)
         assert found.format == "official"

@@ -129,6 +129,17 @@ def test_mode_pair_shares_a_draw_and_mixup_prob_is_respected():
     assert stats.kstest(weight[weight < 1], stats.beta(0.8, 0.8).cdf).pvalue > MIN_P
 
 
+def test_mixup_prob_zero_keeps_images_and_targets():
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(images, targets):
+        index = jnp.arange(8)
+        drawn = draw_mix(KEY, index, index[::-1], SIZE, Mixing(0.8, 1.0, mixup_prob=0.0, mixup_mode="elem"))
+        return mix(images, images[::-1], drawn), mix_targets(targets, targets[::-1], drawn)
+
+    given = random_images(8), jax.nn.one_hot(jnp.arange(8), 8)
+    chex.assert_trees_all_equal(run(*given), given)
+
+
 def test_drawing_without_a_method_is_an_error():
     with pytest.raises(ValueError, match="nothing to draw"):
         drawing(mixup=0.0, cutmix=0.0)(KEY, jnp.arange(2), jnp.arange(2))
@@ -156,6 +167,14 @@ def test_a_box_holds_independent_noise_in_each_pixel_and_channel(erased):
     pairs = (pixels[:, :, 1:] & pixels[:, :, :-1])[..., None] & np.array([True, False])
     correlation = np.corrcoef(images[:, :, 1:][pairs], images[:, :, :-1][pairs])[0, 1]
     assert abs(correlation) < 5 / math.sqrt(pairs.sum())
+
+
+def test_images_stay_whole_if_no_box_fits_or_none_is_chosen():
+    images, index = random_images(64), jnp.arange(64)
+    settings = Erasing(reprob=0.0), Erasing(reprob=1.0, area=(1.0, 1.0))  # a side of such a box has no room
+    run = jax.jit(lambda: [erase(images, KEY, index, each) for each in settings], compiler_options=FAST_COMPILE)
+    for erased in run():
+        np.testing.assert_array_equal(erased, images)
 
 
 @pytest.mark.slow
