@@ -60,7 +60,6 @@ class OptimizerOptions(NamedTuple):
         warm-up and the final rate are the same for all layers, as in the official code.
     betas, epsilon: of AdamW; SGD uses betas[0] as momentum.
     weight_decay: times the learning rate. It is decoupled in AdamW, and part of the gradient in SGD, as in torch.optim.
-    no_decay: names in a path that exclude a parameter from weight decay.
     decay_mask_token, decay_bias_tables: whether these decay even so; None: as in the encoder's official code.
     grad_clip_norm: maximum global norm of the gradients; 0 disables clipping.
     frozen, frozen_layers: parameters that get no update and no moments (see `make_frozen`).
@@ -70,7 +69,6 @@ class OptimizerOptions(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.05
-    no_decay: tuple[str, ...] = NO_DECAY
     decay_mask_token: bool | None = None
     decay_bias_tables: bool | None = None
     grad_clip_norm: float = 5.0
@@ -123,16 +121,15 @@ def make_is_decayed(
     decayed_too: tuple[str, ...] = (),
     decay_mask_token: bool | None = None,
     decay_bias_tables: bool | None = None,
-    no_decay: tuple[str, ...] = NO_DECAY,
 ) -> Callable[[str], bool]:
     """A function from a parameter's path to whether weight decay applies to it.
 
-    It applies to all paths without a name of `no_decay`. decay_mask_token, decay_bias_tables: override this for the
+    It applies to all paths without a name of `NO_DECAY`. decay_mask_token, decay_bias_tables: override this for the
     mask token and the relative position bias tables; None: they decay if `decayed_too` has "mask_token" or "table".
     """
     choices = {"mask_token": decay_mask_token, "table": decay_bias_tables}
     decayed = {name for name, choice in choices.items() if (name in decayed_too if choice is None else choice)}
-    names = set(no_decay) - decayed
+    names = set(NO_DECAY) - decayed
     return lambda path: names.isdisjoint(path.split("/"))
 
 
@@ -296,7 +293,7 @@ def make_optimizer(
     def layer_ids(params):
         return jax.tree.map(lambda _: 0, params) if one_rate else layers(params, layer_id, depth, scanned_layers)
 
-    is_decayed = make_is_decayed(decayed_too, options.decay_mask_token, options.decay_bias_tables, options.no_decay)
+    is_decayed = make_is_decayed(decayed_too, options.decay_mask_token, options.decay_bias_tables)
     decay = optax.add_decayed_weights(options.weight_decay, lambda params: decayed(params, is_decayed))
     rules = {
         "adamw": (optax.scale_by_adam(*options.betas, eps=options.epsilon), decay),

@@ -46,7 +46,7 @@ def test_swin_v2_has_the_official_parameter_count(size, millions):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_maps_that_windows_do_not_tile_have_the_contract_s_shape(name):
+def test_maps_that_windows_do_not_tile_have_the_shapes_of_the_contract(name):
     """36 x 52 pixels are maps of 9 x 13 and 5 x 7 tokens, and the first has odd sides."""
     image_size = (36, 52)
     encoder, images = tiny_swin(name), jnp.zeros((2, *image_size, 3))
@@ -143,11 +143,9 @@ def test_unit_length_of_a_zero_vector_is_zero_with_a_finite_gradient():
     ("options", "message"),
     [
         ({"num_heads": (3, 2)}, "width 8 is not a multiple of 3 heads"),
-        ({"depths": (2, 2, 2)}, "one number above 0 per stage"),
+        ({"depths": (2, 2, 2)}, "above 0 per stage"),
         ({"window": 0}, "window is 0"),
         ({"absolute_position": "sincos"}, "choose one of none, learned"),
-        ({"qkv_bias": "all"}, "unknown qkv_bias"),
-        ({"heads": 3}, "did you mean num_heads"),
     ],
 )
 def test_invalid_options_are_refused(name, options, message):

@@ -100,7 +100,6 @@ def test_sincos_positions_are_distinct_and_bounded():
         ({"relative_position": "both"}, "choose one of none, shared, per_block"),
         ({"absolute_position": "sincos", "width": 6, "num_heads": 2}, "multiple of 4"),
         ({"depth": 0}, "at least 1"),
-        ({"patch_sise": 8}, "did you mean patch_size"),
     ],
 )
 def test_invalid_options_are_refused(options, message):

@@ -19,15 +19,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError
 from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
-from simmim_jax.models.layers import (
-    LayerScale,
-    Mlp,
-    layer_norm,
-    truncated_normal,
-)
+from simmim_jax.models.layers import LayerNorm, LayerScale, Mlp, patch_convolution, truncated_normal
 
 SIZES = {
     "t": {"depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)},
@@ -47,16 +41,8 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b k1 l1 d1"]) -> Float[Array, "b k2 l2 d2"]:
-        convolution = nn.Conv(
-            self.width,
-            (2, 2),
-            strides=2,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=truncated_normal(self.init_truncation),
-            name="conv",
-        )
-        return convolution(layer_norm(self.norm_epsilon, "norm")(x)).astype(jnp.float32)
+        convolution = patch_convolution(self.width, 2, self.dtype, self.init_truncation, name="conv")
+        return convolution(LayerNorm(self.norm_epsilon, name="norm")(x)).astype(jnp.float32)
 
 
 class Block(nn.Module):
@@ -79,7 +65,7 @@ class Block(nn.Module):
             kernel_init=truncated_normal(self.init_truncation),
             name="conv",
         )(x)
-        branch = layer_norm(self.norm_epsilon, "norm")(branch.astype(jnp.float32))
+        branch = LayerNorm(self.norm_epsilon, name="norm")(branch.astype(jnp.float32))
         branch = Mlp(4 * width, self.init_truncation, dtype=self.dtype, name="mlp")(branch)
         if self.layer_scale:
             branch = LayerScale(self.layer_scale, name="scale")(branch)
@@ -111,29 +97,15 @@ class ConvNeXt(Encoder):
     scan: bool = False
     dtype: str = "float32"
 
+    token_stride, feature_stride = 4, 32
     fc_norm = True
     CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012
 
     def check(self) -> None:
         super().check()
-        for field in ("depths", "widths"):
-            numbers = self.options()[field]
-            if len(numbers) != 4 or not all(isinstance(number, int) and number > 0 for number in numbers):
-                raise ConfigError(f"{field} is {numbers}", f"encoder.{field}", "give four numbers above 0, one a stage")
+        self.check_stages("depths", "widths", count=4)
         self.check_minimum("init_truncation", "norm_epsilon", strict=True)
         self.check_minimum("layer_scale")
-
-    @property
-    def token_stride(self) -> int:
-        return 4
-
-    @property
-    def feature_stride(self) -> int:
-        return 32
-
-    @property
-    def depth(self) -> int:
-        return sum(self.depths)
 
     @property
     def scanned_layers(self) -> dict[str, tuple[str, ...]]:
@@ -153,15 +125,8 @@ class ConvNeXt(Encoder):
         return 0 if path.startswith("patch_") else self.depth + 1
 
     def setup(self):
-        self.patch_embed = nn.Conv(
-            self.widths[0],
-            (4, 4),
-            strides=4,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=truncated_normal(self.init_truncation),
-        )
-        self.patch_norm = layer_norm(self.norm_epsilon)
+        self.patch_embed = patch_convolution(self.widths[0], 4, self.dtype, self.init_truncation)
+        self.patch_norm = LayerNorm(self.norm_epsilon)
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
         """One token per 4x4 pixels: their linear map, normalized."""

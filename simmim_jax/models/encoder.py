@@ -15,9 +15,9 @@ from simmim_jax.errors import ConfigError, check_minimum
 class Encoder(nn.Module):
     """An image encoder in two parts, `embed` and `trunk`; `simmim_jax.models` states the contract.
 
-    A subclass defines `embed`, `trunk`, `layer_id`, `depth`, `token_stride` and `feature_stride`, and overrides any
-    other attribute whose default does not fit. It may make an attribute a field by annotating it. The attributes below
-    have no annotation, so that Linen does not make them fields of every encoder.
+    A subclass defines `embed`, `trunk`, `layer_id`, `token_stride` and `feature_stride`, and `depths` or `depth`. It
+    overrides any other attribute whose default does not fit. It may make an attribute a field by annotating it. The
+    attributes below have no annotation, so that Linen does not make them fields of every encoder.
     """
 
     # Constants of a class.
@@ -35,6 +35,11 @@ class Encoder(nn.Module):
     remat = "none"  # what the backward pass recomputes
     scan = False  # whether blocks run by `lax.scan`
     dtype = "float32"  # of the matmuls and convolutions
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return sum(self.depths)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -70,6 +75,21 @@ class Encoder(nn.Module):
         options = self.options()
         for field in fields:
             check_minimum(f"encoder.{field}", options[field], minimum, strict=strict)
+
+    def check_stages(self, *fields: str, count: int = 0) -> None:
+        """Raise ConfigError unless each of these fields has a whole number above 0 per stage.
+
+        count: number of stages; 0: any, but the same for all fields.
+        """
+        values = {field: self.options()[field] for field in fields}
+        whole = all(isinstance(n, int) and n > 0 for numbers in values.values() for n in numbers)
+        lengths = set(map(len, values.values()))
+        if not whole or len(lengths) > 1 or 0 in lengths or (count and count not in lengths):
+            what = " and ".join(f"{field} {numbers}" for field, numbers in values.items())
+            where = ", ".join(f"encoder.{field}" for field in fields)
+            raise ConfigError(
+                what, where, "give one whole number above 0 per stage" + f", {count} in all" * bool(count)
+            )
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d1"]:
         raise NotImplementedError

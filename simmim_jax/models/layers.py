@@ -132,9 +132,11 @@ class LayerNorm(nn.Module):
         return normalize_channels(x.astype(jnp.float32), scale, bias, self.epsilon)
 
 
-def layer_norm(epsilon: float, name: str | None = None, *, scale: float = 1.0) -> LayerNorm:
-    """A LayerNorm. scale: its initial scale."""
-    return LayerNorm(epsilon, scale, name=name)
+def patch_convolution(width: int, side: int, dtype: str, init_truncation: float, name: str | None = None) -> nn.Conv:
+    """A linear map of each square of `side` x `side` values to `width` channels."""
+    return nn.Conv(
+        width, (side, side), side, "VALID", dtype=dtype, kernel_init=truncated_normal(init_truncation), name=name
+    )
 
 
 class PatchEmbed(nn.Module):

@@ -140,28 +140,16 @@ class ResNet(Encoder):
     remat: str = "none"
     dtype: str = "float32"
 
+    token_stride, feature_stride = 1, 32
     CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012
 
     def check(self) -> None:
         super().check()
-        if len(self.depths) != 4 or not all(isinstance(number, int) and number > 0 for number in self.depths):
-            raise ConfigError(f"depths is {self.depths}", "encoder.depths", "give four numbers above 0, one a stage")
+        self.check_stages("depths", count=4)
         self.check_minimum("width", minimum=1)
         if not 0 < self.norm_momentum <= 1:
             raise ConfigError(f"norm_momentum {self.norm_momentum} is not in (0, 1]", "encoder.norm_momentum")
         self.check_minimum("init_truncation", "norm_epsilon", strict=True)
-
-    @property
-    def token_stride(self) -> int:
-        return 1
-
-    @property
-    def feature_stride(self) -> int:
-        return 32
-
-    @property
-    def depth(self) -> int:
-        return sum(self.depths)
 
     def layer_id(self, path: str) -> int:
         """Each block is one layer, as for a ViT."""

@@ -12,17 +12,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError
 from simmim_jax.models.attention import QueryKeyValue, attend_by_xla
 from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
+    LayerNorm,
     Linear,
     Mlp,
     PatchEmbed,
     RelativePositionBias,
     check_heads,
-    layer_norm,
     truncated_normal,
 )
 from simmim_jax.models.windows import (
@@ -106,10 +105,10 @@ class Block(nn.Module):
         attention = WindowAttention(
             self.num_heads, self.qkv_bias, self.recompute, self.init_truncation, self.dtype, name="attn"
         )
-        branch = in_windows(attention, layer_norm(self.norm_epsilon, "norm1")(x), self.window, self.shifted)
+        branch = in_windows(attention, LayerNorm(self.norm_epsilon, name="norm1")(x), self.window, self.shifted)
         x += drop_path(branch, drop, 0)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, dtype=self.dtype, name="mlp")
-        branch = mlp(layer_norm(self.norm_epsilon, "norm2")(x))
+        branch = mlp(LayerNorm(self.norm_epsilon, name="norm2")(x))
         return x + drop_path(branch, drop, 1)
 
 
@@ -129,7 +128,7 @@ class PatchMerging(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b k l 2*d"]:
-        return self.reduce(layer_norm(self.norm_epsilon, "norm")(quarters(x)))
+        return self.reduce(LayerNorm(self.norm_epsilon, name="norm")(quarters(x)))
 
 
 class Swin(Encoder):
@@ -182,21 +181,10 @@ class Swin(Encoder):
     def check(self) -> None:
         super().check()
         self.check_minimum("width", "window", "patch_size", minimum=1)
-        numbers = (*self.depths, *self.num_heads)
-        whole = all(isinstance(number, int) for number in numbers) and min(numbers, default=0) > 0
-        if not whole or len(self.depths) != len(self.num_heads):
-            raise ConfigError(
-                f"depths {self.depths} and num_heads {self.num_heads}",
-                "encoder.depths, encoder.num_heads",
-                "give one number above 0 per stage for each, like 2,2,6,2 and 3,6,12,24",
-            )
+        self.check_stages("depths", "num_heads")
         for stage, heads in enumerate(self.num_heads):
             check_heads(self.width * 2**stage, heads, "encoder.num_heads")
         self.check_minimum("mlp_ratio", "init_truncation", "norm_epsilon", strict=True)
-
-    @property
-    def depth(self) -> int:
-        return sum(self.depths)
 
     @property
     def fc_norm(self) -> bool:
@@ -244,7 +232,7 @@ class Swin(Encoder):
     def setup(self):
         self.patch_embed = PatchEmbed(self.width, self.patch_size, self.dtype)
         if self.patch_norm:
-            self.patch_norm_layer = layer_norm(self.norm_epsilon, "patch_norm")
+            self.patch_norm_layer = LayerNorm(self.norm_epsilon, name="patch_norm")
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
         """One token for each patch: a linear map of its normalized pixels, and a LayerNorm."""
@@ -286,4 +274,4 @@ class Swin(Encoder):
             first += depth
             if stage < len(self.depths) - 1:
                 x = self.MERGING(self.norm_epsilon, self.init_truncation, self.dtype, name=f"stage_{stage}_merge")(x)
-        return layer_norm(self.norm_epsilon, "norm")(x) if self.final_norm else x
+        return LayerNorm(self.norm_epsilon, name="norm")(x) if self.final_norm else x

@@ -20,7 +20,7 @@ from simmim_jax.errors import ConfigError
 from simmim_jax.models import swin
 from simmim_jax.models.attention import QueryKeyValue, attend_by_xla
 from simmim_jax.models.blocks import Drop, drop_path
-from simmim_jax.models.layers import Linear, Mlp, layer_norm, relative_position_index, truncated_normal
+from simmim_jax.models.layers import LayerNorm, Linear, Mlp, relative_position_index, truncated_normal
 from simmim_jax.models.swin import in_windows, with_mask
 from simmim_jax.models.windows import quarters, stage_windows
 
@@ -116,10 +116,10 @@ class Block(swin.Block):
             name="attn",
         )
         branch = in_windows(attention, x, self.window, self.shifted)
-        branch = layer_norm(self.norm_epsilon, "norm1", scale=0.0)(branch)
+        branch = LayerNorm(self.norm_epsilon, 0.0, name="norm1")(branch)
         x += drop_path(branch, drop, 0)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, dtype=self.dtype, name="mlp")
-        branch = layer_norm(self.norm_epsilon, "norm2", scale=0.0)(mlp(x))
+        branch = LayerNorm(self.norm_epsilon, 0.0, name="norm2")(mlp(x))
         return x + drop_path(branch, drop, 1)
 
 
@@ -128,7 +128,7 @@ class PatchMerging(swin.PatchMerging):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b k l 2*d"]:
-        return layer_norm(self.norm_epsilon, "norm")(self.reduce(quarters(x)))
+        return LayerNorm(self.norm_epsilon, name="norm")(self.reduce(quarters(x)))
 
 
 class SwinV2(swin.Swin):

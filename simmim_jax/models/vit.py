@@ -24,12 +24,13 @@ from simmim_jax.models.attention import (
 from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
+    LayerNorm,
     LayerScale,
     Linear,
     Mlp,
     RelativePositionBias,
     check_heads,
-    layer_norm,
+    patch_convolution,
     truncated_normal,
 )
 
@@ -111,10 +112,10 @@ class Block(nn.Module):
         attention = Attention(
             self.num_heads, self.qkv_bias, self.attention, self.recompute, self.init_truncation, self.dtype, name="attn"
         )
-        branch = attention(layer_norm(self.norm_epsilon, "norm1")(x), bias)
+        branch = attention(LayerNorm(self.norm_epsilon, name="norm1")(x), bias)
         x += drop_path(scale(branch, "scale_attn"), drop, 0)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.init_truncation, self.dtype, name="mlp")
-        branch = mlp(layer_norm(self.norm_epsilon, "norm2")(x))
+        branch = mlp(LayerNorm(self.norm_epsilon, name="norm2")(x))
         return x + drop_path(scale(branch, "scale_mlp"), drop, 1)
 
 
@@ -222,14 +223,7 @@ class ViT(Encoder):
         return 0 if path.startswith(("cls_token", "pos_embed", "patch_embed")) else self.depth + 1
 
     def setup(self):
-        self.patch_embed = nn.Conv(
-            self.width,
-            (self.patch_size, self.patch_size),
-            strides=self.patch_size,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=truncated_normal(self.init_truncation),
-        )
+        self.patch_embed = patch_convolution(self.width, self.patch_size, self.dtype, self.init_truncation)
 
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
         """One token per patch: a linear map of its normalized pixels."""
@@ -287,7 +281,7 @@ class ViT(Encoder):
         key = self.make_rng("params") if self.is_initializing() else None
         x = run_blocks(self, x, blocks, key=key, drop=drops(self, train, batch_index, x))
         if self.final_norm:
-            x = layer_norm(self.norm_epsilon, "norm")(x)
+            x = LayerNorm(self.norm_epsilon, name="norm")(x)
         if self.class_token:
             self.sow("intermediates", "class_tokens", x[:, 0])
         return to_map(x)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.errors import ConfigError, check_multiple
-from simmim_jax.models.layers import layer_norm, truncated_normal
+from simmim_jax.errors import ConfigError, check_minimum, check_multiple
+from simmim_jax.models.layers import LayerNorm, truncated_normal
 from simmim_jax.objectives import mixing
 from simmim_jax.objectives.features import make_features
 from simmim_jax.objectives.pixels import normalize
@@ -61,7 +61,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, pooled: Float[Array, "b d"]) -> Float[Array, "b n"]:
         if self.fc_norm:
-            pooled = layer_norm(1e-6, "norm")(pooled)
+            pooled = LayerNorm(1e-6, name="norm")(pooled)
         return nn.Dense(self.num_classes, kernel_init=truncated_normal(100.0, self.scale), name="logits")(pooled)
 
 
@@ -82,9 +82,7 @@ def make_classify(
     main_finetune.py. A mixing partner may be on another device, so each device gathers the whole batch as uint8.
     """
     num_classes = options.num_classes
-    if num_classes < 2:
-        what = f"num_classes is {num_classes}"
-        raise ConfigError(what, "objective.num_classes", "give the number of classes, 2 or more")
+    check_minimum("objective.num_classes", num_classes, 2)
     if not 0 <= options.label_smoothing < 1:
         raise ConfigError(f"label_smoothing {options.label_smoothing} is not in [0, 1)", "objective.label_smoothing")
     for size in image_size:  # an incomplete last token would be dropped silently

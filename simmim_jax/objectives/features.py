@@ -27,9 +27,10 @@ def check_readable(encoder: nn.Module, block: int, pool: str, where: str) -> Non
 
 def pooled(features: Float[Array, "b k l d"], class_tokens: Float[Array, "b d"] | None, pool: str):
     """[b, d], or [b, 2 * d] for "both"."""
-    parts = {"patches": lambda: features.mean(axis=(1, 2)), "class_token": lambda: class_tokens}
-    names = ("class_token", "patches") if pool == "both" else (pool,)
-    return jnp.concatenate([parts[name]() for name in names], axis=-1)
+    if pool == "class_token":
+        return class_tokens
+    mean = features.mean(axis=(1, 2))
+    return mean if pool == "patches" else jnp.concatenate([class_tokens, mean], axis=-1)
 
 
 def make_features(

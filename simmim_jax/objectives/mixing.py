@@ -78,20 +78,14 @@ class Mix(NamedTuple):
 
 def check(mixing: Mixing, erasing: Erasing) -> None:
     """Raise ConfigError for options that cannot work."""
-    check_minimum("objective.mixup", mixing.mixup, 0)
-    check_minimum("objective.cutmix", mixing.cutmix, 0)
-    probabilities = {
-        "mixup_prob": mixing.mixup_prob,
-        "mixup_switch_prob": mixing.mixup_switch_prob,
-        "reprob": erasing.reprob,
-    }
-    for name, value in probabilities.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{name} is {value}", f"objective.{name}", "give a probability, 0 to 1")
+    values = mixing._asdict() | erasing._asdict()
+    for name, minimum in {"mixup": 0, "cutmix": 0, "mixup_group": 0, "recount": 1}.items():
+        check_minimum(f"objective.{name}", values[name], minimum)
+    for name in ("mixup_prob", "mixup_switch_prob", "reprob"):
+        if not 0 <= values[name] <= 1:
+            raise ConfigError(f"{name} is {values[name]}", f"objective.{name}", "give a probability, 0 to 1")
     choose("mixup_mode", mixing.mixup_mode, MODES)
-    check_minimum("objective.mixup_group", mixing.mixup_group, 0)
     choose("remode", erasing.remode, FILLS)
-    check_minimum("objective.recount", erasing.recount, 1)
 
 
 def erase(

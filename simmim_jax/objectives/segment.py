@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from simmim_jax.errors import ConfigError, check_minimum, check_multiple, choose, warn_once
-from simmim_jax.models.layers import Linear, layer_norm, truncated_normal
+from simmim_jax.errors import check_minimum, check_multiple, choose, warn_once
+from simmim_jax.models.layers import LayerNorm, Linear, truncated_normal
 from simmim_jax.objectives.features import check_readable
 from simmim_jax.objectives.pixels import normalize
 from simmim_jax.objectives.pyramid import ConvNormRelu, Rescale, pyramid_blocks, pyramid_factors
@@ -82,7 +82,7 @@ class LinearHead(nn.Module):
 
     @nn.compact
     def __call__(self, maps: list[Float[Array, "b _ _ _"]], *_) -> tuple[Float[Array, "b k l n"], None]:
-        return logits_layer(self.num_classes, "logits")(layer_norm(1e-6, "norm")(maps[0])), None
+        return logits_layer(self.num_classes, "logits")(LayerNorm(1e-6, name="norm")(maps[0])), None
 
 
 class UPerNet(nn.Module):
@@ -177,9 +177,7 @@ def make_segment(
     """
     num_classes, head = options.num_classes, options.head
     choose("head", head, HEADS)
-    if num_classes < 2:
-        what = f"num_classes is {num_classes}"
-        raise ConfigError(what, "objective.num_classes", "give the number of classes, 2 or more")
+    check_minimum("objective.num_classes", num_classes, 2)
     check_minimum("objective.channels", options.channels, 1)
     check_minimum("objective.auxiliary_weight", options.auxiliary_weight, 0)
     check_readable(encoder, options.block, "patches", "objective.block")
@@ -191,9 +189,8 @@ def make_segment(
         blocks = pyramid_blocks(encoder, tuple(options.blocks))
         decoder = UPerNet(num_classes, options.channels, pyramid_factors(encoder), encoder.dtype)
 
-    def forward(params, images, *mode):
+    def forward(params, images, train=False, key=None, batch_index=None):
         """(the maps that the head reads, batch_stats)."""
-        train, key, batch_index = mode or (False, None, None)
         out, sown = encoder.apply(
             {"params": params},
             normalize(images, mean, std),

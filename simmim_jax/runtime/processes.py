@@ -22,13 +22,8 @@ from jax.experimental import multihost_utils
 from simmim_jax import errors
 from simmim_jax.errors import ConfigError, PeerError, UserError
 
-SLURM = (
-    "SLURM_JOB_ID",
-    "SLURM_STEP_NODELIST",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-)  # variables that `srun` sets
+# Variables that `srun` sets.
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def join(
@@ -60,8 +55,8 @@ def join(
         options = {"coordinator_address": address, "num_processes": count, "process_id": own}
         options["cluster_detection_method"] = "deactivate"
     elif len(missing) < 3:
-        raise ConfigError(f"{' and '.join(missing)} not given", "command line", "give all of --coordinator, "
-                          "--processes and --process, or none of them")  # fmt: skip
+        fix = "give all of --coordinator, --processes and --process, or none of them"
+        raise ConfigError(f"{' and '.join(missing)} not given", "command line", fix)
     elif not _is_cluster():
         return
     elif _one_task_for_each_node():  # otherwise JAX uses only one of its GPUs
@@ -114,12 +109,12 @@ def log0(line: str) -> None:
 
 
 def process_max(number: int) -> int:
-    """The process_max of the numbers that the processes give; all must call this, and wait for each other."""
+    """The largest `number` of all processes. All must call this, and wait for each other."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def process_min(number: int) -> int:
-    """The process_min of the numbers that the processes give; all must call this, and wait for each other."""
+    """The smallest `number` of all processes. All must call this, and wait for each other."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(number)).min())
 
 
@@ -131,10 +126,10 @@ def on_process_0(action: Callable[[], object]):
     if is_process_0():
         try:
             value = action()
-            message = {"value": value if _is_json(value) else None}
+            message = {"value": value}
         except UserError as error:
             failed, message = error, {"error": [type(error).__name__, error.what, error.where, error.fix]}
-    words = np.frombuffer(json.dumps(message).encode(), np.uint8)
+    words = np.frombuffer(json.dumps(message, default=lambda _: None).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(words))))
     if not is_process_0():
         words = np.zeros(length, np.uint8)
@@ -148,10 +143,6 @@ def on_process_0(action: Callable[[], object]):
         name, *what = message["error"]
         raise getattr(errors, name)(*what)
     return message["value"]
-
-
-def _is_json(value) -> bool:
-    return isinstance(value, str | int | float | bool | list | dict | None)
 
 
 def check_same(text: str, what: str, where: str, fix: str) -> None:
@@ -188,10 +179,8 @@ def translate_error(error: Exception) -> Exception:
     lost = ("connection closed", "connection reset", "connection refused", "heartbeat", "coordination service")
     lost += ("broken pipe", "remote process exited", "another task died")
     if any(word in reason.lower() for word in lost):
-        return PeerError(
-            f"another process of this run was lost: {reason[:160]}", f"process {jax.process_index()}",
-            "see its own log; start all processes again with the same command",
-        )  # fmt: skip
+        fix = "see its own log; start all processes again with the same command"
+        return PeerError(f"another process of this run was lost: {reason[:160]}", f"process {jax.process_index()}", fix)
     return error
 
 

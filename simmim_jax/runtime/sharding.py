@@ -48,10 +48,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if -1 in sizes and given > 0:
         sizes[sizes.index(-1)] = count // given
     if min(sizes) < 1 or math.prod(sizes) != count:
-        raise ConfigError(
-            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} on {count} devices", "mesh",
-            f"give fsdp and tensor divisors of {count} ({', '.join(map(str, divisors(count)))}), and data -1",
-        )  # fmt: skip
+        what = f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} on {count} devices"
+        fitting = ", ".join(map(str, divisors(count)))
+        raise ConfigError(what, "mesh", f"give fsdp and tensor divisors of {count} ({fitting}), and data -1")
     types = (AxisType.Auto,) * 3
     devices = sorted(jax.devices(), key=lambda device: (getattr(device, "slice_index", 0), device.id))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -94,13 +93,8 @@ def check_tensor(state: PyTree, mesh: Mesh) -> None:
     if ways > 1 and bad:
         path, size = bad[0]
         fitting = [n for n in divisors(mesh.size) if all(size % n == 0 for size in sizes.values())]
-        raise ConfigError(
-            f"tensor={ways} does not divide the {size} of {path}", "mesh.tensor", f"give {_any_of(fitting)}"
-        )
-
-
-def _any_of(numbers: list[int]) -> str:
-    return " or ".join(map(str, numbers))
+        fix = f"give {' or '.join(map(str, fitting))}"
+        raise ConfigError(f"tensor={ways} does not divide the {size} of {path}", "mesh.tensor", fix)
 
 
 def shard_state(state: PyTree, mesh: Mesh, scanned_layers: tuple[str, ...] = ()) -> PyTree:
@@ -172,10 +166,8 @@ def batch_shard(mesh: Mesh) -> tuple[int, int]:
         rows[device.process_index].add(part.indices(num_batch_shards(mesh))[0])
     parts = sorted({tuple(sorted(rows_of)) for rows_of in rows.values()})
     if sum(map(len, parts)) != num_batch_shards(mesh):
-        raise ConfigError(
-            f"a mesh of {dict(mesh.shape)} on {jax.process_count()} processes", "mesh.tensor",
-            f"give a divisor of a process's {jax.local_device_count()} devices",
-        )  # fmt: skip
+        what = f"a mesh of {dict(mesh.shape)} on {jax.process_count()} processes"
+        raise ConfigError(what, "mesh.tensor", f"give a divisor of a process's {jax.local_device_count()} devices")
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 

@@ -14,23 +14,17 @@ from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 
-def matmul_flops(function: Callable, *arguments: PyTree) -> int:
-    """FLOPs of the matmuls and convolutions of `function`; arguments may be abstract.
-
-    A scan counts times its length, a shard_map times its devices, a cond as its most expensive branch, and a while loop
-    once. cuDNN attention counts as its two matmuls.
-    """
-    jaxpr = _open(jax.make_jaxpr(function)(*arguments))
-    return _count(jaxpr, [False] * len(jaxpr.invars))[0]
-
-
 def step_flops(loss_fn: Callable, params: PyTree, batch: PyTree, key) -> int:
     """FLOPs of the matmuls of a loss and its gradient for a global batch, as MFU counts them.
 
     Each matmul of the forward pass counts once, and once more for each operand that depends on a trained parameter
     (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Frozen parameters and images need no backward pass.
-    Rematerialized operations count once. Norms, softmax, GELU and the optimizer count nothing. loss_fn: (params, batch,
-    key, train) -> (loss, metrics); arguments may be abstract.
+    Rematerialized operations count once. Norms, softmax, GELU and the optimizer count nothing.
+
+    A scan counts times its length, a shard_map times its devices, a cond as its most expensive branch, and a while loop
+    once. cuDNN attention counts as its two matmuls.
+
+    loss_fn: (params, batch, key, train) -> (loss, metrics); arguments may be abstract.
     """
     closed = jax.make_jaxpr(lambda *x: loss_fn(*x, True)[0])(params, batch, key)
     jaxpr, _ = partial_eval.dce_jaxpr(_open(closed), [True], instantiate=True)
