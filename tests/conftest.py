@@ -33,7 +33,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
     """A function: the reference arrays of a name, as a dict."""
 

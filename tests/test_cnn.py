@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiny import random_params, relative_difference
+from tiny import fast_jit, random_params, relative_difference
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
@@ -113,7 +113,7 @@ def test_running_statistics_get_no_gradient():
 
 
 def test_resnet_branches_start_at_zero_and_kernels_with_he_initialization():
-    params = jax.jit(tiny_cnn("resnet", width=32).init)(FAST_KEY, IMAGES[:1])["params"]
+    params = fast_jit(tiny_cnn("resnet", width=32).init)(FAST_KEY, IMAGES[:1])["params"]
     for n in range(4):
         block = params[f"stage_{n}_block_0"]
         assert not block["norm3"]["scale"].any()
@@ -124,7 +124,7 @@ def test_resnet_branches_start_at_zero_and_kernels_with_he_initialization():
 
 
 def test_initial_values_of_convnext_are_those_of_the_paper():
-    params = jax.jit(tiny_cnn("convnext", widths=(32, 48, 64, 96), layer_scale=1e-6).init)(FAST_KEY, IMAGES[:1])[
+    params = fast_jit(tiny_cnn("convnext", widths=(32, 48, 64, 96), layer_scale=1e-6).init)(FAST_KEY, IMAGES[:1])[
         "params"
     ]
     for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):

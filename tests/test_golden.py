@@ -35,19 +35,19 @@ def part(arrays: dict, prefix: str) -> dict:
 
 
 def to_map(x):
-    """Channels first, as PyTorch has it."""
+    """Channels first, as in PyTorch."""
     return jnp.asarray(x).transpose(0, 3, 1, 2)
 
 
 def relative_error(ours, theirs) -> float:
-    """The largest difference, as a share of the reference's largest value."""
+    """The largest difference, relative to the reference's largest value."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 class Reference:
-    """One official run: its arrays, our encoder as `interop` reads it off the weights, parameters and gradients."""
+    """One official run: its arrays, the encoder that `interop` detects in them, parameters and gradients."""
 
     def __init__(self, name: str, arrays: dict, folder):
         self.arrays, config = arrays, json.loads(str(arrays["config"]))
@@ -69,9 +69,9 @@ class Reference:
         self.images = jnp.asarray(arrays["images"].transpose(0, 2, 3, 1))
 
 
-@pytest.fixture
-def reference(request, golden, tmp_path):
-    return Reference(request.param, golden(request.param), tmp_path)
+@pytest.fixture(scope="module")
+def reference(request, golden, tmp_path_factory):
+    return Reference(request.param, golden(request.param), tmp_path_factory.mktemp("official"))
 
 
 @pytest.mark.parametrize("reference", PRETRAINING, indirect=True)
@@ -105,7 +105,7 @@ def test_fine_tuning_equals_the_official_one(reference):
     objective = make_objective("classify", reference.encoder, **PIXELS, **options)
     loss_fn, predict = objective.loss_fn, objective.predict
     batch = {
-        "image": reference.images,  # drawn, not pixels: they go in normalized
+        "image": reference.images,  # random values, used as normalized images
         "label": jnp.asarray(arrays["labels"], jnp.int32),
         "batch_index": jnp.arange(2),
     }
@@ -123,7 +123,7 @@ def test_fine_tuning_equals_the_official_one(reference):
 
 
 @pytest.mark.parametrize("reference", PRETRAINING + FINE_TUNING, indirect=True)
-def test_every_official_parameter_is_compared_and_goes_out_as_it_came_in(reference):
+def test_every_official_parameter_is_compared_and_exported_unchanged(reference):
     theirs = part(reference.arrays, "params/")
     assert sum(x.size for x in jax.tree.leaves(reference.params)) == sum(x.size for x in theirs.values())
     exported = interop.to_theirs(reference.rules, jax.device_get(reference.params))

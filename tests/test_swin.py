@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import PIXELS
+from tiny import PIXELS, fast_jit
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
@@ -22,6 +22,9 @@ def tiny_swin(name, **options):
     return make_encoder(name, "t", **{**TINY, **options})
 
 
+LARGE = (("l", 195.2), ("h", 655.2), ("giant", 1061.0))
+
+
 def count(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
@@ -36,7 +39,8 @@ def test_swin_with_simmim_has_the_official_parameter_count(size, window, total):
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("s", 49.0), ("b", 86.9), ("l", 195.2), ("h", 655.2), ("giant", 1061.0)]
+    ("size", "millions"),
+    [("s", 49.0), ("b", 86.9), *(pytest.param(*each, marks=pytest.mark.slow) for each in LARGE)],
 )
 def test_swin_v2_has_the_official_parameter_count(size, millions):
     """Counts of the backbone in MODELHUB.md of microsoft/Swin-Transformer, to its precision."""
@@ -113,13 +117,13 @@ def test_layer_ids_are_the_official_ones(name):
 def test_swin_v2_starts_with_zero_branches_and_temperature_ten():
     images = jnp.zeros((1, 32, 32, 3))
     one = {"depths": (1,), "num_heads": (1,)}
-    params = jax.jit(tiny_swin("swinv2", **one).init)(KEY, images)["params"]
+    params = fast_jit(tiny_swin("swinv2", **one).init)(KEY, images)["params"]
     block = params["stage_0_block_0"]
     for norm in ("norm1", "norm2"):
         assert not block[norm]["scale"].any()
         assert not block[norm]["bias"].any()
     np.testing.assert_allclose(jnp.exp(block["attn"]["logit_scale"]), 10, rtol=1e-6)
-    first = jax.jit(tiny_swin("swin", **one).init)(KEY, images)["params"]["stage_0_block_0"]
+    first = fast_jit(tiny_swin("swin", **one).init)(KEY, images)["params"]["stage_0_block_0"]
     table = first["attn"]["rel_pos_bias"]["table"]
     np.testing.assert_allclose(table.std(), 0.02, rtol=0.3)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_encoder, tiny_objective
+from tiny import fast_jit, tiny_encoder, tiny_objective
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
@@ -32,7 +32,7 @@ def test_vit_b_has_the_official_parameter_count():
 
 def test_initial_kernels_are_cut_at_one_sigma_and_rescaled_by_depth():
     encoder = make_encoder("vit", "ti", width=192, depth=3, num_heads=3)
-    params = jax.jit(encoder.init)(KEY, jnp.zeros((1, 32, 32, 3)))["params"]
+    params = fast_jit(encoder.init)(KEY, jnp.zeros((1, 32, 32, 3)))["params"]
     deviation = 0.02 * 0.5395  # of a normal cut at one sigma: 0.0108
     for n in range(3):
         block = params[f"block_{n}"]
@@ -52,7 +52,7 @@ def test_initial_kernels_are_cut_at_one_sigma_and_rescaled_by_depth():
 
 
 def test_head_starts_like_a_pytorch_convolution():
-    head = jax.jit(tiny_objective().init)(KEY)["head"]
+    head = fast_jit(tiny_objective().init)(KEY)["head"]
     for values in (head["kernel"], head["bias"]):
         assert jnp.abs(values).max() <= 32**-0.5
         np.testing.assert_allclose(values.std(), 32**-0.5 / 3**0.5, rtol=0.1)

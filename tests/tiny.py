@@ -28,6 +28,11 @@ def tiny_batch(size=16, shape=(32, 32, 3), seed=0):
     }
 
 
+def fast_jit(function):
+    """`jax.jit` for a program that runs once: compile time matters, run time does not."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": "0"})
+
+
 def random_params(shapes, seed=0):
     """Parameters of these shapes in which no branch is silent: zeros at initialization would hide mistakes.
 

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
+from simmim_jax.models.blocks import Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import LayerNorm, LayerScale, Mlp, patch_convolution, truncated_normal
 
@@ -79,12 +79,6 @@ class ConvNeXt(Encoder):
 
     depths, widths: blocks and channels of each of the four stages.
     layer_scale: initial value of LayerScale; 0 disables it.
-    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
-    init_truncation: cut of the initial normals in standard deviations (official: an absolute 2, which is 100 of them).
-    remat: what the backward pass recomputes: "none"; "dots", all but each block's input, convolutions and products with
-        weights; "full", all but each block's input.
-    scan: run the blocks of each stage by `lax.scan`; their parameters are then stacks, like "stage_2_blocks".
-    dtype: dtype of convolutions and matmuls, "float32" or "bfloat16".
     """
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
@@ -99,12 +93,10 @@ class ConvNeXt(Encoder):
 
     token_stride, feature_stride = 4, 32
     fc_norm = True
-    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012
 
     def check(self) -> None:
         super().check()
         self.check_stages("depths", "widths", count=4)
-        self.check_minimum("init_truncation", "norm_epsilon", strict=True)
         self.check_minimum("layer_scale")
 
     @property

@@ -10,6 +10,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
+from simmim_jax.models.blocks import REMAT
 
 
 class Encoder(nn.Module):
@@ -18,10 +19,23 @@ class Encoder(nn.Module):
     A subclass defines `embed`, `trunk`, `layer_id`, `token_stride` and `feature_stride`, and `depths` or `depth`. It
     overrides any other attribute whose default does not fit. It may make an attribute a field by annotating it. The
     attributes below have no annotation, so that Linen does not make them fields of every encoder.
+
+    Options of most encoders:
+      drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
+      init_truncation: cut of the initial normals in standard deviations of 0.02. Official code cuts at an absolute 2,
+        which is 100 of them, except in a ViT's pretraining.
+      remat: what the backward pass recomputes:
+        "none"  nothing
+        "dots"  all but each block's input, convolutions and products with weights
+        "full"  all but each block's input: the least memory, a third more work
+      scan: run the blocks by `lax.scan`. Compile time is then the same for any depth, and parameters of equal blocks
+        are stacks, named in `scanned_layers`.
+      norm_epsilon: added to the variance in norms.
+      dtype: dtype of the matmuls and convolutions, "float32" or "bfloat16".
     """
 
     # Constants of a class.
-    CHOICES = {}  # noqa: RUF012 - field: its allowed values
+    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - field: its allowed values
     DECAYED_TOO = ()  # parameter names that get weight decay in this encoder only, as in the official code
 
     # Fields, or properties that follow from fields.
@@ -30,11 +44,12 @@ class Encoder(nn.Module):
     class_token = False  # whether `trunk` adds a token that is no patch, and sows it as `intermediates/class_tokens`
     pretrained_windows = None  # Swin V2: windows that displacements are measured in; None: the encoder has no such bias
     fc_norm = False  # whether a classifier normalizes after pooling, because `trunk` does not end in a norm
-    init_truncation = 100.0  # where the initial normals are cut, in standard deviations
-    drop_path = 0.0  # stochastic depth rate of the last block
-    remat = "none"  # what the backward pass recomputes
-    scan = False  # whether blocks run by `lax.scan`
-    dtype = "float32"  # of the matmuls and convolutions
+    norm_epsilon = 1e-6
+    init_truncation = 100.0
+    drop_path = 0.0
+    remat = "none"
+    scan = False
+    dtype = "float32"
 
     @property
     def depth(self) -> int:
@@ -61,27 +76,25 @@ class Encoder(nn.Module):
 
     def check(self) -> None:
         """Raise ConfigError for options that cannot work, before anything is compiled."""
-        options = self.options()
         for field, allowed in self.CHOICES.items():
-            if options[field] not in allowed:
-                raise ConfigError(
-                    f"unknown {field} {options[field]!r}", f"encoder.{field}", f"choose one of {', '.join(allowed)}"
-                )
+            if (value := getattr(self, field)) not in allowed:
+                fix = f"choose one of {', '.join(allowed)}"
+                raise ConfigError(f"unknown {field} {value!r}", f"encoder.{field}", fix)
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"drop_path {self.drop_path} is not in [0, 1)", "encoder.drop_path")
+        self.check_minimum("init_truncation", "norm_epsilon", strict=True)
 
     def check_minimum(self, *fields: str, minimum: int = 0, strict: bool = False) -> None:
         """Raise ConfigError unless these fields are at least `minimum`, or above it if `strict`."""
-        options = self.options()
         for field in fields:
-            check_minimum(f"encoder.{field}", options[field], minimum, strict=strict)
+            check_minimum(f"encoder.{field}", getattr(self, field), minimum, strict=strict)
 
     def check_stages(self, *fields: str, count: int = 0) -> None:
         """Raise ConfigError unless each of these fields has a whole number above 0 per stage.
 
         count: number of stages; 0: any, but the same for all fields.
         """
-        values = {field: self.options()[field] for field in fields}
+        values = {field: getattr(self, field) for field in fields}
         whole = all(isinstance(n, int) and n > 0 for numbers in values.values() for n in numbers)
         lengths = set(map(len, values.values()))
         if not whole or len(lengths) > 1 or 0 in lengths or (count and count not in lengths):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError
-from simmim_jax.models.blocks import REMAT, Drop, block_drop, drop_path, drops, remat_options
+from simmim_jax.models.blocks import Drop, block_drop, drop_path, drops, remat_options
 from simmim_jax.models.encoder import Encoder
 
 SIZES = {
@@ -123,12 +123,8 @@ class ResNet(Encoder):
     depths: blocks in each of the four stages.
     width: channels of the stem. The stages' blocks have 1, 2, 4 and 8 times as many inner channels, and 4 times those
         at their output.
-    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
     norm_epsilon, norm_momentum: as in PyTorch: momentum is the weight of the new statistics.
-    init_truncation: cut of the mask token's initial normal in standard deviations; kernels are not cut.
-    remat: what the backward pass recomputes: "none"; "dots", all but each block's input and convolutions; "full", all
-        but each block's input.
-    dtype: dtype of the convolutions, "float32" or "bfloat16".
+    init_truncation: for the mask token only; kernels are not cut.
     """
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -141,7 +137,6 @@ class ResNet(Encoder):
     dtype: str = "float32"
 
     token_stride, feature_stride = 1, 32
-    CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012
 
     def check(self) -> None:
         super().check()
@@ -149,7 +144,6 @@ class ResNet(Encoder):
         self.check_minimum("width", minimum=1)
         if not 0 < self.norm_momentum <= 1:
             raise ConfigError(f"norm_momentum {self.norm_momentum} is not in (0, 1]", "encoder.norm_momentum")
-        self.check_minimum("init_truncation", "norm_epsilon", strict=True)
 
     def layer_id(self, path: str) -> int:
         """Each block is one layer, as for a ViT."""

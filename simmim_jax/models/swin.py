@@ -142,13 +142,10 @@ class Swin(Encoder):
     absolute_position: "none" or "learned".
     patch_norm: LayerNorm after the patch embedding.
     qkv_bias: "qkv" or "none".
-    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
-    init_truncation: cut of the initial normals in standard deviations (official: an absolute 2, which is 100 of them).
-    remat: what the backward pass recomputes, as for a ViT.
-    scan: run each stage of two or more pairs of blocks by `lax.scan`, a plain and a shifted block per turn. Their
-        parameters are then two stacks, like "stage_2_blocks_0" (plain) and "stage_2_blocks_1" (shifted).
+    remat: also "attention", as for a ViT.
+    scan: each stage of two or more pairs of blocks is scanned, a plain and a shifted block per turn. Its stacks are
+        like "stage_2_blocks_0" (plain) and "stage_2_blocks_1" (shifted).
     attention: "auto" or "xla", which are equal: windows are too small and too many for cuDNN's kernel.
-    dtype: dtype of the matmuls, "float32" or "bfloat16".
     """
 
     width: int = 96
@@ -170,11 +167,11 @@ class Swin(Encoder):
     dtype: str = "float32"
 
     CHOICES = {  # noqa: RUF012
+        **Encoder.CHOICES,
         "absolute_position": ("none", "learned"),
         "qkv_bias": ("qkv", "none"),
         "remat": (*REMAT, "attention"),
         "attention": ("auto", "xla"),
-        "dtype": ("float32", "bfloat16"),
     }
     BLOCK, MERGING = Block, PatchMerging
 
@@ -184,7 +181,7 @@ class Swin(Encoder):
         self.check_stages("depths", "num_heads")
         for stage, heads in enumerate(self.num_heads):
             check_heads(self.width * 2**stage, heads, "encoder.num_heads")
-        self.check_minimum("mlp_ratio", "init_truncation", "norm_epsilon", strict=True)
+        self.check_minimum("mlp_ratio", strict=True)
 
     @property
     def fc_norm(self) -> bool:

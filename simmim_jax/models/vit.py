@@ -144,18 +144,10 @@ class ViT(Encoder):
     relative_position: "none", "shared" (one table for all blocks), or "per_block".
     qkv_bias: "qv" (official), "qkv" (timm), or "none".
     layer_scale: initial value of LayerScale; 0 disables it.
-    drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
     final_norm: LayerNorm after the last block, as in the released pretraining.
-    init_truncation: cut of the initial normals in standard deviations: 1 in SimMIM pretraining, 100 elsewhere.
-    remat: what the backward pass recomputes:
-        "none"       nothing
-        "attention"  the logits and weights of attention, which cuDNN never keeps
-        "dots"       norms, GELU and attention; keeps each block's input and the products with weights
-        "full"       everything but each block's input: the least memory, a third more work
-    scan: run the blocks by `lax.scan`. Compile time is then the same for any depth, and the blocks' parameters are one
-        stack, "blocks".
+    init_truncation: 1 in SimMIM pretraining, 100 elsewhere.
+    remat: also "attention": recompute the logits and weights of attention, which cuDNN never keeps.
     attention: "auto", "xla" or "cudnn" (see `models.attention`). cuDNN takes a relative position bias in bfloat16.
-    dtype: dtype of the matmuls, "float32" or "bfloat16".
     """
 
     width: int = 768
@@ -178,12 +170,12 @@ class ViT(Encoder):
     dtype: str = "float32"
 
     CHOICES = {  # noqa: RUF012
+        **Encoder.CHOICES,
         "absolute_position": ("none", "learned", "sincos"),
         "relative_position": ("none", "shared", "per_block"),
         "qkv_bias": ("qv", "qkv", "none"),
         "remat": (*REMAT, "attention"),
         "attention": ATTENTION,
-        "dtype": ("float32", "bfloat16"),
     }
 
     DECAYED_TOO = ("mask_token", "table")  # microsoft/SimMIM#26
@@ -194,7 +186,7 @@ class ViT(Encoder):
         check_heads(self.width, self.num_heads, "encoder.width")
         if self.absolute_position == "sincos" and self.width % 4:
             raise ConfigError(f"sincos positions with width {self.width}", "encoder.width", "give a multiple of 4")
-        self.check_minimum("mlp_ratio", "init_truncation", "norm_epsilon", strict=True)
+        self.check_minimum("mlp_ratio", strict=True)
         self.check_minimum("layer_scale")
 
     @property
