@@ -1,14 +1,13 @@
 """Operations, memory and communication of programs whose exact costs are known."""
 
 import importlib
-import importlib.util
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench import load_program
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import PIXELS, tiny_batch, tiny_encoder
 
@@ -25,11 +24,7 @@ ONE = 2 * 8**3  # operations of a matmul of two of these
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
-    spec = importlib.util.spec_from_file_location("bench_step", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("step")
 
 
 def spec(*shape, dtype=jnp.float32):

@@ -133,7 +133,8 @@ def draw_mix(
         weight = jax.nn.sigmoid(own - other)  # Beta(a, a); jax.random.beta takes twice as long to compile
         weight = jnp.where(mix_draw < mixing.mixup_prob, weight, 1.0)
         box = jnp.where(use_cutmix, _cut(center_draws, image_size, weight), 0)
-        remaining = 1.0 - _area(box) / math.prod(image_size)
+        top, left, bottom, right = box
+        remaining = 1.0 - (bottom - top) * (right - left) / math.prod(image_size)
         return jnp.where(use_cutmix, remaining, weight), box, use_cutmix
 
     if mixing.mixup_mode == "batch" and not mixing.mixup_group:
@@ -211,7 +212,3 @@ def _inside(box: Int[Array, "4"], size: tuple[int, int]) -> Bool[Array, "y x"]:
     top, left, bottom, right = box
     rows, columns = jnp.arange(size[0]), jnp.arange(size[1])
     return ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))
-
-
-def _area(box: Int[Array, "4"]) -> Int[Array, ""]:
-    return (box[2] - box[0]) * (box[3] - box[1])
