@@ -82,10 +82,12 @@ def why_not_run(command: str) -> str:
 
 
 def small(command: str) -> str:
-    """`command` with the flags that make it small. Raises LookupError for a command that is not known."""
+    """`command` with the flags that make it small, in place of its own. Raises LookupError for an unknown command."""
     for pattern, flags in SMALL:
         if re.search(pattern, command):
-            return f"{command} {flags}".strip()
+            added = {flag.split("=")[0]: flag for flag in flags.split()}
+            kept = [word for word in command.split() if word.split("=")[0] not in added]
+            return " ".join([*kept, *added.values()])
     raise LookupError(f"the pages show a command that .ci/readme.py does not know: {command}")
 
 
