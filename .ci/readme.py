@@ -52,7 +52,7 @@ SMALL = (  # regular expression of a command, flags that make it small; the firs
     (r"main .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.save_every=1"),
     (r"preview .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --seconds=0.5"),
     (r"main .*/folder_finetune.*init_from=runs/mine", f"{FEW} {STAMPS} --config.eval_batch_size=8"),
-    (r"main .*/folder_finetune", f"{FEW} {STAMPS} --config.eval_batch_size=8 --config.encoder.window=4"),
+    (r"main .*/folder_finetune", f"{FEW} {STAMPS} --config.eval_batch_size=8 --config.encoder.window=2"),
     (r"main .*/folder_segment", f"{FEW} {STAMPS}"),
     (r"main .*/cifar10_vit_tiny", f"{FEW} {SHALLOW} --config.eval_images=32 --config.probe_block=1"),
     (r"main .*/cifar10_linear", f"{FEW} {SHALLOW} --config.eval_images=32 --config.objective.block=1"),
