@@ -1,8 +1,8 @@
-"""A config becomes one value: `make_experiment(config) -> Experiment`. The only reader of a config.
+"""`make_experiment(config) -> Experiment`: all parts of a run, made from its config.
 
-Training, memory planning, previews, tools and benchmarks all start from an `Experiment`. Nothing else assembles
-encoder, objective, optimizer, batches or state, and nothing below this module has seen a config. That is why this file
-is longer than others.
+Training, memory planning, previews, tools and benchmarks all start from an `Experiment`. This is the only module that
+reads a config and assembles encoder, objective, optimizer, batches and state, which is why it is longer than others.
+Modules below it take plain arguments.
 """
 
 import json
@@ -55,8 +55,10 @@ class Keys(NamedTuple):
 class Evals(NamedTuple):
     """The evaluators of a run.
 
-    options: evaluator name -> its options. every: steps between two evaluations; 0: only at the start and the end.
-    images: held-out images, and training images for probes; 0: all. features: (params, images) -> what probes read.
+    options: evaluator name -> its options.
+    every: steps between two evaluations; 0: only at the start and the end.
+    images: number of held-out images, and of training images for probes; 0: all.
+    features: (params, images) -> pooled features, the input of probes.
     """
 
     options: dict[str, dict]
@@ -68,7 +70,7 @@ class Evals(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """How a run proceeds and what it keeps. No field changes a parameter."""
+    """Settings of checkpoints, logging and limits. The parameters do not depend on them."""
 
     save_every: int
     max_to_keep: int
@@ -82,13 +84,16 @@ class Saving(NamedTuple):
 class Experiment(NamedTuple):
     """Everything that a config determines.
 
-    record: content of config.json. changes: config fields that are not at their default.
+    record: content of config.json.
+    changes: config fields that are not at their default.
+    tx: Optax gradient transformation.
     schedule: step -> learning rate.
     is_frozen: parameter path -> whether it gets no update; None if nothing is frozen.
     is_decayed: parameter path -> whether it gets weight decay.
     steps: length of the run.
     source, heldout: training and held-out images; None if they were not opened.
-    init_from: step folder to take parameters from, or None. init_parts: which of them; (): the default.
+    init_from: folder of the checkpoint that the parameters start from; None: random parameters, or a resumed run.
+    init_parts: top-level groups of parameters to take from `init_from`; (): the default.
     state: abstract and sharded `TrainState`.
     variant: {config field: value} -> the Experiment with these values.
     """
@@ -123,8 +128,9 @@ class Experiment(NamedTuple):
 def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None = None) -> Experiment:
     """Turn a config into an `Experiment`. Allocates no device memory.
 
-    workdir: of the run; if it has checkpoints already, its own config.json says the encoder. images: size of the
-    training set; None: open the data and count them. Raises UserError for every mistake in the config or the data.
+    workdir: of the run. If it has checkpoints and `encoder.name` is empty, the encoder is read from its config.json.
+    images: size of the training set; None: open the data and count the images.
+    Raises UserError for every mistake in the config or the data.
     """
     check_config(config)
     encoder_options = resolve_encoder(config, workdir)
@@ -196,7 +202,7 @@ def make_keys(seed: int) -> Keys:
 
 
 def make_label_maps(num_classes: int, mean: Sequence[float], options: dict) -> LabelMapSpec:
-    """How label maps are read. mean: channel means, 0..1, with which images are padded. options: config.data.maps."""
+    """How label maps are read. mean: channel means, 0..1, to pad images with. options: config.data.maps."""
     return LabelMapSpec(num_classes=num_classes, fill=tuple(round(255 * value) for value in mean), **options)
 
 
@@ -220,7 +226,7 @@ def compile_train_step(experiment: Experiment) -> Callable:
 
 
 def step_flops(experiment: Experiment) -> int:
-    """Multiplications and additions in the matmuls of a step, on all devices; recomputation does not count."""
+    """FLOPs of the matmuls and convolutions of a step, on all devices, without recomputation."""
     batch = jax.eval_shape(experiment.objective.prepare, abstract_batch(experiment))
     return flops.step_flops(_loss_fn(experiment), experiment.state.params, batch, experiment.keys.step)
 
@@ -230,7 +236,7 @@ def _loss_fn(experiment: Experiment) -> Callable:
 
 
 def step_with_counts(state: TrainState, batch: dict, key: Key[Array, ""], **options) -> tuple[TrainState, dict]:
-    """`train_step`, whose metrics also have a hash of the samples, the number of bad images, and the largest signal."""
+    """`train_step` with three more metrics: a hash of the samples, the number of bad images, and the largest signal."""
     counted = {name: batch[name] for name in ("index", "replaced", "stop")}
     state, metrics = train_step(state, {k: x for k, x in batch.items() if k not in counted}, key, **options)
     return state, metrics | {
@@ -248,7 +254,7 @@ def abstract_batch(experiment: Experiment) -> dict:
 
 
 def to_device(batch: dict, signal: int, mesh: Mesh) -> dict:
-    """A batch of this process as its part of the global arrays. signal: number of a received signal, or 0.
+    """Turn this process's batch into its part of the global arrays. signal: number of a received signal, or 0.
 
     JAX has no 64-bit integers by default: the index of an image is reduced modulo 2**32.
     """
@@ -257,7 +263,7 @@ def to_device(batch: dict, signal: int, mesh: Mesh) -> dict:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raise ConfigError for numbers that cannot work and that would fail late, or silently."""
+    """Raise ConfigError for invalid numbers that would otherwise fail late or silently."""
     if len(config.image_size) != 2 or min(config.image_size) < 1:
         raise ConfigError(f"image_size {config.image_size}", "image_size", "give height,width in pixels, like 224,224")
     if not config.mean or len(config.mean) != len(config.std) or min(config.std) <= 0:
@@ -279,7 +285,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def with_settings(config: ConfigDict, settings: dict) -> ConfigDict:
-    """A copy of `config` with other values of some fields, by dotted name."""
+    """A copy of `config` with the values of `settings`, by dotted name."""
     changed = config.copy_and_resolve_references()
     for name, value in settings.items():
         group, _, field = name.rpartition(".")
@@ -288,9 +294,9 @@ def with_settings(config: ConfigDict, settings: dict) -> ConfigDict:
 
 
 def resolve_encoder(config: ConfigDict, workdir: str) -> dict:
-    """The options of `make_encoder`. Without `encoder.name`, those of the `init_from` run, with given fields changed.
+    """The options of `make_encoder`. Without `encoder.name`, those of the `init_from` run; fields of the config win.
 
-    When resuming, the encoder comes from the workdir's own config.json: the `init_from` run may have been deleted.
+    When resuming, the encoder is read from the workdir's own config.json: the `init_from` run may have been deleted.
     """
     fields = to_dict(config)["encoder"]
     given = {name: value for name, value in fields.items() if value is not None and (name, value) != ("size", "")}
@@ -361,7 +367,7 @@ def make_tx(config: ConfigDict, encoder: Encoder, steps: int, steps_per_epoch: i
 
 
 def make_batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
-    """Everything that decides which pixels are in the batch of a step."""
+    """Every setting that affects the pixels in the batch of a step."""
     fields = {name: config.data[name] for name in BatchSpec._fields if name in config.data}
     label_maps = None
     if "label_map" in objective.needs:
@@ -378,7 +384,7 @@ def make_batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
 
 
 def make_loading(config: ConfigDict) -> Loading:
-    """How batches are loaded, on this machine."""
+    """How batches are loaded on this machine."""
     loading = Loading(**{name: config.data[name] for name in Loading._fields})
     if loading.workers == -1:  # on a CPU, decoder processes would take cores from the step
         on_cpu = jax.default_backend() == "cpu"
@@ -476,8 +482,8 @@ def make_evals(config: ConfigDict, encoder: Encoder, objective: Objective, sourc
 def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, heldout: int) -> int:
     """Steps between two evaluations; 0: only at the start and the end.
 
-    For `eval_every` of -1, all evaluators together take at most `MAX_EVALUATION_FRACTION` of the run's work, where a
-    forward pass is a third of a training step, and run at most `MAX_EVALUATIONS` times.
+    For `eval_every=-1`, all evaluators together take at most `MAX_EVALUATION_FRACTION` of the run's work and run at
+    most `MAX_EVALUATIONS` times. A forward pass counts as a third of a training step.
     """
     if config.eval_every >= 0 or not evals:
         return max(config.eval_every, 0)

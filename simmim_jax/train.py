@@ -1,6 +1,6 @@
 """One run: restore, loop, save, evaluate.
 
-batches -> masks -> encoder -> objective -> step -> checkpoint -> evaluation, with one module for each.
+The order is batches -> masks -> encoder -> objective -> step -> checkpoint -> evaluation. Each has its own module.
 """
 
 import json
@@ -36,9 +36,9 @@ from simmim_jax.train_step import TrainState
 
 
 def train(experiment: Experiment, workdir: str) -> dict:
-    """Run an experiment in `workdir`, from where an earlier run of it stopped; return the content of summary.json.
+    """Run an experiment in `workdir`, or resume it from its newest checkpoint; return the content of summary.json.
 
-    Raises the `UserError`s of `errors`, and Preempted after a SIGTERM or SIGINT, with the state saved.
+    Raises the `UserError`s of `errors`. Saves the state and raises Preempted after a SIGTERM or SIGINT.
     """
     clock = Clock()
     with hold(experiment.record, workdir), StopSignal() as stop:
@@ -48,7 +48,7 @@ def train(experiment: Experiment, workdir: str) -> dict:
             return summary
         processes.on_process_0(lambda: write_versions(workdir))
         evaluators = make_evaluators(experiment, workdir, stop)
-        available = devices.device_memory(jax.local_devices()[0]) or 0  # before the state takes its part
+        available = devices.device_memory(jax.local_devices()[0]) or 0  # before the state is allocated
         saver = make_saver(experiment, workdir)
         with clock.measure("state"):
             state, bad_images = restore_or_start(experiment, saver, workdir)
@@ -63,7 +63,7 @@ def train(experiment: Experiment, workdir: str) -> dict:
         )
         with clock.measure("compile"):
             step_fn = compile_train_step(experiment)
-            # All rates at once: a rate computed in the loop would wait in the device's queue behind a whole step.
+            # Compute all rates here. In the loop, each would wait in the device's queue behind a whole step.
             rates = jax.device_get(jax.jit(jax.vmap(experiment.schedule))(np.arange(experiment.steps)))
             flops = step_flops(experiment)
         if experiment.saving.check_memory:
@@ -87,9 +87,10 @@ def train(experiment: Experiment, workdir: str) -> dict:
 
 
 class Saver(NamedTuple):
-    """Saves states. Checkpoints hold blocks one by one, also if the run scans over stacked blocks.
+    """Saves states. Checkpoints store each block separately, even if the run scans over stacked blocks.
 
-    saved: abstract state as checkpoints hold it. fingerprint: of the data.
+    saved: abstract state in the structure of a checkpoint. to_saved, from_saved: conversion of a state to this
+    structure and back. fingerprint: fingerprint of the data.
     """
 
     manager: object
@@ -104,7 +105,7 @@ class Saver(NamedTuple):
 
 
 def make_saver(experiment: Experiment, workdir: str) -> Saver:
-    """The checkpoints of a run. Raises ConfigError if processes read different data."""
+    """The `Saver` of a run. Raises ConfigError if processes read different data."""
     source, layers = experiment.source, experiment.encoder.scanned_layers
     fingerprint = data.fingerprint(source, experiment.batches)
     if experiment.heldout:
@@ -119,7 +120,10 @@ def make_saver(experiment: Experiment, workdir: str) -> Saver:
 
 
 def restore_or_start(experiment: Experiment, saver: Saver, workdir: str) -> tuple[TrainState, int]:
-    """(state, bad images of the epoch so far): restored, or new, with the parameters of `init_from` if it is given."""
+    """(state, bad images of the epoch so far): restored from a checkpoint, or new.
+
+    If `init_from` is given, a new state starts from its parameters.
+    """
     new_moments = jax.jit(experiment.tx.init, out_shardings=sharding.shardings(saver.saved.opt_state))
     restored = checkpoint.restore(saver.manager, saver.saved, new_moments)
     if restored:
@@ -145,7 +149,7 @@ def restore_or_start(experiment: Experiment, saver: Saver, workdir: str) -> tupl
 
 
 def log_start(experiment: Experiment, workdir: str, start: int) -> None:
-    """Log what runs, where, and with how many parameters."""
+    """Log the start step, data and devices, the config fields that are not at their default, and the parameters."""
     count = jax.process_count()
     log0(
         f"{'resuming at' if start else 'starting'} step {start} of {experiment.steps} in {workdir}: "
@@ -159,7 +163,7 @@ def log_start(experiment: Experiment, workdir: str, start: int) -> None:
 
 
 def needed_memory(experiment: Experiment, step_fn: Callable) -> int:
-    """Bytes that a run needs on each device; 0 if the compiler does not report it."""
+    """Bytes that a run needs on each device; 0 if the compiler does not report them."""
     needed = devices.memory(step_fn) or 0
     if experiment.encoder.scanned_layers:  # saving unstacks the blocks
         needed = max(needed, 2 * devices.state_bytes(experiment.state))
@@ -167,7 +171,7 @@ def needed_memory(experiment: Experiment, step_fn: Callable) -> int:
 
 
 class Loop(NamedTuple):
-    """What the loop of a run works with."""
+    """The objects that the training loop uses."""
 
     experiment: Experiment
     workdir: str
@@ -180,9 +184,9 @@ class Loop(NamedTuple):
 
 
 def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
-    """Train to the last step. Saves and evaluates when due, after a signal, and before most errors.
+    """Train to the last step. Save and evaluate when due. Also save after a signal, and before a DataError if possible.
 
-    What is due at a step follows from the step and the records, so a resumed run does the same.
+    Whether a save or evaluation is due depends only on the step and the records, so a resumed run does the same.
     """
     experiment, clock, recorder, mesh = run.experiment, run.clock, run.recorder, run.experiment.mesh
     every, save_every, steps = experiment.evals.every, experiment.saving.save_every, experiment.steps
@@ -192,7 +196,7 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
     peer_lost = False
     try:
         while True:
-            # Once per iteration: a later signal is seen in the next one. With several processes, what all know.
+            # Read the signal once per iteration. With several processes, use the one that the step has shared with all.
             signal = run.stop.number if jax.process_count() == 1 else recorder.signal
             must_save = step == steps or signal
             save_due = step > saved and (must_save or step % save_every == 0)
@@ -213,7 +217,7 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
             if step == steps:
                 return
             with jax.transfer_guard("disallow"):  # only explicit transfers
-                with clock.measure("data"):  # while the device works on the step before
+                with clock.measure("data"):  # while the device computes the previous step
                     batch = to_device(next(batches), run.stop.number, mesh)
                 step += 1
                 profile.before(step)
@@ -251,7 +255,7 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
 
 
 def evaluate(run: Loop, step: int, state: TrainState) -> None:
-    """Run all evaluators and record their results. After a signal, leave the evaluation to the next run."""
+    """Run all evaluators and record their results. After a signal, stop: the resumed run repeats the evaluation."""
     with run.clock.measure("evaluation"):
         row, evaluated = {}, state if state.ema is None else state.replace(params=state.ema)
         try:
