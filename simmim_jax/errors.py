@@ -2,8 +2,8 @@
 
     ERROR[kind] what - where - how to fix it
 
-`exit_with_message` prints the line to stderr without a traceback (SIMMIM_TRACEBACK=1 shows one) and exits with the code
-of the kind. This module imports nothing heavy: it is needed before JAX is imported.
+`exit_with_message` prints the line to stderr and exits with the code of the kind. SIMMIM_TRACEBACK=1 shows the traceback
+instead. This module imports no heavy packages, because it is needed before JAX is imported.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A config or command line is misspelled, contradictory, or not the one of this workdir."""
+    """A config or command line is invalid, or the config differs from that of the workdir."""
 
     kind, exit_code = "config", 2
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class DataError(UserError):
-    """Images are missing, unreadable, too few, or not those that the run started with."""
+    """Images are missing, unreadable, too few, or have changed since the run started."""
 
     kind, exit_code = "data", 3
 
@@ -72,13 +72,13 @@ class PeerError(UserError):
 
 
 class BusyError(UserError):
-    """Another process holds the workdir."""
+    """Another process uses the workdir or output folder."""
 
     kind, exit_code = "busy", 75  # EX_TEMPFAIL
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT was received. The state is saved, and the same command resumes from it."""
+    """SIGTERM or SIGINT was received. The state has been saved, and the same command resumes from it."""
 
     def __init__(self, signal_number: int, step: int):
         super().__init__(signal_number, step)
@@ -135,22 +135,22 @@ def differences(saved: dict, now: dict) -> str:
 
 @functools.lru_cache(1000)
 def warn_once(line: str) -> None:
-    """Log a warning, once per process for equal lines."""
+    """Log a warning. Each distinct line is logged once per process."""
     logging.warning("%s", " ".join(line.split()).encode(errors="backslashreplace").decode())
 
 
 def _end_processes() -> None:
-    """Run multiprocessing's exit handler. Otherwise it warns about leaked semaphores."""
+    """Run multiprocessing's exit handler. Without it, multiprocessing warns about leaked semaphores."""
     if "multiprocessing.util" in sys.modules:
         sys.modules["multiprocessing.util"]._exit_function()
 
 
 @contextlib.contextmanager
 def exit_with_message(before_end: Callable[[bool], None] | None = None) -> Iterator[None]:
-    """Context manager for the entry of a program: turn UserError and Preempted into a line and an exit code.
+    """Context manager for the entry point of a program: turn UserError and Preempted into a line and an exit code.
 
-    The process exits with 141 if nobody reads its output, as after `| head`, and with 130 after Ctrl-C before a run has
-    started. before_end: called after the line is printed, with whether a signal ends the process.
+    The process exits with 141 if its output pipe is closed, as by `| head`, and with 130 after Ctrl-C before a run has
+    started. before_end: called after the line is printed; its argument is whether a signal ends the process.
     """
     try:
         yield
@@ -162,7 +162,7 @@ def exit_with_message(before_end: Callable[[bool], None] | None = None) -> Itera
         if before_end:
             before_end(isinstance(error, Preempted))
         _end_processes()
-        # Everything is closed. Exit at once, so that the line stays the last: Orbax's threads print at shutdown.
+        # Everything is closed. Exit at once, so that this line is the last one: Orbax's threads print at shutdown.
         os._exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

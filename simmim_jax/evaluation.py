@@ -1,4 +1,4 @@
-"""What evaluators receive: `make_eval_inputs` serves a running and a finished run alike."""
+"""The inputs of evaluators, for running and finished runs: `make_eval_inputs`."""
 
 import itertools
 from collections.abc import Callable
@@ -22,15 +22,19 @@ from simmim_jax.runs.finished import Run
 from simmim_jax.runtime import processes, sharding
 from simmim_jax.runtime.processes import StopSignal
 
-SIGNAL_CHECK_PERIOD = 16  # batches of an evaluation between two agreements on signals, if there are several processes
+SIGNAL_CHECK_PERIOD = 16  # batches of an evaluation between two checks for signals, if there are several processes
 
 
 class Subject(NamedTuple):
     """What is evaluated, and how its images are read.
 
-    key: random key of the evaluation. limit: number of images, 0: all. folder: for figures; "": none.
-    train, features: training images, and (params, images) -> features, for probes. label_maps: for segmentation.
-    stop: ends an evaluation early.
+    key: random key of the evaluation.
+    heldout, train: held-out images, and training images for probes.
+    limit: number of images; 0: all.
+    folder: folder for figures; "": no figures.
+    features: (params, images) -> features, for probes.
+    label_maps: how label maps are read, for segmentation.
+    stop: signal that ends an evaluation early; None: nothing does.
     """
 
     objective: Objective
@@ -49,7 +53,7 @@ class Subject(NamedTuple):
 
 
 def make_eval_inputs(subject: Subject) -> dict:
-    """The inputs of evaluators, by the names that `evals` lists."""
+    """The inputs of evaluators, by name. The docstring of `evals` describes them."""
     shard = data.Shard(*sharding.batch_shard(subject.mesh))
     epoch = partial(data.make_epoch, crop=subject.crop, batch_size=subject.batch_size, shard=shard)
     whole_pass = partial(epoch, limit=subject.limit, loading=subject.loading, process_max=processes.process_max)
@@ -97,7 +101,7 @@ def segmentation_inputs(subject: Subject, predict: Callable, shard: data.Shard) 
 
 
 def make_evaluators(experiment: Experiment, workdir: str, stop: StopSignal) -> dict[str, Callable]:
-    """The evaluators of a run: name -> run(state). They raise Preempted at the next batch after a signal."""
+    """The evaluators of a run: name -> run(state). After a signal they raise Preempted at the next check."""
     evals = experiment.evals
     if not evals.options:
         return {}
@@ -131,9 +135,9 @@ def make_run_subject(
     loading: data.Loading,
     folder: str = "",
 ) -> Subject:
-    """A finished run on the images of `source`, with the masks of its own evaluations.
+    """The `Subject` of a finished run and the images of `source`, with the masks of the run's own evaluations.
 
-    batch_size: rounded up to a multiple of what the devices need.
+    batch_size: rounded up to a multiple of the number of devices.
     """
     mesh = sharding.make_mesh()
     num_shards = sharding.num_batch_shards(mesh)
@@ -155,7 +159,7 @@ def make_run_subject(
 
 
 def stoppable(function: Callable, stop: StopSignal) -> Callable:
-    """Wrap a function that all processes call together: raise Preempted after a signal to any of them."""
+    """Wrap a function that all processes call together. Raise Preempted if any of them has received a signal."""
     calls = itertools.count()
 
     def run(*arguments):

@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, JSON, names of files as text, and the lock on a folder."""
+"""File utilities: atomic writes, JSON, printable file names, and a lock on a folder."""
 
 import contextlib
 import fcntl
@@ -13,20 +13,20 @@ from simmim_jax.errors import BusyError, ConfigError, UserError
 
 
 def utf8_name(name: str) -> str:
-    r"""A file's name as text that UTF-8 can encode: bytes that are not UTF-8 become \xNN."""
+    r"""A file's name as text that UTF-8 can encode. Bytes that are not UTF-8 become \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def printable(name: str) -> str:
-    """A file's name on one line of a terminal: `utf8_name` with "?" for control characters."""
+    """A file's name that is safe to print: `utf8_name` with "?" for control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in utf8_name(name))
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file as a whole: after a crash `path` holds all of the new content or all of the old.
+    """Write a file atomically. After a crash, `path` has either the complete new content or the complete old content.
 
-    content: text, bytes, or a function that writes the file at the path it is given. The data is synced to the disk
-    before the rename. Raises OSError.
+    content: text, bytes, or a function that writes a file to a given path. The data is synced to disk before the rename.
+    Raises OSError.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -49,7 +49,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(
     path: Path, error: type[UserError] = ConfigError, fix: str = "remove it, or give another --workdir"
 ) -> dict:
-    """The object in a JSON file; {} if there is no file. Raises `error` if it holds no object or is unreadable."""
+    """The object in a JSON file; {} if there is no file. Raises `error` if it has no object or is unreadable."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
     except OSError as reason:
@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, name: str = "LOCK", what: str = "workdir is in use") -> Iterator[None]:
-    """Hold an exclusive lock on `folder`, which ends with the process. Raises BusyError if another process holds it.
+    """Hold an exclusive lock on `folder`. It ends with the process. Raises BusyError if another process holds it.
 
     name: the lock file in the folder. what: the first part of the error message.
     """
@@ -85,5 +85,5 @@ def lock_folder(folder: Path, name: str = "LOCK", what: str = "workdir is in use
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         lock.flush()
-        os.fsync(lock.fileno())  # other hosts must see the owner
+        os.fsync(lock.fileno())  # so that other hosts can read the owner
         yield

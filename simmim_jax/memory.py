@@ -1,6 +1,6 @@
-"""Does a training step fit into the memory of a device, and if not, with which settings would it?
+"""Check that a training step fits into device memory. If it does not, find settings that fit.
 
-Memory is what the compiler reserves for the compiled step: state, batch, activations and temporaries.
+The memory of a step is reported by the compiler. It includes state, batch, activations and temporaries.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ MAX_MICROBATCHES = 16  # largest factor on config.microbatches that is tried
 
 
 def check_memory(experiment: Experiment, needed: int, available: int) -> None:
-    """Log what a step needs of each device's memory; raise ConfigError, with settings that fit, if it is too much.
+    """Log the memory that a step needs per device. If it is too much, raise ConfigError with settings that fit.
 
     needed, available: bytes; 0 if unknown.
     """
@@ -43,9 +43,9 @@ def gib(size: int) -> str:
 
 
 def compile_to_measure(experiment: Experiment):
-    """Compile the step so that its memory is that of an accelerator.
+    """Compile the step so that its memory, measured on a CPU, is similar to that on an accelerator.
 
-    XLA:CPU drops the barriers that make rematerialization effective, except in a scan. So a model with remat is
+    XLA:CPU drops the barriers that make rematerialization effective, except in a scan. A model with remat is therefore
     compiled with scanned blocks.
     """
     encoder = experiment.encoder
@@ -58,14 +58,14 @@ def compile_to_measure(experiment: Experiment):
 def try_settings(experiment: Experiment, available: int) -> Iterator[dict]:
     """Compile a step with settings that save memory; yield {"settings", "memory_bytes", "fits"} for each.
 
-    First each alone: `encoder.remat`, `mesh.fsdp`, and `microbatches` doubled until it fits. If none fits, together.
-    available: bytes.
+    Tries each setting separately: `encoder.remat`, `mesh.fsdp`, and `microbatches` doubled until the step fits. If none
+    fits, combines them. available: bytes.
     """
 
     def attempt(settings: dict) -> dict | None:
         try:
             variant = experiment.variant(settings)
-        except UserError:  # not possible on these devices, or with this encoder
+        except UserError:  # these devices or this encoder do not support it
             return None
         needed = devices.memory(compile_to_measure(variant))
         return {"settings": settings, "memory_bytes": needed, "fits": needed <= available}
