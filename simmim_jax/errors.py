@@ -2,8 +2,8 @@
 
     ERROR[kind] what - where - how to fix it
 
-`exit_with_message` prints the line to stderr and exits with the code of the kind. SIMMIM_TRACEBACK=1 shows the traceback
-instead. This module imports no heavy packages, because it is needed before JAX is imported.
+`exit_with_message` prints the line to stderr and exits with the code of the kind. With SIMMIM_TRACEBACK=1, it lets the
+error propagate with its traceback. This module imports no heavy packages, because it is needed before JAX is imported.
 """
 
 import argparse

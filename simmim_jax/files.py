@@ -25,7 +25,7 @@ def printable(name: str) -> str:
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
     """Write a file atomically. After a crash, `path` has either the complete new content or the complete old content.
 
-    content: text, bytes, or a function that writes a file to a given path. The data is synced to disk before the rename.
+    content: text, bytes, or a function that writes a file to a given path. Syncs the data to disk before the rename.
     Raises OSError.
     """
     partial = path.with_name(f".{path.name}.partial")

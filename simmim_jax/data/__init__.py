@@ -1,7 +1,7 @@
-"""From files to batches. Nothing here imports JAX, so that worker processes start fast.
+"""The input pipeline, from files to batches. Nothing here imports JAX, so that worker processes start fast.
 
-`sources` finds the records. `decode` and `transforms` turn a record into pixels. `batches` makes the training batches
-from any step on, and `epoch` one evaluation pass.
+`sources` finds and reads the records. `decode` and `transforms` turn a record into pixels. `batches` makes training
+batches, starting at any step. `epoch` makes the batches of one evaluation pass.
 """
 
 from simmim_jax.data.batches import (

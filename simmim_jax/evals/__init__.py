@@ -1,17 +1,17 @@
-"""Evaluators: how good a model is.
+"""Evaluators: metrics of a model.
 
-The contract. `make_evaluator(name, eval_inputs, **options)` returns `run(state) -> {metric: float}`. An evaluator
-receives what it evaluates (a compiled function, the images of one pass) and knows neither config nor model. Its metrics
-are the same for any batch size and device count.
+`make_evaluator(name, eval_inputs, **options)` returns `run(state) -> {metric: float}`. An evaluator receives inputs
+such as a compiled function and the images of one pass. It depends on neither config nor model. Its metrics are the
+same for any batch size and device count.
 
-An entry of `EVALUATORS` declares the `eval_inputs` that it takes, out of these:
+An entry of `EVALUATORS` declares which of these `eval_inputs` it takes:
 
     heldout       one pass over the held-out images: an iterable of batches
     spread        (count) -> a pass over `count` held-out images, evenly spread
     predict       (params, batch) -> dict of numpy arrays: the objective's prediction for the batch, with "label",
-                  "batch_index" and "valid" (False for rows that only fill up the batch), for all processes' images
+                  "batch_index" and "valid" (False for padding rows), for the images of all processes
     features      (state) -> evals.features.Features of training and held-out images
-    folder        where figures are written: <folder>/<name>_<step>.png; "" for no figures
+    folder        folder for figures, <folder>/<name>_<step>.png; "": no figures
 
 and for segmentation:
 
@@ -19,11 +19,11 @@ and for segmentation:
     max_bad_images  the number of images in `whole` that may be unreadable; None: any
     window        (height, width) of the model's input
     window_batch  windows per batch
-    read_windows  (params, windows) -> their logits
+    read_windows  (params, windows) -> logits of the windows
     fill          the pixel value that pads a window
     classes       the names of the classes, or ()
 
-A new evaluator is one file, and one entry in `EVALUATORS`.
+To add an evaluator, write one file, and add one line to `EVALUATORS`.
 """
 
 import inspect
@@ -35,13 +35,13 @@ from simmim_jax.evals import accuracy, knn, linear, reconstruction, segmentation
 
 
 class Evaluator(NamedTuple):
-    """How an evaluator is made, what it needs, and what one evaluation costs.
+    """How an evaluator is made, its inputs, and the cost of one evaluation.
 
     make: (**eval_inputs, **options) -> run.
-    inputs: the names of the eval_inputs that it takes.
-    needs: the entries that the images must have: "label" or "label_map". One without any uses no ground truth, so that
-        it may also look at images that were trained on.
-    heldout_passes, train_passes: forward passes over the held-out and over the training images.
+    inputs: names of the eval_inputs that it takes.
+    needs: entries that the images must have: "label" or "label_map". An evaluator that needs neither uses no ground
+        truth. It may therefore also run on training images.
+    heldout_passes, train_passes: number of forward passes over the held-out images and the training images.
     """
 
     make: Callable
@@ -73,7 +73,7 @@ def make_evaluator(name: str, eval_inputs: dict, **options) -> Callable:
 
 
 def forward_passes(names: Iterable[str]) -> tuple[int, int]:
-    """Forward passes over (the held-out images, the training images) that these evaluators take together.
+    """Total forward passes of these evaluators over (the held-out images, the training images).
 
     Features are extracted once for all evaluators that read them.
     """

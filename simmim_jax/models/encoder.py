@@ -17,19 +17,19 @@ class Encoder(nn.Module):
     """An image encoder in two parts, `embed` and `trunk`; `simmim_jax.models` states the contract.
 
     A subclass defines `embed`, `trunk`, `layer_id`, `token_stride` and `feature_stride`, and `depths` or `depth`. It
-    overrides any other attribute whose default does not fit. It may make an attribute a field by annotating it. The
-    attributes below have no annotation, so that Linen does not make them fields of every encoder.
+    overrides other attributes if their defaults do not fit. To make an attribute an option, a subclass annotates it: it
+    is then a field. The attributes below have no annotation, so that Linen does not make them fields of every encoder.
 
     Options of most encoders:
       drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
-      init_truncation: cut of the initial normals in standard deviations of 0.02. Official code cuts at an absolute 2,
-        which is 100 of them, except in a ViT's pretraining.
+      init_truncation: truncation of the initial normal distributions, in standard deviations of 0.02. The official code
+        truncates at the absolute value 2, which is 100 standard deviations, except for the pretraining of a ViT.
       remat: what the backward pass recomputes:
         "none"  nothing
-        "dots"  all but each block's input, convolutions and products with weights
-        "full"  all but each block's input: the least memory, a third more work
-      scan: run the blocks by `lax.scan`. Compile time is then the same for any depth, and parameters of equal blocks
-        are stacks, named in `scanned_layers`.
+        "dots"  everything except each block's input, convolutions, and matmuls with weights
+        "full"  everything except each block's input; needs the least memory and a third more compute
+      scan: run the blocks with `lax.scan`. Compile time is then the same for any depth. The parameters of equal blocks
+        are stacked; `scanned_layers` lists the stacks.
       norm_epsilon: added to the variance in norms.
       dtype: dtype of the matmuls and convolutions, "float32" or "bfloat16".
     """
@@ -41,8 +41,8 @@ class Encoder(nn.Module):
     # Fields, or properties that follow from fields.
     depths = ()  # blocks per stage; (): one stage
     num_heads = None
-    class_token = False  # whether `trunk` adds a token that is no patch, and sows it as `intermediates/class_tokens`
-    pretrained_windows = None  # Swin V2: windows that displacements are measured in; None: the encoder has no such bias
+    class_token = False  # whether `trunk` adds a class token and sows it as `intermediates/class_tokens`
+    pretrained_windows = None  # Swin V2: windows that normalize displacements; None: no continuous position bias
     fc_norm = False  # whether a classifier normalizes after pooling, because `trunk` does not end in a norm
     norm_epsilon = 1e-6
     init_truncation = 100.0
@@ -58,12 +58,12 @@ class Encoder(nn.Module):
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The last block of each stage, counted from 1."""
+        """The number of the last block of each stage, counted from 1."""
         return tuple(itertools.accumulate(self.depths or (self.depth,)))
 
     @property
     def scanned_layers(self) -> dict[str, tuple[str, ...]]:
-        """{name of stacked parameters: names of its blocks, in order}; empty if nothing is scanned."""
+        """{name of a stack of parameters: names of its blocks, in order}; empty if nothing is scanned."""
         return {}
 
     def layer_id(self, path: str) -> int:
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("parent", "name")}
 
     def check(self) -> None:
-        """Raise ConfigError for options that cannot work, before anything is compiled."""
+        """Raise ConfigError for invalid options, before anything is compiled."""
         for field, allowed in self.CHOICES.items():
             if (value := getattr(self, field)) not in allowed:
                 fix = f"choose one of {', '.join(allowed)}"
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
             check_minimum(f"encoder.{field}", getattr(self, field), minimum, strict=strict)
 
     def check_stages(self, *fields: str, count: int = 0) -> None:
-        """Raise ConfigError unless each of these fields has a whole number above 0 per stage.
+        """Raise ConfigError unless each of these fields has a positive integer per stage.
 
         count: number of stages; 0: any, but the same for all fields.
         """

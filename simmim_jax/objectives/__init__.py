@@ -1,20 +1,20 @@
-"""Objectives: what is learned.
+"""Objectives: training losses, with the heads that they need.
 
-`make_objective(name, encoder, **options)` returns an `Objective`: four pure functions, and facts about them. Code
-outside this folder asks for these facts and never for an objective's name.
+`make_objective(name, encoder, **options)` returns an `Objective`: four pure functions and their properties. Code
+outside this folder depends on these properties, never on the name of an objective.
 
-A batch is a dict of arrays whose first axis is b, the images:
+A batch is a dict of arrays with the image axis b first:
 
     image        uint8 [b, y, x, c]
     label        int32 [b]; -1 means unlabeled
     label_map    unsigned integers [b, y, x], for images with label maps
-    batch_index  int32 [b], each image's index in the global batch
+    batch_index  int32 [b], the index of each image in the global batch
 
 `params` is a dict of float32 arrays. The encoder's own parameters are under "encoder".
 
-Randomness comes from `key`, which the training step has already folded with the step number. An objective splits it
-into named streams first. Each stream is folded with an image's `batch_index` where it is used. No draw then depends on
-how the batch is split over devices, processes and microbatches.
+Random numbers come from `key`. The training step has already folded the step number into it. An objective first splits
+it into named streams, and folds the `batch_index` of an image into a stream before it draws. No random number then
+depends on how the batch is split over devices, processes and microbatches.
 
     simmim    mask_key, drop_key = split(key)
     classify  drop_key = key; erase_key, mix_key = split(fold_in(key, 1))
@@ -33,23 +33,23 @@ from simmim_jax.objectives import classify, segment, simmim
 
 
 class Objective(NamedTuple):
-    """What an objective's maker returns, as a dict with these keys.
+    """The functions and properties of an objective. Each objective's `make_*` function returns a dict of these fields.
 
     Functions:
       init: (key) -> params.
       loss_fn: (params, batch, key, train) -> (loss, metrics). The loss is a float32 scalar to minimize. metrics is a
-        dict of float32 scalars, plus "batch_stats": new values for those parameters that training measures instead of
-        learns, as batch norm's running mean. It is empty for most encoders.
-      predict: (params, batch, key) -> dict of arrays, with the keys `outputs`. Evaluators read it.
-      prepare: (batch) -> batch. Runs on a whole training batch before it is split into microbatches. It adds to each
-        image what its loss needs from the other images.
+        dict of float32 scalars, plus "batch_stats": new values of the parameters that are measured, not learned, such
+        as batch norm's running mean. "batch_stats" is empty for most encoders.
+      predict: (params, batch, key) -> dict of arrays with the keys `outputs`, for evaluators.
+      prepare: (batch) -> batch. Runs on a whole training batch before it is split into microbatches. It adds the
+        entries that the loss of an image needs from other images, such as a Mixup partner.
 
-    Facts:
-      needs: batch entries that `loss_fn` reads, next to "batch_index": some of "image", "label", "label_map".
-      outputs: keys of what `predict` returns.
+    Properties:
+      needs: batch entries that `loss_fn` reads in addition to "batch_index": some of "image", "label", "label_map".
+      outputs: keys of the dict that `predict` returns.
       evals: names of the evaluators that fit this objective.
-      online_probes: those of `evals` that `config.online_probes` switches on for images with classes.
-      num_classes: classes of its labels or label maps; 0 for self-supervised objectives.
+      online_probes: those of `evals` that `config.online_probes` enables for images with classes.
+      num_classes: number of classes of labels or label maps; 0 for self-supervised objectives.
     """
 
     init: Callable
@@ -63,7 +63,7 @@ class Objective(NamedTuple):
     num_classes: int = 0
 
 
-OBJECTIVES = {  # name: (its maker, its options)
+OBJECTIVES = {  # name: (make function, options class)
     "classify": (classify.make_classify, classify.Options),
     "segment": (segment.make_segment, segment.Options),
     "simmim": (simmim.make_simmim, simmim.Options),
@@ -79,10 +79,10 @@ def make_objective(
     std: tuple[float, ...],
     **options,
 ) -> Objective:
-    """The objective `name` over `encoder`, for images of `image_size` (height, width) in pixels.
+    """The objective `name` of `encoder`, for images of `image_size` (height, width) in pixels.
 
     mean, std: per channel, on the scale 0..1. options: fields of the objective's `Options`.
-    Raises ConfigError for an unknown name or option, or for options that cannot work.
+    Raises ConfigError for an unknown name or option, or for invalid values.
     """
     make, options_class = choose("objective", name, OBJECTIVES)
     check_options(f"{name} objective", options_class, options)

@@ -1,4 +1,4 @@
-"""Sources: random access to the records of a data set. One file per kind of source."""
+"""Data sources: random access to the records of a data set. One file per kind of source."""
 
 import contextlib
 import glob
@@ -29,8 +29,8 @@ PATHS = "a folder of images, of shards or of a prepared data set, or a .txt list
 class Source(Protocol):
     """The records of one split of a data set, in a fixed order.
 
-    A source can be pickled into worker processes. Open files stay behind: each process opens its own. An index of many
-    records is mapped from a file, so that ten million records need no more memory per process than ten thousand.
+    A source can be pickled into worker processes. Open files are not pickled: each process opens its own. A large index
+    is memory-mapped from a file, so that ten million records need no more memory per process than ten thousand.
     """
 
     classes: tuple[str, ...]  # names of the labels 0, 1, ...; () if records have no labels, or the names are unknown
@@ -42,7 +42,7 @@ class Source(Protocol):
         """Read record i: {"image": bytes or array, "label": int, "name": str}.
 
         The image is an encoded file, or uint8 or uint16 [h, w, c] or [h, w]. The label is -1 if there is none.
-        Raises BadImage or OSError for a record that cannot be read, IndexError for one that does not exist, and
+        Raises BadImage or OSError for a record that cannot be read, IndexError for a record that does not exist, and
         DataError if the files have changed since the source was made.
         """
 
@@ -50,7 +50,7 @@ class Source(Protocol):
         """The name of record i, without reading the image if possible."""
 
     def describe(self) -> str:
-        """Path, split and number of images for messages."""
+        """Path, split and number of images, for messages."""
 
     def fingerprint(self) -> dict:
         """JSON that changes if the records or their order change, but not if they are moved to another folder."""
@@ -72,14 +72,14 @@ def make_source(
         auto: detected from `path`, or the TFDS data set `name`.
         digits: scikit-learn's 1,797 handwritten digits, without a download.
         folder: a folder of images, flat or by class.
-        list: a text file with the path of an image and optionally a label on each line.
-        tar, parquet, array_record: shards, as of WebDataset, Hugging Face and `simmim_jax.tools.prepare`.
+        list: a text file; each line has the path of an image, and optionally a label.
+        tar, parquet, array_record: shards, as written by WebDataset, Hugging Face and `simmim_jax.tools.prepare`.
         tfds: a prepared TensorFlow Datasets data set.
       path: the file or folder. It may contain {split}. For lists and shards, it may contain wildcards and {000..146}.
       name: name of a TFDS data set.
-      data_dir: directory of TFDS data sets; "" for TFDS's default. For a list, the folder that its paths start at.
-      split: "train", or an evaluation split: val, valid, validation, test. For TFDS any split or slice.
-      heldout_fraction: fraction held out of training if the data has no evaluation split. Not for TFDS.
+      data_dir: directory of TFDS data sets; "" for TFDS's default. For a list, the folder of its relative paths.
+      split: "train", or an evaluation split: val, valid, validation, test. For TFDS, any split or slice.
+      heldout_fraction: fraction of the images that is held out if the data has no evaluation split. TFDS ignores it.
 
     Raises:
       ConfigError: the source or split does not exist.
@@ -129,13 +129,13 @@ def share_images(first: Source, second: Source) -> bool:
 
 
 def _root(source: Source) -> str:
-    """The folder of a source whose fingerprint depends on names and sizes only, so equal ones may be other images."""
+    """The folder of a source whose fingerprint depends only on names and sizes: equal ones may be of other images."""
     source = source.images if isinstance(source, MappedFolder) else source
     return source.root if isinstance(source, Folder | ArrayRecords) else ""
 
 
 def _detect(path: str, split: str) -> str:
-    """The kind of source at a path, by its extension or by a look into the folder."""
+    """The kind of source at a path, detected from its extension or from the files in the folder."""
     sides = dict.fromkeys((split, *(EVALUATION if split in EVALUATION else ()), "train", *EVALUATION))
     if os.path.isdir(path):
         return _detect_folder(path, sides)
@@ -164,17 +164,17 @@ def _kind_by_extension(path: str) -> str:
 def _detect_folder(path: str, sides) -> str:
     if prepared_directory(path):
         return "tfds"
-    # the folder of the split first: the parent may hold the archives that it was extracted from
+    # Check the folder of the split first: its parent may contain the archives that it was extracted from.
     candidates = (os.path.join(path, form) for side in sides for form in cases(side))
     kind = next(filter(None, map(_peek_kind, (*candidates, path, os.path.join(path, "data")))), "folder")
     if kind == "folder":
-        check_finished(path)  # an unfinished prepare may have no shard yet
+        check_finished(path)  # an unfinished `prepare` may not have written a shard yet
         _warn_of_lists(path)
     return kind
 
 
 def _warn_of_lists(path: str) -> None:
-    """Warn if a folder of images also has lists of splits, which may be what the user meant."""
+    """Warn if a folder of images also contains lists of splits: the user may have meant these."""
     word = re.compile(rf"(?<![a-z0-9])({'|'.join(('train', *EVALUATION))})(?![a-z0-9])", re.IGNORECASE)
     names = sorted(entry.name for entry in peek(path) if entry.name.lower().endswith(LISTS))
     lists = [name for name in names if word.search(name)]
@@ -184,7 +184,7 @@ def _warn_of_lists(path: str) -> None:
 
 
 def _peek_kind(folder: str) -> str:
-    """The kind of the files in a folder; "" if it has neither shards, nor images, nor folders of images."""
+    """The kind of the files in a folder; "" if it contains no shards, images or folders of images."""
     entries = peek(folder)
     found = dict.fromkeys((ARRAY_RECORDS, PARQUETS, (*TARS, *COMPRESSED)), False)
     for entry in entries:
@@ -200,6 +200,6 @@ def _peek_kind(folder: str) -> str:
     nested += [next((each.path for each in peek(place) if is_folder(each)), place) for place in nested]
     if any(entry.name.lower().endswith(EXTENSIONS) for place in nested for entry in peek(place)):
         return "folder"
-    with contextlib.suppress(DataError):  # other programs write files of this name too
+    with contextlib.suppress(DataError):  # another program may have written a file of this name
         return "array_record" if read_manifest(folder) else ""
     return ""
