@@ -1,9 +1,9 @@
-"""Checkpoints: saved by Orbax asynchronously and atomically, verified when restored.
+"""Checkpoints: Orbax saves them asynchronously and atomically. They are verified when restored.
 
 Layout: `workdir/checkpoints/<step>/{params, opt_state, ema, meta}`; `ema` only if the run keeps one. `meta` is JSON: a
-checksum for each array (Orbax has none, so a flipped bit would restore silently) and the run's own entries. Blocks are
-saved one by one, also if the run scans over stacked blocks. With several processes, all of them call every function
-that takes a manager, at the same step.
+checksum for each array and the run's own entries. Orbax has no checksums, so it would restore a flipped bit silently.
+Each block is saved separately, even if the run scans over stacked blocks. With several processes, all of them must call
+every function that takes a manager, at the same step.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ FREE_SPACE = "earlier checkpoints are kept; free some space or repair the folder
 
 
 def make_manager(workdir: str, *, max_to_keep: int = 2, keep_period: int = 0) -> ocp.CheckpointManager:
-    """Orbax's manager of a workdir. It keeps the newest `max_to_keep`, and each `keep_period`-th step (0: none)."""
+    """The Orbax manager of a workdir. It keeps the newest `max_to_keep`, and each `keep_period`-th step (0: none)."""
     logging.get_absl_handler().addFilter(_is_not_from_orbax)
     policies = [preservation_policy.LatestN(max(max_to_keep, 1))]
     if keep_period:
@@ -53,14 +53,15 @@ def make_manager(workdir: str, *, max_to_keep: int = 2, keep_period: int = 0) ->
 
 
 def _is_not_from_orbax(record) -> bool:
-    """A log filter that drops the tracebacks of Orbax's saving threads: `save` and `finish` raise the error."""
+    """A log filter that drops the tracebacks of Orbax's saving threads. `save` and `finish` raise these errors."""
     return not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 def checksum(x: Array) -> UInt32[Array, ""]:
     """A 32-bit checksum that any single flipped bit changes, independent of how `x` is sharded.
 
-    The bits of each element are multiplied by a different odd number and summed modulo 2**32, in any order.
+    The bits of each element are multiplied by a different odd number and summed modulo 2**32. The order of the sum does
+    not matter.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
@@ -84,7 +85,7 @@ def checksums(tree: PyTree) -> dict[str, int]:
 def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
     """Start to save `state` and `meta`. Returns as soon as the arrays may be donated, before they are written.
 
-    Raises CheckpointError if this save or the one before cannot be written.
+    Raises CheckpointError if this save or the previous one cannot be written.
     """
 
     def check_room() -> None:
@@ -141,11 +142,12 @@ def restore(
 ) -> tuple[TrainState, dict] | None:
     """(state, meta) of the newest undamaged checkpoint, sharded as `abstract`; None if there are no checkpoints.
 
-    A damaged checkpoint is reported, moved to `workdir/damaged/`, and the one before it is tried. Several processes do
-    so only for arrays that were read but do not match their checksums, since other damage may not be visible to all.
-    new_moments: makes the optimizer state from the parameters for a checkpoint without one (see `write_params`); None:
-    such a checkpoint is refused. A missing EMA starts at the parameters. Raises CheckpointError if no checkpoint is
-    undamaged, or the newest belongs to another model.
+    A damaged checkpoint is reported and moved to `workdir/damaged/`, and the previous one is tried. With several
+    processes, this applies only to arrays that do not match their checksums: not all processes may see other damage.
+
+    new_moments: makes the optimizer state from the parameters, for a checkpoint without one (see `write_params`); None:
+    refuse such a checkpoint. A missing EMA starts at the parameters. Raises CheckpointError if all checkpoints are
+    damaged, or the newest belongs to another model.
     """
     steps = processes.on_process_0(lambda: sorted(manager.all_steps(), reverse=True))
     for step in steps:
@@ -204,8 +206,8 @@ class _Damaged(ValueError):
 def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -> Path:
     """Create a workdir with `params` but no optimizer state, as if trained for `step` steps; return the step's folder.
 
-    config: the content of its config.json. `init_from` accepts such a workdir, and a run in it continues from it.
-    Raises CheckpointError if it cannot be written, or has checkpoints already.
+    config: the content of its config.json. The workdir can be used as `init_from`, and a run can continue in it.
+    Raises CheckpointError if it cannot be written, or already has checkpoints.
     """
     if has_steps(workdir):
         raise CheckpointError("the folder has checkpoints already", workdir, "give another folder")
@@ -226,9 +228,9 @@ def write_params(workdir: str, params: PyTree, config: dict, *, step: int = 0) -
 def read_params(init_from: str) -> tuple[dict, dict]:
     """(parameters as nested dicts of numpy arrays, config.json) of a run, trained on any devices.
 
-    Returns the EMA of the parameters if the run keeps one: its evaluations use it. init_from: a workdir, its
-    `checkpoints` folder, or the folder of a step. The config is {} if there is none. Raises CheckpointError if there is
-    no checkpoint, or it is damaged.
+    If the run keeps an EMA of the parameters, returns the EMA, as evaluations do. init_from: a workdir, its
+    `checkpoints` folder, or the folder of a step. The config is {} if the file does not exist. Raises CheckpointError
+    if there is no checkpoint, or it is damaged.
     """
     folder = find_step(init_from)
     hint = "give another step's folder"
@@ -283,7 +285,7 @@ def _read_meta(folder: Path) -> dict:
 
 
 def read_fingerprints(folder: Path) -> dict:
-    """The data fingerprints in the checkpoint of a step's folder; {} for an import."""
+    """The data fingerprints in the checkpoint of a step's folder; {} for imported weights."""
     return read_json(_meta_path(folder), CheckpointError, "give another step's folder").get("data", {})
 
 
@@ -292,7 +294,7 @@ def _damaged(items: PyTree, expected: dict[str, int]) -> list[str]:
 
 
 def _refuse_other_model(saved: PyTree, wanted: dict[str, PyTree], folder: Path) -> None:
-    """Raise CheckpointError unless paths, shapes and types of the saved arrays are the wanted ones."""
+    """Raise CheckpointError unless the saved arrays have the paths, shapes and dtypes of `wanted`."""
 
     def shapes(tree: PyTree) -> dict[str, str]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
@@ -322,10 +324,10 @@ def _move_aside(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress hundreds of lines about a damaged file: the error says it once.
+    """Suppress hundreds of log lines about a damaged file. The error reports it once.
 
-    They come from Orbax's log, and from TensorStore's threads, which write to the file descriptor for a moment after
-    the first failure.
+    The lines come from Orbax's log and from TensorStore's threads. These threads still write to the file descriptor for
+    a moment after the first failure.
     """
     level, stderr, nowhere = logging.get_verbosity(), os.dup(2), os.open(os.devnull, os.O_WRONLY)
     logging.set_verbosity(logging.FATAL)

@@ -1,4 +1,4 @@
-"""A finished run, or a step of one, loaded for use: weights, encoder, and the config that it was trained with."""
+"""Load a finished run, or one of its checkpoints: weights, encoder, and the config that it was trained with."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +13,18 @@ from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.runs import checkpoint, pretrained
 from simmim_jax.runtime import sharding
 
-# Of an import, as official `build_transform` has it: the part of a side that the crop keeps, and the pixels up to which
-# it keeps all.
+# Defaults for imported models, as in the official `build_transform`: the fraction of a side that the center crop keeps,
+# and the image size in pixels up to which it keeps everything.
 CROP_FRACTION, SMALL = 0.875, 32
 
 
 class Run(NamedTuple):
     """A run's weights and config.
 
-    params: nested dicts of numpy arrays: "encoder" and the heads of its objective, block by block. config: config.json.
-    folder: of the step in the run's workdir. image_size: (height, width) in pixels that the weights are fitted to.
+    params: nested dicts of numpy arrays, for "encoder" and the heads of the objective; blocks are not stacked.
+    config: content of config.json.
+    folder: folder of the step in the run's workdir.
+    image_size: (height, width) in pixels that the position embeddings fit.
     """
 
     params: dict
@@ -36,7 +38,7 @@ class Run(NamedTuple):
 
     @property
     def normalization(self) -> dict[str, tuple[float, ...]]:
-        """mean and std, a number per channel, on the scale 0..1."""
+        """The mean and std of each channel, on the scale 0..1."""
         return {name: tuple(self.config[name]) for name in ("mean", "std")}
 
     @property
@@ -55,7 +57,7 @@ class Run(NamedTuple):
 
     @property
     def crop_fraction(self) -> int | float:
-        """The part of a resized image's side that its center crop keeps: the run's, or the usual one for an import."""
+        """The fraction of a resized image's side that the center crop keeps. Imported models have a default."""
         own = self.config.get("data", {})
         return own.get("crop_fraction", 1.0 if own or max(self.image_size) <= SMALL else CROP_FRACTION)
 
@@ -69,7 +71,7 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-    """What an evaluator reads of a training state."""
+    """The fields of a training state that evaluators read."""
 
     step: int
     params: dict
@@ -78,9 +80,9 @@ class State(NamedTuple):
 def load_run(path: str, image_size: tuple[int, int] | None = None) -> Run:
     """Load the newest checkpoint of a workdir, or the step whose folder `path` is.
 
-    If the run keeps an average of its parameters, the average is loaded. image_size: the size to use the run at, by
-    default its own: position embeddings are resized, and Swin V2 measures displacements as it did in the run.
-    Raises CheckpointError if the folder holds no encoder or no config.json.
+    If the run keeps an EMA of its parameters, the EMA is loaded. image_size: (height, width) in pixels to use the model
+    at; None: the run's own. For another size, position embeddings are resized, and Swin V2 keeps the scale of its
+    displacements. Raises CheckpointError if the folder has no encoder or no config.json.
     """
     folder = checkpoint.find_step(path)  # once: a run in progress saves newer steps, and removes this one
     params, config = checkpoint.read_params(str(folder))
@@ -104,7 +106,7 @@ def load_run(path: str, image_size: tuple[int, int] | None = None) -> Run:
 
 
 def make_run_objective(run: Run) -> Objective:
-    """The objective that a run was trained for. Raises CheckpointError for an imported encoder, which has none."""
+    """The objective that a run was trained for. Raises CheckpointError for an imported encoder without a head."""
     if run.objective_name == "none":
         raise CheckpointError("an encoder without a head", str(run.folder), "give a run that was fine-tuned or probed")
     options = run.config["objective"]
@@ -117,5 +119,5 @@ def make_state(run: Run, mesh: jax.sharding.Mesh) -> State:
 
 
 def format_size(size: tuple[int, int]) -> str:
-    """One number for a square, as timm writes it, else two."""
+    """A size as text: "224" for a square, as in timm, otherwise "224x192"."""
     return "x".join(map(str, dict.fromkeys(size)))

@@ -1,6 +1,6 @@
-"""Who owns a workdir: its lock, config.json, versions.json.
+"""Ownership of a workdir: its lock, config.json and versions.json.
 
-One process group at a time holds a workdir, and only the run that began in it may continue.
+Only one run at a time may use a workdir. Only a run with the saved config may resume in it.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ def hold(config: dict, workdir: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock_folder(folder))
             saved = read_json(folder / "config.json")
-            if saved.get("objective", {}).get("name") == "none":  # an import without a head
+            if saved.get("objective", {}).get("name") == "none":  # imported weights without a head
                 fix = f"give it as --config.init_from={workdir}, and another --workdir"
                 raise ConfigError("this workdir holds only an encoder, no run to continue", workdir, fix)
-            if saved and checkpoint.has_steps(workdir):  # without a checkpoint there is nothing to continue
+            if saved and checkpoint.has_steps(workdir):  # without a checkpoint there is nothing to resume
                 refuse_change(saved, config, workdir)
-            origin = {"imported": saved["imported"]} if "imported" in saved else {}  # an import stays known as such
+            origin = {"imported": saved["imported"]} if "imported" in saved else {}  # keep where the weights came from
             write_json(folder / "config.json", {**config, **origin})
         except OSError as error:
             raise ConfigError(
@@ -63,7 +63,7 @@ def hold(config: dict, workdir: str) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that decides the numbers of a run."""
+    """The versions of Python and of the packages that affect the results of a run."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
     packages += ("cykooz-resizer",)
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
