@@ -1,4 +1,4 @@
-"""Start from another run: take its parameters into a model with other windows, image size or position tables."""
+"""Start from the parameters of another run: convert them to other windows, image sizes or position tables."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from simmim_jax.runs import checkpoint
 from simmim_jax.runs.resize import resize_bias_table, resize_positions, square
 from simmim_jax.runtime.processes import log0
 
-EXECUTION = ("remat", "scan", "attention")  # encoder fields that change how it runs, not what it computes
+EXECUTION = ("remat", "scan", "attention")  # encoder fields that change how it runs, but not its outputs
 FREE = ("size", "dtype", *EXECUTION, "drop_path", "init_truncation", "norm_momentum")  # fields that may differ
 CONVERTED = ("window", "pretrained_windows", "relative_position", "final_norm")  # fields that `fit` converts
 HEAD_INPUTS = {"pool": "patches", "block": 0, "head": "", "blocks": ()}  # objective options that a head depends on
@@ -36,7 +36,7 @@ def refuse_other_encoder(saved: dict, now: dict, where: str) -> None:
 
     def fields(config):
         values = {f"encoder.{name}": value for name, value in config.get("encoder", {}).items()}
-        if "encoder.layer_scale" in values:  # the initial value does not matter, only whether it has one
+        if "encoder.layer_scale" in values:  # the initial value may differ, but both or neither must have LayerScale
             values["encoder.layer_scale"] = bool(values["encoder.layer_scale"])
         return values | {name: config[name] for name in ("mean", "std") if name in config}
 
@@ -64,12 +64,14 @@ def refuse_other_windows(there: tuple[int, ...], here: tuple[int, ...], where: s
 def fit(
     saved: dict, abstract: dict, where: str, grids: tuple[tuple[int, int], tuple[int, int]] | None = None
 ) -> tuple[dict, list[tuple[str, str]]]:
-    """(`saved` with the paths and shapes of `abstract`, [(path, change)]). Both are nested dicts of numpy arrays.
+    """Convert `saved` to the paths and shapes of `abstract`; return (parameters, [(path, change)]).
 
-    Position tables are resized. A shared table is copied to the blocks that have their own. A final norm that is not in
-    `abstract` is dropped. Raises CheckpointError, with examples from both sides, if anything else differs.
+    `saved` is a nested dict of numpy arrays. Position tables are resized. A shared table is copied to blocks that have
+    their own tables. A final norm that is not in `abstract` is dropped. Raises CheckpointError, with examples from both
+    sides, if anything else differs.
 
-    grids: token grids of whole images there and here, for tables of the whole image; None: these tables are square.
+    grids: token grids of whole images in the saved and the new model, for position tables of the whole image; None:
+    these tables are square.
     """
     have, want = (flatten_dict(tree, sep="/") for tree in (saved, abstract))
     has_class_token = any(name.endswith("cls_token") for name in want)
@@ -111,7 +113,7 @@ def fit(
 
 
 def resize_table(name: str, value: np.ndarray, rows: int, has_class_token: bool, grids: tuple | None) -> np.ndarray:
-    """A position table with `rows` rows. grids: as in `fit`; tables in an "attn" are those of a square window."""
+    """Resize a position table to `rows` rows. grids: as in `fit`; a table with "attn" in its path is of a window."""
     counts = (len(value), rows)
     if name.endswith("pos_embed"):
         extra = 1 if has_class_token else 0
@@ -129,12 +131,12 @@ def dtype_and_shape(x) -> str:
 
 
 def config_of(step_folder: Path) -> dict:
-    """The config.json of the run that a step's folder belongs to; {} if it has none."""
+    """The config.json of the run that a step's folder belongs to; {} if there is none."""
     return read_json(step_folder.parent.parent / "config.json")
 
 
 def check_init_from(step_folder: Path, now: dict) -> None:
-    """Raise CheckpointError if the encoder of `init_from` cannot be fitted to the one of the config.json `now`."""
+    """Raise CheckpointError if `fit` cannot convert the encoder of `init_from` to that of the config.json `now`."""
     saved = config_of(step_folder)
     refuse_other_encoder(saved, now, str(step_folder))
     if "pretrained_windows" in saved.get("encoder", {}) and saved.get("image_size"):
@@ -142,16 +144,16 @@ def check_init_from(step_folder: Path, now: dict) -> None:
 
 
 def measuring_windows(config: dict) -> tuple[int, ...]:
-    """The window sides in which the stages of a Swin V2 measure displacements. config: a config.json."""
+    """The window sides that scale the displacements of a Swin V2, for each stage. config: a config.json."""
     encoder = make_encoder(**architecture(config["encoder"]))
     return encoder.pretrained_windows or encoder.stage_windows(tuple(config["image_size"]))
 
 
 def take_params(step_folder: Path, now: dict, abstract: dict, init_parts: tuple[str, ...], stride: int) -> dict:
-    """Read parameters of another run, fitted to the shapes and shardings of `abstract`.
+    """Read parameters of another run, and convert them to the shapes and shardings of `abstract`.
 
     now: config.json of the new run. init_parts: top-level parts to take; (): all parts if both runs have the same
-    objective, else the encoder. A head that read other features or knew other classes is left out by default.
+    objective, otherwise the encoder. By default, a head for other features or other classes is not taken.
     stride: pixels per token. Raises ConfigError and CheckpointError.
     """
     saved, saved_config = checkpoint.read_params(str(step_folder))
@@ -183,7 +185,7 @@ def take_params(step_folder: Path, now: dict, abstract: dict, init_parts: tuple[
 
 
 def other_head(saved: dict, now: dict) -> str:
-    """Why the head of a run with the same objective does not fit this one; "" if it does. Both: of config.json."""
+    """The reason why the head of a run with the same objective does not fit; "" if it fits. Both are config.json."""
     for name, default in HEAD_INPUTS.items():
         sides = [json.dumps(config["objective"].get(name, default)) for config in (saved, now)]
         if sides[0] != sides[1]:

@@ -1,7 +1,8 @@
-"""What a run records: metrics.jsonl, evaluations.jsonl, TensorBoard, console lines, traces, time spent, summary.json.
+"""The records of a run: metrics.jsonl, evaluations.jsonl, TensorBoard, console lines, traces, time, summary.json.
 
-The two .jsonl files hold only what the seed and the config determine, one row per step, so that the files of a resumed
-run equal those of an unbroken one. Machine-dependent numbers (images/s, waiting) go to TensorBoard and the console.
+The two .jsonl files contain only values that the seed and the config determine, at most one row per step. The files of
+a resumed run therefore equal those of an unbroken run. Machine-dependent numbers (images/s, data wait) go to
+TensorBoard and the console.
 """
 
 import contextlib
@@ -24,14 +25,14 @@ from simmim_jax.files import write_atomically, write_json
 from simmim_jax.runtime import processes
 from simmim_jax.runtime.processes import log0
 
-MAX_DATA_WAIT = 0.2  # share of the time spent waiting for data, above which the run suggests what to change
+MAX_DATA_WAIT = 0.2  # fraction of the time spent waiting for data, above which the run suggests a fix
 HIDDEN_ZEROS = ("skipped", "bad_images")  # metrics that a console line shows only if they are not 0
 
 
 class Records:
-    """The record files of a run, truncated to `step`: later rows will be computed again.
+    """The record files of a run, without rows after `step`: the run computes these again.
 
-    Only process 0 writes; `evaluations`, the rows by step, is known to all processes.
+    Only process 0 writes. All processes have `evaluations`, the rows of evaluations.jsonl by step.
     """
 
     def __init__(self, workdir: str, step: int):
@@ -49,13 +50,13 @@ class Records:
         self.evaluations = {row["step"]: row for row in rows}
 
     def write_metrics(self, step: int, row: dict[str, float | str], machine: dict[str, float]) -> None:
-        """Write one row of metrics.jsonl; the machine-dependent numbers go to TensorBoard only."""
+        """Write one row of metrics.jsonl. Write the machine-dependent numbers to TensorBoard only."""
         self._write("metrics", {"step": step, **row})
         numbers = {name: value for name, value in (row | machine).items() if not isinstance(value, str)}
         self._write_scalars(step, {f"train/{name}": value for name, value in numbers.items()})
 
     def write_evaluation(self, step: int, row: dict[str, float]) -> None:
-        """Write one row of evaluations.jsonl, and the figures of this step to TensorBoard."""
+        """Write one row of evaluations.jsonl. Add it and the figures of this step to TensorBoard."""
         self.evaluations[step] = {"step": step, **row}
         self._write("evaluations", self.evaluations[step])
         self._write_scalars(step, {f"evaluation/{name}": value for name, value in row.items()})
@@ -80,7 +81,7 @@ class Records:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, without a last line that a kill cut off; [] if the file does not exist."""
+    """The rows of a .jsonl file, without a last line that a kill truncated; [] if the file does not exist."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -91,13 +92,13 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_figures(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """The figures that evaluators drew at this step: name -> uint8 [y, x, 3]."""
+    """The figures that evaluators wrote at this step: name -> uint8 [y, x, 3]."""
     paths = (folder / "figures").glob(f"*_{step}.png")
     return {path.stem.rsplit("_", 1)[0]: np.asarray(Image.open(path).convert("RGB")) for path in paths}
 
 
 class Clock:
-    """Seconds spent, by name."""
+    """A timer that sums the seconds spent under each name."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -122,7 +123,7 @@ class Clock:
 
 
 class RunLength(NamedTuple):
-    """steps: of the run. batch_size: global. seconds_at_peak: of a step whose matmuls run at the devices' peak."""
+    """steps: of the run. batch_size: global. seconds_at_peak: time of a step if its matmuls ran at peak FLOP/s."""
 
     steps: int
     steps_per_epoch: int
@@ -144,7 +145,7 @@ class Progress:
         return self._marks[-1]
 
     def machine(self, step: int) -> dict[str, float]:
-        """images/s, model FLOP/s utilization, and the share of time spent waiting for data, without evaluation."""
+        """images/s, MFU, and the fraction of time spent waiting for data; evaluations do not count."""
         first = self._marks[0]
         done, busy, waited = (now - then for now, then in zip(self._mark(step), first, strict=True))
         busy = max(busy, 1e-9)
@@ -157,7 +158,7 @@ class Progress:
     def is_starved(self) -> bool:
         """Whether more than `MAX_DATA_WAIT` of the recent time was spent waiting for data; True at most once a run."""
         (_, busy, waited), (first, busy_then, waited_then) = self._marks[-1], self._marks[0]
-        started = first > self._first_step  # before, the lines include the start of the workers
+        started = first > self._first_step  # the first lines include the start of the workers
         starved = started and not self._warned and waited - waited_then > MAX_DATA_WAIT * (busy - busy_then)
         self._warned |= starved
         return starved
@@ -174,7 +175,11 @@ class Progress:
 
 
 class Limits(NamedTuple):
-    """log_every: steps. A run stops above nonfinite_steps, in a row, or bad_images, per epoch."""
+    """When to log and when to stop.
+
+    log_every: steps between two log lines. nonfinite_steps: consecutive non-finite steps above which the run stops.
+    bad_images: bad images in an epoch above which the run stops.
+    """
 
     log_every: int
     nonfinite_steps: int
@@ -182,11 +187,13 @@ class Limits(NamedTuple):
 
 
 class Recorder:
-    """Reads the metrics of each step one step late, so that the device never waits for the host, and records them.
+    """Records the metrics of each step. Reads them one step late, so that the device never waits for the host.
 
-    signal: largest signal number that any process has received, 0 for none. skipped: steps in a row without an update.
-    bad_images: of this epoch so far, in all processes. rates: learning rate of each step. source, workers: for
-    advice if the device waits for data.
+    signal: largest signal number that any process has received; 0: none.
+    skipped: consecutive steps without an update.
+    bad_images: number of bad images in this epoch so far, in all processes.
+    rates: learning rate of each step.
+    source, workers: used for advice if the device waits for data.
     """
 
     def __init__(
@@ -199,12 +206,12 @@ class Recorder:
         self.signal, self.skipped, self.bad_images = 0, 0, 0
 
     def push(self, step: int, device_metrics: dict) -> None:
-        """Record the step before, then keep this one."""
+        """Record the previous step, then keep this one."""
         self.flush()
         self._pending = (step, device_metrics)
 
     def flush(self) -> None:
-        """Record the newest step, which waits for the device. Raises NonFiniteError and DataError."""
+        """Wait for the newest step and record it. Raises NonFiniteError and DataError."""
         if self._pending is None:
             return
         (step, device_metrics), self._pending = self._pending, None
@@ -261,10 +268,10 @@ class Profile:
 def write_summary(
     workdir: str, evaluations: dict[int, dict], clock: Clock, evaluator_clock: Clock, step: int, trained_images: int
 ) -> dict:
-    """Write summary.json; print the results next to those at step 0, and where the time went.
+    """Write summary.json. Print the results compared with those at step 0, and the time spent on each part of the run.
 
-    evaluator_clock: seconds by evaluator; what two of them share counts for the first. trained_images: by this process
-    group since it started.
+    evaluator_clock: seconds by evaluator; work that two evaluators share counts for the first. trained_images: images
+    trained on since this start of the run, over all processes.
     """
     first, last = ({k: v for k, v in evaluations.get(n, {}).items() if k != "step"} for n in (0, step))
     seconds = clock.summary()
@@ -289,7 +296,7 @@ def write_summary(
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Seconds as h:mm:ss; "unknown" if not finite."""
     if not math.isfinite(seconds):
         return "unknown"
     minutes, seconds = divmod(round(seconds), 60)

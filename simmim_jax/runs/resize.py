@@ -1,7 +1,7 @@
-"""Position tables for another window or image size.
+"""Resize position tables to another window or image size.
 
-Relative-position tables are resized as by the official `load_pretrained` (utils.py of microsoft/SimMIM and
-microsoft/Swin-Transformer), absolute positions bicubically. Swin V2's continuous bias needs no resizing.
+Relative position bias tables are resized as in the official `load_pretrained` (utils.py of microsoft/SimMIM and
+microsoft/Swin-Transformer), absolute position embeddings bicubically. Swin V2's continuous bias needs no resizing.
 Shape letters: r rows of a table (displacements, and three for a class token), h heads, n positions, d width.
 """
 
@@ -30,10 +30,10 @@ def progression(source: int, target: int) -> Float[np.ndarray, " s"]:
 def resize_bias_table(
     table: Float[np.ndarray, "r h"], source: tuple[int, int], target: tuple[int, int], extra: int = 0
 ) -> Float[np.ndarray, "rows h"]:
-    """A relative-position table for another window size, by a bicubic spline for each head.
+    """Resize a relative position bias table to another window size, with a bicubic spline for each head.
 
-    source, target: (rows, columns) of tokens in the windows. The last `extra` rows of the table are no displacements
-    and do not change. Beyond the outermost displacement of the source, its value is repeated.
+    source, target: (rows, columns) of tokens in the windows. The last `extra` rows of the table belong to the class
+    token and do not change. Beyond the outermost displacement of the source, its value is repeated.
     """
     if source == target:
         return table
@@ -56,7 +56,7 @@ def resize_bias_table(
 
 
 def cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
-    """Weights that resample `source` values to `target` values, bicubically with a = -0.75.
+    """Weights of a bicubic interpolation from `source` values to `target` values, with a = -0.75.
 
     Equals PyTorch's `interpolate(mode="bicubic", align_corners=False)`: no antialiasing, repeated borders.
     """
@@ -75,9 +75,10 @@ def cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
 def resize_positions(
     table: Float[np.ndarray, "n d"], source: tuple[int, int], target: tuple[int, int], extra: int = 0
 ) -> Float[np.ndarray, "m d"]:
-    """An absolute position embedding for another grid of patches, bicubically.
+    """Resize an absolute position embedding to another grid of patches, bicubically.
 
-    source, target: (rows, columns) of patches. The first `extra` rows of the table are no patches and do not change.
+    source, target: (rows, columns) of patches. The first `extra` rows of the table belong to the class token and do not
+    change.
     """
     if source == target:
         return table
@@ -88,7 +89,7 @@ def resize_positions(
 
 
 def square(rows: int, of: str) -> tuple[int, int]:
-    """The sides of a square with `rows` elements. Raises ValueError if there is none. of: their name."""
+    """The sides of a square with `rows` elements. Raises ValueError if there is none. of: name of the elements."""
     side = math.isqrt(rows)
     if side**2 != rows:
         raise ValueError(f"{rows} {of} are not square, and there is no config.json with their sides")
