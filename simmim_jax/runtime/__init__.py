@@ -1,1 +1,1 @@
-"""How a run uses machines: devices, processes, compilation."""
+"""Devices, processes and compilation."""

@@ -1,4 +1,4 @@
-"""Compiling a step ahead of time, and the cache of compiled programs, which makes a second start take seconds."""
+"""Ahead-of-time compilation of a step, and the persistent compilation cache. With it, a second start takes seconds."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from simmim_jax.runtime import sharding
 def enable_cache() -> Path | None:
     """Enable JAX's persistent compilation cache in the user's cache folder; return the folder, or None if impossible.
 
-    JAX_COMPILATION_CACHE_DIR or --jax_compilation_cache_dir names another folder; an empty value disables the cache.
+    JAX_COMPILATION_CACHE_DIR or --jax_compilation_cache_dir sets another folder; an empty value disables the cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
         folder = jax.config.jax_compilation_cache_dir
@@ -49,7 +49,7 @@ def compile_step(step: Callable, state: PyTree, batch: dict, key: Array, mesh: M
 
 
 def _processor() -> str:
-    """A name for this processor's instruction set, since machines with different processors may share a home."""
+    """A name for this processor's instruction set. Machines with different processors may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         instructions = next(line for line in lines if line.startswith(("flags", "Features")))

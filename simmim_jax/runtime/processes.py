@@ -1,7 +1,7 @@
-"""The processes of a run: joining, agreement, and signals.
+"""The processes of a run: initialization, communication between them, and signals.
 
-A run on one host is one process. On several hosts, every process runs the same command, and process 0 holds the workdir
-and writes shared files.
+A run on one host is usually one process. On several hosts, every process runs the same command. Process 0 locks the
+workdir and writes shared files.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from jax.experimental import multihost_utils
 from simmim_jax import errors
 from simmim_jax.errors import ConfigError, PeerError, UserError
 
-# Variables that `srun` sets.
+# Environment variables that `srun` sets.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, heartbeat: int = 100
 ) -> None:
-    """Join the other processes of this run, if any. Call it before any other use of JAX.
+    """Connect to the other processes of this run, if any. Call it before any other use of JAX.
 
-    coordinator: HOST:PORT of process 0. processes: their number. process: the index of this one. They default to
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and then to what SLURM, Open MPI or a TPU slice
-    provides. heartbeat: seconds of silence after which a process counts as lost and the others end. Raises ConfigError
-    if only some of them are given, or the other processes cannot be reached.
+    coordinator: HOST:PORT of process 0. processes: number of processes. process: index of this process. These three
+    default to JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and then to the values that SLURM, Open
+    MPI or a TPU slice provides. heartbeat: seconds of silence after which a process counts as lost and the others end.
+    Raises ConfigError if only some of the three are given, or the other processes cannot be reached.
     """
     given = {
         "--coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -61,7 +61,7 @@ def join(
         return
     elif _one_task_for_each_node():  # otherwise JAX uses only one of its GPUs
         options["local_device_ids"] = list(range(int(os.environ["SLURM_GPUS_ON_NODE"])))
-    # JAX's preemption service would handle SIGTERM. A run agrees on signals itself, in the step.
+    # JAX's preemption service would handle SIGTERM. A run shares signals between processes itself, in the step.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat)
@@ -71,7 +71,7 @@ def join(
         fix = "start all with the same command; process 0's port must be open and free; for one process: --processes=1"
         raise ConfigError(f"cannot join the other processes: {reason}", where, fix) from error
     if not os.environ.get("SIMMIM_TRACEBACK"):
-        # If another process is lost, JAX aborts this one with a message. Do not bury it under all threads' stacks.
+        # If another process is lost, JAX aborts this one with a message. Do not print all threads' stacks after it.
         faulthandler.disable()
 
 
@@ -109,17 +109,17 @@ def log0(line: str) -> None:
 
 
 def process_max(number: int) -> int:
-    """The largest `number` of all processes. All must call this, and wait for each other."""
+    """The largest `number` of all processes. All processes must call this, and wait for each other."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def process_min(number: int) -> int:
-    """The smallest `number` of all processes. All must call this, and wait for each other."""
+    """The smallest `number` of all processes. All processes must call this, and wait for each other."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.float64(number)).min())
 
 
 def on_process_0(action: Callable[[], object]):
-    """Run `action` on process 0 only; return its result, JSON data, on all processes, or raise its UserError on all."""
+    """Run `action` on process 0 only. Return its result (JSON data) or raise its UserError on all processes."""
     if jax.process_count() == 1:
         return action()
     message, value, failed = {}, None, None
@@ -146,7 +146,7 @@ def on_process_0(action: Callable[[], object]):
 
 
 def check_same(text: str, what: str, where: str, fix: str) -> None:
-    """Raise ConfigError on all processes unless all give the same text."""
+    """Raise ConfigError on all processes unless `text` is the same on all."""
     if jax.process_count() > 1:
         own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
         others = multihost_utils.process_allgather(own)
@@ -156,11 +156,10 @@ def check_same(text: str, what: str, where: str, fix: str) -> None:
 
 
 def leave(*, agreed: bool) -> None:
-    """Call this before `os._exit`.
+    """Disconnect from the other processes. Call this before `os._exit`.
 
-    agreed: whether a signal ends all processes, with their state saved. Then they wait for each other, so that none
-    counts as lost. Otherwise wait a moment, so that the other processes, which are connected to process 0, can still
-    report why they end.
+    agreed: whether all processes end because of a signal, with their state saved. They then wait for each other, so
+    that none counts as lost. Otherwise, wait two seconds, so that the other processes can still report why they end.
     """
     if not jax.distributed.is_initialized():  # does not initialize a device, which may be what failed
         return
@@ -172,7 +171,7 @@ def leave(*, agreed: bool) -> None:
 
 
 def translate_error(error: Exception) -> Exception:
-    """PeerError if `error` says that another process was lost; otherwise `error` itself."""
+    """A PeerError if the message of `error` shows that another process was lost; otherwise `error` itself."""
     if jax.process_count() == 1 or isinstance(error, UserError):
         return error
     reason = " ".join(str(error).split())
@@ -187,7 +186,7 @@ def translate_error(error: Exception) -> Exception:
 class StopSignal:
     """Context manager that catches SIGTERM and SIGINT.
 
-    number: of the first signal received, 0 for none. A second signal ends the process at once.
+    number: number of the first signal received; 0: none. A second signal ends the process at once.
     """
 
     def __init__(self):

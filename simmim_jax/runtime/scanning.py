@@ -1,8 +1,8 @@
-"""Scanned layers: parameters of equal blocks, stacked for `lax.scan` in a run, one by one in checkpoints and exports.
+"""Scanned layers: stack the parameters of equal blocks for `lax.scan`, and unstack them for checkpoints and exports.
 
-`scanned_layers` comes from the encoder: {"blocks": ("block_0", "block_1", ...)}, the name of a stack and its blocks in
-order; {} if nothing is scanned. The functions take any tree that contains such parameters, like an optimizer state, of
-arrays or of `jax.ShapeDtypeStruct`.
+`scanned_layers` is an attribute of the encoder. It maps the name of a stack to the names of its blocks, in order:
+{"blocks": ("block_0", "block_1", ...)}; {} if nothing is scanned. The functions take any tree that contains such
+parameters, like an optimizer state. Its leaves are arrays or `jax.ShapeDtypeStruct`.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ ScannedLayers = dict[str, tuple[str, ...]]
 
 
 def path_name(key_path) -> str:
-    """A parameter's path as names joined by slashes."""
+    """A parameter's path, as names joined by slashes."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
@@ -48,7 +48,7 @@ def unstack(tree: PyTree, scanned_layers: ScannedLayers) -> PyTree:
 
 
 def _where(names: set[str], change: Callable[[dict], dict], tree: PyTree) -> PyTree:
-    """Replace each dictionary in `tree` that has one of these names by `change` of it."""
+    """Replace each dict in `tree` that has one of these names as a key by `change(dict)`."""
     has = lambda x: isinstance(x, dict) and not names.isdisjoint(x)  # noqa: E731
     return jax.tree.map(lambda x: change(x) if has(x) else x, tree, is_leaf=has)
 

@@ -15,10 +15,10 @@ from simmim_jax.runtime.scanning import path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-MIN_FSDP_SIZE = 2**16  # elements; smaller arrays are not split over `fsdp`, since that costs more than it saves
+MIN_FSDP_SIZE = 2**16  # elements; smaller arrays are not split over `fsdp`, because communication costs more
 
-# The dimension of a parameter that `tensor` splits, by the end of its path: attention heads and MLP hidden units, as in
-# Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Other parameters are replicated over the axis.
+# (end of a parameter's path, dimension that `tensor` splits): attention heads and MLP hidden units, as in Megatron-LM
+# (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Other parameters are replicated over the axis.
 # Optimizer moments and the EMA have the same paths, so they are sharded like their parameters.
 TENSOR = (
     (r"attn/qkv/kernel", -2),
@@ -35,11 +35,12 @@ TENSOR = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices as a (data, fsdp, tensor) mesh. -1: the remaining devices; if two sizes are -1, the later takes them.
+    """All devices as a (data, fsdp, tensor) mesh.
 
-    Batches are split over `data` and `fsdp`. Parameters, moments and the EMA are split over `fsdp`, and those of
-    attention and MLP over `tensor`. Devices of a `tensor` group are adjacent. Raises ConfigError if the sizes do not
-    multiply to the number of devices.
+    A size of -1 stands for all remaining devices; if two sizes are -1, the first becomes 1. Batches are split over
+    `data` and `fsdp`. Parameters, moments and the EMA are split over `fsdp`, and those of attention and MLP also over
+    `tensor`. Devices of a `tensor` group are adjacent. Raises ConfigError if the product of the sizes is not the number
+    of devices.
     """
     count, sizes = jax.device_count(), [data, fsdp, tensor]
     while sizes.count(-1) > 1:
@@ -83,7 +84,7 @@ def check_batch_size(where: str, batch_size: int, num_shards: int, microbatches:
 
 
 def check_tensor(state: PyTree, mesh: Mesh) -> None:
-    """Raise ConfigError, with the valid sizes, unless `tensor` divides the dimensions that it splits."""
+    """Raise ConfigError, with the valid sizes, unless the size of `tensor` divides all dimensions that it splits."""
     ways = mesh.shape["tensor"]
     leaves = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
     sizes = {path: leaf.shape[n] for path, leaf in leaves if (n := _tensor_dimension(path)) is not None}
@@ -98,10 +99,11 @@ def check_tensor(state: PyTree, mesh: Mesh) -> None:
 
 
 def shard_state(state: PyTree, mesh: Mesh, scanned_layers: tuple[str, ...] = ()) -> PyTree:
-    """Give each leaf of an abstract state a sharding: over `tensor` by `TENSOR`, over `fsdp` along the largest
-    dimension that it divides, otherwise replicated.
+    """Give each leaf of an abstract state a sharding.
 
-    scanned_layers: names of subtrees whose leaves have a first axis of blocks, which is scanned and not split.
+    `TENSOR` lists the dimensions that are split over `tensor`. The largest other dimension that `fsdp` divides is split
+    over `fsdp`. Everything else is replicated. scanned_layers: names of subtrees whose leaves have the blocks along the
+    first axis; this axis is scanned and not split.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
 
@@ -158,8 +160,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count) of the part of each batch that this process loads.
 
-    Processes that share a `tensor` group load the same part. Raises ConfigError for a mesh on which two processes would
-    share only some of their rows.
+    Processes that share a `tensor` group load the same part. Raises ConfigError if two processes would share some, but
+    not all, of their rows on this mesh.
     """
     rows = {process: set() for process in range(jax.process_count())}
     for device, (part,) in batch_sharding(mesh).devices_indices_map((num_batch_shards(mesh),)).items():

@@ -1,1 +1,1 @@
-"""What a training step costs: operations, memory and communication. Nothing here runs a step."""
+"""The cost of a training step: FLOPs, memory and communication. Nothing here runs a step."""
