@@ -93,7 +93,7 @@ def base_config() -> ConfigDict:
     c.data.augment = ""  # RandAugment as timm writes it, like rand-m9-mstd0.5-inc1; empty: none
     c.data.color_jitter = 0.0  # strength of random brightness, contrast and saturation; 0: none
     c.data.crop_fraction = 1.0  # side of an evaluated image's center crop / its shorter side; 0.875: 224 of 256
-    c.data.workers = -1  # decoder processes; 0: decode in this process; -1: one per core on GPU or TPU, 0 on CPU
+    c.data.workers = -1  # decoder processes; 0: decode in this process; -1: one per core but one on GPU/TPU, 0 on CPU
     c.data.threads = 2  # batches that each decoder process makes at a time
     c.data.prefetch = 4  # finished batches that each decoder process keeps ready
     c.data.on_error = "replace"  # what happens to an unreadable image; replace: use another image; raise: stop the run
@@ -125,7 +125,7 @@ def base_config() -> ConfigDict:
     c.ema_decay = 0.0  # decay of an average of the parameters, like 0.9999, which is evaluated and exported; 0: none
 
     c.evals = ConfigDict()  # evaluators: their options by name
-    c.eval_every = 0  # steps between evaluations; 0: only at the start and end; -1: as often as 3 % of the work allow
+    c.eval_every = 0  # steps between evaluations; 0: only at the start and end; -1: as often as 3 % of the work allows
     c.eval_images = 2000  # held-out images of an evaluation, and training images of kNN and linear probe; 0: all
     c.eval_batch_size = c.get_ref("batch_size") // c.get_ref("microbatches")  # global batch size of evaluations
     c.online_probes = False  # add the evaluators knn and linear with their defaults if the images have classes
