@@ -47,7 +47,6 @@ from simmim_jax.runs import checkpoint
 from simmim_jax.runs.finished import load_run, make_run_objective
 from simmim_jax.runs.records import read_rows
 from simmim_jax.tools.probe.results import DECIDING, DECIDING_ALL
-from simmim_jax.tools.probe.subsets import spread
 
 ENCODERS = {"random": "random weights", "ours": "ours", "peer": "transformers"}  # name of a run -> name in tables
 COLORS = {"random": "#7d8590", "ours": "#1f6feb", "peer": "#d9730d"}
@@ -326,9 +325,9 @@ def table(report: dict) -> str:
 
 def format_mean(values: list[float], form: str, deviation: float | None = None) -> str:
     """Mean ± standard deviation; for a single value, `deviation` if there is one."""
-    found = spread(values)
-    deviation = deviation if found["std"] is None else found["std"]
-    return f"{found['mean']:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
+    if len(values) > 1:
+        deviation = float(np.std(values, ddof=1))
+    return f"{float(np.mean(values)):{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
 
 
 def format_accuracy(*rows: dict | None) -> str:

@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
+import pytest
 from PIL import Image
 
+from simmim_jax.data import make_source
+from simmim_jax.errors import DataError, NonFiniteError
 from simmim_jax.files import write_atomically
-from simmim_jax.runs.records import Clock, Progress, Records, RunLength, duration, read_rows
+from simmim_jax.runs.records import Clock, Limits, Progress, Recorder, Records, RunLength, duration, read_rows
 
 
 def test_rows_after_the_restored_step_are_dropped(tmp_path):
@@ -74,3 +78,19 @@ def test_data_wait_is_reported_once_and_not_at_the_start():
 def test_durations_are_readable():
     expected = {0.0: "0:00:00", 61.4: "0:01:01", 3600 * 30 + 5.0: "30:00:05", float("inf"): "unknown"}
     assert {seconds: duration(seconds) for seconds in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error"), [({"bad_images": 3}, DataError), ({"skipped": 1.0, "loss": float("nan")}, NonFiniteError)]
+)
+def test_run_stops_above_a_limit(tmp_path, metrics, error):
+    step = {"loss": 1.0, "grad_norm": 1.0, "skipped": 0.0, "samples": 7, "bad_images": 0, "stop": 0} | metrics
+    source, length = make_source("digits", split="train", heldout_fraction=0.0), RunLength(100, 10, 32)
+    recorder = Recorder(Clock(), Records(str(tmp_path), 0), length, Limits(1, 1, 2), np.zeros(100), source, 0)
+    if error is NonFiniteError:  # one step in a row is allowed
+        recorder.push(1, step)
+        recorder.flush()
+    recorder.push(2, step)
+    with pytest.raises(error):
+        recorder.flush()
+    recorder.records.close()

@@ -159,7 +159,7 @@ def test_encoders_without_a_pyramid_are_refused():
         segment(head="upernet", blocks=(1, 2, 3, 4))
     with pytest.raises(ConfigError, match="did you mean linear"):
         segment(head="linea")
-    with pytest.raises(ConfigError, match="objective.num_classes"):
+    with pytest.raises(ConfigError, match=r"objective\.num_classes"):
         segment(num_classes=1)
 
 

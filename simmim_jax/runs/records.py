@@ -239,7 +239,7 @@ class Recorder:
             )
         if self.bad_images > self._limits.bad_images:
             what = f"{self.bad_images} bad images in an epoch, more than {self._limits.bad_images}: see the log above"
-            raise DataError(what, self._source.describe(), data.FIX_BAD_IMAGES)
+            raise DataError(what, self._source.describe(), data.BAD_IMAGES_FIX)
 
 
 class Profile:
