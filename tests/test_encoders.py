@@ -142,9 +142,10 @@ def check_equal(name, **options):
     assert relative_difference(features_2, features) < 1e-5
     assert [x.shape for x in blocks_2] == [x.shape for x in blocks]
     assert relative_difference(blocks_2, blocks) < 1e-5
-    # the gradient of a bias before batch norm is rounding only: compare with the largest gradient of all
+    # The gradient of a bias before batch norm is only rounding (1e-8 here; the largest gradient is 0.05), and that of a
+    # logit scale sums values that cancel (1e-7 of 3e-3). They may differ by float32 rounding of the largest gradient.
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
-    floor = 0.0 if name != "resnet" else 1e-3 * largest
+    floor = 1e-2 * largest if name in ("resnet", "swinv2") else 0.0
     assert relative_difference(unstack(grads_2, other.scanned_layers), grads, floor) < 1e-4
 
 
