@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim_jax.data.decode import BadImage, Picture, decode
+from simmim_jax.data.decode import FORMATS, BadImage, Picture, decode
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -27,6 +27,7 @@ def ramp(mode: str, size=(9, 7)) -> Image.Image:
     [
         ("1", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("P", "GIF"), ("RGB", "WEBP"), ("RGBA", "PNG"), ("CMYK", "JPEG"),
         ("RGB", "BMP"), ("RGB", "TIFF"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("I;16", "PNG"),
+        *([("RGB", "AVIF")] if "AVIF" in FORMATS else []),
     ],
 )  # fmt: skip
 def test_each_mode_becomes_gray_or_rgb(mode, form, channels):

@@ -9,6 +9,7 @@ import pytest
 from source_files import everything, labels, names, write_images
 
 from simmim_jax.data import make_source
+from simmim_jax.data.decode import EXTENSIONS
 from simmim_jax.data.sources import folder as folder_module
 from simmim_jax.errors import ConfigError, DataError
 
@@ -35,6 +36,15 @@ def test_folder_that_is_not_entirely_by_class_is_unlabeled(files, tmp_path):
     source = everything("folder", write_images(tmp_path, *files))
     assert names(source) == sorted(files)
     assert (source.classes, source[0]["label"]) == ((), -1)
+
+
+def test_every_ending_of_a_supported_format_is_read(tmp_path):
+    files = [f"{n}{ending}" for n, ending in enumerate(EXTENSIONS)] + ["x.JFIF", "y.Jpe"]
+    source = everything("folder", write_images(tmp_path, *files))
+    assert names(source) == sorted(files)
+    assert {".jpe", ".jfif"} < set(EXTENSIONS)
+    (tmp_path / "all.txt").write_text("".join(f"{name} 0\n" for name in files))
+    assert names(everything("list", tmp_path / "all.txt")) == files
 
 
 def test_hidden_files_and_other_files_are_skipped(tmp_path):

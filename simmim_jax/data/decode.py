@@ -8,7 +8,9 @@ Shapes: h height, w width, c channels.
 """
 
 import contextlib
+import importlib.util
 import io
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -16,12 +18,32 @@ import numpy as np
 import simplejpeg
 from absl import logging
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
 from simmim_jax.errors import DataError
 
-# Supported formats. Pillow has about forty more parsers, which untrusted files must not reach.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+
+def _register_heif() -> bool:
+    """Make Pillow read HEIC, if pillow-heif, an optional extra, is installed."""
+    if not importlib.util.find_spec("pillow_heif"):
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+# Supported formats and the endings of their files. Pillow has about forty more parsers, which untrusted files must not
+# reach.
+ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
+}  # fmt: skip
+if features.check("avif"):
+    ENDINGS["AVIF"] = (".avif",)
+if _register_heif():
+    ENDINGS["HEIF"] = (".heic", ".heif", ".hif")
+FORMATS, EXTENSIONS = tuple(ENDINGS), tuple(itertools.chain(*ENDINGS.values()))
 MAX_PIXELS = 64_000_000
 MODES = {1: "L", 3: "RGB"}
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width

@@ -36,7 +36,7 @@ def make_parser() -> Parser:
     parser = cli.make_parser("predict", "Classes of images or of their pixels; reconstructions of images.", EXAMPLES)
     add = parser.add_argument
     add("run", type=cli.path, metavar="RUN", help="workdir of a run, or a step in it")
-    add("images", metavar="IMAGE", nargs="+", help="files: JPEG, PNG, WebP, BMP, TIFF, GIF")
+    add("images", metavar="IMAGE", nargs="+", help="files: JPEG, PNG, WebP, AVIF, BMP, TIFF, GIF")
     add("--top", type=cli.number(int, 1), default=5, metavar="N", help="number of classes per image (default: 5)")
     add("--json", action="store_true", help="print JSON")
     cli.add_image_size(parser)
@@ -88,7 +88,7 @@ def run(argv: list[str]) -> None:
             print(json.dumps(answers, indent=2))
     if len(answers) < len(options.images):
         what = f"{len(options.images) - len(answers)} of {len(options.images)} images cannot be read"
-        raise DataError(what, "they are named above", "give JPEG, PNG, WebP, BMP, TIFF or GIF files")
+        raise DataError(what, "they are named above", "give JPEG, PNG, WebP, AVIF, BMP, TIFF or GIF files")
 
 
 # Each command yields (the answer as JSON, the same as lines of text) for each image that can be read.

@@ -6,10 +6,11 @@ import os
 import re
 from typing import Protocol, runtime_checkable
 
+from simmim_jax.data.decode import EXTENSIONS
 from simmim_jax.data.prepared import read_manifest
 from simmim_jax.data.sources.array_record import ARRAY_RECORDS, ArrayRecords, check_finished, make_array_record
 from simmim_jax.data.sources.digits import make_digits
-from simmim_jax.data.sources.folder import EXTENSIONS, Folder, make_folder
+from simmim_jax.data.sources.folder import Folder, make_folder
 from simmim_jax.data.sources.label_maps import MappedFolder
 from simmim_jax.data.sources.list_file import LISTS, make_list
 from simmim_jax.data.sources.listing import is_folder, nearest_path, peek

@@ -188,7 +188,7 @@ def _inspect(path: str) -> dict:
 
 def _is_image(raw: bytes) -> bool:
     """Whether the first bytes are those of an image file that `decode` may read."""
-    return raw.startswith(SIGNATURES) or (raw[:4] == b"RIFF" and raw[8:12] == b"WEBP")
+    return raw.startswith(SIGNATURES) or (raw[:4] == b"RIFF" and raw[8:12] == b"WEBP") or raw[4:8] == b"ftyp"
 
 
 def _is_prepared(raw: bytes) -> bool:

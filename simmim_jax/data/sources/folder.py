@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from simmim_jax.data.decode import EXTENSIONS
 from simmim_jax.data.sources.files import unreadable_error
 from simmim_jax.data.sources.listing import folders, is_file, is_folder, nearest_folder
 from simmim_jax.data.sources.names import Names
@@ -24,7 +25,6 @@ from simmim_jax.data.sources.splits import (
 )
 from simmim_jax.errors import ConfigError, DataError, warn_once
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_SORTED = 200_000  # entries of a directory sorted in memory; more are sorted in runs on disk
 
 

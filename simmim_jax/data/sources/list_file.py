@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from simmim_jax.data.decode import BadImage
+from simmim_jax.data.decode import EXTENSIONS, BadImage
 from simmim_jax.data.sources.files import File, changed_error, make_opener, stat_file
 from simmim_jax.data.sources.names import Column, digest_of
 from simmim_jax.data.sources.splits import EVALUATION, MAX_CLASSES, FileSource, Selection, make_part, select
@@ -25,7 +25,7 @@ STRIDE = 64  # records between two stored offsets
 BLOCK = 2**22  # bytes read at a time
 MAX_LINE = 2**16  # bytes
 # The path ends with the last image extension: names may contain spaces, and directories may be called x.jpg.
-PATH = rb"[^\n]*\.(?:jpe?g|png|webp|bmp|tiff?|gif)"
+PATH = rb"[^\n]*(?:" + b"|".join(re.escape(extension.encode()) for extension in EXTENSIONS) + rb")"
 REST = rb"(?:(?:[ \t]*,[ \t]*|[ \t]+)([^\s,][^\n]*?)?)?[ \t\r]*$"
 LINE = re.compile(rb"^(?!#)(" + PATH + rb")" + REST, re.IGNORECASE | re.MULTILINE)
 LABEL = re.compile(rb"^(?!#)" + PATH + REST, re.IGNORECASE | re.MULTILINE)  # LINE without the path: 3 times as fast

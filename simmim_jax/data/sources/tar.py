@@ -26,9 +26,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from simmim_jax.data.decode import BadImage
+from simmim_jax.data.decode import EXTENSIONS, BadImage
 from simmim_jax.data.sources.files import File, make_opener, stat_file
-from simmim_jax.data.sources.folder import EXTENSIONS
 from simmim_jax.data.sources.names import Column, Names, digest_of
 from simmim_jax.data.sources.splits import MAX_CLASSES, FileSource, Selection, make_part, select
 from simmim_jax.errors import DataError
