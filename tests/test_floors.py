@@ -26,7 +26,16 @@ FLOORS = {
 }  # fmt: skip
 # Entry files of commands import late, so that --help and flag errors need no JAX.
 COMMANDS = ("main", "tools.plan", "tools.predict", "tools.preview")
-HEAVY = {"torch", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "pyarrow", "umap"}  # optional libraries
+HEAVY = {
+    "torch",
+    "tensorflow",
+    "tensorflow_datasets",
+    "matplotlib",
+    "pillow_heif",
+    "sklearn",
+    "pyarrow",
+    "umap",
+}  # optional libraries
 LONG = {"make_segmentation"}  # its parameters are the inputs of an evaluator, by name
 CONFIG_READERS = {"config", "flags", "experiment", "main"}
 
