@@ -10,6 +10,9 @@ simmim_pretrain__swin_large__img192_window12__800ep.yaml; the other files are in
 
 The map of the last stage has 6 x 6 tokens, so the windows of that stage do, too.
 
+The relative position bias tables decay in official pretraining, although `no_weight_decay_keywords` names them: its
+prefix "encoder." matches no parameter. --config.optim.decay_rule=intended excludes them, as official fine-tuning does.
+
 Hardware: eight or more GPUs, or a TPU slice; --config.encoder.remat=full saves memory. Time and result: not yet run.
 Official result: 85.4 % top-1 after fine-tuning at 224 pixels with windows of 14 (microsoft/SimMIM README).
 """
@@ -26,14 +29,13 @@ def get_config() -> ConfigDict:
     c.base_learning_rate = 1e-4  # yaml: BASE_LR; main_simmim.py scales all rates by batch / 512
     c.optim.schedule = "multistep"  # yaml: LR_SCHEDULER.NAME
     c.optim.milestones, c.optim.gamma = (700.0,), 0.1  # yaml: MULTISTEPS, GAMMA
-    c.optim.min_learning_rate = 0.0  # not used by this schedule
+    c.optim.min_learning_rate = scale_with_batch(c, 5e-6)  # yaml: MIN_LR, which this schedule does not use
     c.optim.warmup_epochs = 10.0  # yaml: WARMUP_EPOCHS
     c.optim.warmup_learning_rate = scale_with_batch(c, 5e-7)  # yaml: WARMUP_LR
     c.optim.lr_step_offset = 1  # main_simmim.py sets the rate after the update
     c.optim.name, c.optim.betas, c.optim.epsilon = "adamw", (0.9, 0.999), 1e-8  # config.py: OPTIMIZER
     c.optim.weight_decay = 0.05  # yaml: WEIGHT_DECAY
-    c.optim.decay_mask_token = False  # simmim.py: no_weight_decay
-    c.optim.decay_bias_tables = False  # swin_transformer.py: no_weight_decay_keywords
+    c.optim.decay_rule = "official"  # optimizer.py: bias tables decay too
     c.optim.grad_clip_norm = 5.0  # config.py: CLIP_GRAD
 
     c.objective.mask = "random"  # data_simmim.py: MaskGenerator

@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     c.optim.lr_step_offset = 1  # main_finetune.py sets the rate after the update
     c.optim.name, c.optim.betas, c.optim.epsilon = "adamw", (0.9, 0.999), 1e-8  # config.py: OPTIMIZER
     c.optim.weight_decay = 0.05  # yaml: WEIGHT_DECAY
+    c.optim.decay_rule = "official"  # optimizer.py: not of the parameters in no_weight_decay_keywords
     c.optim.layer_decay = 0.7  # yaml: LAYER_DECAY
     c.optim.grad_clip_norm = 5.0  # config.py: CLIP_GRAD
 

@@ -26,14 +26,13 @@ def get_config() -> ConfigDict:
     c.base_learning_rate = 1e-4  # yaml: BASE_LR; main_simmim.py scales all rates by batch / 512
     c.optim.schedule = "multistep"  # yaml: LR_SCHEDULER.NAME
     c.optim.milestones, c.optim.gamma = (700.0,), 0.1  # yaml: MULTISTEPS, GAMMA
-    c.optim.min_learning_rate = 0.0  # not used by this schedule
+    c.optim.min_learning_rate = scale_with_batch(c, 5e-6)  # yaml: MIN_LR, which this schedule does not use
     c.optim.warmup_epochs = 10.0  # yaml: WARMUP_EPOCHS
     c.optim.warmup_learning_rate = scale_with_batch(c, 5e-7)  # yaml: WARMUP_LR
     c.optim.lr_step_offset = 1  # main_simmim.py sets the rate after the update
     c.optim.name, c.optim.betas, c.optim.epsilon = "adamw", (0.9, 0.999), 1e-8  # config.py: OPTIMIZER
     c.optim.weight_decay = 0.05  # yaml: WEIGHT_DECAY
-    c.optim.decay_mask_token = True  # microsoft/SimMIM#26
-    c.optim.decay_bias_tables = True  # microsoft/SimMIM#26
+    c.optim.decay_rule = "official"  # optimizer.py: mask token and bias table decay too (microsoft/SimMIM#26)
     c.optim.grad_clip_norm = 5.0  # config.py: CLIP_GRAD
 
     c.objective.mask = "random"  # data_simmim.py: MaskGenerator

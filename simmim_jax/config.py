@@ -51,10 +51,10 @@ FIXED = (
     "objective.mixup_mode", "objective.mixup_prob", "objective.mixup_switch_prob", "objective.name",
     "objective.norm_window", "objective.num_classes", "objective.pool", "objective.recount", "objective.remode",
     "objective.reprob", "objective.train_encoder",
-    "optim.betas", "optim.decay_bias_tables", "optim.decay_mask_token", "optim.epsilon", "optim.frozen",
-    "optim.frozen_layers", "optim.gamma", "optim.grad_clip_norm", "optim.layer_decay", "optim.learning_rate",
-    "optim.lr_step_offset", "optim.milestones", "optim.min_learning_rate", "optim.name", "optim.schedule",
-    "optim.warmup_epochs", "optim.warmup_learning_rate", "optim.weight_decay",
+    "optim.betas", "optim.decay_rule", "optim.epsilon", "optim.frozen", "optim.frozen_layers", "optim.gamma",
+    "optim.grad_clip_norm", "optim.layer_decay", "optim.learning_rate", "optim.lr_step_offset", "optim.milestones",
+    "optim.min_learning_rate", "optim.name", "optim.schedule", "optim.warmup_epochs", "optim.warmup_learning_rate",
+    "optim.weight_decay",
 )  # fmt: skip
 
 
@@ -116,8 +116,7 @@ def base_config() -> ConfigDict:
     c.optim.betas = (0.9, 0.999)  # AdamW's decay rates of the first and second moment; SGD uses the first as momentum
     c.optim.epsilon = 1e-8  # AdamW's term in the denominator
     c.optim.weight_decay = 0.05  # decoupled weight decay (AdamW) or L2 penalty (SGD); not of biases and norms
-    c.optim.decay_mask_token = placeholder(bool)  # decay the mask token; None: as official code does for this encoder
-    c.optim.decay_bias_tables = placeholder(bool)  # decay relative position bias tables; None: as official code does
+    c.optim.decay_rule = "official"  # official; intended: position biases of a Swin never decay (`Encoder.no_decay`)
     c.optim.layer_decay = 1.0  # factor on the peak rate from each layer to the layer below; 1: same rate for all
     c.optim.grad_clip_norm = 5.0  # largest global norm of the gradient; 0: no clipping
     c.optim.frozen = ""  # regular expression for the start of parameter paths; those parameters are not trained

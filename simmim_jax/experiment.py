@@ -152,7 +152,8 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
     steps, steps_per_epoch = run_length(config, images)
     warn_about_length(config, steps, steps_per_epoch)
     is_frozen = optim.make_frozen(config.optim.frozen, config.optim.frozen_layers, encoder.layer_id)
-    tx, schedule = make_tx(config, encoder, steps, steps_per_epoch)
+    no_decay = encoder.no_decay(pretraining=not objective.num_classes)
+    tx, schedule = make_tx(config, encoder, no_decay, steps, steps_per_epoch)
 
     mesh = sharding.make_mesh(**config.mesh)
     num_shards = sharding.num_batch_shards(mesh)
@@ -174,9 +175,7 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
         tx=tx,
         schedule=schedule,
         is_frozen=is_frozen,
-        is_decayed=optim.make_is_decayed(
-            encoder.DECAYED_TOO, config.optim.decay_mask_token, config.optim.decay_bias_tables
-        ),
+        is_decayed=optim.make_is_decayed(no_decay[config.optim.decay_rule]),
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         microbatches=config.microbatches,
@@ -353,14 +352,14 @@ def warn_about_length(config: ConfigDict, steps: int, steps_per_epoch: int) -> N
         )
 
 
-def make_tx(config: ConfigDict, encoder: Encoder, steps: int, steps_per_epoch: int) -> tuple:
+def make_tx(config: ConfigDict, encoder: Encoder, no_decay: dict, steps: int, steps_per_epoch: int) -> tuple:
     """(optimizer, learning-rate schedule) of a run."""
     return optim.make_optimizer(
         steps=steps,
         steps_per_epoch=max(steps_per_epoch, 1),
         layer_id=encoder.layer_id,
         depth=encoder.depth,
-        decayed_too=encoder.DECAYED_TOO,
+        no_decay=no_decay,
         scanned_layers=encoder.scanned_layers,
         **config.optim,
     )

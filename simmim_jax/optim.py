@@ -18,14 +18,12 @@ from jaxtyping import PyTree
 from simmim_jax.errors import ConfigError, check_minimum, check_options, choose
 from simmim_jax.runtime.scanning import ScannedLayers, path_name, stack, unstack
 
-# Parameters with one of these names in their path get no weight decay. The official code excludes parameters of one
-# dimension, and, by name, a Swin's mask token, positions and tables ("cpb" and "logit_scale" are Swin V2's). A ViT's
-# mask token and tables do decay there (microsoft/SimMIM#26): see `decay_mask_token` and `decay_bias_tables`. "mean" and
-# "var" are running statistics.
-NO_DECAY = (
-    "bias", "scale", "gamma", "q_bias", "v_bias", "cls_token", "pos_embed", "mask_token", "table", "cpb", "logit_scale",
-    "mean", "var",
-)  # fmt: skip
+# Parameters with one of these names in their path get no weight decay: those of one dimension, as in the official code,
+# and token and position embeddings. "mean" and "var" are running statistics.
+NO_DECAY = ("bias", "scale", "gamma", "q_bias", "v_bias", "cls_token", "pos_embed", "registers", "mean", "var")
+# Further names that some official encoders exclude, in some phases: see `Encoder.no_decay`.
+NO_DECAY_BY_ENCODER = ("mask_token", "table", "cpb", "logit_scale")
+DEFAULT_RULES = dict.fromkeys(("official", "intended"), NO_DECAY_BY_ENCODER)
 
 
 class ScheduleOptions(NamedTuple):
@@ -60,7 +58,7 @@ class OptimizerOptions(NamedTuple):
         warm-up and the final rate are the same for all layers, as in the official code.
     betas, epsilon: of AdamW; SGD uses betas[0] as momentum.
     weight_decay: times the learning rate. It is decoupled in AdamW, and part of the gradient in SGD, as in torch.optim.
-    decay_mask_token, decay_bias_tables: whether these decay even so; None: as in the encoder's official code.
+    decay_rule: which of the encoder's parameters get no weight decay (`Encoder.no_decay`).
     grad_clip_norm: maximum global norm of the gradients; 0 disables clipping.
     frozen, frozen_layers: parameters that get no update and no moments (see `make_frozen`).
     """
@@ -69,8 +67,7 @@ class OptimizerOptions(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.05
-    decay_mask_token: bool | None = None
-    decay_bias_tables: bool | None = None
+    decay_rule: str = "official"
     grad_clip_norm: float = 5.0
     frozen: str = ""
     frozen_layers: int = 0
@@ -117,19 +114,12 @@ def make_schedule(options: ScheduleOptions, steps: int, steps_per_epoch: int) ->
     return rate
 
 
-def make_is_decayed(
-    decayed_too: tuple[str, ...] = (),
-    decay_mask_token: bool | None = None,
-    decay_bias_tables: bool | None = None,
-) -> Callable[[str], bool]:
+def make_is_decayed(no_decay: tuple[str, ...] = NO_DECAY_BY_ENCODER) -> Callable[[str], bool]:
     """A function from a parameter's path to whether weight decay applies to it.
 
-    It applies to all paths without a name of `NO_DECAY`. decay_mask_token, decay_bias_tables: override this for the
-    mask token and the relative position bias tables; None: they decay if `decayed_too` has "mask_token" or "table".
+    It applies to all paths without a name of `NO_DECAY` or `no_decay`.
     """
-    choices = {"mask_token": decay_mask_token, "table": decay_bias_tables}
-    decayed = {name for name, choice in choices.items() if (name in decayed_too if choice is None else choice)}
-    names = set(NO_DECAY) - decayed
+    names = {*NO_DECAY, *no_decay}
     return lambda path: names.isdisjoint(path.split("/"))
 
 
@@ -261,7 +251,7 @@ def make_optimizer(
     steps_per_epoch: int,
     layer_id: Callable[[str], int] | None = None,
     depth: int = 0,
-    decayed_too: tuple[str, ...] = (),
+    no_decay: dict[str, tuple[str, ...]] | None = None,
     scanned_layers: ScannedLayers | None = None,
     **options,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -269,7 +259,7 @@ def make_optimizer(
 
     `tx.update` takes the step as a keyword argument, `step`. `schedule` is that of the last layer.
 
-    layer_id, depth, decayed_too, scanned_layers: of the encoder (`layer_id`, `depth`, `DECAYED_TOO`, `scanned_layers`).
+    layer_id, depth, scanned_layers: of the encoder. no_decay: result of its `no_decay`; None: `NO_DECAY_BY_ENCODER`.
     options: fields of `OptimizerOptions` and `ScheduleOptions`. Raises ConfigError for options that cannot work.
     """
     own = {key: options[key] for key in OptimizerOptions._fields if key in options}
@@ -293,7 +283,7 @@ def make_optimizer(
     def layer_ids(params):
         return jax.tree.map(lambda _: 0, params) if one_rate else layers(params, layer_id, depth, scanned_layers)
 
-    is_decayed = make_is_decayed(decayed_too, options.decay_mask_token, options.decay_bias_tables)
+    is_decayed = make_is_decayed(choose("decay rule", options.decay_rule, no_decay or DEFAULT_RULES))
     decay = optax.add_decayed_weights(options.weight_decay, lambda params: decayed(params, is_decayed))
     rules = {
         "adamw": (optax.scale_by_adam(*options.betas, eps=options.epsilon), decay),

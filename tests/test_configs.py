@@ -3,7 +3,6 @@
 import ast
 import copy
 import dataclasses
-import math
 import re
 from pathlib import Path
 
@@ -19,10 +18,6 @@ from simmim_jax.optim import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-OPTIMIZER = {  # of all official recipes (config.py of microsoft/SimMIM)
-    "name": "adamw", "betas": (0.9, 0.999), "epsilon": 1e-8, "grad_clip_norm": 5.0, "weight_decay": 0.05,
-    "lr_step_offset": 1,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -74,76 +69,148 @@ def test_each_listed_field_exists():
     assert {*FREE, *FIXED} - fields == {"classes", "imported"}  # which a run adds to its config.json
 
 
-MULTISTEP = {0: 2e-6, 1: 2e-6, 3126: 2e-6 + (4e-4 - 2e-6) / 2, 6251: 4e-4, 437_500: 4e-4, 437_501: 4e-5, 499_999: 4e-5}
-# The cosine runs from step 0 on: at the end of the warm-up, step 6250 of 62,500, it stands at 0.976 of the peak.
-COSINE = {0: 4e-6, 1: 4e-6, 6250: 4e-6 + (8e-4 - 4e-6) * 6249 / 6250, 62_500: 4e-5}
-COSINE |= {6251: 4e-5 + (8e-4 - 4e-5) * (1 + math.cos(math.pi / 10)) / 2}
+RECIPE_OF = {  # official yaml file: our recipe, and fields that make it that of the Swin repository
+    "simmim/simmim_pretrain__swin_base__img192_window6__100ep": ("swin_b_100ep.py", {}),
+    "simmim/simmim_pretrain__swin_base__img192_window6__800ep": ("swin_b_800ep.py", {}),
+    "simmim/simmim_pretrain__swin_large__img192_window12__800ep": ("swin_l_800ep.py", {}),
+    "simmim/simmim_pretrain__vit_base__img224__800ep": ("vit_b_800ep.py", {}),
+    "simmim/simmim_finetune__swin_base__img192_window6__100ep": ("swin_b_finetune.py:100ep_192", {}),
+    "simmim/simmim_finetune__swin_base__img224_window7__100ep": ("swin_b_finetune.py:100ep", {}),
+    "simmim/simmim_finetune__swin_base__img224_window7__800ep": ("swin_b_finetune.py", {}),
+    "simmim/simmim_finetune__swin_large__img224_window14__800ep": ("swin_l_finetune.py", {}),
+    "simmim/simmim_finetune__vit_base__img224__800ep": ("vit_b_finetune.py", {}),
+    "swin_transformer/simmim_pretrain__swin_base__img192_window6__800ep": ("swin_b_800ep.py", {}),
+    "swin_transformer/simmim_pretrain__swinv2_base__img192_window12__800ep": ("swinv2_b_800ep.py", {}),
+    "swin_transformer/simmim_finetune__swin_base__img224_window7__800ep": (
+        "swin_b_finetune.py", {"optim.schedule": "cosine"},
+    ),
+    "swin_transformer/simmim_finetune__swinv2_base__img224_window14__800ep": ("swinv2_b_finetune.py", {}),
+}  # fmt: skip
+
+
+def official_fields(official: dict) -> dict:
+    """Our fields and their values in a config of the official code, whose rates are those of a batch of 2048."""
+    data, model, train = official["DATA"], official["MODEL"], official["TRAIN"]
+    optimizer, schedule, network = train["OPTIMIZER"], train["LR_SCHEDULER"], model[model["TYPE"].upper()]
+    fields = {
+        "image_size": (data["IMG_SIZE"],) * 2,
+        "epochs": train["EPOCHS"],
+        "batch_size": 16 * data["BATCH_SIZE"],
+        "optim.name": optimizer["NAME"],
+        "optim.betas": tuple(optimizer["BETAS"]),
+        "optim.epsilon": optimizer["EPS"],
+        "optim.learning_rate": train["BASE_LR"],
+        "optim.warmup_learning_rate": train["WARMUP_LR"],
+        "optim.min_learning_rate": train["MIN_LR"],
+        "optim.warmup_epochs": train["WARMUP_EPOCHS"],
+        "optim.milestones": tuple(schedule["MULTISTEPS"]),
+        "optim.gamma": schedule["GAMMA"],
+        "optim.weight_decay": train["WEIGHT_DECAY"],
+        "optim.layer_decay": train["LAYER_DECAY"],
+        "optim.grad_clip_norm": train["CLIP_GRAD"],
+        "encoder.name": model["TYPE"],
+        "encoder.drop_path": model["DROP_PATH_RATE"],
+        "encoder.width": network["EMBED_DIM"],
+        "encoder.patch_size": network["PATCH_SIZE"],
+        "encoder.mlp_ratio": network["MLP_RATIO"],
+        "encoder.qkv_bias": {True: "qkv" if model["TYPE"] == "swin" else "qv", False: "none"}[network["QKV_BIAS"]],
+    }
+    if model["TYPE"] == "vit":
+        table = "shared" if network["USE_SHARED_RPB"] else "per_block" if network["USE_RPB"] else "none"
+        return fields | {
+            "encoder.depth": network["DEPTH"],
+            "encoder.num_heads": network["NUM_HEADS"],
+            "encoder.layer_scale": network["INIT_VALUES"],
+            "encoder.absolute_position": "learned" if network["USE_APE"] else "none",
+            "encoder.relative_position": table,
+            "encoder.final_norm": not network["USE_MEAN_POOLING"],
+        }
+    return fields | {
+        "encoder.depths": tuple(network["DEPTHS"]),
+        "encoder.num_heads": tuple(network["NUM_HEADS"]),
+        "encoder.window": network["WINDOW_SIZE"],
+        "encoder.absolute_position": "learned" if network["APE"] else "none",
+        "encoder.patch_norm": network["PATCH_NORM"],
+    }
+
+
+def official_objective(official: dict, is_pretraining: bool) -> dict:
+    """The same for the fields of the objective and the data."""
+    data, model, augmentation = official["DATA"], official["MODEL"], official["AUG"]
+    if is_pretraining:
+        window = model.get("SIMMIM", {}).get("NORM_TARGET", {"ENABLE": False})
+        return {
+            "objective.mask_patch_size": data["MASK_PATCH_SIZE"],
+            "objective.mask_ratio": data["MASK_RATIO"],
+            "objective.norm_window": window["PATCH_SIZE"] if window["ENABLE"] else 0,
+        }
+    fields = {f"objective.{name}": augmentation[name.upper()] for name in ("mixup", "cutmix", "reprob", "remode")}
+    fields |= {f"objective.{name}": augmentation[name.upper()] for name in ("mixup_prob", "mixup_mode", "recount")}
+    return fields | {
+        "objective.mixup_switch_prob": augmentation["MIXUP_SWITCH_PROB"],
+        "objective.mixup_group": data["BATCH_SIZE"],
+        "objective.label_smoothing": model["LABEL_SMOOTHING"],
+        "objective.num_classes": model["NUM_CLASSES"],
+        "data.interpolation": data["INTERPOLATION"],
+        "data.augment": augmentation["AUTO_AUGMENT"],
+    }
+
+
+def test_each_official_file_has_a_recipe(golden_json):
+    assert golden_json("official_recipes").keys() == RECIPE_OF.keys()
+    used = {file.partition(".")[0] for file, _ in RECIPE_OF.values()}
+    assert used == {name.removeprefix("simmim_") for name in RECIPES if name.startswith("simmim_")}
+
+
+@pytest.mark.parametrize("name", RECIPE_OF)
+def test_official_recipe_has_the_official_numbers_and_rates(golden_json, name):
+    """Those of the yaml files, and the rates that the official scheduler sets (tests/golden/README.md)."""
+    golden, (file, changed) = golden_json("official_recipes")[name], RECIPE_OF[name]
+    config, official = load(f"configs/simmim_{file}"), golden["config"]
+    config.update_from_flattened_dict(changed)
+    expected = official_fields(official) | official_objective(official, "pretrain" in name)
+    ours = dict(flat(to_dict(config)))
+    ours |= {f"encoder.{field}": value for field, value in make_encoder(**config.encoder).options().items()}
+    ours = {field: tuple(ours[field]) if isinstance(ours[field], list) else ours[field] for field in expected}
+    assert ours == {field: pytest.approx(x) if isinstance(x, float) else x for field, x in expected.items()}
+
+    steps_per_epoch = golden["steps_per_epoch"]
+    steps = {"schedule": config.optim.schedule, "steps": int(config.epochs) * steps_per_epoch}
+    _, rate = make_optimizer(
+        steps_per_epoch=steps_per_epoch, layer_id=lambda path: 0, depth=1, **{**config.optim, **steps}
+    )
+    # The official loop sets the rate of step n after step n - 1.
+    rates = {0 if n == "initial" else int(n) + 1: x for n, x in golden["rate_after_step_update"].items()}
+    np.testing.assert_allclose([float(rate(step)) for step in rates], list(rates.values()), rtol=2e-5)  # float32
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "image", "window", "drop_path", "norm_window", "num_parameters", "rates"),
+    ("name", "num_parameters"),
     [
-        ("swin_b_100ep", 100, 192, 6, 0.0, 0, 89_874_104, COSINE),
-        ("swin_b_800ep", 800, 192, 6, 0.0, 0, 89_874_104, MULTISTEP),
-        ("swin_l_800ep", 800, 192, 12, 0.0, 0, 199_881_204, MULTISTEP),
+        ("swin_b_100ep", 89_874_104),
+        ("swin_l_800ep", 199_881_204),
         # decoder 1024 * 3072 + 3072 and mask token 128 on the backbone's 86.9 M
-        ("swinv2_b_800ep", 800, 192, 12, 0.1, 47, 86_893_816 + 3_148_800 + 128, MULTISTEP),
+        ("swinv2_b_800ep", 86_893_816 + 3_148_800 + 128),
         # decoder 768 * 768 + 768, mask token 768, on the encoder that test_vit.py counts
-        ("vit_b_800ep", 800, 224, None, 0.1, 0, 85_665_360 + 768 * 768 + 768 + 768, MULTISTEP),
+        ("vit_b_800ep", 85_665_360 + 768 * 768 + 768 + 768),
     ],
 )
-def test_pretraining_recipe_is_the_official_one(
-    name, epochs, image, window, drop_path, norm_window, num_parameters, rates
-):
-    """Compared with the yaml files and config.py of microsoft/SimMIM d3e29bc and microsoft/Swin-Transformer f82860b."""
+def test_pretraining_recipe_has_the_official_number_of_parameters(name, num_parameters):
     config = load(f"configs/simmim_{name}.py")
     assert sum(x.size for x in jax.tree.leaves(parameters(config))) == num_parameters
-    encoder, objective, optim, data = config.encoder, config.objective, config.optim, config.data
-    assert (config.epochs, config.batch_size, config.image_size) == (epochs, 2048, (image, image))
-    assert (encoder.window, encoder.drop_path) == (window, drop_path)
-    assert (objective.mask_patch_size, objective.mask_ratio, objective.norm_window) == (32, 0.6, norm_window)
-    _, rate = make_optimizer(steps=epochs * 625, steps_per_epoch=625, **optim)
-    np.testing.assert_allclose([float(rate(step)) for step in rates], list(rates.values()), rtol=2e-5)
-    is_vit = name.startswith("vit")
-    assert {field: optim[field] for field in OPTIMIZER} == OPTIMIZER
-    assert (optim.decay_mask_token, optim.decay_bias_tables) == (is_vit, is_vit)
-    assert (data.crop_scale, data.crop_ratio, data.flip) == ((0.67, 1.0), (3 / 4, 4 / 3), 0.5)
-    assert data.interpolation == "bilinear"
 
 
-# after 20 epochs of 625 steps the cosine over all 100 epochs stands at 0.905 of the peak
-AFTER_WARM_UP = 1e-6 + (5e-3 - 1e-6) * (1 + math.cos(math.pi * 0.2)) / 2
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "window", "layer_decay", "drop_path", "after_warm_up"),
-    [
-        ("swin_b_finetune.py", 224, 7, 0.8, 0.1, AFTER_WARM_UP),
-        ("swin_b_finetune.py:100ep", 224, 7, 0.9, 0.1, AFTER_WARM_UP),
-        ("swin_b_finetune.py:100ep_192", 192, 6, 0.9, 0.1, AFTER_WARM_UP),
-        ("swin_l_finetune.py", 224, 14, 0.7, 0.2, AFTER_WARM_UP),
-        ("swinv2_b_finetune.py", 224, 14, 0.75, 0.1, 5e-3),
-        ("vit_b_finetune.py", 224, None, 0.65, 0.1, AFTER_WARM_UP),
-    ],
-)
-def test_fine_tuning_recipe_is_the_official_one(name, image, window, layer_decay, drop_path, after_warm_up):
-    """Compared with the yaml files, config.py, data_finetune.py and main_finetune.py of the same commits."""
+@pytest.mark.parametrize("name", sorted({file for file, _ in RECIPE_OF.values()}))
+def test_official_recipe_has_the_crops_of_the_official_loader(name):
+    """data_simmim.py and data_finetune.py; no yaml file sets these."""
     config = load(f"configs/simmim_{name}")
-    encoder, objective, data, optim = config.encoder, config.objective, config.data, config.optim
-    assert (config.epochs, config.batch_size, config.image_size) == (100, 2048, (image, image))
-    assert (encoder.window, encoder.drop_path, optim.layer_decay) == (window, drop_path, layer_decay)
-    _, rate = make_optimizer(steps=62_500, steps_per_epoch=625, **optim, layer_id=lambda path: 0, depth=1)
-    rates = [float(rate(step)) for step in (0, 12_501, 62_500)]
-    np.testing.assert_allclose(rates, [1e-6, after_warm_up, 1e-6], rtol=2e-5)
-    assert {field: optim[field] for field in OPTIMIZER} == OPTIMIZER
-    assert (data.crop_scale, data.flip, data.interpolation) == ((0.08, 1.0), 0.5, "bicubic")
-    assert (data.augment, data.color_jitter, data.crop_fraction) == ("rand-m9-mstd0.5-inc1", 0.0, 0.875)
-    mixing = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_group", "reprob")
-    assert [objective[field] for field in mixing] == [0.8, 1.0, 1.0, 0.5, "batch", 128, 0.25]
-    assert (objective.label_smoothing, objective.num_classes, config.ema_decay) == (0.1, 1000, 0.0)
-    is_vit = name.startswith("vit")
-    assert objective.head_init_scale == (0.001 if is_vit else 1.0)
-    assert (encoder.relative_position, encoder.final_norm) == (("per_block", False) if is_vit else (None, None))
+    data, objective, encoder = config.data, config.objective, config.encoder
+    assert (data.crop_ratio, data.flip, data.color_jitter, config.ema_decay) == ((3 / 4, 4 / 3), 0.5, 0.0, 0.0)
+    if "finetune" not in name:
+        assert (data.crop_scale, data.interpolation) == ((0.67, 1.0), "bilinear")
+        return
+    assert (data.crop_scale, data.crop_fraction) == ((0.08, 1.0), 0.875)
+    assert objective.head_init_scale == (0.001 if encoder.name == "vit" else 1.0)
 
 
 def test_references_follow_and_do_not_lead():

@@ -10,6 +10,7 @@ from tiny import random_params, relative_difference
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import ENCODERS, make_encoder
+from simmim_jax.models.layers import MAX_TRUNCATION, truncated_normal
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.simmim import make_forward
 from simmim_jax.runtime.scanning import path_name, stack, unstack
@@ -32,6 +33,15 @@ SCANNED = [name for name in ALL if make_encoder(name, None, **TINY[name]).option
 
 def tiny(name, **options):
     return make_encoder(name, None, **{**TINY[name], **options})
+
+
+@pytest.mark.parametrize("sigmas", [1.0, 6.0, 100.0])
+def test_initial_weights_have_no_strays(sigmas):
+    """Among these draws are three uniform ones of exactly -1, which only the cut keeps from becoming infinite."""
+    draw = jax.jit(lambda key: truncated_normal(sigmas)(key, (2**23,)))
+    largest = np.abs(draw(jax.random.key(2))).max()
+    assert largest <= 0.02 * min(sigmas, MAX_TRUNCATION)
+    assert largest > 0.0199
 
 
 def shapes(encoder, images=IMAGES):

@@ -4,6 +4,7 @@ Arrays enter as a user's file does: saved, read, recognized, and converted by `i
 """
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from simmim_jax import interop
+from simmim_jax.config import load
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.pixels import from_patches, local_moments
 from simmim_jax.objectives.simmim import make_forward, masked_l1
-from simmim_jax.optim import layers, make_optimizer, path_name
+from simmim_jax.optim import layers, make_is_decayed, make_optimizer, path_name
 
+ROOT = Path(__file__).parent.parent
 PRETRAINING = (
     "official_vit_pretrain_ape",
     "official_vit_pretrain_shared_rpb",
@@ -162,7 +165,8 @@ def test_fine_tuning_gives_each_parameter_the_official_rate_and_decay(golden_jso
     # An update without gradient is the rate times the decay.
     tx, _ = make_optimizer(
         "adamw", steps=1, steps_per_epoch=1, schedule="constant", learning_rate=1.0, weight_decay=0.05,
-        layer_decay=decay, layer_id=encoder.layer_id, depth=encoder.depth, decay_bias_tables="vit" in name,
+        layer_decay=decay, layer_id=encoder.layer_id, depth=encoder.depth,
+        no_decay=encoder.no_decay(pretraining=False),
     )  # fmt: skip
     update_of = jax.jit(lambda x: tx.update(jax.tree.map(jnp.zeros_like, x), tx.init(x), x, step=0)[0])
     updates = jax.device_get(update_of(ones))
@@ -174,3 +178,38 @@ def test_fine_tuning_gives_each_parameter_the_official_rate_and_decay(golden_jso
             groups[theirs] = {"lr_scale": scale, "weight_decay": 0.05 if update.any() else 0.0}
             np.testing.assert_allclose(-update, scale * groups[theirs]["weight_decay"], rtol=1e-6)
     assert groups == {theirs: pytest.approx(group, rel=1e-12) for theirs, group in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("swin_b_100ep", "simmim/simmim_pretrain__swin_base__img192_window6__100ep"),
+        ("swin_b_800ep", "simmim/simmim_pretrain__swin_base__img192_window6__100ep"),
+        ("swin_l_800ep", "simmim/simmim_pretrain__swin_base__img192_window6__100ep"),
+        ("swinv2_b_800ep", "swin_transformer/simmim_pretrain__swinv2_base__img192_window12__800ep"),
+        ("vit_b_800ep", "simmim/simmim_pretrain__vit_base__img224__800ep"),
+    ],
+)
+def test_pretraining_recipe_decays_the_official_parameters(golden_json, recipe, name):
+    """With the default rule. With the other one, the names in official `no_weight_decay_keywords` never decay."""
+    expected = golden_json("official_pretrain_param_groups")[name]
+    config = load(str(ROOT / f"configs/simmim_{recipe}.py"))
+    small = {"width": 48, "depth": 3} if "vit" in recipe else {"width": 8, "depths": (1, 1, 2, 1)}
+    heads = {"num_heads": (3,) if "vit" in recipe else (1, 1, 2, 2)}
+    encoder = make_encoder(**{**config.encoder, **small, **heads})
+    pixels = PIXELS | {"image_size": config.image_size}
+    params = jax.eval_shape(make_objective(encoder=encoder, **pixels, **config.objective).init, KEY)
+    rules = interop.make_rules("official", encoder, {"name": "simmim"}, "encoder.", config.image_size)
+    no_decay = encoder.no_decay(pretraining=True)
+
+    def decayed_names(rule):
+        is_decayed = make_is_decayed(no_decay[rule])
+        return {theirs for one in rules for theirs in one.theirs if is_decayed(one.ours)}
+
+    assert {theirs for rule in rules for theirs in rule.theirs} == expected.keys()
+    assert len(jax.tree.leaves(params)) == len(rules)
+    assert {group["lr_scale"] for group in expected.values()} == {config.optim.layer_decay}
+    official = {theirs for theirs, group in expected.items() if group["weight_decay"] == config.optim.weight_decay}
+    assert decayed_names(config.optim.decay_rule) == official
+    keywords = ("relative_position_bias_table", "cpb_mlp", "logit_scale") if "swin" in recipe else ("none",)
+    assert decayed_names("intended") == {theirs for theirs in official if not any(word in theirs for word in keywords)}

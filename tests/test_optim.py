@@ -81,12 +81,10 @@ def test_decayed_parameters_of_vit():
     kernels = {f"encoder/block_{n}/{name}/kernel" for n in range(2) for name in layers}
     kernels |= {"encoder/patch_embed/kernel", "head/kernel"}
     assert names_of_decayed(params) == kernels
-    official = names_of_decayed(params, decayed_too=tiny_encoder().DECAYED_TOO)  # microsoft/SimMIM#26
-    assert official == kernels | {"mask_token", "encoder/rel_pos_bias/table"}
-    assert official == names_of_decayed(params, decay_mask_token=True, decay_bias_tables=True)
-    assert kernels == names_of_decayed(
-        params, decay_mask_token=False, decay_bias_tables=False, decayed_too=("mask_token", "table")
-    )
+    no_decay = tiny_encoder().no_decay(pretraining=True)
+    for rule in no_decay:  # microsoft/SimMIM#26
+        decayed = names_of_decayed(params, no_decay=no_decay, decay_rule=rule)
+        assert decayed == kernels | {"mask_token", "encoder/rel_pos_bias/table"}
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2"])

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from simmim_jax.models.blocks import Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
-from simmim_jax.models.layers import LayerNorm, LayerScale, Mlp, patch_convolution, truncated_normal
+from simmim_jax.models.layers import MAX_TRUNCATION, LayerNorm, LayerScale, Mlp, patch_convolution, truncated_normal
 
 SIZES = {
     "t": {"depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)},
@@ -86,7 +86,7 @@ class ConvNeXt(Encoder):
     layer_scale: float = 1e-6
     drop_path: float = 0.0
     norm_epsilon: float = 1e-6
-    init_truncation: float = 100.0
+    init_truncation: float = MAX_TRUNCATION
     remat: str = "none"
     scan: bool = False
     dtype: str = "float32"

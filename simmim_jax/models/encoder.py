@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from simmim_jax.errors import ConfigError, check_minimum
 from simmim_jax.models.blocks import REMAT
+from simmim_jax.models.layers import MAX_TRUNCATION
 
 
 class Encoder(nn.Module):
@@ -22,8 +23,8 @@ class Encoder(nn.Module):
 
     Options of most encoders:
       drop_path: stochastic depth rate of the last block; it grows linearly from 0 in the first.
-      init_truncation: truncation of the initial normal distributions, in standard deviations of 0.02. The official code
-        truncates at the absolute value 2, which is 100 standard deviations, except for the pretraining of a ViT.
+      init_truncation: truncation of the initial normal distributions, in standard deviations of 0.02. Official code
+        truncates a ViT's at one in pretraining, and all others at an absolute value of 2, which cuts nothing.
       remat: what the backward pass recomputes:
         "none"  nothing
         "dots"  everything except each block's input, convolutions, and matmuls with weights
@@ -36,7 +37,8 @@ class Encoder(nn.Module):
 
     # Constants of a class.
     CHOICES = {"remat": REMAT, "dtype": ("float32", "bfloat16")}  # noqa: RUF012 - field: its allowed values
-    DECAYED_TOO = ()  # parameter names that get weight decay in this encoder only, as in the official code
+    NO_DECAY = ("mask_token",)  # names of parameters without weight decay, in addition to `optim.NO_DECAY`
+    NO_DECAY_KEYWORDS = ()  # the same, but in official pretraining they decay
 
     # Fields, or properties that follow from fields.
     depths = ()  # blocks per stage; (): one stage
@@ -45,7 +47,7 @@ class Encoder(nn.Module):
     pretrained_windows = None  # Swin V2: windows that normalize displacements; None: no continuous position bias
     fc_norm = False  # whether a classifier normalizes after pooling, because `trunk` does not end in a norm
     norm_epsilon = 1e-6
-    init_truncation = 100.0
+    init_truncation = MAX_TRUNCATION
     drop_path = 0.0
     remat = "none"
     scan = False
@@ -69,6 +71,17 @@ class Encoder(nn.Module):
     def layer_id(self, path: str) -> int:
         """The layer of a parameter, for layer-wise rates: 0 embedding, 1 to depth blocks, depth + 1 the rest."""
         raise NotImplementedError
+
+    def no_decay(self, pretraining: bool) -> dict[str, tuple[str, ...]]:
+        """Names of parameters without weight decay, by `optim.decay_rule`.
+
+        official: as the official optimizers build their groups. Their pretraining code prefixes the keywords with
+            "encoder." and looks for them inside of parameter names, where they never are: what they name decays.
+        intended: what the keywords name never decays. In fine-tuning this is the official rule too.
+        Source: `SimMIM.no_weight_decay_keywords` and optimizer.py of microsoft/SimMIM.
+        """
+        intended = (*self.NO_DECAY, *self.NO_DECAY_KEYWORDS)
+        return {"official": self.NO_DECAY if pretraining else intended, "intended": intended}
 
     def options(self) -> dict:
         """All fields and their values."""

@@ -29,12 +29,18 @@ def check_heads(width: int, heads: int, where: str) -> None:
         )
 
 
-def truncated_normal(sigmas: float, scale: float = 1.0) -> jax.nn.initializers.Initializer:
+# Largest cut of a normal distribution, in standard deviations: 2 of 1e9 draws are beyond it. With a wider one, 1 of
+# 1e7 float32 draws are the cut itself: uniform draws of exactly -1, which the inverse error function makes infinite.
+MAX_TRUNCATION = 6.0
+
+
+def truncated_normal(sigmas: float = MAX_TRUNCATION, scale: float = 1.0) -> jax.nn.initializers.Initializer:
     """N(0, 0.02) cut at `sigmas` standard deviations, without rescaling for the cut, times `scale`.
 
     Official SimMIM cuts a ViT at one sigma (vision_transformer.py, `VisionTransformerForSimMIM._trunc_normal_`). Its
-    effective deviation is 0.0108. Everything else is cut at an absolute 2, which is 100 sigmas.
+    effective deviation is 0.0108. Everything else is cut at an absolute 2, which is 100 sigmas and cuts nothing.
     """
+    sigmas = min(sigmas, MAX_TRUNCATION)
     return jax.nn.initializers.truncated_normal(0.02 * scale, lower=-sigmas, upper=sigmas)
 
 

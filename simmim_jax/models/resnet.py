@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from simmim_jax.errors import ConfigError
 from simmim_jax.models.blocks import Drop, block_drop, drop_path, drops, remat_options
 from simmim_jax.models.encoder import Encoder
+from simmim_jax.models.layers import MAX_TRUNCATION
 
 SIZES = {
     "50": {"depths": (3, 4, 6, 3), "width": 64},
@@ -132,7 +133,7 @@ class ResNet(Encoder):
     drop_path: float = 0.0
     norm_epsilon: float = 1e-5
     norm_momentum: float = 0.1
-    init_truncation: float = 100.0
+    init_truncation: float = MAX_TRUNCATION
     remat: str = "none"
     dtype: str = "float32"
 

@@ -16,6 +16,7 @@ from simmim_jax.models.attention import QueryKeyValue, attend_by_xla
 from simmim_jax.models.blocks import REMAT, Blocks, Drop, drop_path, drops, run_blocks
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.models.layers import (
+    MAX_TRUNCATION,
     LayerNorm,
     Linear,
     Mlp,
@@ -160,7 +161,7 @@ class Swin(Encoder):
     drop_path: float = 0.0
     final_norm: bool = True
     norm_epsilon: float = 1e-5
-    init_truncation: float = 100.0
+    init_truncation: float = MAX_TRUNCATION
     remat: str = "none"
     scan: bool = False
     attention: str = "auto"
@@ -173,6 +174,7 @@ class Swin(Encoder):
         "remat": (*REMAT, "attention"),
         "attention": ("auto", "xla"),
     }
+    NO_DECAY_KEYWORDS = ("table",)  # swin_transformer.py: relative_position_bias_table
     BLOCK, MERGING = Block, PatchMerging
 
     def check(self) -> None:

@@ -143,6 +143,7 @@ class SwinV2(swin.Swin):
     pretrained_windows: tuple[int, ...] = ()
 
     CHOICES = {**swin.Swin.CHOICES, "qkv_bias": ("qv", "none")}  # noqa: RUF012
+    NO_DECAY_KEYWORDS = ("cpb", "logit_scale")  # swin_transformer_v2.py: cpb_mlp, logit_scale
     BLOCK, MERGING = Block, PatchMerging
 
     def check(self) -> None:

@@ -145,7 +145,7 @@ class ViT(Encoder):
     qkv_bias: "qv" (official), "qkv" (timm), or "none".
     layer_scale: initial value of LayerScale; 0 disables it.
     final_norm: LayerNorm after the last block, as in the released pretraining.
-    init_truncation: 1 in SimMIM pretraining, 100 elsewhere.
+    init_truncation: 1 in SimMIM pretraining, none (6) elsewhere.
     remat: also "attention": recompute the logits and weights of attention, which cuDNN never keeps.
     attention: "auto", "xla" or "cudnn" (see `models.attention`). cuDNN takes a relative position bias in bfloat16.
     """
@@ -178,7 +178,7 @@ class ViT(Encoder):
         "attention": ATTENTION,
     }
 
-    DECAYED_TOO = ("mask_token", "table")  # microsoft/SimMIM#26
+    NO_DECAY = ()  # the official ViT excludes only cls_token and pos_embed (microsoft/SimMIM#26)
 
     def check(self) -> None:
         super().check()

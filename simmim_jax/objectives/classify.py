@@ -62,7 +62,7 @@ class Head(nn.Module):
     def __call__(self, pooled: Float[Array, "b d"]) -> Float[Array, "b n"]:
         if self.fc_norm:
             pooled = LayerNorm(1e-6, name="norm")(pooled)
-        return nn.Dense(self.num_classes, kernel_init=truncated_normal(100.0, self.scale), name="logits")(pooled)
+        return nn.Dense(self.num_classes, kernel_init=truncated_normal(scale=self.scale), name="logits")(pooled)
 
 
 def make_classify(

@@ -72,7 +72,7 @@ def drop_channels(
 
 
 def logits_layer(num_classes: int, name: str) -> Linear:
-    return Linear(num_classes, "float32", truncated_normal(100.0, 0.5), name=name)
+    return Linear(num_classes, "float32", truncated_normal(scale=0.5), name=name)
 
 
 class LinearHead(nn.Module):
