@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -25,7 +26,7 @@ DIGITS = (
 
 def command(*arguments, devices=1, script=("-m", "simmim_jax.main")):
     """(arguments, keyword arguments) for subprocess: a run from the repository root on simulated devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return [sys.executable, *script, *map(str, arguments)], {"cwd": ROOT, "env": env, "text": True}
 
