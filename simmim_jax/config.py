@@ -40,11 +40,11 @@ FIXED = (
     "data.heldout_split", "data.interpolation", "data.max_pixels", "data.split",
     "data.maps.channel", "data.maps.ignore", "data.maps.most_of_one", "data.maps.photometric",
     "data.maps.reduce_zero_label", "data.maps.scale", "data.maps.short_side",
-    "encoder.absolute_position", "encoder.class_token", "encoder.depth", "encoder.depths", "encoder.drop_path",
-    "encoder.dtype", "encoder.final_norm", "encoder.init_truncation", "encoder.layer_scale", "encoder.mlp_ratio",
-    "encoder.name", "encoder.norm_epsilon", "encoder.norm_momentum", "encoder.num_heads", "encoder.patch_norm",
-    "encoder.patch_size", "encoder.pretrained_windows", "encoder.qkv_bias", "encoder.relative_position",
-    "encoder.width", "encoder.widths", "encoder.window",
+    "encoder.absolute_position", "encoder.class_position", "encoder.class_token", "encoder.depth", "encoder.depths",
+    "encoder.drop_path", "encoder.dtype", "encoder.final_norm", "encoder.init_truncation", "encoder.layer_scale",
+    "encoder.mlp_ratio", "encoder.name", "encoder.norm_epsilon", "encoder.norm_momentum", "encoder.num_heads",
+    "encoder.num_registers", "encoder.patch_norm", "encoder.patch_size", "encoder.pretrained_windows",
+    "encoder.qkv_bias", "encoder.relative_position", "encoder.width", "encoder.widths", "encoder.window",
     "objective.auxiliary_weight", "objective.block", "objective.blocks", "objective.channels", "objective.cutmix",
     "objective.fc_norm", "objective.head", "objective.head_init_scale", "objective.label_smoothing", "objective.mask",
     "objective.mask_patch_size", "objective.mask_ratio", "objective.mixup", "objective.mixup_group",
@@ -161,6 +161,8 @@ def encoder_config(name: str, size: str) -> ConfigDict:
     c.window = placeholder(int)  # side of an attention window in tokens (Swin)
     c.pretrained_windows = placeholder(tuple)  # window of each stage in pretraining, to scale positions by (Swin V2)
     c.class_token = placeholder(bool)  # whether a class token joins the patches (ViT)
+    c.num_registers = placeholder(int)  # number of learned tokens that only take part in attention (ViT)
+    c.class_position = placeholder(bool)  # whether the class token has an absolute position too (ViT)
     c.absolute_position = placeholder(str)  # position embedding of tokens: none, learned or sincos (ViT)
     c.relative_position = placeholder(str)  # relative position bias: none, shared or per_block (ViT)
     c.qkv_bias = placeholder(str)  # biases of the attention's input projections: qkv, qv or none

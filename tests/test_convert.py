@@ -105,7 +105,7 @@ def test_official_pth_is_imported(tmp_path, capsys, name, options, objective):
     tool(tmp_path / "official.pth", tmp_path / "workdir")
     back, config = checkpoint.read_params(str(tmp_path / "workdir"))
     assert_same(back, params)
-    assert config["imported"].keys() == {"from", "format", "sha256"}
+    assert config["imported"].keys() == {"from", "key", "format", "sha256"}
     assert config["objective"] == objective
     assert config["image_size"] == list((32, 32) if options["name"] == "vit" else (64, 64))
     out = capsys.readouterr().out

@@ -47,6 +47,8 @@ CASES = [  # (format, encoder, objective): each pair of a format and an option t
     ("official", {**CONVNEXT, "layer_scale": 0.0}, SIMMIM),
     ("official", {**CONVNEXT, "layer_scale": 1e-6}, NORMED),
     ("timm", {**PLAIN_VIT, "class_token": False, "layer_scale": 1e-5}, BARE),
+    ("timm", {**PLAIN_VIT, "class_position": False, "num_registers": 4}, BARE),
+    ("timm", {**PLAIN_VIT, "class_position": False, "absolute_position": "sincos"}, BARE),
     ("timm", {**VIT, **NO_BIAS, "absolute_position": "sincos"}, BARE),
     ("timm", {**PLAIN_VIT, "final_norm": False}, NORMED),
     ("timm", FINETUNED, NORMED),
@@ -381,12 +383,6 @@ def test_mae_without_its_decoder_is_an_encoder_with_fixed_positions():
         assert_same(back, params)
 
 
-def test_register_tokens_are_refused():
-    weights, _ = exported("timm", PLAIN_VIT, BARE)
-    text = message(changed(weights, reg_token=np.zeros((1, 4, 16), np.float32)), {"num_heads": 2})
-    assert "no place in the model: reg_token" in text
-
-
 # Refusals of export
 
 
@@ -406,6 +402,10 @@ def test_register_tokens_are_refused():
         ("official", RESNET, BARE, "no official ResNet"),
         ("official", {**VIT, "qkv_bias": "qkv"}, BARE, "no bias on keys"),
         ("official", {**VIT, "class_token": False}, BARE, "always has a class token"),
+        *((format, {**PLAIN_VIT, "qkv_bias": "qv", **options}, BARE, "position of the class token")
+          for format in ("huggingface", "official", "timm", "backbone")
+          for options in ({"num_registers": 2}, {"class_position": False})),
+        ("timm", {**PLAIN_VIT, "num_registers": 2}, BARE, "no position of the class token"),
         ("official", {**SWINS[0], "final_norm": False}, BARE, "always has a final norm"),
         ("official", {**VIT, "final_norm": False}, {**NORMED, "block": 2}, "reads block 2"),
         ("official", CONVNEXT, PLAIN, "norm after pooling"),
@@ -413,8 +413,8 @@ def test_register_tokens_are_refused():
         ("timm", {**SWINS[0], "absolute_position": "learned"}, BARE, "no absolute positions"),
         ("timm", RESNET, NORMED, "no norm after pooling"),
         ("timm", {**SWINS[0], "window": 3}, BARE, "windows of 3 do not tile"),
-        ("timm", {**SWINS[1], "norm_epsilon": 1e-2}, BARE, "0.01, but always 1e-05"),
-        ("official", {**VIT, "norm_epsilon": 1e-5}, BARE, "1e-05, but always 1e-06"),
+        ("timm", {**SWINS[1], "norm_epsilon": 1e-2}, BARE, "0.01, but 1e-05"),
+        ("official", {**VIT, "norm_epsilon": 1e-5}, BARE, "1e-05, but 1e-06"),
         ("huggingface", {**SWINS[1], "window": 2, "norm_epsilon": 1e-2}, BARE, "some norms of the swinv2"),
         ("huggingface", {**VIT, "final_norm": False, "norm_epsilon": 1e-5}, NORMED, "the norm after pooling"),
     ],

@@ -5,6 +5,7 @@ for a user. Tolerances cover float32 rounding: 1e-5 of the largest value. One ca
 that differ from the defaults; test_interop.py covers the names of all options.
 """
 
+import functools
 import importlib.machinery
 import sys
 import types
@@ -364,6 +365,12 @@ def timm_models(timm):
     return {
         "vit_average": (heads, 64, lambda: vision_transformer.VisionTransformer(
             **vit, global_pool="avg", class_token=False, init_values=1e-5)),
+        "vit_registers": (heads, 64, lambda: vision_transformer.VisionTransformer(
+            **vit, reg_tokens=4, no_embed_class=True, init_values=1e-5)),
+        "vit_registers_average": (heads, 64, lambda: vision_transformer.VisionTransformer(
+            **vit, reg_tokens=1, no_embed_class=True, class_token=False, global_pool="avg")),
+        "deit3": (heads, 64, lambda: vision_transformer.VisionTransformer(
+            **vit, no_embed_class=True, init_values=1e-6)),
         "beit_shared": ((), 64, lambda: beit.Beit(**vit, use_shared_rel_pos_bias=True, init_values=0.1)),
         "swin_shrunk": ((), 64, lambda: swin_transformer.SwinTransformer(**swin, window_size=4)),
         "swinv2_pretrained": (
@@ -374,7 +381,10 @@ def timm_models(timm):
     }  # fmt: skip
 
 
-TIMM = ("vit_average", "beit_shared", "swin_shrunk", "swinv2_pretrained", "resnet", "convnext")
+TIMM = (
+    "vit_average", "vit_registers", "vit_registers_average", "deit3", "beit_shared", "swin_shrunk", "swinv2_pretrained",
+    "resnet", "convnext",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -404,6 +414,45 @@ def test_timm_model_gives_the_same_features_and_logits_and_is_exported_exactly(t
     fresh.load_state_dict(back, strict=True)
     weights = {key: x for key, x in fresh.state_dict().items() if not key.endswith("num_batches_tracked")}
     assert [key for key, x in weights.items() if x.numpy().tobytes() != state[key].tobytes()] == []
+
+
+def test_dinov2_with_registers_gives_the_features_of_timm(tmp_path, timm):
+    """Its own file has a position of the class token and none of the registers; timm adds the former to the token."""
+    from timm.models.vision_transformer import VisionTransformer, _convert_dinov2
+
+    model = VisionTransformer(
+        img_size=56, patch_size=14, embed_dim=32, depth=2, num_heads=4, num_classes=0, reg_tokens=4,
+        no_embed_class=True, init_values=1e-5,
+    )  # fmt: skip
+    state = with_random_weights(model).state_dict()
+    file = {"register_tokens" if name == "reg_token" else name: x.clone() for name, x in state.items()}
+    own = 0.05 * torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(5))
+    file |= {"pos_embed": torch.cat([own, file["pos_embed"]], dim=1), "mask_token": torch.zeros(1, 32)}
+    torch.save(file, tmp_path / "dinov2_reg4.pth")
+    model.load_state_dict(_convert_dinov2(dict(file), model))
+    encoder, params, _ = imported(tmp_path, tmp_path / "dinov2_reg4.pth", "--encoder.num_heads=4", "--allow=mask_token")
+    assert (encoder.num_registers, encoder.class_position) == (4, True)
+    features = features_of(encoder, params, images_of(56))
+    assert_close(features, as_map(model.forward_features(to_torch(images_of(56))), features))
+
+
+def test_model_with_another_epsilon_is_exported_to_timm_if_that_is_allowed(tmp_path, timm):
+    from timm.models.vision_transformer import VisionTransformer
+
+    options = {**OUR_VIT, **PLAIN, "absolute_position": "learned", "norm_epsilon": 1e-2}
+    encoder, params = write_workdir(tmp_path, options, BARE, 64)
+    to = (str(tmp_path / "workdir"), str(tmp_path / "timm.safetensors"), "--format=timm")
+    with pytest.raises(CheckpointError, match=r"norm_epsilon is 0.01.*--allow norm_epsilon"):
+        convert.run([*to])
+    convert.run([*to, "--allow=norm_epsilon"])
+    model = VisionTransformer(
+        img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=4, num_classes=0,
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-2),
+    )  # fmt: skip
+    state = {name: torch.from_numpy(x) for name, x in load_file(tmp_path / "timm.safetensors").items()}
+    model.eval().load_state_dict(state)
+    features = features_of(encoder, params, images_of(64))
+    assert_close(features, as_map(model.forward_features(to_torch(images_of(64))), features))
 
 
 COUNTS = {

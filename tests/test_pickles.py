@@ -24,9 +24,10 @@ from torch_files import MAGIC, STORAGE_OF, AsNumpy, Call, CfgNode, Global, Param
 
 from simmim_jax.errors import CheckpointError
 from simmim_jax.interop.pickles import MAX_DEPTH
-from simmim_jax.interop.pth import read_pth, state_dict
+from simmim_jax.interop.pth import read_pth
 from simmim_jax.interop.reading import read_weights
 from simmim_jax.interop.rebuild import Dropped
+from simmim_jax.interop.selection import state_dicts
 
 WAYS = [{}, {"protocol": 4}, {"protocol": 5}, {"legacy": True}]
 BOTH = [False, True]
@@ -97,7 +98,7 @@ def test_official_layout_is_read_and_its_config_dropped(path, way):
     expected = official()
     del expected["config"]
     assert same(content, expected)
-    assert same(state_dict(content, path), dict(expected["model"]))
+    assert same(state_dicts(content, str(path))["model"], dict(expected["model"]))
 
 
 @pytest.mark.parametrize("legacy", BOTH)
@@ -237,7 +238,7 @@ def test_pickled_model_is_reported_by_its_class(path):
     pack(path, data, {})
     assert read_pth(path) == Dropped("people.models.Net")
     with pytest.raises(CheckpointError, match=r"people\.models\.Net"):
-        state_dict(read_pth(path), path)
+        state_dicts(read_pth(path), str(path))
 
 
 def test_reading_writes_nothing_and_arrays_are_read_only(path):
@@ -253,12 +254,6 @@ def test_reading_writes_nothing_and_arrays_are_read_only(path):
 # The state dict in it
 
 
-@pytest.mark.parametrize("under", ["model", "state_dict", "module", "model_ema", None])
-def test_state_dict_is_found(under):
-    arrays = {"a.weight": array(2), "module.b": array(3)}
-    assert same(state_dict({under: arrays, "epoch": 3} if under else arrays, "x.pth"), arrays)
-
-
 def test_arrays_that_share_memory_cannot_outgrow_the_file(tmp_path):
     def write(count):
         one = np.ones(1, np.float32)
@@ -269,12 +264,6 @@ def test_arrays_that_share_memory_cannot_outgrow_the_file(tmp_path):
     assert len(write(3)) == 3
     with pytest.raises(CheckpointError, match=r"40 arrays.* 2\.5 GiB"):
         write(40)
-
-
-def test_model_is_preferred_to_its_average():
-    arrays = {"a": array(2)}
-    assert state_dict({"model_ema": {"a": array(2, seed=1)}, "model": arrays}, "x.pth")["a"] is arrays["a"]
-    assert state_dict({"model": None, "state_dict": arrays}, "x.pth")["a"] is arrays["a"]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +281,7 @@ def test_model_is_preferred_to_its_average():
 )
 def test_missing_state_dict_is_reported_with_the_keys(content, match):
     with pytest.raises(CheckpointError, match=match):
-        state_dict(content, "x.pth")
+        state_dicts(content, "x.pth")
 
 
 # Hostile files

@@ -14,8 +14,9 @@ import pytest
 from torch_files import Parameter, pickled, write_pth
 
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop.pth import read_pth, state_dict
+from simmim_jax.interop.pth import read_pth
 from simmim_jax.interop.rebuild import Dropped
+from simmim_jax.interop.selection import state_dicts
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
@@ -114,7 +115,7 @@ def test_training_checkpoint_with_shared_parameters_is_read(tmp_path, legacy):
     path = save(tmp_path / "x.pth", content, legacy)
     got = read_pth(path)
     same(got, torch.load(path, weights_only=False))
-    same(state_dict(got, path), dict(model.state_dict()))
+    same(state_dicts(got, str(path))["model"], dict(model.state_dict()))
     assert np.shares_memory(got["model"]["head.weight"], got["model"]["tied.weight"])
 
 
@@ -137,7 +138,7 @@ def test_configs_are_dropped(tmp_path, legacy):
     got = read_pth(path)
     assert got["config"] == Dropped("yacs.config.CfgNode")
     assert got["args"] == Dropped("argparse.Namespace")
-    same(state_dict(got, path), {"w": weight})
+    same(state_dicts(got, str(path))["model"], {"w": weight})
 
 
 @pytest.mark.parametrize("legacy", BOTH)
@@ -173,7 +174,7 @@ def test_pickled_model_is_dropped(tmp_path, legacy):
     got = read_pth(path)
     assert isinstance(got, Dropped)
     with pytest.raises(CheckpointError, match=r"Net, not a state dict"):
-        state_dict(got, path)
+        state_dicts(got, str(path))
 
 
 def test_scripted_model_is_refused(tmp_path):

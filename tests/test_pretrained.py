@@ -111,6 +111,11 @@ def test_rectangular_positions_follow_the_sides_even_if_their_number_is_equal():
     assert fit(saved, saved, "here", ((16, 4), (16, 4)))[1] == []
     with pytest.raises(CheckpointError, match=r"217 displacements are not square"):
         fit(saved, random_params(encoder, (64, 64)), "here")
+    patches = tiny_encoder(absolute_position="learned", class_position=False)
+    saved = random_params(patches, (128, 32))
+    taken, _ = fit(saved, random_params(patches, (32, 128)), "here", ((16, 4), (4, 16)))
+    expected = resize_positions(saved["encoder"]["pos_embed"], (16, 4), (4, 16))
+    np.testing.assert_array_equal(taken["encoder"]["pos_embed"], expected)
 
 
 def test_swin_tables_follow_windows_and_positions_follow_the_image():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import fast_jit, tiny_encoder, tiny_objective
+from tiny import fast_jit, random_params, relative_difference, tiny_encoder, tiny_objective
 
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import make_encoder
@@ -93,9 +93,36 @@ def test_sincos_positions_are_distinct_and_bounded():
     np.testing.assert_allclose((table[1:] ** 2).sum(axis=1), 32, rtol=1e-5)
 
 
+def features(encoder, params):
+    images = jax.random.normal(KEY, (2, 32, 32, 3))
+    return fast_jit(lambda params: encoder.apply({"params": params}, images))(params)
+
+
+def test_positions_of_patches_only_equal_a_zero_position_of_the_class_token():
+    options = {"absolute_position": "learned", "relative_position": "none", "depth": 1}
+    whole, patches = tiny_encoder(**options), tiny_encoder(**options, class_position=False)
+    params = random_params(jax.eval_shape(patches.init, KEY, jnp.zeros((1, 32, 32, 3)))["params"])
+    padded = params | {"pos_embed": jnp.pad(params["pos_embed"], ((1, 0), (0, 0)))}
+    # the sums have another order
+    assert relative_difference(features(whole, padded), features(patches, params)) < 1e-5
+
+
+def test_registers_take_part_in_attention_and_their_order_is_free():
+    encoder = tiny_encoder(num_registers=3, absolute_position="learned", relative_position="none", depth=1)
+    params = random_params(jax.eval_shape(encoder.init, KEY, jnp.zeros((1, 32, 32, 3)))["params"])
+    out = features(encoder, params)
+    assert out.shape == (2, 4, 4, 32)
+    assert encoder.layer_id("registers") == 0
+    swapped = features(encoder, params | {"registers": params["registers"][::-1]})
+    other = features(encoder, params | {"registers": -params["registers"]})
+    assert relative_difference(swapped, out) < 1e-5  # the sums have another order
+    assert relative_difference(other, out) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_registers": 4}, "relative_position=none"),
         ({"width": 100, "num_heads": 3}, "try 99 or 102"),
         ({"relative_position": "both"}, "choose one of none, shared, per_block"),
         ({"absolute_position": "sincos", "width": 6, "num_heads": 2}, "multiple of 4"),

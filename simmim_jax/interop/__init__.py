@@ -38,6 +38,7 @@ __all__ = [
     "MAX_IMAGE",
     "WeightSpec",
     "Weights",
+    "describe",
     "detect",
     "encoder_fields",
     "find_normalization",
@@ -76,6 +77,9 @@ def detect(weights: Weights) -> WeightSpec:
     raise CheckpointError(what, weights.where, SUPPORTED)
 
 
+describe = detect  # its earlier name, which scripts of users have
+
+
 def _with_metadata(spec: WeightSpec, weights: Weights) -> WeightSpec:
     """`spec` with the fields that our own export wrote into the metadata."""
     made, name = weights.made, spec.encoder["name"]
@@ -100,7 +104,7 @@ def why_invalid(value, default) -> str:
     """How to fix `value`, if a field with this default cannot have it; else ""."""
     if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
         return f"give a {type(default).__name__}, like {default!r}"
-    minimum = 0 if default == () else 1  # Swin V2's pretrained_windows may be 0, which means none
+    minimum = 0 if default in ((), 0) else 1  # Swin V2's pretrained_windows and a ViT's registers may be 0: none
     numbers = value if isinstance(value, tuple) else (value,) if type(value) is int and type(default) is int else ()
     if not all(type(n) is int and minimum <= n <= MAX_IMAGE for n in numbers):
         return f"give whole numbers from {minimum} to {MAX_IMAGE}"

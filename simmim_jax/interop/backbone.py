@@ -66,6 +66,8 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
         if not math.isclose(encoder.norm_epsilon, epsilon, rel_tol=1e-6):
             return f"norm_epsilon is {encoder.norm_epsilon:g}, but always {epsilon:g} in a {kind} there; {ALTERNATIVE}"
         return ""
+    if encoder.num_registers or not encoder.class_position:
+        return f"a {kind} of transformers has no registers, and a position of the class token; {ALTERNATIVE}"
     if not encoder.class_token:
         return f"a {kind} of transformers always has a class token; {ALTERNATIVE}"
     if image_size[0] != image_size[1]:

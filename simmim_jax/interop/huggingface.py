@@ -266,6 +266,8 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
 def _vit_refusal(kind: str, encoder, objective: dict, image_size: tuple[int, int]) -> str:
     if not encoder.class_token:
         return f"the {kind} of transformers always has a class token; in timm's ViT it is optional"
+    if encoder.num_registers or not encoder.class_position:
+        return f"the {kind} of transformers has no registers, and a position of the class token; timm can hold it"
     if kind == "vit" and encoder.absolute_position == "none":
         return "the ViT of transformers always has absolute positions; in timm's and the official one they are optional"
     if objective["name"] == "simmim" and kind == "vit" and image_size[0] != image_size[1]:

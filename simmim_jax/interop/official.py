@@ -67,7 +67,8 @@ def detect_vit(weights: Weights, format: str, layer_scale: float = LAYER_SCALE) 
         heads = guess_num_heads(width, depth)
         if heads:
             notes.append(f"assumed {heads} heads, which these weights do not determine: see --encoder.num_heads")
-    class_token = "cls_token" in shapes
+    class_token, registers = "cls_token" in shapes, shapes.get("reg_token", (1, 0, width))[1]
+    class_position = has_class_position(shapes, registers)
     encoder = {
         "name": "vit",
         "width": width,
@@ -76,7 +77,9 @@ def detect_vit(weights: Weights, format: str, layer_scale: float = LAYER_SCALE) 
         "mlp_ratio": mlp_ratio_from(shapes["blocks.0.mlp.fc1.weight"][0], width),
         "patch_size": patch_side(patch, weights.where),
         "class_token": class_token,
-        "absolute_position": position_type(weights.arrays.get(f"{prefix}pos_embed"), class_token),
+        "num_registers": registers,
+        "absolute_position": position_type(weights.arrays.get(f"{prefix}pos_embed"), class_position),
+        "class_position": class_position,
         "relative_position": "shared" if shared else "per_block" if table else "none",
         "qkv_bias": "qv" if shapes.any("attn.q_bias") else "qkv" if shapes.any("attn.qkv.bias") else "none",
         "layer_scale": layer_scale if shapes.any("gamma_1") or shapes.any("ls1.gamma") else 0.0,
@@ -86,10 +89,26 @@ def detect_vit(weights: Weights, format: str, layer_scale: float = LAYER_SCALE) 
     extra = 3 if class_token else 0
     side = table_side(table[0] - extra) if table else None
     if "pos_embed" in shapes:
-        side = integer_sqrt(shapes["pos_embed"][1] - class_token)
+        side = integer_sqrt(shapes["pos_embed"][1] - (class_token and class_position))
     image_size = (side * encoder["patch_size"],) * 2 if side else None
     objective = detect_objective(weights, shapes, prefix, encoder["final_norm"], of_patches="fc_norm.weight")
     return WeightSpec(format, encoder, objective, image_size, patch[1], prefix, tuple(notes))
+
+
+def has_class_position(shapes: Shapes, registers: int) -> bool:
+    """Whether the position embedding has a row for the class token. Raises CheckpointError for rows of other tokens."""
+    if "dist_token" in shapes:
+        what = "a distilled DeiT, which has a distillation token"
+        raise CheckpointError(what, shapes.where, "give one without, like deit_small_patch16_224 or a DeiT III")
+    if "pos_embed" not in shapes:
+        return True
+    rows, class_token = shapes["pos_embed"][1], "cls_token" in shapes
+    is_square, is_square_and_one = integer_sqrt(rows) is not None, class_token and integer_sqrt(rows - 1) is not None
+    if registers and not (is_square or is_square_and_one):
+        what = f"{rows} positions for {registers} registers and the patches of a square image"
+        fix = "give a model whose registers have no positions (timm's no_embed_class); others are not supported"
+        raise CheckpointError(what, shapes.where, fix)
+    return not (class_token and is_square)
 
 
 def guess_num_heads(width: int, depth: int) -> int | None:
@@ -259,7 +278,17 @@ def norm_refusal(encoder) -> str:
     theirs = EPSILONS[type(encoder).__name__]
     if math.isclose(encoder.norm_epsilon, theirs, rel_tol=1e-6):
         return ""
-    return f"norm_epsilon is {encoder.norm_epsilon:g}, but always {theirs:g} in this format; stablehlo can hold it"
+    return (
+        f"norm_epsilon is {encoder.norm_epsilon:g}, but {theirs:g} in their models; stablehlo can hold it, or add "
+        "--allow norm_epsilon and make their model with this epsilon"
+    )
+
+
+def epsilon_note(encoder, objective: dict) -> str:
+    """What a reader of an export with another epsilon needs to know."""
+    norm_class = "BatchNorm2d" if type(encoder).__name__ == "ResNet" else "LayerNorm"
+    note = f"make their model with norm_layer=functools.partial(torch.nn.{norm_class}, eps={encoder.norm_epsilon:g})"
+    return note + "; the norm after pooling has 1e-6 here" * bool(objective.get("fc_norm"))
 
 
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
@@ -270,6 +299,8 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
     if name == "ViT":
         if not encoder.class_token:
             return "the official ViT always has a class token; in timm's it is optional"
+        if encoder.num_registers or not encoder.class_position:
+            return "the official ViT has no registers, and a position of the class token; timm's has both options"
         if encoder.qkv_bias == "qkv":
             return "the official ViT has no bias on keys; timm's ViT without relative positions has one"
     elif name in ("Swin", "SwinV2") and not encoder.final_norm:

@@ -20,7 +20,6 @@ from simmim_jax.interop.rebuild import DTYPES, Dropped, is_count
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a legacy stream
 PROTOCOL = 1001  # the second
 MAX_EXPANSION = 8, 2**28  # a state dict may take this many times the file's bytes in float32, plus this many bytes
-STATE_DICT_KEYS = ("model", "state_dict", "module", "model_ema", "state_dict_ema")
 STORAGES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "ComplexDouble": "complex128",
     "ComplexFloat": "complex64", "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
@@ -63,46 +62,13 @@ def read_pth(path: str | os.PathLike) -> object:
         raise CheckpointError(f"the file is damaged: {reason}", where, AGAIN) from error
 
 
-def state_dict(content: object, path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays by parameter name in the content of a file.
-
-    They are under "model" (SimMIM, Swin, MAE), "state_dict" (timm, OpenMMLab, Lightning), "module" (DeepSpeed),
-    "model_ema" or "state_dict_ema", or are the content itself; the first that exists.
-    Raises CheckpointError, with the keys of the content, if none of these is a dict of arrays.
-    """
-    where, fix = str(path), "give a file with a state dict, or one with it under 'model' or 'state_dict'"
-    if isinstance(content, Dropped):
-        raise CheckpointError(f"a whole object of {one_line(content.name)}, not a state dict", where, fix)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"a {type(content).__name__}, not a state dict", where, fix)
-    candidates = {name: content[name] for name in STATE_DICT_KEYS if name in content}
-    for arrays in (*candidates.values(), content):
-        if isinstance(arrays, dict) and arrays and all(_is_entry(*item) for item in arrays.items()):
-            return arrays
-    for name, value in candidates.items():
-        if isinstance(value, Dropped):
-            raise CheckpointError(f"{name!r} is a whole object of {one_line(value.name)}", where, fix)
-        other = [item for item in value.items() if not _is_entry(*item)] if isinstance(value, dict) else []
-        if other:
-            entry, found = other[0]
-            kind = found.name if isinstance(found, Dropped) else type(found).__name__
-            what = f"{name!r} is no state dict: {one_line(entry)} is {one_line(kind)}, not an array"
-            raise CheckpointError(what, where, fix)
-    keys = ", ".join(one_line(key) for key in list(content)[:20]) + (", ..." if len(content) > 20 else "")
-    raise CheckpointError(f"no state dict among the keys {keys or '(none)'}", where, fix)
-
-
-def check_expanded_size(arrays: dict[str, np.ndarray], file: Path) -> None:
-    """Raise CheckpointError if copies of the arrays, which can share memory, need far more memory than the file."""
+def check_expanded_size(arrays: dict[str, np.ndarray], paths: list[Path]) -> None:
+    """Raise CheckpointError if copies of the arrays, which can share memory, need far more memory than the files."""
     needed = sum(array.size * max(4, array.itemsize) for array in arrays.values())
     factor, extra = MAX_EXPANSION
-    if needed > factor * file.stat().st_size + extra:
+    if needed > factor * sum(path.stat().st_size for path in paths) + extra:
         what = f"its {len(arrays)} arrays share memory, and would take {needed / 2**30:.1f} GiB without"
-        raise CheckpointError(what, str(file), "give a file that stores each array by itself")
-
-
-def _is_entry(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, np.ndarray)
+        raise CheckpointError(what, str(paths[0]), "give a file that stores each array by itself")
 
 
 def _open(path: Path, where: str) -> mmap.mmap:

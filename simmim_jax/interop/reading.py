@@ -12,15 +12,17 @@ from safetensors.numpy import load_file
 
 from simmim_jax import files
 from simmim_jax.errors import CheckpointError
-from simmim_jax.interop import pth
+from simmim_jax.interop import pth, selection
 
 MADE_BY = "simmim_jax"  # "made_by" in the metadata of safetensors that we write
-PICKLED = (".pth", ".pt", ".tar", ".bin")
-SUPPORTED = "give a .pth, .pt, .pth.tar, .bin or .safetensors file, or a Hugging Face folder with a config.json"
+PICKLED = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+SUPPORTED = "give a .pth, .pt, .pth.tar, .ckpt, .bin or .safetensors file, or a Hugging Face folder with a config.json"
 AGAIN = "download or write it again"
 
 # Buffers that follow from a model's sizes. "k_bias": zeros that are stored next to a q_bias and a v_bias.
-DERIVED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|num_batches_tracked|k_bias)$")
+DERIVED = re.compile(
+    r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|num_batches_tracked|n_averaged|k_bias)$"
+)
 
 
 class Weights(NamedTuple):
@@ -31,7 +33,8 @@ class Weights(NamedTuple):
     config, preprocessor: config.json and preprocessor_config.json of a Hugging Face folder, else {}.
     where: the path, for error messages.
     sha256: of the weight files, one after another.
-    notes: what was changed on reading.
+    notes: which weights of several were taken, and what was changed on reading.
+    key: where they are in the file; "" if it holds nothing else.
     made: the model that our own export wrote into the metadata, else {}.
     """
 
@@ -42,22 +45,28 @@ class Weights(NamedTuple):
     where: str
     sha256: str
     notes: tuple[str, ...] = ()
+    key: str = ""
     made: dict = {}  # noqa: RUF012 - the default of a NamedTuple; nothing writes to it
 
 
-def read_weights(path: str) -> Weights:
-    """Read a file of weights or a Hugging Face folder. Raises CheckpointError."""
+def read_weights(path: str, key: str = "", average: bool | None = None) -> Weights:
+    """Read a file of weights or a Hugging Face folder. Raises CheckpointError.
+
+    key, average: which weights of several in the file, see `selection.select`.
+    """
     root = Path(path).expanduser()
     if not root.exists():
         raise CheckpointError("no such file or folder", path, SUPPORTED)
     paths, weight_map = _weight_files(root) if root.is_dir() else ([root], {})
-    arrays = _read_shards(paths, weight_map) if len(paths) > 1 else _read(paths[0])
+    sets = {"": _read_shards(paths, weight_map)} if len(paths) > 1 else _read(paths[0])
+    taken = selection.select(sets, str(path), key, average)
+    pth.check_expanded_size(taken.arrays, paths)
     folder = root if root.is_dir() else root.parent
     is_hugging_face = root.is_dir() or root.name in ("model.safetensors", "pytorch_model.bin")
     config = read_json(folder / "config.json") if is_hugging_face else {}
     if root.is_dir() and not config:
         raise CheckpointError("no config.json", path, "give the folder that save_pretrained wrote, or one weight file")
-    arrays, notes = _normalize(arrays, str(path))
+    arrays, notes = _normalize(taken.arrays, str(path))
     derived = {name: x for name, x in arrays.items() if DERIVED.search(name) and not _is_key_bias(name, x)}
     return Weights(
         arrays={name: x for name, x in arrays.items() if name not in derived},
@@ -66,7 +75,8 @@ def read_weights(path: str) -> Weights:
         preprocessor=read_json(folder / "preprocessor_config.json") if config else {},
         where=str(path),
         sha256=_sha256(paths),
-        notes=notes,
+        notes=(taken.note, *notes) if taken.note else notes,
+        key=taken.key,
         made=_made(paths[0]) if len(paths) == 1 else {},
     )
 
@@ -126,7 +136,7 @@ def _read_shards(paths: list[Path], weight_map: dict[str, str]) -> dict[str, np.
     """The arrays of all files, each from the file that the index names."""
     arrays, found_in = {}, {}
     for path in paths:
-        for name, array in _read(path).items():
+        for name, array in next(iter(_read(path).values())).items():
             if weight_map.get(name, path.name) != path.name:
                 continue
             if name in arrays:
@@ -139,30 +149,30 @@ def _read_shards(paths: list[Path], weight_map: dict[str, str]) -> dict[str, np.
     return arrays
 
 
-def _read(file: Path) -> dict[str, np.ndarray]:
+def _read(file: Path) -> dict[str, dict[str, np.ndarray]]:
+    """All state dicts in a file, by key."""
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            return {"": load_file(file)}
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"damaged safetensors file: {str(error)[:200]}", str(file), AGAIN) from error
     if file.suffix in PICKLED:
-        arrays = pth.state_dict(pth.read_pth(str(file)), str(file))
-        pth.check_expanded_size(arrays, file)
-        return arrays
+        return selection.state_dicts(pth.read_pth(str(file)), str(file))
     raise CheckpointError(f"unknown kind of file {file.suffix or file.name!r}", str(file), SUPPORTED)
 
 
 def _normalize(arrays: dict[str, np.ndarray], where: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """(arrays with floats as float32, without the prefix of a data-parallel wrapper, with current names; notes)."""
+    """(arrays with floats as float32 and with current names; notes)."""
     notes = []
-    if arrays and all(name.startswith("module.") for name in arrays):
-        arrays = {name.removeprefix("module."): x for name, x in arrays.items()}
     if any(".rpe_mlp." in name for name in arrays):  # early Swin V2 files; the official load_pretrained renames it too
         if any(".cpb_mlp." in name for name in arrays):
             what = "both rpe_mlp and cpb_mlp, which are two names of one module"
             raise CheckpointError(what, where, "give a file with one of them")
         arrays = {name.replace(".rpe_mlp.", ".cpb_mlp."): x for name, x in arrays.items()}
         notes.append("renamed rpe_mlp to cpb_mlp, its later name")
+    if "register_tokens" in arrays and "reg_token" not in arrays:  # DINOv2's name
+        arrays = {"reg_token" if name == "register_tokens" else name: x for name, x in arrays.items()}
+        notes.append("renamed register_tokens to reg_token, timm's name")
     floats = {name for name, x in arrays.items() if x.dtype.kind not in "biuc" and not DERIVED.search(name)}
     types = {arrays[name].dtype.name for name in floats} - {"float32"}
     if types:

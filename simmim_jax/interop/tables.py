@@ -26,7 +26,7 @@ def positions(encoder, prefix: str, image_size: tuple[int, int], name: str) -> l
         return one("pos_embed", f"{prefix}{name}", POSITIONS)
     if encoder.absolute_position == "sincos":
         grid = tuple(size // encoder.patch_size for size in image_size)
-        fixed = sincos_position(grid, encoder.width, encoder.class_token)
+        fixed = sincos_position(grid, encoder.width, encoder.class_token and encoder.class_position)
         return [Rule("", (f"{prefix}{name}",), POSITIONS, fixed)]
     return []
 
@@ -47,6 +47,8 @@ def vit(encoder, prefix: str, image_size: tuple[int, int], scales: tuple = ("gam
     table = convolution("patch_embed", f"{prefix}patch_embed.proj")
     if encoder.class_token:
         table += one("cls_token", f"{prefix}cls_token", TOKEN)
+    if encoder.num_registers:
+        table += one("registers", f"{prefix}reg_token", POSITIONS)
     table += positions(encoder, prefix, image_size, "pos_embed")
     if encoder.relative_position == "shared":
         table += one("rel_pos_bias/table", f"{prefix}rel_pos_bias.relative_position_bias_table")

@@ -121,6 +121,8 @@ def export_prefix(objective: str) -> str:
 
 def export_notes(encoder) -> tuple[str, ...]:
     """The windows of pretraining, which the file does not contain."""
+    if type(encoder).__name__ == "ViT" and (encoder.num_registers or not encoder.class_position):
+        return (f"make timm's model with reg_tokens={encoder.num_registers}, no_embed_class=True",)
     if not encoder.pretrained_windows:
         return ()
     windows = tuple(encoder.pretrained_windows)
@@ -135,7 +137,11 @@ def is_beit(encoder) -> bool:
 def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
     """Why this format cannot hold the model, or ""."""
     name = type(encoder).__name__
+    if name == "ViT" and encoder.num_registers and encoder.class_token and encoder.class_position:
+        return "timm's ViT with registers has no position of the class token (class_position=False)"
     if name == "ViT" and is_beit(encoder):
+        if encoder.num_registers or not encoder.class_position:
+            return "timm's BEiT has no registers, and a position of the class token"
         if not encoder.class_token:
             return "timm's BEiT always has a class token"
         if encoder.qkv_bias == "qkv":

@@ -140,7 +140,10 @@ class ViT(Encoder):
     width: channels of a token, a multiple of num_heads.
     patch_size: side of a patch in pixels; both strides.
     class_token: whether a learned token is added to the patches. Features never contain it.
-    absolute_position: "none", "learned", or "sincos" (fixed); added to all tokens, the class token included.
+    num_registers: number of learned tokens that only take part in attention (Darcet et al. 2024, arXiv 2309.16588).
+    absolute_position: "none", "learned", or "sincos" (fixed); added to the patches.
+    class_position: whether the class token has an absolute position too; not in DeiT III and models with registers of
+        timm (`no_embed_class`). Registers have none.
     relative_position: "none", "shared" (one table for all blocks), or "per_block".
     qkv_bias: "qv" (official), "qkv" (timm), or "none".
     layer_scale: initial value of LayerScale; 0 disables it.
@@ -156,7 +159,9 @@ class ViT(Encoder):
     mlp_ratio: float = 4.0
     patch_size: int = 16
     class_token: bool = True
+    num_registers: int = 0
     absolute_position: str = "none"
+    class_position: bool = True
     relative_position: str = "shared"
     qkv_bias: str = "qv"
     layer_scale: float = 0.1
@@ -187,7 +192,10 @@ class ViT(Encoder):
         if self.absolute_position == "sincos" and self.width % 4:
             raise ConfigError(f"sincos positions with width {self.width}", "encoder.width", "give a multiple of 4")
         self.check_minimum("mlp_ratio", strict=True)
-        self.check_minimum("layer_scale")
+        self.check_minimum("layer_scale", "num_registers")
+        if self.num_registers and self.relative_position != "none":
+            what = f"{self.num_registers} registers with relative positions, which are not defined for them"
+            raise ConfigError(what, "encoder.num_registers", "give --config.encoder.relative_position=none")
 
     @property
     def fc_norm(self) -> bool:
@@ -212,7 +220,8 @@ class ViT(Encoder):
         """Official `get_vit_layer`."""
         if block := re.match(r"block_(\d+)/", path):
             return int(block.group(1)) + 1
-        return 0 if path.startswith(("cls_token", "pos_embed", "patch_embed")) else self.depth + 1
+        first = path.startswith(("cls_token", "pos_embed", "patch_embed", "registers"))
+        return 0 if first else self.depth + 1
 
     def setup(self):
         self.patch_embed = patch_convolution(self.width, self.patch_size, self.dtype, self.init_truncation)
@@ -220,6 +229,14 @@ class ViT(Encoder):
     def embed(self, images: Float[Array, "b y x c"]) -> Float[Array, "b i j d"]:
         """One token per patch: a linear map of its normalized pixels."""
         return self.patch_embed(images).astype(jnp.float32)
+
+    def _with_positions(self, x: Float[Array, "b n d"], grid: tuple[int, int]) -> Float[Array, "b n d"]:
+        """x plus the absolute position embedding, whose first row is the class token's if x has one."""
+        if self.absolute_position == "learned":
+            return x + self.param("pos_embed", truncated_normal(self.init_truncation), x.shape[1:])
+        if self.absolute_position == "sincos":
+            return x + sincos_position(grid, x.shape[-1], x.shape[1] > grid[0] * grid[1])
+        return x
 
     @nn.compact
     def trunk(
@@ -231,19 +248,24 @@ class ViT(Encoder):
         """
         b, i, j, d = tokens.shape
         x = tokens.reshape(b, i * j, d)  # b n d
+        initial = truncated_normal(self.init_truncation)
+        if not self.class_position:
+            x = self._with_positions(x, (i, j))
         if self.class_token:
-            token = self.param("cls_token", truncated_normal(self.init_truncation), (d,))
+            token = self.param("cls_token", initial, (d,))
             x = jnp.concatenate([jnp.broadcast_to(token, (b, 1, d)), x], axis=1)
-        if self.absolute_position == "learned":
-            x += self.param("pos_embed", truncated_normal(self.init_truncation), (x.shape[1], d))
-        elif self.absolute_position == "sincos":
-            x += sincos_position((i, j), d, self.class_token)
+        if self.class_position:
+            x = self._with_positions(x, (i, j))
+        if self.num_registers:
+            registers = self.param("registers", initial, (self.num_registers, d))
+            parts = jnp.split(x, [int(self.class_token)], axis=1)
+            x = jnp.concatenate([parts[0], jnp.broadcast_to(registers, (b, *registers.shape)), parts[1]], axis=1)
         bias = None
         if self.relative_position == "shared":
             bias = RelativePositionBias(self.num_heads, self.class_token, name="rel_pos_bias")((i, j))
 
         def to_map(x):
-            return x[:, int(self.class_token) :].reshape(b, i, j, d)
+            return x[:, int(self.class_token) + self.num_registers :].reshape(b, i, j, d)
 
         def sow_fn(x):
             return {"blocks": to_map(x)} | ({"class_tokens": x[:, 0]} if self.class_token else {})

@@ -1,6 +1,7 @@
 """Start from the parameters of another run: convert them to other windows, image sizes or position tables."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def resize_table(name: str, value: np.ndarray, rows: int, has_class_token: bool,
     """Resize a position table to `rows` rows. grids: as in `fit`; a table with "attn" in its path is of a window."""
     counts = (len(value), rows)
     if name.endswith("pos_embed"):
-        extra = 1 if has_class_token else 0
+        extra = len(value) - math.prod(grids[0]) if grids else int(has_class_token)  # rows of the class token
         return resize_positions(value, *(grids or [square(count - extra, "positions") for count in counts]), extra)
     extra = 3 if has_class_token else 0
     if grids and "/attn/" not in name:

@@ -41,8 +41,12 @@ def make_parser() -> Parser:
     cli.add_image_size(parser, "if the weights do not determine it")
     add("--mean", type=cli.numbers(float, -math.inf), metavar="R,G,B", help="of training images (default: ImageNet's)")
     add("--std", type=cli.numbers(float, 0, strict=True), metavar="R,G,B", help="the same")
-    meaning = "names of arrays to leave out, with * and ?; comma-separated or repeated. In an export: head, mask_token"
+    meaning = "names of arrays to leave out, with * and ?; comma-separated or repeated. In an export: head, mask_token "
+    meaning += "or norm_epsilon to export a model with another epsilon than the models of the format"
     add("--allow", metavar="PATTERN", action="append", default=[], help=meaning)
+    add("--key", default="", metavar="NAME", help="import the weights under this key of the file, like model_ema")
+    help = "import the moving average, or not, if the file has both (default: for classifiers, as timm does)"
+    add("--ema", action=argparse.BooleanOptionalAction, help=help)
     cli.add_overwrite(parser)
     return parser
 
@@ -85,10 +89,11 @@ def run(argv: list[str]) -> None:
     options, fields = parse(argv)
     is_export = is_ours(Path(options.source))
     if is_export:
-        given = [f"--{name.replace('_', '-')}" for name in ("image_size", "mean", "std") if getattr(options, name)]
+        names = ("image_size", "mean", "std", "key", "ema")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, "")]
         given += [f"--encoder.{name}" for name in fields]
         if given:
-            fix = "leave it out: the run's config.json has it"
+            fix = "leave it out: it is for imports, and the run's own files have it"
             raise ConfigError(f"{given[0]} in an export", "command line", fix)
     elif options.format:
         what = f"--format in an import: {options.source} is not a run of simmim_jax"

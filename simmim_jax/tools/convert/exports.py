@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
-from simmim_jax.interop import backbone, folder, stablehlo
+from simmim_jax.interop import backbone, folder, official, stablehlo
 from simmim_jax.interop.reading import MADE_BY, read_json
 from simmim_jax.runs.finished import Run, load_run
 from simmim_jax.tools.convert.target import check_target, replaced
@@ -21,6 +21,7 @@ from simmim_jax.tools.convert.weights import print_names
 FOLDERS = ("backbone", "huggingface")  # formats that are folders for transformers
 ENCODER_ONLY = ("backbone", "stablehlo")  # formats without heads
 STABLEHLO = (".stablehlo", ".jax_exported")
+EPSILON = "norm_epsilon"  # in --allow: export a model whose epsilon differs from that of the format's models
 READ_WITH = {
     "backbone": "transformers.CLASS.from_pretrained(FILE)(pixel_values).feature_maps",
     "huggingface": "transformers.AutoModel.from_pretrained(FILE)",
@@ -76,13 +77,17 @@ def export_run(options: argparse.Namespace) -> None:
 
 def make_export(run: Run, format: str, allow: list[str], where: str) -> Export:
     """What to write. Raises CheckpointError if the format cannot hold the model."""
+    encoder, notes = run.encoder, ()
+    if EPSILON in allow and format in ("official", "timm") and official.norm_refusal(encoder):
+        allow = [pattern for pattern in allow if pattern != EPSILON]
+        encoder = encoder.clone(norm_epsilon=official.EPSILONS[type(encoder).__name__])
     objective, allowed = exported_objective(run, allow, where, format)
-    notes = ()
     if format != "stablehlo":
         module = interop.EXPORTS[format]
-        if reason := module.refusal(run.encoder, objective, run.image_size):
+        if reason := module.refusal(encoder, objective, run.image_size):
             raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
         objective, notes = module.exported_objective(run.encoder, objective), module.export_notes(run.encoder)
+        notes += (official.epsilon_note(run.encoder, objective),) if encoder is not run.encoder else ()
         notes += folder.squash_note(run.image_size) if format in FOLDERS else ()
     left_out = sorted(run.params.keys() - {"encoder"}) if objective["name"] == "none" else []
     run = run._replace(params={name: part for name, part in run.params.items() if name not in left_out})

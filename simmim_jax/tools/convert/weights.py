@@ -20,7 +20,7 @@ IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 def import_weights(options: argparse.Namespace, fields: dict) -> None:
     """Write the weights of `options.source` as a workdir."""
     check_target(options, "workdir")
-    weights = interop.read_weights(options.source)
+    weights = interop.read_weights(options.source, options.key, options.ema)
     weights, skipped = without(weights, options.allow)
     spec = interop.detect(weights)
     name = spec.encoder["name"]
@@ -38,7 +38,7 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
         "objective": spec.objective,
         "image_size": list(spec.image_size),
         **{n: list(values) for n, values in normalization.items()},
-        "imported": {"from": str(options.source), "format": spec.format, "sha256": weights.sha256},
+        "imported": {"from": options.source, "key": weights.key, "format": spec.format, "sha256": weights.sha256},
     }
     with replaced(options) as partial:
         try:
@@ -49,6 +49,8 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
     count = sum(x.size for x in jax.tree.leaves(params))
     size = encoder_config["size"]
     print(f"{spec.format} {name} ({spec.objective['name']}), nearest size {size}: {count:,} parameters")
+    if weights.key:
+        print(f"  weights: those under {weights.key!r} in the file")
     shown = {field: value for field, value in encoder_config.items() if field not in ("name", "size")}
     shown |= {"image_size": spec.image_size, **normalization}
     print("  " + " ".join(f"{field}={value}" for field, value in shown.items()))
