@@ -20,12 +20,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 WHOLE = ("evals", "imported")  # trees of open content, each compared as one field
 
-# Fields that may change when a run resumes, because no parameter depends on them. `classes` and `imported` are not
-# fields of a recipe: a run adds them to its config.json. The data's fingerprint guards the fields that choose images.
+# Fields that may change when a run resumes, because no parameter depends on them. `classes`, `imported` and
+# `untrained_classes` are not fields of a recipe: a run adds them to its config.json. The data's fingerprint guards the
+# fields that choose images.
 FREE = (
     "check_memory", "classes", "eval_batch_size", "eval_every", "eval_images", "evals", "imported", "keep_period",
     "log_every", "max_nonfinite_steps", "max_to_keep", "microbatches", "online_probes", "probe_block", "profile_steps",
-    "save_every",
+    "save_every", "untrained_classes",
     "data.crop_fraction", "data.data_dir", "data.max_bad_fraction", "data.name", "data.on_error", "data.path",
     "data.prefetch", "data.source", "data.threads", "data.workers",
     "encoder.attention", "encoder.remat", "encoder.scan", "encoder.size",

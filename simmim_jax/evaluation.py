@@ -121,6 +121,8 @@ def make_evaluators(experiment: Experiment, workdir: str, stop: StopSignal) -> d
         stop=stop,
     )
     inputs = make_eval_inputs(subject)
+    if "accuracy" in evals.options:
+        inputs["trained"] = data.classes_with_images(experiment.source)
     return {name: make_evaluator(name, inputs, **options) for name, options in evals.options.items()}
 
 

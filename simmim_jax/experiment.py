@@ -146,6 +146,8 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
         data.check_batches(source, batches, loading)
         if objective.needs != ("image",):
             record["classes"] = list(source.classes)
+        if "label" in objective.needs:
+            record["untrained_classes"] = data.untrained_classes(source)
     if workdir and config.init_from and not processes.on_process_0(lambda: checkpoint.has_steps(workdir)):
         init_from = Path(processes.on_process_0(lambda: str(checkpoint.find_step(config.init_from))))
         pretrained.check_init_from(init_from, record)
@@ -397,14 +399,15 @@ def open_sources(config: ConfigDict, objective: Objective, batches: BatchSpec) -
         data.make_label_map_source if batches.label_maps else data.make_source,
         **{name: config.data[name] for name in ("source", "path", "name", "data_dir", "heldout_fraction")},
     )
-    source = make(split=config.data.split)
-    heldout = make(split=config.data.heldout_split) if config.evals or config.online_probes else None
+    with data.one_report():
+        source = make(split=config.data.split)
+        heldout = make(split=config.data.heldout_split) if config.evals or config.online_probes else None
     if batches.label_maps:
         for each in filter(None, (source, heldout)):
             data.check_maps(each, batches.label_maps, batches.channels, batches.max_pixels)
     if "label" in objective.needs:
         if not source.classes:
-            raise DataError("images without classes", source.describe(), "put each class into its own folder")
+            raise DataError("images without classes", source.describe(), data.how_to_label(source))
         if len(source.classes) != config.objective.num_classes:
             raise ConfigError(
                 f"num_classes is {config.objective.num_classes}, but the data has {len(source.classes)} classes",
@@ -435,18 +438,23 @@ def check_evals(config: ConfigDict, objective: Objective, source, heldout) -> No
         )
     labeled = [name for name in config.evals if "label" in EVALUATORS[name].needs]
     if labeled and heldout.classes != source.classes:
+        fix = "give both the same class folders"
+        if source.classes and not heldout.classes:
+            fix = f"{data.how_to_label(heldout)}; or give only the training images: a part of them is then held out"
         raise DataError(
             f"the held-out images have {len(heldout.classes) or 'no'} classes, the training images "
             f"{len(source.classes) or 'none'}",
             heldout.describe(),
-            "give both the same class folders",
+            fix,
         )
     if labeled and not source.classes:
         raise ConfigError(
             f"{' and '.join(labeled)} need classes, and the images have none",
             source.describe(),
-            "put each class into its own folder, or remove these evaluators from config.evals",
+            f"{data.how_to_label(source)}, or remove these evaluators from config.evals",
         )
+    if heldout and source.classes and any("label" in EVALUATORS[name].needs for name in evals):
+        data.compare_classes(source, heldout)
 
 
 def resolve_evals(config: ConfigDict, objective: Objective, source, heldout) -> dict[str, dict]:

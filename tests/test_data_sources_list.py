@@ -57,10 +57,9 @@ def test_classes_are_those_of_both_splits(tmp_path):
     before = train.fingerprint()
     (tmp_path / "val.txt").write_text("3.png ant\n")  # renumbers the classes of the other split
     assert make_source("list", path=str(tmp_path)).fingerprint() != before
-    for text, says in (("3.png", "has no labels"), ("3.png 5", "has numbers for labels")):
-        (tmp_path / "val.txt").write_text(text)
-        with pytest.raises(DataError, match=says):
-            make_source("list", path=str(tmp_path))
+    (tmp_path / "val.txt").write_text("3.png 5")
+    with pytest.raises(DataError, match="has numbers for labels"):
+        make_source("list", path=str(tmp_path))
 
 
 def test_paths_start_at_the_list_the_folder_of_its_split_or_data_dir(tmp_path):
@@ -80,7 +79,6 @@ def test_paths_start_at_the_list_the_folder_of_its_split_or_data_dir(tmp_path):
     ("text", "says"),
     [
         ("a.png 1\nnotes.txt 2\n", r"'notes\.txt 2' .*list\.txt, line 2"),
-        ("path,label\na.png,1\n", r"'path,label' .*line 1 "),
         ('a.png 1\n"b.png",2\n', r"line 2"),
         ("a.png,,1\n", r"line 1"),
         ("a.png 1\n\n# x\nb.png\n", r"line 4 has no label, and line 1 has one"),

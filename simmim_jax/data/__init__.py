@@ -20,7 +20,9 @@ from simmim_jax.data.epoch import CenterCrop, Epoch, make_epoch
 from simmim_jax.data.label_maps import LabelMapSpec, check_maps
 from simmim_jax.data.segmentation_set import SegmentationSet
 from simmim_jax.data.sources import SOURCES, make_source, share_images
+from simmim_jax.data.sources.classes import classes_with_images, compare_classes, how_to_label, untrained_classes
 from simmim_jax.data.sources.label_maps import make_label_map_source
+from simmim_jax.data.sources.unread import one_report
 
 __all__ = [
     "BAD_IMAGES_FIX",
@@ -35,12 +37,17 @@ __all__ = [
     "advice",
     "check_batches",
     "check_maps",
+    "classes_with_images",
+    "compare_classes",
     "cores",
     "fingerprint",
+    "how_to_label",
     "make_batches",
     "make_epoch",
     "make_label_map_source",
     "make_source",
     "max_bad_images",
+    "one_report",
     "share_images",
+    "untrained_classes",
 ]

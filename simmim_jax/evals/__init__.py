@@ -11,6 +11,7 @@ An entry of `EVALUATORS` declares which of these `eval_inputs` it takes:
     predict       (params, batch) -> dict of numpy arrays: the objective's prediction for the batch, with "label",
                   "batch_index" and "valid" (False for padding rows), for the images of all processes
     features      (state) -> evals.features.Features of training and held-out images
+    trained       whether each class has training images: bool [c], or None if that is unknown
     folder        folder for figures, <folder>/<name>_<step>.png; "": no figures
 
 and for segmentation:
@@ -54,7 +55,7 @@ class Evaluator(NamedTuple):
 FEATURES = ("features",)
 WINDOWS = ("read_windows", "whole", "window", "window_batch", "fill", "folder", "classes", "max_bad_images")
 EVALUATORS = {
-    "accuracy": Evaluator(accuracy.make_accuracy, ("predict", "heldout"), ("label",)),
+    "accuracy": Evaluator(accuracy.make_accuracy, ("predict", "heldout", "trained"), ("label",)),
     "knn": Evaluator(knn.make_knn, FEATURES, ("label",), train_passes=1),
     "linear": Evaluator(linear.make_linear, FEATURES, ("label",), train_passes=1),
     "reconstruction": Evaluator(reconstruction.make_reconstruction, ("predict", "heldout", "spread", "folder")),

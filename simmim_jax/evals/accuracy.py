@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from simmim_jax.errors import DataError, NonFiniteError
+from simmim_jax.evals.features import count_untrained
 
 TOP = 5
 
@@ -67,11 +68,13 @@ def top(answers: Answers, num_classes: int) -> dict[str, float]:
     return metrics | ({"top5": float((answers.rank < TOP).mean())} if num_classes > TOP else {})
 
 
-def make_accuracy(*, predict: Callable, heldout: Iterable[dict]):
-    """The evaluator of accuracy. Metrics: those of `top`. Raises NonFiniteError.
+def make_accuracy(
+    *, predict: Callable, heldout: Iterable[dict], trained: Bool[np.ndarray, " c"] | None = None
+) -> Callable:
+    """The evaluator of accuracy. Metrics: those of `top` and of `count_untrained`. Raises NonFiniteError.
 
     predict(params, batch) -> {"logits" [b, c], "label" [b], "valid" [b]}. A true class that only ties with another one
-    counts as an error.
+    counts as an error. trained: whether each class has training images; None: unknown.
     """
 
     def run(state) -> dict[str, float]:
@@ -80,6 +83,7 @@ def make_accuracy(*, predict: Callable, heldout: Iterable[dict]):
             out = predict(state.params, batch)
             parts.append(read_answers(out)[0])
             num_classes = out["logits"].shape[1]
-        return top(join(parts), num_classes)
+        answers = join(parts)
+        return top(answers, num_classes) | count_untrained(trained, answers.label)
 
     return run

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from simmim_jax.errors import DataError, NonFiniteError
 from simmim_jax.runtime import sharding
@@ -38,6 +38,17 @@ class Features(NamedTuple):
     train_labels: Int[np.ndarray, " m"]
     heldout: Float[np.ndarray, "n d"]
     heldout_labels: Int[np.ndarray, " n"]
+
+
+def count_untrained(trained: Bool[np.ndarray, " c"] | None, labels: Int[np.ndarray, " n"]) -> dict[str, float]:
+    """The number of held-out images whose class has no training image, as a metric; {} if there are none.
+
+    trained: whether each class has training images; classes beyond have none. None: unknown.
+    """
+    if trained is None:
+        return {}
+    count = int((~np.isin(labels, np.flatnonzero(trained))).sum())
+    return {"untrained_class_images": float(count)} if count else {}
 
 
 def make_feature_reader(*, extract: Callable, train: Iterable[dict], heldout: Iterable[dict]) -> Callable:

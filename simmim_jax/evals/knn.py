@@ -5,12 +5,15 @@ The protocol of Wu et al. 2018 (arXiv 1805.01978) as DINO uses it: k = 20, tempe
 
 from collections.abc import Callable
 
+import numpy as np
+
 from simmim_jax.errors import check_minimum
 from simmim_jax.evals import probes
+from simmim_jax.evals.features import count_untrained
 
 
 def make_knn(*, features: Callable, k: int = 20, temperature: int | float = 0.07) -> Callable:
-    """Make the k-NN evaluator. Metric: "knn", top-1 accuracy on the held-out images in 0..1.
+    """Make the k-NN evaluator. Metrics: "knn", top-1 accuracy on the held-out images in 0..1, and `count_untrained`.
 
     features: state -> `evals.features.Features`.
     """
@@ -23,6 +26,7 @@ def make_knn(*, features: Callable, k: int = 20, temperature: int | float = 0.07
         voted = probes.nearest_classes(
             x.train, x.train_labels, x.heldout, classes=classes, k=(k,), temperature=temperature
         )
-        return {"knn": float((voted[0, :, 0] == x.heldout_labels).mean())}
+        untrained = count_untrained(np.bincount(x.train_labels) > 0, x.heldout_labels)
+        return {"knn": float((voted[0, :, 0] == x.heldout_labels).mean())} | untrained
 
     return run

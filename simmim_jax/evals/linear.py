@@ -7,10 +7,12 @@ from absl import logging
 
 from simmim_jax.errors import check_minimum
 from simmim_jax.evals import probes
+from simmim_jax.evals.features import count_untrained
 
 
 def make_linear(*, features: Callable, C: int | float = 1.0, iterations: int = 1000) -> Callable:
-    """Make the linear-probe evaluator. Metric: "linear", top-1 accuracy on the held-out images in 0..1.
+    """Make the linear-probe evaluator. Metrics: "linear", top-1 accuracy on the held-out images in 0..1, and
+    `count_untrained`.
 
     If all training images are of one class, there is no metric, and one warning in the log.
 
@@ -33,6 +35,7 @@ def make_linear(*, features: Callable, C: int | float = 1.0, iterations: int = 1
             train, x.train_labels, np.float32([C]), classes=classes, iterations=iterations
         )
         ranks = probes.ranks(probes.standardize(x.heldout, *statistics), x.heldout_labels, classifier)
-        return {"linear": probes.accuracies(ranks[:, 0], classes)["top1"]}
+        untrained = count_untrained(np.bincount(x.train_labels) > 0, x.heldout_labels)
+        return {"linear": probes.accuracies(ranks[:, 0], classes)["top1"]} | untrained
 
     return run

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from simmim_jax import data
 from simmim_jax.data.decode import MAX_PIXELS, BadImage
 from simmim_jax.data.sources import KINDS
+from simmim_jax.data.sources.classes import differs_from_text_order
 from simmim_jax.data.sources.folder import Folder, split_folders
 from simmim_jax.data.sources.label_maps import IMAGES, MAPS
 from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, existing_part
@@ -110,7 +111,8 @@ def is_own(run: Run, path: str) -> bool:
 def open_training_images(run: Run):
     """The images that the run was trained on, as its config names them."""
     make = data.make_label_map_source if "label_map" in run.needs else data.make_source
-    return make(split=run.config.get("data", {}).get("split", "train"), **source_options(run, ""))
+    with data.one_report(log=False):
+        return make(split=run.config.get("data", {}).get("split", "train"), **source_options(run, ""))
 
 
 def follow_images(run: Run, path: str) -> Run:
@@ -235,7 +237,8 @@ def refuse_label_maps(source) -> None:
 def check_labels(source, flag: str) -> None:
     """Raise DataError if the images have no labels. flag: the option that chooses another part."""
     if not has_labels(source):
-        raise DataError("images without labels", source.describe(), f"give labeled images with {flag} or --data")
+        fix = f"{data.how_to_label(source)}, or give labeled images with {flag} or --data"
+        raise DataError("images without labels", source.describe(), fix)
 
 
 def has_labels(source) -> bool:
@@ -258,8 +261,13 @@ def class_names(run: Run) -> tuple[str, ...]:
 def warn_other_classes(known: tuple[str, ...], source) -> None:
     """Warn of the first class that has another name in `source` than in the run.
 
-    known: the run's class names, one for each of the source's, or ().
+    known: the run's class names, one for each of the source's, or (). Without them, warn if the order of numbers is not
+    that of text, by which torchvision and others number the classes.
     """
+    if not known and differs_from_text_order(source):
+        by_number, by_text = (", ".join(names[:4]) for names in (source.classes, sorted(source.classes)))
+        order = f"by their numbers ({by_number}, ...), not by text as torchvision orders them ({by_text}, ...)"
+        warn(f"the head has no class names: the classes of {source.describe()} are in the order {order}")
     for n, (ours, theirs) in enumerate(zip(known, source.classes, strict=True) if known and source.classes else ()):
         if ours != theirs:
             warn(f"class {n} is {ours!r} in the run and {theirs!r} in {source.describe()}: the head knows only numbers")

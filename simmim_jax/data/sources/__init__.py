@@ -3,22 +3,22 @@
 import contextlib
 import glob
 import os
-import re
 from typing import Protocol, runtime_checkable
 
 from simmim_jax.data.decode import EXTENSIONS
 from simmim_jax.data.prepared import read_manifest
-from simmim_jax.data.sources.array_record import ARRAY_RECORDS, ArrayRecords, check_finished, make_array_record
+from simmim_jax.data.sources.array_record import ARRAY_RECORDS, check_finished, make_array_record
 from simmim_jax.data.sources.digits import make_digits
-from simmim_jax.data.sources.folder import Folder, make_folder
-from simmim_jax.data.sources.label_maps import MappedFolder
+from simmim_jax.data.sources.folder import make_folder
 from simmim_jax.data.sources.list_file import LISTS, make_list
 from simmim_jax.data.sources.listing import is_folder, nearest_path, peek
-from simmim_jax.data.sources.parquet import PARQUETS, make_parquet
+from simmim_jax.data.sources.overlap import share_images
+from simmim_jax.data.sources.parquet import PARQUETS, has_images, make_parquet
 from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, cases, existing_part
 from simmim_jax.data.sources.tar import COMPRESSED, TARS, make_tar
-from simmim_jax.data.sources.tfds import Tfds, make_tfds, prepared_directory
-from simmim_jax.errors import ConfigError, DataError, suggest, warn_once
+from simmim_jax.data.sources.tfds import make_tfds, prepared_directory
+from simmim_jax.data.sources.unread import one_report
+from simmim_jax.errors import ConfigError, DataError, suggest
 
 __all__ = ["SOURCES", "Source", "make_source", "share_images"]
 
@@ -90,7 +90,9 @@ def make_source(
         raise ConfigError(f"unknown source {source!r}", "data.source", suggest(source, SOURCES))
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction={heldout_fraction}", "data.heldout_fraction", "must be in [0, 1)")
-    return SOURCES[source](path=path, name=name, data_dir=data_dir, split=split, heldout_fraction=heldout_fraction)
+    options = {"name": name, "data_dir": data_dir, "heldout_fraction": heldout_fraction}
+    with one_report():
+        return SOURCES[source](path=path, split=split, **options)
 
 
 def make_auto(*, path: str, name: str, split: str, **options) -> Source:
@@ -112,27 +114,6 @@ SOURCES = {
     "array_record": make_array_record,
     "tfds": make_tfds,
 }
-
-
-def share_images(first: Source, second: Source) -> bool:
-    """Whether two sources are the same records under two split names, or overlapping slices of a TFDS data set."""
-    if isinstance(first, Tfds) and isinstance(second, Tfds):
-        return any(
-            max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take)
-            for a in first.file_instructions()
-            for b in second.file_instructions()
-            if a.filename == b.filename
-        )
-    if len(first) != len(second):  # cheaper than fingerprints, which read the sizes of a thousand files
-        return False
-    same = first.fingerprint() | {"split": ""} == second.fingerprint() | {"split": ""}
-    return same and _root(first) == _root(second)
-
-
-def _root(source: Source) -> str:
-    """The folder of a source whose fingerprint depends only on names and sizes: equal ones may be of other images."""
-    source = source.images if isinstance(source, MappedFolder) else source
-    return source.root if isinstance(source, Folder | ArrayRecords) else ""
 
 
 def _detect(path: str, split: str) -> str:
@@ -170,36 +151,29 @@ def _detect_folder(path: str, sides) -> str:
     kind = next(filter(None, map(_peek_kind, (*candidates, path, os.path.join(path, "data")))), "folder")
     if kind == "folder":
         check_finished(path)  # an unfinished `prepare` may not have written a shard yet
-        _warn_of_lists(path)
     return kind
-
-
-def _warn_of_lists(path: str) -> None:
-    """Warn if a folder of images also contains lists of splits: the user may have meant these."""
-    word = re.compile(rf"(?<![a-z0-9])({'|'.join(('train', *EVALUATION))})(?![a-z0-9])", re.IGNORECASE)
-    names = sorted(entry.name for entry in peek(path) if entry.name.lower().endswith(LISTS))
-    lists = [name for name in names if word.search(name)]
-    if lists:
-        template = os.path.join(path, word.sub("{split}", lists[0], count=1))
-        warn_once(f"{path}: all its images are used, not those in {', '.join(lists[:4])}: set data.path={template}")
 
 
 def _peek_kind(folder: str) -> str:
     """The kind of the files in a folder; "" if it contains no shards, images or folders of images."""
     entries = peek(folder)
-    found = dict.fromkeys((ARRAY_RECORDS, PARQUETS, (*TARS, *COMPRESSED)), False)
+    found = dict.fromkeys((ARRAY_RECORDS, PARQUETS, (*TARS, *COMPRESSED)), "")
     for entry in entries:
         name = entry.name.lower()
         if name.endswith(EXTENSIONS):
             return "folder"
         for extensions in found:
-            found[extensions] |= name.endswith(extensions)
-    for extensions, exists in found.items():
-        if exists:
-            return KINDS[extensions]
+            if name.endswith(extensions):
+                found[extensions] = found[extensions] or entry.path
+    kinds = {KINDS[extensions]: path for extensions, path in found.items() if path}
     nested = [entry.path for entry in entries if is_folder(entry)][:3]
     nested += [next((each.path for each in peek(place) if is_folder(each)), place) for place in nested]
-    if any(entry.name.lower().endswith(EXTENSIONS) for place in nested for entry in peek(place)):
+    has_folders = any(entry.name.lower().endswith(EXTENSIONS) for place in nested for entry in peek(place))
+    if "parquet" in kinds and (has_folders or len(kinds) > 1) and not has_images(kinds["parquet"]):
+        kinds.pop("parquet")  # metadata of other files, such as img2dataset writes
+    if kinds:
+        return next(iter(kinds))
+    if has_folders:
         return "folder"
     with contextlib.suppress(DataError):  # another program may have written a file of this name
         return "array_record" if read_manifest(folder) else ""

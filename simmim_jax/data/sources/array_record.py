@@ -12,13 +12,14 @@ from simmim_jax.data.decode import BadImage
 from simmim_jax.data.prepared import MANIFEST, PLAN, PREPARE, read_manifest, unpack_record
 from simmim_jax.data.sources.files import changed_error, make_opener, read_tail, stat_file
 from simmim_jax.data.sources.names import digest_of
-from simmim_jax.data.sources.splits import EVALUATION, FileSource, Selection, make_part, select
+from simmim_jax.data.sources.parts import FileSource, make_part
+from simmim_jax.data.sources.splits import EVALUATION, Selection, select
+from simmim_jax.data.sources.unread import is_image
 from simmim_jax.errors import DataError
 
 ARRAY_RECORDS = (".array_record", ".arrayrecord")
 IMAGE_NAMES = ("image/encoded", "image", "jpg", "jpeg", "png", "webp", "img", "image_raw", "encoded", "image_bytes")
 LABEL_NAMES = ("image/class/label", "label", "labels", "cls", "class", "fine_label", "target")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"GIF8")  # of image files
 # For random access: no readahead, and no threads for one record.
 OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 BUFFER = 2**15  # bytes read at a time
@@ -71,6 +72,8 @@ class ArrayRecords(FileSource):
             listed = [[name, *each] for name, each in zip(self.names, listed, strict=True)]
             self._detect_form()
         self.digest = digest_of(json.dumps(listed).encode())
+        if not self.classes:
+            self.unlabeled = "if the records have labels, prepare them: python -m simmim_jax.tools.prepare"
 
     def _list_prepared(self, prepared: dict[str, dict]) -> list[dict]:
         shards = []
@@ -95,7 +98,7 @@ class ArrayRecords(FileSource):
 
     def _detect_form(self) -> None:
         path, first = os.path.join(self.root, self.names[self._shard(0)]), self._raw(0)
-        self.form = "image" if _is_image(first) else "example"
+        self.form = "image" if is_image(first) else "example"
         if self.form == "example" and _is_prepared(first):
             manifest = read_manifest(os.path.dirname(path))
             if not manifest:
@@ -134,13 +137,16 @@ class ArrayRecords(FileSource):
         raw = self._raw(i)
         if self.form == "prepared":
             return unpack_record(raw, len(self.classes) or None)
-        if _is_image(raw):
+        if is_image(raw):
             return {"image": raw, "label": -1, "name": self._shard_name(i)}
         features = _features(raw)
         image = _image_feature(features) if features else b""
         if not image:
             raise BadImage("its record has no encoded image")
         return {"image": image, "label": _label_feature(features), "name": self._shard_name(i)}
+
+    def files(self) -> list[str]:
+        return [os.path.join(self.root, name) for name in self.names]
 
     def name(self, i: int) -> str:
         """The original name of a prepared image; else the shard and the number in it."""
@@ -184,11 +190,6 @@ def _inspect(path: str) -> dict:
         logging.warning("%s stores records in groups, and reading one image decodes a whole group: %s", path, PREPARE)
     digest = digest_of(str(version[0]).encode(), read_tail(path, version[0]))
     return {"path": path, "version": version, "count": count, "sha256": digest}
-
-
-def _is_image(raw: bytes) -> bool:
-    """Whether the first bytes are those of an image file that `decode` may read."""
-    return raw.startswith(SIGNATURES) or (raw[:4] == b"RIFF" and raw[8:12] == b"WEBP") or raw[4:8] == b"ftyp"
 
 
 def _is_prepared(raw: bytes) -> bool:

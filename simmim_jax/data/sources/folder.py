@@ -4,27 +4,36 @@ import dataclasses
 import hashlib
 import heapq
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from simmim_jax.data.decode import EXTENSIONS
+from simmim_jax.data.sources.classes import order_classes
 from simmim_jax.data.sources.files import unreadable_error
-from simmim_jax.data.sources.listing import folders, is_file, is_folder, nearest_folder
+from simmim_jax.data.sources.list_file import LISTS, is_list
+from simmim_jax.data.sources.listing import folders, has_files, is_file, is_folder, is_hidden, nearest_folder, peek
 from simmim_jax.data.sources.names import Names
+from simmim_jax.data.sources.parts import FileSource
 from simmim_jax.data.sources.splits import (
     EVALUATION,
+    SIDES,
     STANDARD,
-    FileSource,
     both_sides,
     by_side,
     cases,
+    class_like,
     own_split,
     side_of,
+    split_or_class,
 )
+from simmim_jax.data.sources.unread import Unread, report
 from simmim_jax.errors import ConfigError, DataError, warn_once
 
+WORD = re.compile(rf"(?<![a-z0-9])({'|'.join(STANDARD)})(?![a-z0-9])", re.IGNORECASE)
+MAX_LISTS = 50  # text files in a folder that may be lists of images
 MAX_SORTED = 200_000  # entries of a directory sorted in memory; more are sorted in runs on disk
 
 
@@ -46,29 +55,80 @@ def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Fold
     found = split_folders(path, split)
     if not found and not os.path.isdir(path):
         raise DataError(f"{path} is not a folder", "data.path", nearest_folder(path.replace("{split}", "train")))
+    standard = split in STANDARD
+    if standard and os.path.isdir(path):
+        _report_neighbors(path, found)
     own, evaluation = own_split(path, split, found, slash="/")
     root = found.get(own) or found.get("train") or path
-    standard = split in STANDARD
     mixed = standard and root == path and both_sides(path, found, slash="/")
     if mixed:
         raise mixed
     names, notes = _index(root, one_side=standard)
-    if notes.broken:
-        warn_once(f"{root}: {notes.broken} broken links are left out, the first is {notes.first_broken}")
+    notes.report()
     if not len(names):
-        raise DataError(
-            f"{root} has 0 images", f"looked for {' '.join(EXTENSIONS)}", "point data.path at a folder of images"
-        )
+        where = f"looked for {' '.join(EXTENSIONS)}"
+        raise DataError(f"{root} has 0 images", where, "point data.path at a folder of images")
     standard = standard and "train" in found
     others = [found[side] for side in ("train", *evaluation) if standard and side != own]
-    classes = _classes(notes.firsts, others)
+    labels = _classes(notes, len(names), others)
     if (split in EVALUATION and not own) or (split == "train" and not evaluation):
         keep = _held_out(names, heldout_fraction) == (split != "train")
         if not keep.any():
             what = f"{root} has 0 of its {len(names)} images in split {split!r}"
             raise DataError(what, f"data.heldout_fraction={heldout_fraction}", "change it, or add images")
         names = names if keep.all() else names.take(keep)
-    return Folder(root, split, names, classes)
+    return Folder(root, split, names, notes, labels)
+
+
+def _report_neighbors(path: str, found: dict[str, str]) -> None:
+    """Report what is next to the folders of splits. Raises DataError if the only one may be a class like the others."""
+    splits = [found[side] for side in STANDARD if side in found]
+    if not splits:
+        return
+    others = [name for name in folders(path) if os.path.join(path, name) not in splits]
+    others = [name for name in others if has_files(os.path.join(path, name), EXTENSIONS)]
+    split = os.path.basename(splits[0])
+    both = len(set(splits)) > 1 or any(side_of(name) not in ("", side_of(split)) for name in others)
+    classes = [] if both else class_like(others, split)
+    if classes and _is_like(splits[0], os.path.join(path, classes[0])):
+        inside = os.path.join(path, "train")
+        if_class = f"move all of them into {inside}, as {inside}/{classes[0]} and {inside}/{split}"
+        if_split = f"set data.path={os.path.join(path, split)}"
+        if side_of(split) != "train":
+            if_split = "name the training images train/"
+        raise split_or_class(path, f"{split}/", [f"{name}/" for name in classes], if_class, if_split)
+    unread = Unread()
+    for name in others:
+        is_evaluation = side_of(name) == "evaluation" and not any(side in found for side in EVALUATION)
+        fix = f"name {name}/ val/ to evaluate on it" if is_evaluation else ""
+        unread.add("folders", os.path.join(path, name, ""), fix)
+    for entry in peek(path):
+        if entry.name.lower().endswith(EXTENSIONS) and is_file(entry):
+            unread.add("images next to the folders of splits", entry.path)
+        elif is_file(entry):
+            unread.add_file(path, entry.name)
+    _add_lists(unread, path)
+    report(path, unread)
+
+
+def _is_like(split: str, other: str) -> bool:
+    """Whether the folder of a split has images as a class has them: itself, or in folders of the same names."""
+    is_flat = any(entry.name.lower().endswith(EXTENSIONS) for entry in peek(split))
+    return is_flat or bool(set(folders(split)) & set(folders(other)))
+
+
+def _add_lists(unread: Unread, path: str) -> list[str]:
+    """Add the lists of images in `path`, which the user may have meant. Returns the data.path that reads them."""
+    names = sorted(entry.name for entry in peek(path) if entry.name.lower().endswith(LISTS) and is_file(entry))
+    if len(names) > MAX_LISTS:  # captions, or other texts of single images
+        return []
+    lists = [name for name in names if is_list(os.path.join(path, name))]
+    sides = {side: [name for name in lists if side in map(side_of, WORD.findall(name))] for side in SIDES}
+    best = next(iter(sides["train"] or lists), "")
+    template = os.path.join(path, WORD.sub("{split}", best, count=1) if all(sides.values()) else best)
+    for name in lists:
+        unread.add("lists", os.path.join(path, name), f"to read them, set data.path={template}")
+    return [template] if lists else []
 
 
 def split_folders(path: str, split: str = "train") -> dict[str, str]:
@@ -87,9 +147,12 @@ def split_folders(path: str, split: str = "train") -> dict[str, str]:
 class Folder(FileSource):
     """Image files below `root`."""
 
-    def __init__(self, root: str, split: str, names: Names, classes: tuple[str, ...]):
+    by_name = True
+
+    def __init__(self, root: str, split: str, names: Names, notes: "_Notes", labels: tuple[tuple[str, ...], str]):
         self.path = self.root = root
-        self.split, self.names, self.classes = split, names, classes
+        self.split, self.names, self.has_links = split, names, notes.has_links
+        self.classes, self.unlabeled = labels
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,11 +160,18 @@ class Folder(FileSource):
     def __getitem__(self, i: int) -> dict:
         name = self.name(i)
         label = self._numbers[name.split("/", 1)[0]] if self.classes else -1
-        with open(os.path.join(self.root, name), "rb") as file:
+        with open(self.image_path(i), "rb") as file:
             return {"image": file.read(), "label": label, "name": name}
 
     def name(self, i: int) -> str:
         return self.names[i]
+
+    def image_path(self, i: int) -> str:
+        return os.path.join(self.root, self.name(i))
+
+    def all_labels(self) -> np.ndarray:
+        numbers = self._numbers
+        return np.fromiter((numbers[name.split("/", 1)[0]] if numbers else -1 for name in self.names), np.int64)
 
     def fingerprint(self) -> dict:
         digests = {"names_sha256": self.names.digest(), "sizes_sha256": self.names.digest_sizes(self.root)}
@@ -120,8 +190,10 @@ class _Notes:
     one_side: bool = False  # refuse directories that look like splits
     firsts: set[str] = dataclasses.field(default_factory=set)  # first directories of images; "" for images in none
     sides: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # names that look like splits, by directory
-    broken: int = 0  # links
-    first_broken: str = ""
+    unread: Unread = dataclasses.field(default_factory=Unread)
+    strays: list[str] = dataclasses.field(default_factory=list)  # the first images that are in no directory
+    has_links: bool = False  # whether an image is a link
+    outside: int = 0  # number of images that are in no directory
 
     def each(self, names: Iterable[str]) -> Iterator[str]:
         last = None
@@ -130,6 +202,9 @@ class _Notes:
             if folder != last:
                 self._note_folder(folder)
                 last = folder
+            if not folder:
+                self.outside += 1
+                self.strays += [name] if self.outside < 3 else []
             yield name
 
     def _note_folder(self, folder: str) -> None:
@@ -146,8 +221,23 @@ class _Notes:
                     exact = set(STANDARD).issuperset(each.casefold() for each in self.sides[above])
                     raise DataError(mixed.what, mixed.where, fix if exact else mixed.fix)
 
-    def note_broken(self, link: str) -> None:
-        self.broken, self.first_broken = self.broken + 1, self.first_broken or link
+    def note_hidden(self, entry: os.DirEntry) -> None:
+        """Note a hidden image, or a hidden directory that has some."""
+        if is_folder(entry):
+            if has_files(entry.path, EXTENSIONS):
+                self.unread.add("hidden and thumbnail folders", entry.path + "/")
+        elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("._"):  # metadata of macOS
+            self.unread.add("hidden images", entry.path)
+
+    def report(self) -> None:
+        """Report what was not read."""
+        if self.firsts and "" not in self.firsts:
+            for name in folders(self.root):
+                where = os.path.join(self.root, name)
+                if name not in self.firsts and not os.path.islink(where):
+                    self.unread.add("folders without images", where + "/")
+        _add_lists(self.unread, self.root)
+        report(self.root, self.unread)
 
 
 def _index(root: str, one_side: bool = False) -> tuple[Names, _Notes]:
@@ -223,14 +313,17 @@ def _entries(where: str, notes: _Notes, images: bool = True) -> Iterator[str]:
     try:
         with os.scandir(where) as listing:
             for entry in listing:
-                if entry.name.startswith("."):
-                    continue
-                if is_folder(entry):
+                if is_hidden(entry.name):
+                    notes.note_hidden(entry)
+                elif is_folder(entry):
                     run.append(entry.name + "/")
                 elif images and entry.name.lower().endswith(EXTENSIONS) and is_file(entry):
                     run.append(entry.name)
+                    notes.has_links |= entry.is_symlink()
                 elif entry.is_symlink() and not os.path.exists(entry.path):
-                    notes.note_broken(entry.path)
+                    notes.unread.add("broken links", entry.path)
+                else:
+                    notes.unread.add_file(where, entry.name)
                 if len(run) == MAX_SORTED:
                     runs.append(_store(sorted(run)))
                     run = []
@@ -255,12 +348,46 @@ def _store(names: list[str]) -> Iterator[str]:
     return read()
 
 
-def _classes(firsts: set[str], others: list[str]) -> tuple[str, ...]:
-    """The class names of images in the directories `firsts` and of those below `others`."""
-    found = set(firsts)
-    for other in others:
-        found |= {folder for folder in folders(other) if folder in found or len(_index(os.path.join(other, folder))[0])}
-    return tuple(sorted(found)) if "" not in found and len(found) >= 2 else ()
+def _classes(notes: _Notes, count: int, others: list[str]) -> tuple[tuple[str, ...], str]:
+    """(the names of the classes of these images and of the other splits, in order; why there are none, with a fix).
+
+    A split without class folders has no labels. Neither has one whose images are all in one folder, such as
+    val/images/ of Tiny ImageNet, unless that is a class of a split with several.
+    """
+    own = notes.firsts
+    sides = [_first_folders(other, own) for other in others]
+    known = set().union(*(side for side in (own, *sides) if len(side) > 1 and "" not in side))
+    labeled = [side for side in (own, *sides) if side <= known]
+    classes = order_classes(set().union(*labeled))
+    shards = {name for name in own if os.path.exists(os.path.join(notes.root, f"{name}_stats.json"))}
+    if own in labeled and len(classes) > 1 and own != shards:
+        return classes, ""
+    named = sorted(own - {""})
+    if own == shards:
+        why = f"{named[0]}/ is a shard of img2dataset: put each class into its own folder"
+    elif not named:
+        why = "no image is in a folder: put each class into its own folder"
+    elif "" in own:
+        shown = ", ".join(f"{name}/" for name in named[:3]) + (", ..." if len(named) > 3 else "")
+        why = f"{notes.outside} images, like {notes.strays[0]}, are next to the folders {shown}, so that these are no "
+        why += "classes: move them away, or into a folder"
+    else:
+        why = f"all images are in one folder, {named[0]}/: put each class into its own folder"
+        if known:
+            why = f"{named[0]}/ is no class of the other splits: put each class into its own folder"
+    if lists := _add_lists(Unread(), notes.root) or _add_lists(Unread(), os.path.dirname(notes.root)) * bool(others):
+        why += f", or use the labels in {lists[0]}, if they are there"
+    is_minority = len(named) > 1 and 2 * notes.outside < count
+    if known or is_minority:
+        warn_once(f"{notes.root}: images without labels: {why}")
+    return (), why
+
+
+def _first_folders(root: str, known: set[str]) -> set[str]:
+    """The folders in `root` with images, and "" if there are images in no folder."""
+    found = {name for name in folders(root) if name in known or len(_index(os.path.join(root, name))[0])}
+    outside = any(entry.name.lower().endswith(EXTENSIONS) and is_file(entry) for entry in peek(root))
+    return found | ({""} if outside else set())
 
 
 def _held_out(names: Names, fraction: float) -> np.ndarray:

@@ -1,11 +1,13 @@
 """Images listed in a text file, `path[ label]` on each line, like SimMIM's and Swin's train_map.txt and val_map.txt.
 
-The file is read once, in blocks, and the offset of every 64th record is stored: ten million lines take a megabyte.
+The file is read once, in blocks, and the offset of every 64th record is stored: ten million lines take a megabyte, and
+their labels 40 on disk. A table (`table`) is first turned into such lines.
 """
 
 import bisect
 import functools
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -15,22 +17,30 @@ from collections.abc import Iterator
 import numpy as np
 
 from simmim_jax.data.decode import EXTENSIONS, BadImage
+from simmim_jax.data.sources.classes import order_classes
 from simmim_jax.data.sources.files import File, changed_error, make_opener, stat_file
+from simmim_jax.data.sources.listing import folders
 from simmim_jax.data.sources.names import Column, digest_of
-from simmim_jax.data.sources.splits import EVALUATION, MAX_CLASSES, FileSource, Selection, make_part, select
-from simmim_jax.errors import DataError
+from simmim_jax.data.sources.parts import FileSource, make_part
+from simmim_jax.data.sources.splits import EVALUATION, MAX_CLASSES, STANDARD, Selection, select, side_of
+from simmim_jax.data.sources.table import find_columns, is_table, read_table
+from simmim_jax.errors import DataError, warn_once
 
 LISTS = (".txt", ".lst", ".list", ".csv", ".tsv")
 STRIDE = 64  # records between two stored offsets
 BLOCK = 2**22  # bytes read at a time
 MAX_LINE = 2**16  # bytes
+MAX_ROOTS = 1000  # folders next to a list in which its images are searched
 # The path ends with the last image extension: names may contain spaces, and directories may be called x.jpg.
 PATH = rb"[^\n]*(?:" + b"|".join(re.escape(extension.encode()) for extension in EXTENSIONS) + rb")"
-REST = rb"(?:(?:[ \t]*,[ \t]*|[ \t]+)([^\s,][^\n]*?)?)?[ \t\r]*$"
+# After a tab or a comma a label may have spaces, but not after a space: it could be several labels.
+REST = rb"(?:(?:[ \t]*[,\t][ \t]*|[ ]+(?=[^\s,]+[ \t\r]*$))([^\s,][^\n]*?)?)?[ \t\r]*$"
 LINE = re.compile(rb"^(?!#)(" + PATH + rb")" + REST, re.IGNORECASE | re.MULTILINE)
 LABEL = re.compile(rb"^(?!#)" + PATH + REST, re.IGNORECASE | re.MULTILINE)  # LINE without the path: 3 times as fast
 INTEGER = re.compile(rb"[+-]?\d+")
-COLUMNS = re.compile(rb",|\s#")  # more columns, or a comment, in a label
+COLUMNS = re.compile(rb"[,\t]|\s#")  # more columns, or a comment, in a label
+WORDS = re.compile(PATH + rb"[ ]+([^\s,][^\n]*?)[ \t\r]*", re.IGNORECASE)
+SEPARATORS = re.compile(rb"[\s|;/+&]+")  # of several labels
 NUMERAL = re.compile(rb"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?")
 BOM = b"\xef\xbb\xbf"
 
@@ -38,13 +48,13 @@ BOM = b"\xef\xbb\xbf"
 def make_list(*, path: str, data_dir: str, split: str, heldout_fraction: float, **_):
     """The images named in one or several list files, in the order of the lines.
 
-    A label is an integer or the name of a class without commas. Either all lines have one, or none. Blank lines and
-    those that begin with # are skipped. Relative paths start at `data_dir`. If that is "", they start at the folder of
-    the list, or at the folder named like the split in it, depending on where the first image is.
+    A label is an integer or the name of a class without commas. Either all lines of a split have one, or none. Blank
+    lines and those that begin with # are skipped. Relative paths start at `data_dir`. If that is "", they start at the
+    folder of the list, or at a folder in it, depending on where the first image is.
 
     Raises DataError for a line that is not a path, with its number, and if the first image does not exist.
     """
-    selection = select(path, split, LISTS, "list")
+    selection = select(path, split, LISTS, "list", is_list)
     return make_part(ListFile(selection, split, data_dir), selection, heldout_fraction)
 
 
@@ -53,21 +63,35 @@ class ListFile(FileSource):
 
     def __init__(self, selection: Selection, split: str, data_dir: str):
         self.path, self.split = selection.path, split
-        paths = selection.absolute()
-        scans = [_scan(file, *stat_file(file)) for file in paths]
-        rest = [_scan(file, *stat_file(file)) for file in selection.absolute(others=True)]
+        standard = EVALUATION if split in EVALUATION and selection.held_out is None else ("train",)
+        sides = list(dict.fromkeys((selection.own, split, *standard)))
+        paths, others = selection.absolute(), selection.absolute(others=True)
+        roots = [_roots(file, data_dir, sides) for file in paths]
+        scans = [_scan(file, *stat_file(file), root) for file, root in zip(paths, roots, strict=True)]
+        rest = [_scan(file, *stat_file(file), _roots(file, data_dir, list(STANDARD))) for file in others]
         self.lists = [(file, stat_file(file), scan["starts"]) for file, scan in zip(paths, scans, strict=True)]
+        self.tables = [scan["table"] for scan in scans]
         self.ends = list(itertools.accumulate(scan["count"] for scan in scans))
         if not self.ends[-1]:
             raise DataError(f"{paths[0]} lists 0 images", f"split {split!r}", "give a line `path[ label]` per image")
-        self.classes, self.labeled = _classes([*scans, *rest], [*paths, *selection.absolute(others=True)])
-        self.integers = not any(scan["named"] for scan in [*scans, *rest])
-        standard = EVALUATION if split in EVALUATION and selection.held_out is None else ("train",)
-        sides = list(dict.fromkeys((selection.own, split, *standard)))
-        self.roots = [_find_root(file, scan, data_dir, sides) for file, scan in zip(paths, scans, strict=True)]
+        self.labeled = _are_labeled(scans, paths)
+        labeled = [(scan, file) for scan, file in zip(rest, others, strict=True) if scan["labeled"]]
+        if not self.labeled:
+            self.unlabeled = "give `path label` on each line"
+            if labeled:
+                warn_once(f"{paths[0]}: images without labels, unlike those of {labeled[0][1]}")
+        labeled = [*zip(scans, paths, strict=True), *labeled] if self.labeled else []
+        self.classes, self.integers = _classes(labeled)
+        self.by_name = not self.integers
+        self.roots = [_find_root(file, scan, each) for file, scan, each in zip(paths, scans, roots, strict=True)]
         # the numbers of labels depend on the names of all classes
         names = b"" if self.integers else "\0".join(self.classes).encode(errors="surrogateescape")
         self.digest = digest_of(*(scan["digest"] for scan in scans), names)
+        self.labels = Column(np.int32)
+        for scan in scans if self.labeled else ():
+            numbers = np.array([self._label(label) for label in scan["labels"]], np.int32)
+            for start in range(0, scan["count"], BLOCK):
+                self.labels.append(numbers[scan["ids"].array[start : start + BLOCK]])
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -75,6 +99,13 @@ class ListFile(FileSource):
     def __getitem__(self, i: int) -> dict:
         which, name, label = self._line(i)
         return {"image": _read(os.path.join(self.roots[which], name)), "label": label, "name": name}
+
+    def image_path(self, i: int) -> str:
+        which, name, _ = self._line(i)
+        return os.path.join(self.roots[which], name)
+
+    def files(self) -> list[str]:
+        return [path for path, *_ in self.lists]
 
     def name(self, i: int) -> str:
         return self._line(i)[1]
@@ -85,9 +116,12 @@ class ListFile(FileSource):
         i -= self.ends[which - 1] if which else 0
         path, version, starts = self.lists[which]
         block, rest = divmod(i, STRIDE)
-        starts = starts.array
-        end = int(starts[block + 1]) if block + 1 < len(starts) else version[0]
-        text = self._open(path, version).read(end - int(starts[block]), int(starts[block]))
+        starts, table = starts.array, self.tables[which]
+        start, end = int(starts[block]), int(starts[block + 1]) if block + 1 < len(starts) else None
+        if table is not None:
+            text = table.array[start:end].tobytes()
+        else:
+            text = self._open(path, version).read((version[0] if end is None else end) - start, start)
         found = LINE.findall(text)
         if rest >= len(found):
             raise changed_error(path)
@@ -102,16 +136,24 @@ class ListFile(FileSource):
     def _open(self):
         return make_opener(File)
 
+    def all_labels(self) -> np.ndarray:
+        return self.labels.array if self.labeled else np.full(len(self), -1, np.int32)
+
     def fingerprint(self) -> dict:
         return {"source": "list", "split": self.split, "count": len(self), "lines_sha256": self.digest}
 
 
 @functools.lru_cache(4)  # both splits scan both lists
-def _scan(path: str, size: int, time: int) -> dict:
-    """The count, the offset of every 64th record, a digest of the records, and facts about the labels of a list."""
-    starts, digest = Column(np.int64), hashlib.sha256()
+def _scan(path: str, size: int, time: int, roots: tuple[str, ...]) -> dict:
+    """The count, the offset of every 64th record, a digest of the records, and facts about the labels of a list.
+
+    "labels" are the different labels, and "ids" the index of that of each record. "table" has the lines of a table.
+    """
+    columns = find_columns(path)
+    table = read_table(path, columns, roots) if columns else None
+    starts, ids, digest = Column(np.int64), Column(np.int32), hashlib.sha256()
     count, first, line, labeled, without, labels = 0, None, 1, 0, None, {}
-    for offset, block in _blocks(path):
+    for offset, block in _blocks(path, table):
         if b"\0" in block:
             number = line + block.count(b"\n", 0, block.index(b"\0"))
             raise DataError("the list contains zero bytes", f"{path}, line {number}", "save it as UTF-8 text")
@@ -134,6 +176,8 @@ def _scan(path: str, size: int, time: int) -> dict:
         if new:
             firsts = dict(zip(reversed(found), reversed(numbers), strict=True))
             labels.update((label, firsts[label]) for label in sorted(new, key=firsts.get))
+        number_of = {label: number for number, label in enumerate(labels)} if new or not count else number_of
+        ids.append(np.fromiter(map(number_of.__getitem__, found), np.int32, len(found)))
         count, line = count + len(found), line + len(ends)
         labeled += len(found) - found.count(b"")
         if without is None and labeled < count:
@@ -145,18 +189,18 @@ def _scan(path: str, size: int, time: int) -> dict:
         number = next(number for label, number in labels.items() if label)
         what = f"line {without} has no label, and line {number} has one"
         raise DataError(what, path, "label every line, or none")
-    labels.pop(b"", None)
-    named = _are_names(labels, path)
+    firsts = {label: number for label, number in labels.items() if label}
+    named = _are_names(firsts, path)
     largest = -1
-    for label, number in labels.items() if not named else ():
+    for label, number in firsts.items() if not named else ():
         value = int(label[:20])
         if not 0 <= value < MAX_CLASSES:
             fix = f"number the classes from 0, to {MAX_CLASSES - 1} at most"
             raise DataError(f"label {os.fsdecode(label[:20])}", f"{path}, line {number}", fix)
         largest = max(largest, value)
     return {
-        "count": count, "starts": starts, "digest": digest.digest(), "first": first, "named": named,
-        "largest": largest, "labeled": labeled > 0, "names": sorted(map(os.fsdecode, labels)) if named else [],
+        "count": count, "starts": starts, "digest": digest.digest(), "first": first, "named": named, "table": table,
+        "largest": largest, "labeled": labeled > 0, "labels": list(labels), "ids": ids,
     }  # fmt: skip
 
 
@@ -168,19 +212,26 @@ def _are_names(labels: dict[bytes, int], path: str) -> bool:
     others = [label for label in labels if not INTEGER.fullmatch(label)]
     numerals = all(NUMERAL.fullmatch(label) for label in labels)
     for label in others:
-        if numerals or COLUMNS.search(label):
+        parts = [part for part in SEPARATORS.split(label) if part]
+        several = len(parts) > 1 and (all(map(NUMERAL.fullmatch, parts)) or all(part in labels for part in parts))
+        if numerals or several or COLUMNS.search(label):
             what = f"{os.fsdecode(label[:80])!r} is not the label of an image"
             fix = "give `path[ label]`: an integer, or the name of a class without a comma or a comment"
-            if not COLUMNS.search(label):
+            if several:
+                fix = "an image has one class: list it once, with one label"
+            elif numerals:
                 fix = "give integers, starting at 0, or names of classes"
             raise DataError(what, f"{path}, line {labels[label]}", fix)
     return bool(others)
 
 
-def _blocks(path: str) -> Iterator[tuple[int, bytes]]:
-    """(offset, complete lines) of the blocks of a file. The last line ends with a newline even if the file does not."""
+def _blocks(path: str, table: Column | None) -> Iterator[tuple[int, bytes]]:
+    """(offset, complete lines) of the blocks of a file, or of the lines of a table.
+
+    The last line ends with a newline even if the file does not.
+    """
     rest, offset = b"", 0
-    with open(path, "rb") as file:
+    with open(path, "rb") if table is None else io.BytesIO(table.array) as file:
         while True:
             read = file.read(BLOCK)
             if offset == 0 and not rest and read.startswith(BOM):
@@ -210,6 +261,10 @@ def _scan_lines(path: str, block: bytes, line: int) -> tuple[list[bytes], list[i
             where = f"{path}, line {number}"
             if not match:
                 shown = os.fsdecode(text[:80]).strip()
+                if words := WORDS.fullmatch(text):
+                    what = f"{os.fsdecode(words[1][:80])!r} is not the label of an image"
+                    fix = "give one label; if it is the name of a class, put a tab or a comma before it"
+                    raise DataError(what, where, fix)
                 fix = "give `path[ label]`, the path with an image extension; begin comments and headings with #"
                 raise DataError(f"{shown!r} is not the path of an image", where, fix)
             if _leaves(match[1]):
@@ -231,41 +286,70 @@ def _leaves(name: bytes) -> bool:
     return False
 
 
-def _classes(scans: list[dict], paths: list[str]) -> tuple[tuple[str, ...], bool]:
-    """(names of the classes in all lists, whether there are labels)."""
-    scans = [scan | {"path": path} for scan, path in zip(scans, paths, strict=True) if scan["count"]]
-    labeled = [scan["labeled"] for scan in scans]
-    if any(labeled) != all(labeled):
-        with_label, without = scans[labeled.index(True)]["path"], scans[labeled.index(False)]["path"]
-        raise DataError(f"{without} has no labels, and {with_label} has", "data.source=list", "label all, or none")
-    if not any(labeled):
-        return (), False
-    if not any(scan["named"] for scan in scans):
-        return tuple(map(str, range(max(scan["largest"] for scan in scans) + 1))), True
-    integers = [scan for scan in scans if not scan["named"]]
-    if integers:
-        named = next(scan for scan in scans if scan["named"])
-        what = f"{integers[0]['path']} has numbers for labels, and {named['path']} has names"
+def _are_labeled(scans: list[dict], paths: list[str]) -> bool:
+    """Whether the lists of a split have labels. Raises DataError if only some of them have."""
+    with_label, without = (
+        [path for scan, path in zip(scans, paths, strict=True) if scan["count"] and scan["labeled"] == labeled]
+        for labeled in (True, False)
+    )
+    if with_label and without:
+        raise DataError(
+            f"{without[0]} has no labels, and {with_label[0]} has", "data.source=list", "label all, or none"
+        )
+    return bool(with_label)
+
+
+def _classes(labeled: list[tuple[dict, str]]) -> tuple[tuple[str, ...], bool]:
+    """(names of the classes in these lists, whether they are integers)."""
+    named = [path for scan, path in labeled if scan["named"]]
+    integers = [path for scan, path in labeled if not scan["named"] and scan["count"]]
+    if named and integers:
+        what = f"{integers[0]} has numbers for labels, and {named[0]} has names"
         raise DataError(what, "data.source=list", "use the same in all lists")
-    return tuple(sorted(set().union(*(scan["names"] for scan in scans)))), True
+    if not named:
+        return tuple(map(str, range(max((scan["largest"] for scan, _ in labeled), default=-1) + 1))), True
+    return order_classes(os.fsdecode(label) for scan, _ in labeled for label in scan["labels"] if label), False
 
 
-def _find_root(path: str, scan: dict, data_dir: str, sides: list[str]) -> str:
-    """The folder that the paths of a list are relative to: the first candidate with the first image."""
-    folder = os.path.dirname(path)
-    roots = [folder, *(os.path.join(folder, side) for side in sides if side)]
+def _roots(file: str, data_dir: str, sides: list[str]) -> tuple[str, ...]:
+    """The folders that the paths of a list may be relative to."""
     if data_dir:
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
-        roots = [data_dir.replace("{split}", side) for side in sides if side] if "{split}" in data_dir else [data_dir]
+        return (
+            tuple(data_dir.replace("{split}", side) for side in sides if side) if "{split}" in data_dir else (data_dir,)
+        )
+    folder = os.path.dirname(file)
+    own = [os.path.join(folder, side) for side in sides if side]
+    inside = [os.path.join(folder, name) for name in folders(folder)[:MAX_ROOTS]]
+    alike = [path for path in inside if side_of(os.path.basename(path)) in map(side_of, sides) and path not in own]
+    return tuple(dict.fromkeys((folder, *own, *alike, *inside)))
+
+
+def _find_root(path: str, scan: dict, roots: tuple[str, ...]) -> str:
+    """The folder that the paths of a list are relative to: the first candidate with the first image."""
     if not scan["count"]:
         return roots[0]
     name, number = os.fsdecode(scan["first"][0]), scan["first"][1]
     for root in roots:
         if os.path.exists(os.path.join(root, name)):
             return root
-    where = f"{path}, line {number}" + ("" if os.path.isabs(name) else f", looked in {', '.join(dict.fromkeys(roots))}")
+    where = f"{path}, line {number}" + ("" if os.path.isabs(name) else f", looked in {', '.join(roots[:4])}")
     fix = "set data.data_dir to the folder that the paths are relative to"
     raise DataError(f"{name} does not exist", where, "correct the paths" if os.path.isabs(name) else fix)
+
+
+def is_list(path: str) -> bool:
+    """Whether a text file is a list or a table of images."""
+    try:
+        columns = find_columns(path)
+        if columns:
+            return is_table(path, columns, _roots(path, "", list(STANDARD)))
+        with open(path, "rb") as file:
+            lines = file.read(MAX_LINE).splitlines()
+    except (OSError, DataError):
+        return False
+    first = next((line for line in lines if line.strip() and not line.startswith(b"#")), b"")
+    return bool(LINE.fullmatch(first))
 
 
 def _read(path: str) -> bytes:

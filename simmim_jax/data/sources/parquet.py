@@ -8,6 +8,7 @@ import bisect
 import collections
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -18,9 +19,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from simmim_jax.data.decode import BadImage
+from simmim_jax.data.sources.classes import order_classes
 from simmim_jax.data.sources.files import changed_error, make_opener, stat_file
 from simmim_jax.data.sources.names import Column
-from simmim_jax.data.sources.splits import MAX_CLASSES, FileSource, Selection, make_part, select
+from simmim_jax.data.sources.parts import FileSource, make_part
+from simmim_jax.data.sources.splits import MAX_CLASSES, Selection, select
+from simmim_jax.data.sources.table import PATH_NAMES
 from simmim_jax.errors import DataError, warn_once
 
 PARQUETS = (".parquet",)
@@ -58,8 +62,9 @@ class Parquet(FileSource):
         self.image, self.label, self.named = _columns(opened.schema_arrow, self.paths[0])
         if not self.label:
             unused = _label_field(opened.schema_arrow, lambda _: True)
+            self.unlabeled = f"add a column of integers or class names, named {LABEL_NAMES[0]!r}"
             if unused and unused.name != self.image:
-                warn_once(f"{self.path}: column {unused.name!r} is not used: it has type {str(unused.type)[:80]}")
+                self._leave_out(unused.name, f"it has type {str(unused.type)[:80]}")
         names = () if self.named else _class_names(opened.schema_arrow, self.label)
         self.group_ends, self.group_files, self.group_numbers = Column(np.int64), Column(np.int32), Column(np.int32)
         self.file_ends, samples, labels, self.count, max_group = [], [], [], 0, (0, 0)
@@ -82,6 +87,7 @@ class Parquet(FileSource):
             labels.append(None if self.named else _label_range(opened, self.label, path))
         if not self.count:
             raise DataError(f"{self.path} has 0 images", f"split {split!r}", "point data.path at files that have rows")
+        self.by_name = self.named
         if self.named:
             self.classes = self._find_names(selection.absolute(others=True))
         else:
@@ -91,6 +97,7 @@ class Parquet(FileSource):
                 labels.append(_label_range(opened, self.label, other) if labeled else None)
             self.classes = _classes(labels, names, self.path)
         if not self.classes:
+            self.unlabeled = self.unlabeled or f"column {self.label!r} has no label in any row: label all of them"
             self.label = ""
         listed = list(zip(self.names, samples, strict=True))
         # the numbers of labels depend on the names of all classes
@@ -101,6 +108,13 @@ class Parquet(FileSource):
             what = f"a row group has {rows} images ({size / 2**20:.0f} MiB), and shuffled reading decodes one per image"
             logging.warning("%s: %s: run python -m simmim_jax.tools.prepare once", self.path, what)
         self._start()
+
+    def _leave_out(self, column: str, why: str) -> None:
+        """Warn that a column of labels is not used, and why."""
+        self.unlabeled = (
+            f"column {column!r} is not used: {why}: store integers, or the names of classes, one for an image"
+        )
+        warn_once(f"{self.path}: images without labels: {self.unlabeled}")
 
     def _find_names(self, others: list[str]) -> tuple[str, ...]:
         """The sorted class names of all files; () if no row has one, or there are too many different ones."""
@@ -114,13 +128,12 @@ class Parquet(FileSource):
             if path not in others and missing:
                 unlabeled, first_unlabeled = unlabeled + missing, first_unlabeled or path
             if len(found) > MAX_NAMES:
-                what = f"it has more than {MAX_NAMES} different strings"
-                warn_once(f"{self.path}: column {self.label!r} is not used: {what}")
+                self._leave_out(self.label, f"it has more than {MAX_NAMES} different strings")
                 return ()
         if 0 < unlabeled < self.count:
             what = f"{first_unlabeled} has rows without a label"
             raise DataError(what, f"column {self.label!r}", "label all of them, or none")
-        return () if unlabeled else tuple(sorted(found))
+        return () if unlabeled else order_classes(found)
 
     def _start(self) -> None:
         self.lock, self.cache, self.cache_bytes = threading.Lock(), collections.OrderedDict(), 0
@@ -176,6 +189,19 @@ class Parquet(FileSource):
             raise BadImage(" ".join(str(error).split())[:200]) from error
         return (table.column(self.image), table.column(self.label) if self.label else None), table.nbytes
 
+    def all_labels(self) -> np.ndarray:
+        if not self.label:
+            return np.full(self.count, -1)
+        labels = []
+        for path, version in zip(self.paths, self.versions, strict=True):
+            with _as_damaged(path, 0):
+                column = _open(path, version).read(columns=[self.label]).column(self.label)
+            labels += [self._numbers[label] for label in column.to_pylist()] if self.named else column.to_pylist()
+        return np.array(labels, np.int64)
+
+    def files(self) -> list[str]:
+        return self.paths
+
     def name(self, i: int) -> str:
         file = bisect.bisect_right(self.file_ends, i)
         return f"{self.names[file]}/{i - (self.file_ends[file - 1] if file else 0)}"
@@ -215,8 +241,23 @@ def _columns(schema, path: str) -> tuple[str, str, bool]:
     if not image or len(set(schema.names)) != len(schema.names):
         columns = ", ".join(f"{field.name} ({str(field.type)[:40]})" for field in schema)
         what = f"{path} has {len(images)} image columns, and none named {' or '.join(IMAGE_NAMES[:2])}"
-        raise DataError(what, f"columns: {columns}", "name the column of encoded images 'image'")
+        fix = "name the column of encoded images 'image'"
+        if not images and glob.glob(glob.escape(os.path.dirname(path)) + "/*.tar"):
+            fix = "the images are in the tar files next to it: set data.source=tar"
+        elif not images and "url" in schema.names:
+            fix = "it has only links: download the images, for example with img2dataset"
+        elif not images and any(name in schema.names for name in PATH_NAMES):
+            fix = "it has only names of files: write them to a list, `path,label` on each line"
+        raise DataError(what, f"columns: {columns}", fix)
     return image, *_label_column(schema)
+
+
+def has_images(path: str) -> bool:
+    """Whether a file is Parquet with a column of images."""
+    with contextlib.suppress(DataError):
+        _columns(_open(path, stat_file(path)).schema_arrow, path)
+        return True
+    return False
 
 
 def _label_column(schema) -> tuple[str, bool]:
@@ -261,8 +302,10 @@ def _label_names(opened, label: str, path: str) -> tuple[set[str], int]:
         with _as_damaged(path, number):
             column = opened.read_row_group(number, columns=[label]).column(label)
             new = column.unique().to_pylist()
-        found.update(name for name in new if name is not None)
+        found.update(name for name in new if name is not None and name.strip())
         unlabeled += column.null_count
+        if any(name is not None and not name.strip() for name in new):  # an empty text is no class
+            unlabeled += sum(name is not None and not name.strip() for name in column.to_pylist())
         if len(found) > MAX_NAMES:
             break
     return found, unlabeled

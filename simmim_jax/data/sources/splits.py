@@ -8,27 +8,33 @@ Case does not matter: Train/ is train/. Names that only look like both sides, su
 refused: they are not splits, and as classes they would put evaluation images into training.
 """
 
-import fractions
-import functools
 import glob
 import itertools
-import math
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+from simmim_jax.data.decode import EXTENSIONS
+from simmim_jax.data.prepared import MANIFEST
 from simmim_jax.data.sources.files import unreadable_error
-from simmim_jax.data.sources.listing import folders, is_file, nearest_path, peek
-from simmim_jax.errors import ConfigError, DataError, suggest, warn_once
+from simmim_jax.data.sources.listing import folders, has_files, is_file, nearest_path, peek
+from simmim_jax.data.sources.unread import Unread, report
+from simmim_jax.errors import ConfigError, DataError, suggest
 
 EVALUATION = ("val", "valid", "validation", "test")  # names of the evaluation split
 STANDARD = ("train", *EVALUATION)
 MAX_FILES = 1_000_000  # named by braces
 MAX_CLASSES = 1_000_000
 WILDCARDS = re.compile(r"[*?\[{]")
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".lz4")
-MAX_SUBFOLDERS = 100  # subfolders searched for shards that are not read
+# Words of folders and files that are no classes, next to a split.
+NOT_CLASSES = {
+    "unlabeled", "unlabelled", "unsupervised", "extra", "additional", "other", "others", "raw", "original", "originals",
+    "image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "mask", "masks", "label", "labels",
+    "annotation", "annotations", "segmentation", "segmentations", "dev", "holdout", "submission", "results", "output",
+    "outputs", "sample", "samples", "noisy", "pseudo", "private", "public", "backup", "old", "new", "tmp", "temp",
+    "cache", "figures", "docs", "doc", "readme", "info", "meta", "metadata", "map", "classes", "names", "words",
+}  # fmt: skip
 SIDES = {
     side: re.compile(rf"(?:{words})[\W_]*(?:set|data|images?)?[\W_]*\d*")
     for side, words in {
@@ -84,6 +90,25 @@ def both_sides(path: str, names: Iterable[str], slash: str = "") -> DataError | 
     return DataError(what, "data.path", f"{own}, or name them train{slash} and val{slash}")
 
 
+def class_like(names: Iterable[str], split: str) -> list[str]:
+    """The names next to that of a split which may be classes, such as `bus` next to `train`, but not `unlabeled`."""
+    known = set(re.split(r"[\W_]+", split.casefold()))
+
+    def is_class(name: str) -> bool:
+        words = set(re.split(r"[\W_]+", name.casefold())) - known - {"", "of"}
+        stems = {word.rstrip("0123456789") or word for word in words}
+        return bool(words) and not any(stem in NOT_CLASSES or side_of(stem) for stem in stems)
+
+    return [name for name in names if is_class(name)]
+
+
+def split_or_class(path: str, split: str, others: list[str], if_class: str, if_split: str) -> DataError:
+    """The error for a split whose neighbors look like classes, so that it may be a class itself."""
+    shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+    what = f"{split} may be a class, like {shown} next to it, or a split, of which they are no part"
+    return DataError(what, path, f"for a class, {if_class}; for a split, {if_split}")
+
+
 def own_split(path: str, split: str, found: Collection[str], slash: str = "") -> tuple[str, list[str]]:
     """(the name under which a split exists, or ""; the existing evaluation splits).
 
@@ -106,8 +131,13 @@ def own_split(path: str, split: str, found: Collection[str], slash: str = "") ->
     return own, evaluation
 
 
-def select(path: str, split: str, extensions: tuple[str, ...], kind: str) -> Selection:
-    """The files of a split. `path` is a file, a folder, wildcards, braces, or any of them with {split}."""
+def select(
+    path: str, split: str, extensions: tuple[str, ...], kind: str, is_data: Callable[[str], bool] = os.path.isfile
+) -> Selection:
+    """The files of a split. `path` is a file, a folder, wildcards, braces, or any of them with {split}.
+
+    is_data: whether a file may have images, and is reported if it is not read.
+    """
     if not path:
         raise ConfigError("data.path is empty", f"data.source={kind}", "set data.path to a file or a folder")
     path = os.path.abspath(os.path.expanduser(path))
@@ -123,9 +153,9 @@ def select(path: str, split: str, extensions: tuple[str, ...], kind: str) -> Sel
     mixed = files is everything and both_sides(root, (os.path.relpath(file, root) for file in files))
     if mixed:
         raise mixed
-    if os.path.isdir(path):
-        _warn_of_unread(path, files, by_split, extensions, kind)
     is_standard = split in STANDARD
+    if is_standard and "{split}" not in path and not os.path.isfile(path):
+        _report_unread(path, files, by_split, list(filter(is_data, everything)), kind)
     held_out = is_standard and (not evaluation if split == "train" else not own)
     others = [file for side in ("train", *evaluation) if is_standard and side != own for file in by_split.get(side, [])]
     both = set(by_split.get("train", [])) & {file for side in evaluation for file in by_split[side]}
@@ -161,74 +191,6 @@ def _find_files(
     raise DataError(f"{path} does not exist", "data.path", nearest_path(path))
 
 
-def make_part(source, selection: Selection, heldout_fraction: float):
-    """The records of a selection: all, the held-out ones, or the others."""
-    part = source
-    if selection.held_out is not None and (heldout_fraction or selection.held_out):
-        every = 0
-        if heldout_fraction > 0.5:
-            every = 1 / fractions.Fraction(heldout_fraction).limit_denominator(1_000_000)
-        elif heldout_fraction:
-            every = round(1 / heldout_fraction)
-        part = Part(source, every, selection.held_out)
-    if not len(part):
-        what = f"{source.path} has 0 of its {len(source)} images in split {source.split!r}"
-        raise DataError(what, f"data.heldout_fraction={heldout_fraction}", "change it, or add images")
-    return part
-
-
-class FileSource:
-    """What the sources of files share. Each sets `path`, `split` and `classes`."""
-
-    per_process = ("_open", "_numbers")  # attributes that each process makes itself
-
-    @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in self.per_process}
-
-    def describe(self) -> str:
-        return f"{self.path}, split {self.split} ({len(self)} images)"
-
-
-class Part(FileSource):
-    """Every k-th record of a source, starting with the first, or all others. A single record is never held out.
-
-    `every`, k, may be a fraction such as 5/3: the records are 0, k, 2 k, ..., rounded down. 0 holds nothing out.
-    """
-
-    def __init__(self, whole, every: int | fractions.Fraction, held_out: bool):
-        self.whole, self.every, self.held_out = whole, every, held_out
-        self.path, self.split, self.classes = whole.path, whole.split, whole.classes
-        count = math.ceil(len(whole) / fractions.Fraction(every)) if every and len(whole) > 1 else 0
-        self.count = count if held_out else len(whole) - count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> dict:
-        return self.whole[self._index(i)]
-
-    def name(self, i: int) -> str:
-        return self.whole.name(self._index(i))
-
-    def _index(self, i: int) -> int:
-        i = range(self.count)[i]  # raises IndexError
-        period, held_out = self.every.numerator, self.every.denominator  # held_out records in each period of records
-        if self.held_out:
-            return i * period // held_out
-        if self.count == len(self.whole):
-            return i
-        return -(-(i + 1) * period // (period - held_out)) - 1
-
-    def fingerprint(self) -> dict:
-        every = self.every if isinstance(self.every, int) else str(self.every)
-        part = {"count": len(self), "every": every, "held_out": self.held_out}
-        return self.whole.fingerprint() | part
-
-
 def _files_in(folder: str, extensions: tuple[str, ...]) -> list[str]:
     """Paths of the files in a folder, sorted, without hidden ones; [] if the folder does not exist."""
     try:
@@ -241,31 +203,51 @@ def _files_in(folder: str, extensions: tuple[str, ...]) -> list[str]:
         raise unreadable_error(folder, error) from error
 
 
-def _warn_of_unread(path: str, files: list[str], by_split: dict, extensions: tuple[str, ...], kind: str) -> None:
-    """Warn of files next to those that are read, which the user may have meant."""
-    folder = os.path.dirname(files[0])
-    packed = tuple(extension + packing for extension in extensions for packing in COMPRESSIONS)
-    packed += (".tgz",) if ".tar" in extensions else ()
-    compressed = sorted(entry.name for entry in peek(folder) if entry.name.lower().endswith(packed))
-    if compressed:
-        what = f"{folder}: {len(compressed)} compressed files are not read, the first is {compressed[0]}"
-        warn_once(f"{what}: decompress them, or move them away")
-    if kind == "list":  # the folder of a list usually has folders of images and other files
-        return
-    sides = by_side(folders(path))
-    empty = [sides[side] for side in EVALUATION if side in sides]
-    if empty and not any(side in by_split for side in EVALUATION):
-        what = f"{os.path.join(path, empty[0])} has no files of data.source={kind}"
-        warn_once(f"{what}: evaluation images are held out of the training files")
-    if folder == path:
-        shards = tuple(extension for extension in extensions if extension.startswith("."))
-        own = {sides.get(side) for side in (*STANDARD, *by_split)}
-        others = [name for name in folders(path) if name not in own][:MAX_SUBFOLDERS]
-        inside = {name: peek(os.path.join(path, name)) for name in others}
-        below = [name for name in others if any(entry.name.lower().endswith(shards) for entry in inside[name])]
-        if below:
-            what = f"{path}: files in {len(below)} subfolders are not read, the first is {below[0]}/"
-            warn_once(f"{what}: to read all, set data.path={path}/**/*{shards[0]}")
+def _report_unread(
+    path: str, files: list[str], by_split: dict[str, list[str]], everything: list[str], kind: str
+) -> None:
+    """Report what is next to files of splits, which the user may have meant.
+
+    Raises DataError if there is only one split, which may be a class like the others.
+    """
+    folder, extension = os.path.dirname(files[0]), os.path.splitext(files[0])[1]
+    is_manifest = os.path.basename(files[0]) == MANIFEST
+    wanted = (MANIFEST,) if is_manifest else (extension,)
+    splits = {file for side, chosen in by_split.items() if side in STANDARD for file in chosen} | set(files)
+    unused, unread = [file for file in everything if file not in splits], Unread()
+    for file in unused:
+        unread.add(f"{extension} files", file)
+    report_as, inside = os.path.dirname(path.split("*")[0]), []
+    if os.path.isdir(path):
+        report_as, sides = path, by_side(folders(path))
+        used = {os.path.relpath(os.path.dirname(file), path).split(os.sep)[0] for file in splits}
+        inside = [name for name in folders(path) if name not in used] if kind != "list" else []
+        inside = [name for name in inside if has_files(os.path.join(path, name), wanted)]
+        fix = f"to read all, set data.path={path}/**/*{extension}" if folder == path else ""
+        for name in inside:
+            unread.add("folders", os.path.join(path, name, ""), fix)
+        empty = [
+            sides[side] for side in EVALUATION if side in sides and side not in by_split and sides[side] not in inside
+        ]
+        for name in empty if not any(side in by_split for side in EVALUATION) and kind != "list" else ():
+            what = f"folders without {extension} files"
+            unread.add(what, os.path.join(path, name, ""), "evaluation images are held out of the training files")
+        stems = {os.path.splitext(os.path.basename(file))[0] for file in files}
+        for entry in peek(folder) if kind != "list" else ():
+            stem, ending = os.path.splitext(entry.name)
+            if ending.lower() in EXTENSIONS and is_file(entry):
+                unread.add("images next to them", entry.path)
+            elif entry.path not in everything and stem not in stems and ending.lower() != extension.lower():
+                unread.add_file(folder, entry.name)
+    report(report_as, unread)
+    present = [side for side in STANDARD if by_split.get(side)]
+    if len(present) == 1 and not is_manifest:  # which `prepare` writes only for splits
+        split, neighbors = os.path.basename(by_split[present[0]][0]), list(map(os.path.basename, unused))
+        if os.path.dirname(by_split[present[0]][0]) != path and inside:
+            split, neighbors = os.path.basename(os.path.dirname(by_split[present[0]][0])), inside
+        if classes := class_like(neighbors, split):
+            rename = "rename it so that no word in its name is that of a split"
+            raise split_or_class(path, split, classes, rename, "move the others away")
 
 
 def _words(name: str) -> set[str]:

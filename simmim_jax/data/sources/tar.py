@@ -16,20 +16,23 @@ import itertools
 import json
 import logging
 import os
-import re
 import shlex
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from simmim_jax.data.decode import EXTENSIONS, BadImage
+from simmim_jax.data.sources.classes import NUMBER, order_classes
 from simmim_jax.data.sources.files import File, make_opener, stat_file
+from simmim_jax.data.sources.listing import is_hidden
 from simmim_jax.data.sources.names import Column, Names, digest_of
-from simmim_jax.data.sources.splits import MAX_CLASSES, FileSource, Selection, make_part, select
+from simmim_jax.data.sources.parts import FileSource, make_part
+from simmim_jax.data.sources.splits import MAX_CLASSES, Selection, select
+from simmim_jax.data.sources.unread import Unread, kind_of_file, report
 from simmim_jax.errors import DataError
 
 TARS = (".tar",)
@@ -40,17 +43,18 @@ COMPRESSED = {
 MAX_JSON = 2**20  # bytes of a member that is searched for a label
 SAMPLE = 4096  # bytes read at an offset to detect other content
 DOWNLOAD = "download the file again"
-VERSION = "2"  # of the files in the cache
+VERSION = "3"  # of the files in the cache
 COLUMNS = {
     "offsets": np.int64, "sizes": np.int64, "labels": np.int32, "ends": np.int64, "names": np.uint8,
-    "sampled": np.uint8, "passed": np.uint8,
+    "sampled": np.uint8, "passed": np.uint8, "texts": np.uint8,
 }  # fmt: skip
 
 
 def make_tar(*, path: str, split: str, heldout_fraction: float, **_):
     """The images in tar files, in the order of the files and of their members.
 
-    The label is the integer in the sample's `.cls`, or "label" in its `.json`. Either all samples have one, or none.
+    The label is the integer or the class name in the sample's `.cls`, or "label" in its `.json`. Either all samples of
+    a split have one, or none.
 
     Raises DataError for a compressed, truncated or damaged tar file.
     """
@@ -82,36 +86,36 @@ class Tar(FileSource):
         self.path, self.split = selection.path, split
         self.shards = []  # (name, path, version)
         self.offsets, self.sizes, self.labels = Column(np.int64), Column(np.int64), Column(np.int32)
-        self.names, counts, summaries, sampled, skipped = Names(), [], [], [], {}
+        self.names, counts, labels, sampled, unread = Names(), [], [], [], Unread()
         for name, path in zip(selection.files, selection.absolute(), strict=True):
             version = stat_file(path)
             shard = _index(path, version[0])
             self.shards.append((name, path, version))
-            for column in ("offsets", "sizes", "labels"):
+            for column in ("offsets", "sizes"):
                 getattr(self, column).append(shard[column])
             self.names.append(shard["names"], np.diff(shard["ends"], prepend=0))
             counts.append(len(shard["ends"]))
-            summaries.append(_summary(shard))
+            labels.append(_read_labels(shard))
             sampled.append(shard["sampled"])
             for why, (count, first) in json.loads(shard["passed"].tobytes()).items():
-                _skip(skipped, why, f"{name}/{first}", count)
+                unread.add(why, os.path.join(path, first), count=count)
         self.ends, self.sampled = list(itertools.accumulate(counts)), digest_of(*sampled)
         if not self.ends[-1]:
             what = f"looked for {' '.join(EXTENSIONS)} in {len(counts)} files"
             raise DataError(f"{selection.absolute()[0]} has 0 images", what, "point data.path at tar files of images")
-        if skipped:
-            counted = ", ".join(f"{count} {why} (the first {first!r})" for why, (count, first) in skipped.items())
-            logging.warning("%s: skipped %s", self.describe(), counted)
-        labeled = sum(each[1] for each in summaries)
+        report(selection.root, unread, f"split {split}")
+        labeled = sum(int((numbers >= 0).sum()) for numbers, _ in labels)
         if 0 < labeled < len(self):
-            unlabeled = self.name(int(np.argmax(self.labels.array < 0)))
+            unlabeled = self.name(int(np.argmax(np.concatenate([numbers for numbers, _ in labels]) < 0)))
             what = f"{labeled} of {len(self)} images have a label, and {unlabeled} has none"
             raise DataError(what, self.path, "label all of them, or none")
-        max_labels = [each[2] for each in summaries]
-        if labeled:
-            others = selection.absolute(others=True)
-            max_labels += [_summary(_index(path, stat_file(path)[0]))[2] for path in others]
-        self.classes = tuple(map(str, range(max(max_labels) + 1)))
+        others = selection.absolute(others=True) if labeled else []
+        self.classes, number = _number_classes([*labels, *(_read_labels(_index(p, stat_file(p)[0])) for p in others)])
+        self.by_name = any(texts for _, texts in labels)
+        for numbers, texts in labels:
+            self.labels.append(number(numbers, texts))
+        if not self.classes:
+            self.unlabeled = "give each sample a .cls with its class"
 
     @functools.cached_property
     def _open(self):
@@ -129,6 +133,12 @@ class Tar(FileSource):
             raise BadImage(f"is truncated: {len(image)} of {size} bytes")
         return {"image": image, "label": int(self.labels.array[i]), "name": self.name(i)}
 
+    def all_labels(self) -> np.ndarray:
+        return self.labels.array
+
+    def files(self) -> list[str]:
+        return [path for _, path, _ in self.shards]
+
     def name(self, i: int) -> str:
         return f"{self.shards[bisect.bisect_right(self.ends, i)][0]}/{self.names[i]}"
 
@@ -140,10 +150,27 @@ class Tar(FileSource):
         return {"source": "tar", "split": self.split, "count": len(self)} | hashes
 
 
-def _summary(shard: dict[str, np.ndarray]) -> tuple[int, int, int]:
-    """(count, number of labeled images, largest label or -1)."""
-    labels = shard["labels"]
-    return len(labels), int((labels >= 0).sum()), int(labels.max(initial=-1))
+Labels = tuple[np.ndarray, tuple[str, ...]]  # numbers by image, -1 for none; the names of these numbers, or ()
+
+
+def _read_labels(shard: dict[str, np.ndarray]) -> Labels:
+    return shard["labels"], tuple(json.loads(shard["texts"].tobytes()))
+
+
+def _number_classes(labels: list[Labels]) -> tuple[tuple[str, ...], Callable[..., np.ndarray]]:
+    """(the names of the classes of all shards, a function from the labels of a shard to numbers of classes)."""
+    if not any(texts for _, texts in labels):
+        largest = max(int(numbers.max(initial=-1)) for numbers, _ in labels)
+        return tuple(map(str, range(largest + 1))), lambda numbers, _: numbers
+    found = (texts or map(str, np.unique(numbers[numbers >= 0])) for numbers, texts in labels)
+    classes = order_classes(itertools.chain(*found))
+    number_of = {name: number for number, name in enumerate(classes)}
+
+    def number(numbers: np.ndarray, texts: tuple[str, ...]) -> np.ndarray:
+        names = texts or tuple(map(str, range(int(numbers.max(initial=-1)) + 1)))
+        return np.array([*(number_of.get(name, -1) for name in names), -1])[numbers]  # [-1] is -1
+
+    return classes, number
 
 
 def _index(path: str, size: int) -> dict[str, np.ndarray]:
@@ -211,8 +238,8 @@ def _is_valid(shard: dict[str, np.ndarray], size: int) -> bool:
 
 def _read_headers(file: BinaryIO, path: str, size: int) -> dict[str, np.ndarray]:
     """Make the index of a shard from its headers."""
-    offsets, sizes, labels, ends = (array.array("q") for _ in range(4))
-    names, skipped = bytearray(), {}
+    offsets, sizes, ends = (array.array("q") for _ in range(3))
+    names, labels, skipped = bytearray(), [], {}
     for sample in _samples(_files(file, path, size, skipped)):
         chosen = _images(sample)
         for image, sidecars in chosen:
@@ -231,8 +258,12 @@ def _read_headers(file: BinaryIO, path: str, size: int) -> dict[str, np.ndarray]
     some = sorted({0, len(sizes) // 2, len(sizes) - 1}) if sizes else []
     parts = [(offsets[i] + max(0, sizes[i] - SAMPLE) // 2, min(sizes[i], SAMPLE)) for i in some]
     sampled = hashlib.sha256(b"".join(_read_parts(file.fileno(), parts))).digest()
-    arrays = {"offsets": offsets, "sizes": sizes, "labels": labels, "ends": ends}
+    found = order_classes(str(label) for label in labels if label != -1) if any(map(_is_text, labels)) else ()
+    number_of = {name: number for number, name in enumerate(found)} | {"-1": -1}
+    numbers = [number_of[str(label)] for label in labels] if found else labels
+    arrays = {"offsets": offsets, "sizes": sizes, "labels": numbers, "ends": ends}
     texts = {"names": names, "sampled": sampled, "passed": json.dumps(skipped).encode()}
+    texts["texts"] = json.dumps(found).encode()
     return {column: np.array(values, COLUMNS[column]) for column, values in arrays.items()} | {
         column: np.frombuffer(text, np.uint8) for column, text in texts.items()
     }
@@ -313,7 +344,11 @@ def _files(file: BinaryIO, path: str, size: int, skipped: dict[str, list]) -> It
             places[member.name] = place
         folder, base = os.path.split(member.name)
         stem, dot, kind = base.partition(".")
-        if not dot or member.isdir() or _is_hidden(member.name):
+        if member.isdir() or not base or _is_hidden(member.name):
+            continue
+        if what := kind_of_file("", base) if dot else "":
+            _skip(skipped, what, member.name)
+        if not dot:
             continue
         if place:
             yield Member(member.name, os.path.join(folder, stem), kind.lower(), *place)
@@ -362,47 +397,60 @@ def _images(sample: list[Member]) -> list[tuple[Member, list[Member]]]:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    *above, base = (part for part in name.split("/") if part not in (".", ".."))
+    return base.startswith(".") or any(map(is_hidden, above))
 
 
-def _label(descriptor: int, sidecars: list[Member], path: str) -> int:
-    """The label in a .cls, or else in a .json, or -1."""
+def _is_text(label: int | str) -> bool:
+    return isinstance(label, str)
+
+
+def _label(descriptor: int, sidecars: list[Member], path: str) -> int | str:
+    """The label in a .cls, or else in a .json: a number or the name of a class, or -1."""
     labels = {}
     for member in sidecars:
         kind = member.kind.rpartition(".")[2]
         if kind in ("cls", "json"):
             text = os.pread(descriptor, min(member.size, MAX_JSON), member.offset)
             parse = _parse_cls if kind == "cls" else _parse_json
-            labels[kind] = parse(text, f"{path}, member {member.name!r}")
+            labels[kind] = _class(parse(text, where := f"{path}, member {member.name!r}"), where)
     return labels.get("cls", labels.get("json", -1))
 
 
 def _holds_label(descriptor: int, member: Member, path: str) -> bool:
     with contextlib.suppress(DataError):
-        return _label(descriptor, [member], path) >= 0
+        return _label(descriptor, [member], path) != -1
     return False
 
 
-def _parse_cls(text: bytes, where: str) -> int:
-    if not re.fullmatch(rb"\s*\d{1,18}\s*", text) or int(text) >= MAX_CLASSES:
-        raise _label_error(repr(os.fsdecode(text[:40])), where)
-    return int(text)
+def _parse_cls(text: bytes, where: str) -> str | None:
+    return os.fsdecode(text.strip()) or None
 
 
-def _parse_json(text: bytes, where: str) -> int:
-    """The label, or -1 if there is none."""
+def _parse_json(text: bytes, where: str) -> object:
+    """The value of "label", or None."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError("invalid JSON", where, "repair it, or leave it out") from error
-    value = value.get("label", -1) if isinstance(value, dict) else -1
-    if isinstance(value, bool) or not isinstance(value, int):
+    value = value.get("label") if isinstance(value, dict) else None
+    return None if value == -1 or value == "" else value
+
+
+def _class(value: object, where: str) -> int | str:
+    """A label from its value in a file: a number, the name of a class, or -1 for None. Raises DataError for others."""
+    if value is None:
         return -1
-    if not -1 <= value < MAX_CLASSES:
-        raise _label_error(str(value), where)
-    return value
+    text = str(value).strip()
+    several = len(text.split()) > 1 and all(map(NUMBER.fullmatch, text.split()))
+    is_number = bool(NUMBER.fullmatch(text))
+    if isinstance(value, bool) or not isinstance(value, int | str) or several or (is_number and not text.isdecimal()):
+        raise _label_error(repr(value)[:60], where)
+    if is_number and (len(text) > 18 or int(text) >= MAX_CLASSES):
+        raise _label_error(repr(value)[:60], where)
+    return int(text) if is_number else text
 
 
 def _label_error(shown: str, where: str) -> DataError:
-    fix = f"give a number from 0 to {MAX_CLASSES - 1}"
-    return DataError(f"label {shown} is not a class number", where, fix)
+    fix = f"give one number from 0 to {MAX_CLASSES - 1}, or the name of a class"
+    return DataError(f"label {shown} is not a class", where, fix)

@@ -14,6 +14,8 @@ from simmim_jax.data.decode import BadImage
 from simmim_jax.data.sources.files import read_tail, stat_file
 from simmim_jax.data.sources.listing import folders
 from simmim_jax.data.sources.names import digest_of
+from simmim_jax.data.sources.splits import STANDARD
+from simmim_jax.data.sources.unread import Unread, report
 from simmim_jax.errors import ConfigError, DataError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -50,6 +52,8 @@ def prepared_directory(path: str) -> str:
 class Tfds:
     """A split of a prepared TFDS data set."""
 
+    unlabeled = ""  # why there are no classes
+
     def __init__(self, name: str, data_dir: str, split: str, directory: str = ""):
         import tensorflow_datasets as tfds
 
@@ -72,6 +76,9 @@ class Tfds:
         self.image = "image" if "image" in self.images else self.images[0]
         self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else ""
         self.classes = tuple(info.features[self.label].names) if self.label else ()
+        if not self.label:
+            self.unlabeled = f"none of its features is a ClassLabel named 'label': {', '.join(info.features)}"
+        _report_unread(info, split, [key for key in labels if key != self.label])
 
     @functools.cached_property
     def records(self):
@@ -121,6 +128,17 @@ class Tfds:
         shards = json.dumps(list(zip(map(os.path.basename, files), sizes, tails, strict=True))).encode()
         part = {"count": len(self), "shards_sha256": digest_of(shards)}
         return {"source": "tfds", "name": self.full_name, "split": self.split} | part
+
+
+def _report_unread(info, split: str, labels: list[str]) -> None:
+    """Report splits that are not among the standard ones, and further labels."""
+    unread = Unread()
+    for name in info.splits:
+        if name not in STANDARD and name not in split:
+            unread.add("splits", os.path.join(info.full_name, name))
+    for name in labels:
+        unread.add("features with labels", os.path.join(info.full_name, name))
+    report(info.full_name, unread)
 
 
 def _make_tfds_builder(name: str, data_dir: str):

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from simmim_jax.errors import DataError
 from simmim_jax.evals import accuracy
 from simmim_jax.evals.sheet import save_png
@@ -36,10 +38,12 @@ def evaluate_classifier(run: Run, objective: Objective, options: argparse.Namesp
     images.check_left_out(left_out, count, options.max_bad_fraction, source)
     metrics = accuracy.top(answers, num_classes)
     percents = "".join(f"top-{k} {100 * metrics[f'top{k}']:.2f} %  " for k in (1, 5) if f"top{k}" in metrics)
-    print(f"{percents}of {len(answers.label)} images" + (f", {left_out} left out" if left_out else ""), flush=True)
+    untrained = describe_untrained(run, source, answers)
+    line = f"{percents}of {len(answers.label)} images{untrained}"
+    print(line + (f", {left_out} left out" if left_out else ""), flush=True)
     if options.results:
         given = {"crop_pct": f"{subject.crop.crop_fraction:g}", "interpolation": subject.crop.interpolation}
-        given |= {"run": options.run, "data": description}
+        given |= {"run": options.run, "data": description + untrained}
         results.append_row(Path(options.results), results.make_row(run, metrics, given))
         print(f"a row added to {options.results}")
     if options.out:
@@ -68,6 +72,14 @@ def check_classes(run: Run, source, *, compare_names: bool) -> None:
         raise DataError(what, source.describe(), "give images of the head's classes, or fine-tune the run on these")
     if compare_names:
         images.warn_other_classes(images.class_names(run), source)
+
+
+def describe_untrained(run: Run, source, answers: accuracy.Answers) -> str:
+    """A note on the images whose class had no training image in the run; "" if there are none."""
+    names = [name for name in run.config.get("untrained_classes", ()) if name in source.classes]
+    count = int(np.isin(answers.label, [source.classes.index(name) for name in names]).sum())
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f" ({count} of them of classes without training images: {utf8_name(shown)})" if count else ""
 
 
 def make_subject(

@@ -110,16 +110,18 @@ def run(argv: list[str]) -> None:
 def open_splits(options: argparse.Namespace) -> dict:
     """The sources of all requested splits, by the names of their folders in DEST."""
     from simmim_jax.data.sources import make_source
+    from simmim_jax.data.sources.unread import one_report
 
     def open_split(split: str):
         where = {"path": options.path, "name": options.name, "data_dir": options.data_dir}
         return make_source(options.source, **where, split=split, heldout_fraction=0.0)
 
-    if options.splits:
-        return {split: open_split(split) for split in options.splits}
-    train = open_split("train")
-    sides = evaluation_splits(options.path, train.fingerprint()["source"], open_split)
-    return {"train": train} | {side: open_split(side) for side in sides}
+    with one_report():
+        if options.splits:
+            return {split: open_split(split) for split in options.splits}
+        train = open_split("train")
+        sides = evaluation_splits(options.path, train.fingerprint()["source"], open_split)
+        return {"train": train} | {side: open_split(side) for side in sides}
 
 
 def evaluation_splits(path: str, kind: str, open_split: Callable) -> list[str]:
@@ -148,9 +150,11 @@ def evaluation_splits(path: str, kind: str, open_split: Callable) -> list[str]:
 
 def merge_classes(sources: dict) -> tuple[list[str], dict[str, list[int]]]:
     """(the classes of all splits, the new labels of each split), so that a label means one class in all splits."""
+    from simmim_jax.data.sources.classes import order_classes
+
     classes = max((list(source.classes) for source in sources.values()), key=len)
     if any(list(source.classes) != classes[: len(source.classes)] for source in sources.values()):
-        classes = sorted({name for source in sources.values() for name in source.classes})
+        classes = list(order_classes(name for source in sources.values() for name in source.classes))
     number = {name: label for label, name in enumerate(classes)}
     return classes, {split: [number[name] for name in source.classes] for split, source in sources.items()}
 
