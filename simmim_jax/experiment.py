@@ -454,7 +454,7 @@ def check_evals(config: ConfigDict, objective: Objective, source, heldout) -> No
             f"{data.how_to_label(source)}, or remove these evaluators from config.evals",
         )
     if heldout and source.classes and any("label" in EVALUATORS[name].needs for name in evals):
-        data.compare_classes(source, heldout)
+        data.compare_classes(source, heldout, required=bool(labeled))
 
 
 def resolve_evals(config: ConfigDict, objective: Objective, source, heldout) -> dict[str, dict]:
@@ -468,8 +468,10 @@ def resolve_evals(config: ConfigDict, objective: Objective, source, heldout) -> 
 def make_evals(config: ConfigDict, encoder: Encoder, objective: Objective, source, heldout, steps: int) -> Evals:
     """The evaluators of a run, and how often they run."""
     options = resolve_evals(config, objective, source, heldout) if source else {}
-    if source and config.online_probes and source.classes and not options.keys() >= set(objective.online_probes):
-        log0("no online probes: they need two or more classes, the same in training and held-out images")
+    if source and config.online_probes and not options.keys() >= set(objective.online_probes):
+        unlabeled = next((each for each in (source, heldout) if not each.classes), None)
+        need = "they need two or more classes, the same in training and held-out images"
+        log0("no online probes: %s", data.how_to_label(unlabeled) if unlabeled else need)
     return Evals(
         options=options,
         every=evaluation_period(config, options, steps, len(source or ()), len(heldout or ())),

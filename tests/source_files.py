@@ -98,7 +98,7 @@ def write_records(file: Path, records: list[bytes], options="group_size:1,uncomp
     return str(file)
 
 
-def write_prepared(root: Path, *shards, records=None) -> str:
+def write_prepared(root: Path, *shards, records=None, classes=("a", "b", "c")) -> str:
     """A prepared folder with one shard for each list of shades, or with the given bytes of records."""
     listed = []
     for number, shard in enumerate(shards):
@@ -107,7 +107,7 @@ def write_prepared(root: Path, *shards, records=None) -> str:
         write_records(file, records or content)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         listed.append({"file": file.name, "count": len(shard), "bytes": file.stat().st_size, "sha256": digest})
-    manifest = HEAD | {"count": sum(map(len, shards)), "classes": ["a", "b", "c"], "shards": listed}
+    manifest = HEAD | {"count": sum(map(len, shards)), "classes": list(classes), "shards": listed}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return str(root)
 
@@ -126,6 +126,34 @@ def write_source(kind: str, root: Path, shades) -> str:
         for number, part in enumerate((shades[:3], shades[3:])):
             write_split(kind, root, "{split}.{extension}", str(number), part)
     return str(root)
+
+
+def write_labeled(kind: str, root: Path, splits: dict[str, list[tuple[int, str]]]) -> dict:
+    """Write the same images, (shade, label or "") by split, in the form of a kind. Returns arguments of make_source."""
+    names = sorted({label for records in splits.values() for _, label in records if label})
+    for split, records in splits.items():
+        if kind == "folder":
+            for shade, label in records:
+                write_images(root, f"{split}/{label}/{shade}.png", shade=shade)
+        elif kind == "list":
+            for shade, _ in records:
+                write_images(root / "images", f"{shade}.png", shade=shade)
+            (root / f"{split}.txt").write_text("".join(f"images/{s}.png\t{label}\n" for s, label in records))
+        elif kind == "tar":
+            members = {f"{s}.png": png(s) for s, _ in records} | {f"{s}.cls": x.encode() for s, x in records if x}
+            write_tar(root / f"{split}.tar", dict(sorted(members.items())))
+        elif kind == "parquet":
+            root.mkdir(parents=True, exist_ok=True)
+            labels = pa.array([label or None for _, label in records], pa.string())
+            table = pa.table({"image": [png(shade) for shade, _ in records], "label": labels})
+            pq.write_table(table, root / f"{split}.parquet")
+        elif kind == "array_record":
+            stored = [
+                pack_record({"image": png(s), "label": names.index(x) if x else -1, "name": f"{s}.png"})
+                for s, x in records
+            ]
+            write_prepared(root / split, [s for s, _ in records], records=stored, classes=names)
+    return {"source": kind, "path": str(root)}
 
 
 def write_split(kind: str, root: Path, layout: str, split: str, shades) -> str:

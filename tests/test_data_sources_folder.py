@@ -6,12 +6,17 @@ import random
 import shutil
 
 import pytest
-from source_files import everything, labels, names, write_images
+from source_files import EXTENSIONS, everything, labels, names, write_images, write_split
 
-from simmim_jax.data import make_source
-from simmim_jax.data.decode import EXTENSIONS
+from simmim_jax.data import decode, make_source, share_images
 from simmim_jax.data.sources import folder as folder_module
-from simmim_jax.errors import ConfigError, DataError
+from simmim_jax.data.sources.classes import order_classes
+from simmim_jax.errors import ConfigError, DataError, warn_once
+
+
+@pytest.fixture(autouse=True)
+def _log_again():
+    warn_once.cache_clear()
 
 
 def folder(path, split="train", **options):
@@ -39,10 +44,10 @@ def test_folder_that_is_not_entirely_by_class_is_unlabeled(files, tmp_path):
 
 
 def test_every_ending_of_a_supported_format_is_read(tmp_path):
-    files = [f"{n}{ending}" for n, ending in enumerate(EXTENSIONS)] + ["x.JFIF", "y.Jpe"]
+    files = [f"{n}{ending}" for n, ending in enumerate(decode.EXTENSIONS)] + ["x.JFIF", "y.Jpe"]
     source = everything("folder", write_images(tmp_path, *files))
     assert names(source) == sorted(files)
-    assert {".jpe", ".jfif"} < set(EXTENSIONS)
+    assert {".jpe", ".jfif"} < set(decode.EXTENSIONS)
     (tmp_path / "all.txt").write_text("".join(f"{name} 0\n" for name in files))
     assert names(everything("list", tmp_path / "all.txt")) == files
 
@@ -203,6 +208,98 @@ def test_splits_one_level_down_are_not_mixed(root, tmp_path):
 def test_classes_of_which_only_one_looks_like_a_split_are_classes(tmp_path):
     write_images(tmp_path, "testing/1.png", "training wheels/2.png", "cats/val/3.png", "dogs/train/4.png")
     assert everything("folder", tmp_path).classes == ("cats", "dogs", "testing", "training wheels")
+
+
+# --- classes
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    write_images(tmp_path, *(f"{n}/1.png" for n in (0, 1, 2, 10, 11)))
+    assert everything("folder", tmp_path).classes == ("0", "1", "2", "10", "11")
+    assert order_classes(["10", "9", "-1", "0.5", "2.25"]) == ("-1", "0.5", "2.25", "9", "10")
+    assert order_classes(["02", "2", "1"]) == ("1", "02", "2")
+    assert order_classes(["10", "9", "9a"]) == ("10", "9", "9a")
+
+
+@pytest.mark.parametrize("stray", ["figure.png", "z.JPG", "0.png"])
+def test_stray_image_next_to_class_folders_is_named(stray, tmp_path, caplog):
+    write_images(tmp_path, *(f"{label}/{n}.png" for label in ("cat", "dog") for n in range(5)), stray)
+    source = everything("folder", tmp_path)
+    assert (len(source), source.classes) == (11, ())
+    assert stray in source.unlabeled
+    assert len(caplog.records) == 1
+    assert stray in caplog.text
+    assert "cat/, dog/" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "evaluation", [["val/images/1.png"], ["val/1.png"], ["val/images/x/1.png", "val/images/2.png"]]
+)
+def test_evaluation_folder_without_class_folders_is_unlabeled(evaluation, tmp_path, caplog):
+    """Tiny ImageNet has its validation images in val/images/, and Kaggle has unlabeled ones in test/."""
+    write_images(tmp_path, "train/n01/images/1.png", "train/n02/images/2.png", *evaluation)
+    train, val = folder(tmp_path), folder(tmp_path, "val")
+    assert (train.classes, val.classes) == (("n01", "n02"), ())
+    assert labels(val) == [-1] * len(evaluation)
+    assert "images without labels" in caplog.text
+    write_images(tmp_path, "val/n02/3.png", "val/n01/4.png")
+    if "val/1.png" not in evaluation:
+        assert folder(tmp_path).classes == ("images", "n01", "n02")
+
+
+def test_class_of_both_sides_may_be_alone_on_one(tmp_path, caplog):
+    write_images(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/dog/3.png")
+    val = folder(tmp_path, "val")
+    assert (val.classes, labels(val)) == (("cat", "dog"), [1])
+    assert not caplog.records
+
+
+# --- links that lead to the same images
+
+
+@pytest.mark.parametrize("kind", ["folder", "one class", "files", "one file", "other name", "nothing"])
+def test_links_between_splits_are_seen_through(kind, tmp_path):
+    write_images(tmp_path, *(f"train/{label}/{n}.png" for label in "ab" for n in range(3)))
+    val = tmp_path / ("val" if kind != "other name" else "test")
+    if kind in ("folder", "other name"):
+        val.symlink_to("train")
+    else:
+        write_images(val, "b/9.png")
+    if kind == "one class":
+        (val / "a").symlink_to(tmp_path / "train" / "a")
+    for n in {"files": range(3), "one file": [1]}.get(kind, ()):
+        (val / "b" / f"link{n}.png").symlink_to(tmp_path / "train" / "a" / f"{n}.png")
+    assert share_images(folder(tmp_path), folder(tmp_path, "val")) == (kind != "nothing")
+
+
+def test_links_inside_of_one_folder_are_seen_through(tmp_path):
+    write_images(tmp_path, *(f"{n}.png" for n in range(20)))
+    train, val = folder(tmp_path), folder(tmp_path, "val")
+    assert not share_images(train, val)
+    for n in range(20):  # most of them are on the other side
+        (tmp_path / f"twin{n}.png").symlink_to(tmp_path / names(val)[0])
+    assert share_images(folder(tmp_path), folder(tmp_path, "val"))
+
+
+@pytest.mark.parametrize("kind", ["list", "tar", "parquet", "array_record"])
+def test_links_between_shards_are_seen_through(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split, shades in (("train", range(5)), ("other", range(5, 8))):
+        write_split(kind, tmp_path / "far", "{split}.{extension}", split, shades)
+    root = tmp_path / "data"
+    root.mkdir()
+    if kind == "list":
+        for image in (tmp_path / "far").glob("*.png"):
+            image.rename(root / image.name)
+    found = []
+    for val in ("other", "train"):
+        for split, target in (("train", "train"), ("val", val)):
+            link = root / f"{split}.{EXTENSIONS[kind]}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(tmp_path / "far" / f"{target}.{EXTENSIONS[kind]}")
+        train, held_out = (make_source(kind, path=str(root), split=split) for split in ("train", "val"))
+        found.append(share_images(train, held_out))
+    assert found == [False, True]
 
 
 # --- errors

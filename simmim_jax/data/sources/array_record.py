@@ -10,6 +10,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from simmim_jax.data.decode import BadImage
 from simmim_jax.data.prepared import MANIFEST, PLAN, PREPARE, read_manifest, unpack_record
+from simmim_jax.data.sources.classes import are_unlabeled
 from simmim_jax.data.sources.files import changed_error, make_opener, read_tail, stat_file
 from simmim_jax.data.sources.names import digest_of
 from simmim_jax.data.sources.parts import FileSource, make_part
@@ -72,7 +73,9 @@ class ArrayRecords(FileSource):
             listed = [[name, *each] for name, each in zip(self.names, listed, strict=True)]
             self._detect_form()
         self.digest = digest_of(json.dumps(listed).encode())
-        if not self.classes:
+        if self.classes and are_unlabeled(self):
+            self.classes, self.unlabeled = (), f"the images had no labels when {self.path} was prepared"
+        elif not self.classes:
             self.unlabeled = "if the records have labels, prepare them: python -m simmim_jax.tools.prepare"
 
     def _list_prepared(self, prepared: dict[str, dict]) -> list[dict]:

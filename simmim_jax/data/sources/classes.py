@@ -1,5 +1,6 @@
 """Classes: their order, and which of them have training and held-out images."""
 
+import contextlib
 import re
 from collections.abc import Iterable
 from fractions import Fraction
@@ -12,6 +13,7 @@ from simmim_jax.errors import DataError, warn_once
 
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?", re.ASCII)
 MAX_READ = 20_000  # records that are read for their labels, if a source has no list of labels
+MAX_TRIED = 10  # damaged records that are passed over in search of a label
 MAX_NAMED = 5  # classes that a line names
 
 
@@ -55,10 +57,10 @@ def untrained_classes(train) -> list[str]:
     return [] if trained is None else [train.classes[n] for n in np.flatnonzero(~trained)]
 
 
-def compare_classes(train, heldout) -> None:
+def compare_classes(train, heldout, *, required: bool) -> None:
     """Warn of classes that have only training or only held-out images. Both sources have the same classes.
 
-    Raises DataError if no class has both.
+    required: raise DataError if no class has both.
     """
     trained, held_out = classes_with_images(train), classes_with_images(heldout)
     if trained is None or held_out is None or (trained & held_out).all():
@@ -74,7 +76,7 @@ def compare_classes(train, heldout) -> None:
     ]
     same = {name.strip().casefold() for name in train.classes}
     line = "; ".join(parts) + ("; some names differ only in case" if len(same) < len(train.classes) else "")
-    if not (trained & held_out).any():
+    if required and not (trained & held_out).any():
         what = f"no class has training and held-out images: {line}"
         raise DataError(what, heldout.describe(), "give both the same class folders or labels")
     warn_once(f"classes of {train.describe()} and {heldout.describe()}: {line}")
@@ -83,6 +85,14 @@ def compare_classes(train, heldout) -> None:
 def differs_from_text_order(source) -> bool:
     """Whether the numbers of the classes come from their names, and would be others in the order of text."""
     return getattr(source, "by_name", False) and list(source.classes) != sorted(source.classes)
+
+
+def are_unlabeled(source) -> bool:
+    """Whether the first record of a source that can be read has no label, although the format names classes."""
+    for i in range(min(len(source), MAX_TRIED)):
+        with contextlib.suppress(BadImage, OSError):
+            return source[i]["label"] < 0
+    return False
 
 
 def how_to_label(source) -> str:

@@ -11,6 +11,7 @@ import threading
 from google.protobuf.message import DecodeError
 
 from simmim_jax.data.decode import BadImage
+from simmim_jax.data.sources.classes import are_unlabeled
 from simmim_jax.data.sources.files import read_tail, stat_file
 from simmim_jax.data.sources.listing import folders
 from simmim_jax.data.sources.names import digest_of
@@ -76,7 +77,9 @@ class Tfds:
         self.image = "image" if "image" in self.images else self.images[0]
         self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else ""
         self.classes = tuple(info.features[self.label].names) if self.label else ()
-        if not self.label:
+        if self.classes and are_unlabeled(self):
+            self.label, self.classes, self.unlabeled = "", (), f"split {split!r} has no labels: choose another one"
+        elif not self.label:
             self.unlabeled = f"none of its features is a ClassLabel named 'label': {', '.join(info.features)}"
         _report_unread(info, split, [key for key in labels if key != self.label])
 
