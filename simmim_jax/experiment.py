@@ -471,7 +471,7 @@ def make_evals(config: ConfigDict, encoder: Encoder, objective: Objective, sourc
     if source and config.online_probes and not options.keys() >= set(objective.online_probes):
         unlabeled = next((each for each in (source, heldout) if not each.classes), None)
         need = "they need two or more classes, the same in training and held-out images"
-        log0("no online probes: %s", data.how_to_label(unlabeled) if unlabeled else need)
+        log0(f"no online probes: {data.how_to_label(unlabeled) if unlabeled else need}")
     return Evals(
         options=options,
         every=evaluation_period(config, options, steps, len(source or ()), len(heldout or ())),
