@@ -18,17 +18,18 @@ from simmim_jax.errors import ConfigError, differences
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-WHOLE = ("evals", "imported")  # trees of open content, each compared as one field
+WHOLE = ("evals", "imported", "pixels")  # trees of open content, each compared as one field
 
-# Fields that may change when a run resumes, because no parameter depends on them. `classes`, `imported` and
-# `untrained_classes` are not fields of a recipe: a run adds them to its config.json. The data's fingerprint guards the
-# fields that choose images.
+# Fields that may change when a run resumes, because no parameter depends on them. `classes`, `imported`,
+# `pixels` and `untrained_classes` are not fields of a recipe: a run adds them to its config.json. `pixels` has what
+# `bands`, `nodata` and `value_range` led to. The data's fingerprint guards the fields that choose images.
 FREE = (
     "check_memory", "classes", "eval_batch_size", "eval_every", "eval_images", "evals", "imported", "keep_period",
     "log_every", "max_nonfinite_steps", "max_to_keep", "microbatches", "online_probes", "probe_block", "profile_steps",
     "save_every", "untrained_classes",
-    "data.crop_fraction", "data.data_dir", "data.max_bad_fraction", "data.name", "data.on_error", "data.path",
-    "data.prefetch", "data.source", "data.threads", "data.workers",
+    "data.bands", "data.crop_fraction", "data.data_dir", "data.max_bad_fraction", "data.max_nodata", "data.name",
+    "data.nodata", "data.on_error", "data.path", "data.prefetch", "data.source", "data.threads", "data.value_range",
+    "data.workers",
     "encoder.attention", "encoder.remat", "encoder.scan", "encoder.size",
     "mesh.data", "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
@@ -36,7 +37,7 @@ FREE = (
 # Fields that a resumed run must keep. A field in neither list, like the option of an added encoder, must be kept too.
 FIXED = (
     "base_learning_rate", "batch_size", "ema_decay", "epochs", "image_size", "init_from", "init_parts", "mean", "seed",
-    "std", "steps",
+    "pixels", "std", "steps",
     "data.augment", "data.color_jitter", "data.crop_ratio", "data.crop_scale", "data.flip", "data.heldout_fraction",
     "data.heldout_split", "data.interpolation", "data.max_pixels", "data.split",
     "data.maps.channel", "data.maps.ignore", "data.maps.most_of_one", "data.maps.photometric",
@@ -70,8 +71,8 @@ def base_config() -> ConfigDict:
     c.init_from = ""  # workdir, or step folder in it, whose parameters the run starts from; empty: random parameters
     c.init_parts = ()  # parts of init_from: encoder, mask_token, head; empty: all for the same objective, else encoder
     c.image_size = (224, 224)  # height and width of training images in pixels
-    c.mean = IMAGENET_MEAN  # mean of each channel on the scale 0..1; its length is the number of channels
-    c.std = IMAGENET_STD  # standard deviation of each channel on the scale 0..1
+    c.mean = ()  # mean of each channel on the scale 0..1; empty: ImageNet's for 8-bit RGB, else that of some images
+    c.std = ()  # standard deviation of each channel on the scale 0..1; empty: as for the mean
 
     c.mesh = ConfigDict()  # number of devices along each mesh axis; -1: all remaining devices
     c.mesh.data = -1  # axis that splits the batch and replicates parameters
@@ -87,6 +88,10 @@ def base_config() -> ConfigDict:
     c.data.split = "train"  # part that is trained on
     c.data.heldout_split = "validation"  # part that is evaluated
     c.data.heldout_fraction = 0.02  # fraction of a folder without a held-out part of its own that is held out
+    c.data.bands = ()  # bands to read from each file, by name or by number from 1, in this order; empty: all
+    c.data.value_range = ()  # low,high that become 0 and 1, of all bands or of each; empty: 0,255, or percentiles
+    c.data.nodata = placeholder(float)  # value of pixels without data; None: as in the files
+    c.data.max_nodata = 1.0  # largest fraction of an image that may have no data; images with more are skipped
     c.data.crop_scale = (0.67, 1.0)  # range of a random crop's area as a fraction of the image
     c.data.crop_ratio = (3 / 4, 4 / 3)  # range of a random crop's width / height
     c.data.flip = 0.5  # probability of a horizontal flip

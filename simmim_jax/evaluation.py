@@ -33,6 +33,7 @@ class Subject(NamedTuple):
     limit: number of images; 0: all.
     folder: folder for figures; "": no figures.
     features: (params, images) -> features, for probes.
+    pixels: of the images, for pictures.
     label_maps: how label maps are read, for segmentation.
     stop: signal that ends an evaluation early; None: nothing does.
     """
@@ -46,6 +47,7 @@ class Subject(NamedTuple):
     limit: int
     loading: data.Loading
     folder: str = ""
+    pixels: data.Pixels = data.Pixels()
     train: object = None
     features: Callable | None = None
     label_maps: data.LabelMapSpec | None = None
@@ -71,6 +73,7 @@ def make_eval_inputs(subject: Subject) -> dict:
             subject.heldout, limit=count, loading=subject.loading._replace(max_bad_fraction=1.0)
         ),
         "predict": predict,
+        "pixels": subject.pixels,
     }
     if subject.features:
         inputs["features"] = make_feature_reader(
@@ -95,7 +98,7 @@ def segmentation_inputs(subject: Subject, predict: Callable, shard: data.Shard) 
         "window": crop.image_size,
         "window_batch": subject.batch_size,
         "read_windows": make_windows_reader(predict, subject.batch_size, *shard),
-        "fill": np.asarray(maps.fill, np.uint8),
+        "fill": np.asarray(maps.fill, crop.samples.dtype),
         "classes": subject.heldout.classes,
     }
 
@@ -114,6 +117,7 @@ def make_evaluators(experiment: Experiment, workdir: str, stop: StopSignal) -> d
         batch_size=evals.batch_size,
         limit=evals.images,
         loading=experiment.loading,
+        pixels=experiment.pixels,
         folder=str(Path(workdir) / "figures") if processes.is_process_0() else "",
         train=experiment.source,
         features=evals.features,
@@ -145,7 +149,7 @@ def make_run_subject(
     num_shards = sharding.num_batch_shards(mesh)
     label_maps = None
     if "label_map" in objective.needs:
-        label_maps = make_label_maps(objective.num_classes, run.config["mean"], run.config["data"]["maps"])
+        label_maps = make_label_maps(objective.num_classes, run.pixels, run.config["data"]["maps"])
     return Subject(
         objective=objective,
         mesh=mesh,
@@ -155,6 +159,7 @@ def make_run_subject(
         batch_size=-(-batch_size // num_shards) * num_shards,
         limit=limit,
         loading=loading,
+        pixels=run.pixels,
         folder=folder,
         label_maps=label_maps,
     )

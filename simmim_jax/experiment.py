@@ -7,7 +7,7 @@ Modules below it take plain arguments.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,8 @@ from simmim_jax import data, optim
 from simmim_jax.config import changes, to_dict
 from simmim_jax.data import BatchSpec, Loading
 from simmim_jax.data.label_maps import LabelMapSpec
+from simmim_jax.data.pixels import Pixels
+from simmim_jax.data.sample import PixelOptions
 from simmim_jax.errors import ConfigError, DataError, check_minimum
 from simmim_jax.evals import EVALUATORS, forward_passes
 from simmim_jax.files import read_json
@@ -90,6 +92,7 @@ class Experiment(NamedTuple):
     schedule: step -> learning rate.
     is_frozen: parameter path -> whether it gets no update; None if nothing is frozen.
     is_decayed: parameter path -> whether it gets weight decay.
+    pixels: type, bands, value range and normalization of the images.
     steps: length of the run.
     source, heldout: training and held-out images; None if they were not opened.
     init_from: folder of the checkpoint that the parameters start from; None: random parameters, or a resumed run.
@@ -102,7 +105,7 @@ class Experiment(NamedTuple):
     changes: dict
     encoder: Encoder
     objective: Objective
-    normalization: dict[str, tuple[float, ...]]
+    pixels: Pixels
     tx: object
     schedule: Callable
     is_frozen: Callable[[str], bool] | None
@@ -125,24 +128,31 @@ class Experiment(NamedTuple):
     variant: Callable[[dict], "Experiment"]
 
 
-def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None = None) -> Experiment:
+def make_experiment(
+    config: ConfigDict, workdir: str = "", *, images: int | None = None, pixels: Pixels | None = None
+) -> Experiment:
     """Turn a config into an `Experiment`. Allocates no device memory.
 
     workdir: of the run. If it has checkpoints and `encoder.name` is empty, the encoder is read from its config.json.
     images: size of the training set; None: open the data and count the images.
+    pixels: of the images; None: by the config, the workdir and the images.
     Raises UserError for every mistake in the config or the data.
     """
-    check_config(config)
-    encoder_options = resolve_encoder(config, workdir)
-    encoder = make_encoder(**encoder_options)
-    normalization = {"mean": config.mean, "std": config.std}
-    objective = make_objective(encoder=encoder, image_size=config.image_size, **normalization, **config.objective)
-    batches, loading = make_batch_spec(config, objective), make_loading(config)
-    record = to_dict(config) | {"encoder": encoder_record(encoder, encoder_options)}
     source = heldout = init_from = None
     if images is None:
-        source, heldout = open_sources(config, objective, batches)
+        source, heldout = open_sources(config)
         images = len(source)
+    check_config(config)
+    pixels = pixels or resolve_pixels(config, source, heldout, workdir)
+    encoder_options = resolve_encoder(config, workdir)
+    encoder = make_encoder(**encoder_options)
+    objective = make_objective(
+        encoder=encoder, image_size=config.image_size, **pixels.normalization, **config.objective
+    )
+    batches, loading = make_batch_spec(config, objective, pixels), make_loading(config)
+    record = to_dict(config) | {"encoder": encoder_record(encoder, encoder_options)} | pixels.as_record()
+    if source:
+        check_sources(config, objective, source, heldout, batches)
         data.check_batches(source, batches, loading)
         if objective.needs != ("image",):
             record["classes"] = list(source.classes)
@@ -173,7 +183,7 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
         changes=changes(config),
         encoder=encoder,
         objective=objective,
-        normalization=normalization,
+        pixels=pixels,
         tx=tx,
         schedule=schedule,
         is_frozen=is_frozen,
@@ -186,14 +196,16 @@ def make_experiment(config: ConfigDict, workdir: str = "", *, images: int | None
         heldout=heldout,
         batches=batches,
         loading=loading,
-        evals=make_evals(config, encoder, objective, source, heldout, steps),
+        evals=make_evals(config, encoder, objective, pixels, (source, heldout), steps),
         saving=Saving(**{name: config[name] for name in Saving._fields}),
         init_from=init_from,
         init_parts=tuple(part for parts in config.init_parts for part in parts.split(",")),
         mesh=mesh,
         keys=keys,
         state=state,
-        variant=lambda settings: make_experiment(with_settings(config, settings), workdir, images=images),
+        variant=lambda settings: make_experiment(
+            with_settings(config, settings), workdir, images=images, pixels=pixels
+        ),
     )
 
 
@@ -202,9 +214,9 @@ def make_keys(seed: int) -> Keys:
     return Keys(*jax.random.split(jax.random.key(seed), 3))
 
 
-def make_label_maps(num_classes: int, mean: Sequence[float], options: dict) -> LabelMapSpec:
-    """How label maps are read. mean: channel means, 0..1, to pad images with. options: config.data.maps."""
-    return LabelMapSpec(num_classes=num_classes, fill=tuple(round(255 * value) for value in mean), **options)
+def make_label_maps(num_classes: int, pixels: Pixels, options: dict) -> LabelMapSpec:
+    """How label maps are read. pixels: of the images, which are padded with their mean. options: config.data.maps."""
+    return LabelMapSpec(num_classes=num_classes, fill=pixels.fill, **options)
 
 
 def make_state(experiment: Experiment) -> TrainState:
@@ -267,7 +279,8 @@ def check_config(config: ConfigDict) -> None:
     """Raise ConfigError for invalid numbers that would otherwise fail late or silently."""
     if len(config.image_size) != 2 or min(config.image_size) < 1:
         raise ConfigError(f"image_size {config.image_size}", "image_size", "give height,width in pixels, like 224,224")
-    if not config.mean or len(config.mean) != len(config.std) or min(config.std) <= 0:
+    lengths = {len(values) for values in (config.mean, config.std)} - {0}
+    if len(lengths) > 1 or min(config.std, default=1) <= 0:
         raise ConfigError(
             f"mean {config.mean} and std {config.std}", "mean, std", "give one positive number per channel for each"
         )
@@ -367,20 +380,53 @@ def make_tx(config: ConfigDict, encoder: Encoder, no_decay: dict, steps: int, st
     )
 
 
-def make_batch_spec(config: ConfigDict, objective: Objective) -> BatchSpec:
+def resolve_pixels(config: ConfigDict, source, heldout, workdir: str) -> Pixels:
+    """Type, bands, value range and normalization of the images, found once; logs what was found.
+
+    They are those in the config.json of a resumed run or of `init_from`, or in the manifest of a prepared folder, else
+    those of a sample of the images. Fields of the config win. source, heldout: None if they were not opened.
+    """
+    given = PixelOptions(
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        value_range=tuple(config.data.value_range),
+        bands=tuple(band for each in config.data.bands for band in str(each).split(",")),
+        nodata=config.data.nodata,
+        max_nodata=config.data.max_nodata,
+    )
+
+    def find() -> list:
+        saved = {}
+        if workdir and checkpoint.has_steps(workdir):
+            saved = read_json(Path(workdir) / "config.json")
+        elif config.init_from:
+            saved = pretrained.config_of(checkpoint.find_step(config.init_from))
+        found, remarks = data.resolve_pixels(source, given, saved, config.data.max_pixels)
+        if heldout:
+            data.check_pixels(found, heldout, config.data.max_pixels)
+        return [found.as_record(), remarks]
+
+    record, remarks = processes.on_process_0(find)
+    for remark in remarks:
+        log0(remark)
+    return Pixels.from_record(record, config.data.max_nodata)
+
+
+def make_batch_spec(config: ConfigDict, objective: Objective, pixels: Pixels) -> BatchSpec:
     """Every setting that affects the pixels in the batch of a step."""
     fields = {name: config.data[name] for name in BatchSpec._fields if name in config.data}
     label_maps = None
     if "label_map" in objective.needs:
-        label_maps = make_label_maps(config.objective.num_classes, config.mean, dict(config.data.maps))
+        label_maps = make_label_maps(config.objective.num_classes, pixels, dict(config.data.maps))
     return BatchSpec(
         **fields,
         image_size=config.image_size,
         batch_size=config.batch_size,
         seed=config.seed,
-        channels=len(config.mean),
-        mean=config.mean,
+        channels=pixels.channels,
+        mean=pixels.mean,
         label_maps=label_maps,
+        samples=pixels.samples,
     )
 
 
@@ -393,18 +439,23 @@ def make_loading(config: ConfigDict) -> Loading:
     return loading
 
 
-def open_sources(config: ConfigDict, objective: Objective, batches: BatchSpec) -> tuple:
+def open_sources(config: ConfigDict) -> tuple:
     """(training images, held-out images). Held-out is None if no evaluator reads it. Raises UserError."""
     make = partial(
-        data.make_label_map_source if batches.label_maps else data.make_source,
+        data.make_label_map_source if "maps" in config.data else data.make_source,
         **{name: config.data[name] for name in ("source", "path", "name", "data_dir", "heldout_fraction")},
     )
     with data.one_report():
         source = make(split=config.data.split)
         heldout = make(split=config.data.heldout_split) if config.evals or config.online_probes else None
+    return source, heldout
+
+
+def check_sources(config: ConfigDict, objective: Objective, source, heldout, batches: BatchSpec) -> None:
+    """Raise UserError if the images do not fit the objective or the evaluators."""
     if batches.label_maps:
         for each in filter(None, (source, heldout)):
-            data.check_maps(each, batches.label_maps, batches.channels, batches.max_pixels)
+            data.check_maps(each, batches.label_maps, batches.channels, batches.max_pixels, batches.samples)
     if "label" in objective.needs:
         if not source.classes:
             raise DataError("images without classes", source.describe(), data.how_to_label(source))
@@ -415,7 +466,6 @@ def open_sources(config: ConfigDict, objective: Objective, batches: BatchSpec) -
                 f"give --config.objective.num_classes={len(source.classes)}",
             )
     check_evals(config, objective, source, heldout)
-    return source, heldout
 
 
 def check_evals(config: ConfigDict, objective: Objective, source, heldout) -> None:
@@ -465,8 +515,11 @@ def resolve_evals(config: ConfigDict, objective: Objective, source, heldout) -> 
     return evals
 
 
-def make_evals(config: ConfigDict, encoder: Encoder, objective: Objective, source, heldout, steps: int) -> Evals:
-    """The evaluators of a run, and how often they run."""
+def make_evals(
+    config: ConfigDict, encoder: Encoder, objective: Objective, pixels: Pixels, sources: tuple, steps: int
+) -> Evals:
+    """The evaluators of a run, and how often they run. sources: training and held-out images, or None."""
+    source, heldout = sources
     options = resolve_evals(config, objective, source, heldout) if source else {}
     if source and config.online_probes and not options.keys() >= set(objective.online_probes):
         unlabeled = next((each for each in (source, heldout) if not each.classes), None)
@@ -479,12 +532,13 @@ def make_evals(config: ConfigDict, encoder: Encoder, objective: Objective, sourc
         batch_size=config.eval_batch_size,
         crop=data.CenterCrop(
             image_size=config.image_size,
-            channels=len(config.mean),
+            channels=pixels.channels,
             crop_fraction=config.data.crop_fraction,
             interpolation=config.data.interpolation,
             max_pixels=config.data.max_pixels,
+            samples=pixels.samples._replace(max_nodata=1.0),
         ),
-        features=make_features(encoder, mean=config.mean, std=config.std, block=config.probe_block),
+        features=make_features(encoder, **pixels.normalization, block=config.probe_block),
     )
 
 

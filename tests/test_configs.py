@@ -10,7 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from simmim_jax.config import FIXED, FREE, WHOLE, defaults, flat, load, pretrain_config, refuse_change, to_dict
+from simmim_jax.config import (
+    FIXED,
+    FREE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    WHOLE,
+    defaults,
+    flat,
+    load,
+    pretrain_config,
+    refuse_change,
+    to_dict,
+)
 from simmim_jax.errors import ConfigError
 from simmim_jax.models import ENCODERS, make_encoder
 from simmim_jax.objectives import make_objective
@@ -29,8 +41,8 @@ def parameters(config):
     """Shapes of a recipe's parameters. Recipes for any encoder get a small one."""
     encoder = {**config.encoder} if config.encoder.name else {**config.encoder, "name": "vit", "size": "s"}
     objective = make_objective(
-        encoder=make_encoder(**encoder | {"scan": True}), image_size=config.image_size, mean=config.mean,
-        std=config.std, **config.objective,
+        encoder=make_encoder(**encoder | {"scan": True}), image_size=config.image_size,
+        mean=config.mean or IMAGENET_MEAN, std=config.std or IMAGENET_STD, **config.objective,
     )  # fmt: skip
     return jax.eval_shape(objective.init, jax.random.key(0))
 
@@ -66,11 +78,8 @@ def test_each_field_is_either_free_or_fixed(name):
 def test_each_listed_field_exists():
     configs = [*(load(f"configs/{name}.py") for name in RECIPES), load("configs/folder_segment.py:upernet")]
     fields = {field for config in configs for field, _ in flat(to_dict(config), whole=WHOLE)}
-    assert {*FREE, *FIXED} - fields == {
-        "classes",
-        "imported",
-        "untrained_classes",
-    }  # which a run adds to its config.json
+    # which a run adds to its config.json
+    assert {*FREE, *FIXED} - fields == {"classes", "imported", "pixels", "untrained_classes"}
 
 
 RECIPE_OF = {  # official yaml file: our recipe, and fields that make it that of the Swin repository

@@ -32,6 +32,7 @@ HEAVY = {
     "tensorflow_datasets",
     "matplotlib",
     "pillow_heif",
+    "pydicom",
     "sklearn",
     "pyarrow",
     "umap",

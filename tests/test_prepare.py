@@ -152,7 +152,7 @@ def test_shards_have_the_records_of_each_split_in_order_with_common_classes(odd)
         assert (stored["count"], sum(s["count"] for s in stored["shards"])) == (len(found), len(found))
         assert tuple(stored["classes"]) == source.classes == ("a", "b", "c", "d")
         assert stored["source"] == {"described": source.describe(), "fingerprint": source.fingerprint()}
-        assert stored["settings"] == SETTINGS._asdict()
+        assert stored["settings"] == SETTINGS.as_json()
         for shard in stored["shards"]:
             data = (folder / shard["file"]).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])

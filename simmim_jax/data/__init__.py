@@ -18,6 +18,8 @@ from simmim_jax.data.batches import (
 )
 from simmim_jax.data.epoch import CenterCrop, Epoch, make_epoch
 from simmim_jax.data.label_maps import LabelMapSpec, check_maps
+from simmim_jax.data.pixels import Pixels
+from simmim_jax.data.sample import PixelOptions, check_pixels, resolve_pixels
 from simmim_jax.data.segmentation_set import SegmentationSet
 from simmim_jax.data.sources import SOURCES, make_source, share_images
 from simmim_jax.data.sources.classes import classes_with_images, compare_classes, how_to_label, untrained_classes
@@ -32,11 +34,14 @@ __all__ = [
     "Epoch",
     "LabelMapSpec",
     "Loading",
+    "PixelOptions",
+    "Pixels",
     "SegmentationSet",
     "Shard",
     "advice",
     "check_batches",
     "check_maps",
+    "check_pixels",
     "classes_with_images",
     "compare_classes",
     "cores",
@@ -48,6 +53,7 @@ __all__ = [
     "make_source",
     "max_bad_images",
     "one_report",
+    "resolve_pixels",
     "share_images",
     "untrained_classes",
 ]

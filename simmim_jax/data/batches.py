@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from simmim_jax.data.augment import make_augment
-from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, decode
+from simmim_jax.data.decode import MAX_PIXELS, BadImage, EmptyImage, Picture, Samples, decode
 from simmim_jax.data.label_maps import LabelMapSpec, check_pair, read_random_crop
 from simmim_jax.data.transforms import INTERPOLATIONS, random_flip, random_resized_crop
 from simmim_jax.data.workers import WatchedBatches, check_main, init_worker, let_grain_run_without_flags
@@ -43,6 +43,7 @@ class BatchSpec(NamedTuple):
     label_maps: how label maps are read and crops drawn, for a source with label maps. Replaces crop_scale, crop_ratio,
       augment and color_jitter.
     max_pixels: images with more pixels are bad images.
+    samples: what each image must have, apart from the number of channels. Others are bad images.
     """
 
     batch_size: int
@@ -58,6 +59,7 @@ class BatchSpec(NamedTuple):
     mean: tuple[int | float, ...] = ()
     label_maps: LabelMapSpec | None = None
     max_pixels: int = MAX_PIXELS
+    samples: Samples = Samples()
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot work."""
@@ -72,9 +74,17 @@ class BatchSpec(NamedTuple):
         if self.augment or self.color_jitter:
             fix = f"must have {self.channels} numbers, one for each channel"
             check_option(len(self.mean) == self.channels, "mean", self.mean, fix)
+            of_type = f"data.augment or data.color_jitter with {self.samples.dtype} images"
+            if self.samples.dtype != "uint8":
+                raise ConfigError(
+                    of_type, "data.augment", "set data.augment='' and data.color_jitter=0: they need 8 bits"
+                )
         self.make_augment()
         if self.label_maps:
             self.label_maps.check()
+            if self.label_maps.photometric and self.samples.dtype != "uint8":
+                what = f"data.maps.photometric with {self.samples.dtype} images"
+                raise ConfigError(what, "data.maps.photometric", "set it to false: it needs 8 bits")
             fix = "must be empty for images with label maps"
             check_option(not self.augment and not self.color_jitter, "data.augment", self.augment, fix)
 
@@ -87,7 +97,7 @@ class BatchSpec(NamedTuple):
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Name, shape and dtype of each entry of a global batch.
 
-        - image: the crops, uint8 [batch_size, h, w, c].
+        - image: the crops, `samples.dtype` [batch_size, h, w, c].
         - label: class number, int32 [batch_size].
         - index: the image's number in the source, int64 [batch_size].
         - replaced: whether the image stands in for a bad one, bool [batch_size].
@@ -95,7 +105,7 @@ class BatchSpec(NamedTuple):
         - label_map, with `label_maps` only: class of each pixel, uint8 or uint16 [batch_size, h, w].
         """
         rows, crops = (self.batch_size,), (self.batch_size, *self.image_size, self.channels)
-        entries = {"image": (crops, np.uint8), "label": (rows, np.int32), "index": (rows, np.int64)}
+        entries = {"image": (crops, self.samples.dtype), "label": (rows, np.int32), "index": (rows, np.int64)}
         entries |= {"replaced": (rows, np.bool_), "batch_index": (rows, np.int32)}
         if self.label_maps:
             entries["label_map"] = (crops[:3], self.label_maps.dtype)
@@ -168,11 +178,16 @@ def make_batches(
     read = functools.partial(_read_image, spec=spec, augment=spec.make_augment())
     check = functools.partial(_check_image, spec=spec)
     if spec.label_maps:
-        of_images = {"maps": spec.label_maps, "channels": spec.channels, "max_pixels": spec.max_pixels}
-        read = functools.partial(
-            read_random_crop, size=spec.image_size, flip=spec.flip, interpolation=spec.interpolation, **of_images
+        decoding = (spec.channels, spec.max_pixels, spec.samples)
+        how = {"size": spec.image_size, "flip": spec.flip, "interpolation": spec.interpolation}
+        read = functools.partial(read_random_crop, maps=spec.label_maps, decoding=decoding, **how)
+        check = functools.partial(
+            check_pair,
+            maps=spec.label_maps,
+            channels=spec.channels,
+            max_pixels=spec.max_pixels,
+            samples=spec.samples,
         )
-        check = functools.partial(check_pair, **of_images)
     load = functools.partial(_load_or_substitute, source=source, read=read)
     # Hash the seed: grain's epoch e of seed s is its epoch 0 of seed s + e, but two seeds must share nothing.
     shuffle_seed, map_seed = (int(word) for word in np.random.SeedSequence(spec.seed).generate_state(2))
@@ -215,7 +230,8 @@ def fingerprint(source, spec: BatchSpec) -> dict:
     """The source and all options that decide the samples of `make_batches` at a step, as JSON."""
     fields = {name: list(x) if isinstance(x, tuple) else x for name, x in spec._asdict().items()}
     fields["label_maps"] = spec.label_maps and spec.label_maps.as_json()
-    unused = {name for name in ("augment", "color_jitter", "label_maps") if not fields[name]}
+    fields["samples"] = spec.samples.as_json()
+    unused = {name for name in ("augment", "color_jitter", "label_maps", "samples") if not fields[name]}
     unused |= {"mean"} if not spec.augment else set()
     return {"source": source.fingerprint(), **{name: x for name, x in fields.items() if name not in unused}}
 
@@ -256,19 +272,19 @@ def check_option(valid: bool, field: str, value, fix: str) -> None:
 
 
 def _read_image(record: dict, rng: np.random.Generator, *, spec: BatchSpec, augment: Callable | None) -> dict:
-    picture = Picture(record["image"], spec.channels, spec.max_pixels)
+    picture = Picture(record["image"], spec.channels, spec.max_pixels, spec.samples)
     image = random_resized_crop(picture, rng, spec.image_size, spec.crop_scale, spec.crop_ratio, spec.interpolation)
     image = random_flip(image, rng, spec.flip)
     return {"image": augment(image, rng) if augment else image}
 
 
 def _check_image(record: dict, *, spec: BatchSpec) -> None:
-    decode(record["image"], spec.channels, spec.max_pixels)
+    decode(record["image"], spec.channels, spec.max_pixels, spec.samples)
 
 
 def _load_or_substitute(index: int, rng: np.random.Generator, *, source, read) -> dict:
-    """The record or a substitute for it. "bad_index" is the index of the bad image, or -1."""
-    stride = _stride(len(source))
+    """The record or a substitute for it. "bad_index": -1, the index of a bad image, or -2 - that of an empty one."""
+    stride, bad = _stride(len(source)), -1
     for attempt in range(min(MAX_SUBSTITUTES, len(source))):
         used = (index + attempt * stride) % len(source)
         try:
@@ -276,8 +292,9 @@ def _load_or_substitute(index: int, rng: np.random.Generator, *, source, read) -
             arrays = read(record, rng)
         except (BadImage, OSError) as error:
             reason = error
+            if not attempt:
+                bad = -2 - index if isinstance(error, EmptyImage) else index
             continue
-        bad = -1 if used == index else index
         return {**arrays, "label": np.int32(record["label"]), "index": np.int64(used), "bad_index": np.int64(bad)}
     what = f"{attempt + 1} images in a row cannot be read, the last one is {source.name(used)}: {reason}"
     raise DataError(what, source.describe(), "check that the disk is mounted, and what the files contain")
@@ -295,12 +312,20 @@ def _stride(count: int) -> int:
 def _count_bad(
     batches: WatchedBatches, source, check, allowed: int, rows: np.ndarray, *, refuse: bool
 ) -> Iterator[dict]:
-    """Complete the batches and log each bad image once. With `refuse`, raise DataError for more than `allowed`."""
+    """Complete the batches and log each bad image once. With `refuse`, raise DataError for more than `allowed`.
+
+    Empty images are not bad: their number is logged when it doubles.
+    """
     bad: set[int] = set()
+    empty: set[int] = set()
     try:
         for batch in batches:
-            bad_index = batch.pop("bad_index")
-            for index in sorted(set(bad_index.tolist()) - bad - {-1}):
+            bad_index, before = batch.pop("bad_index"), len(empty)
+            empty |= set((-2 - bad_index[bad_index < -1]).tolist())
+            if len(empty).bit_length() > before.bit_length():
+                what = "%d of %d images have less data than data.max_nodata asks for and are skipped, like %s"
+                logging.warning(what, len(empty), len(source), source.name(next(iter(empty))))
+            for index in sorted(set(bad_index[bad_index >= 0].tolist()) - bad):
                 bad.add(index)
                 fault = f"{source.name(index)}: {_reason(source, index, check)}"
                 logging.warning("bad image %d, of at most %d in %s: %s", len(bad), allowed, source.describe(), fault)

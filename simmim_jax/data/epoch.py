@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from simmim_jax.data.batches import BAD_IMAGES_FIX, Loading, Shard, check_image_options, check_option
-from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, leave_out
+from simmim_jax.data.decode import MAX_PIXELS, BadImage, Picture, Samples, leave_out
 from simmim_jax.data.transforms import resize_and_center_crop
 from simmim_jax.errors import DataError
 
@@ -23,6 +23,7 @@ class CenterCrop(NamedTuple):
     image_size: (height, width) of the crop in pixels.
     crop_fraction: fraction of the resized image's side that the crop keeps (`transforms.resize_and_center_crop`).
     max_pixels: images with more pixels are bad images.
+    samples: what each image must have, apart from the number of channels. Others are bad images.
     """
 
     image_size: tuple[int, int]
@@ -30,6 +31,7 @@ class CenterCrop(NamedTuple):
     crop_fraction: int | float = 1.0
     interpolation: str = "bilinear"
     max_pixels: int = MAX_PIXELS
+    samples: Samples = Samples()
 
 
 def make_epoch(
@@ -44,9 +46,9 @@ def make_epoch(
 ) -> "Epoch":
     """Each image once, in order, center-cropped. All batches are full, and each shard has the same number of them.
 
-    A batch is {"image": uint8 [b, h, w, c], "label": int32 [b], "index": int64 [b], "batch_index": int32 [b], "valid":
-    bool [b]}. "batch_index" counts through the whole pass. An image that does not decode is zero and not valid. So are
-    the images that fill the last batch; their label and index are -1.
+    A batch is {"image": `crop.samples.dtype` [b, h, w, c], "label": int32 [b], "index": int64 [b], "batch_index": int32
+    [b], "valid": bool [b]}. "batch_index" counts through the whole pass. An image that does not decode is zero and not
+    valid. So are the images that fill the last batch; their label and index are -1.
 
     Args:
       batch_size: images over all shards.
@@ -101,11 +103,11 @@ def _load_or_blank(index: int, *, source, crop: CenterCrop, reported: set, on_er
     if index >= 0:
         try:
             record = source[index]
-            picture = Picture(record["image"], crop.channels, crop.max_pixels)
+            picture = Picture(record["image"], crop.channels, crop.max_pixels, crop.samples)
             image = resize_and_center_crop(picture, crop.image_size, crop.crop_fraction, crop.interpolation)
             label = record["label"]
         except (BadImage, OSError) as error:
             leave_out(source, index, error, reported=reported, allowed=on_error == "replace")
     valid = np.bool_(image is not None)
-    image = image if valid else np.zeros((*crop.image_size, crop.channels), np.uint8)
+    image = image if valid else np.zeros((*crop.image_size, crop.channels), crop.samples.dtype)
     return {"image": image, "label": np.int32(label), "index": np.int64(index), "valid": valid}

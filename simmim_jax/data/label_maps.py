@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import UInt, UInt8
 from PIL import ExifTags, Image
 
+from simmim_jax.data.decode import ANY, MAX_PIXELS, BadImage, Picture, Samples
 from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
-from simmim_jax.data.decode import MAX_PIXELS, TRANSPOSED, BadImage, Picture, rotate_upright
+from simmim_jax.data.rasters import TRANSPOSED, rotate_upright
 from simmim_jax.data.transforms import resize
 from simmim_jax.errors import ConfigError, DataError, check_minimum
 
@@ -46,7 +47,7 @@ class LabelMapSpec(NamedTuple):
     scale: bounds of a random factor on top of that.
     most_of_one: largest fraction of a crop that one class should have.
     photometric: random brightness, contrast, saturation and hue.
-    fill: value of padded pixels by channel, 0..255.
+    fill: stored value of padded pixels by channel.
     channel: the channel that has the class, for maps with several; -1: such maps are bad images.
     """
 
@@ -57,7 +58,7 @@ class LabelMapSpec(NamedTuple):
     scale: tuple[float, float] = (0.5, 2.0)
     most_of_one: float = 0.75
     photometric: bool = True
-    fill: tuple[int, ...] = (124, 116, 104)
+    fill: tuple[int | float, ...] = (124, 116, 104)
     channel: int = -1
 
     def check(self) -> None:
@@ -153,12 +154,15 @@ def _decode_map(file: bytes, max_pixels: int, allow_colors: bool) -> np.ndarray:
     return pixels // step if step else pixels
 
 
-def read_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) -> tuple[Picture, np.ndarray]:
+def read_pair(
+    record: dict, maps: LabelMapSpec, channels: int, max_pixels: int, samples: Samples = ANY
+) -> tuple[Picture, np.ndarray]:
     """The image and the map of a record, both upright.
 
     Raises BadImage, also if their sizes differ or the orientation of the map is ambiguous.
     """
-    picture, label_map = Picture(record["image"], channels, max_pixels), read_map(record["map"], maps, max_pixels)
+    picture = Picture(record["image"], channels, max_pixels, samples)
+    label_map = read_map(record["map"], maps, max_pixels)
     shape, orientation = (picture.height, picture.width), exif_orientation(record["image"])
     fits_stored = label_map.shape == (shape[::-1] if orientation in TRANSPOSED else shape)
     if orientation != 1 and fits_stored and label_map.shape == shape:
@@ -181,12 +185,12 @@ def exif_orientation(image: bytes | np.ndarray) -> int:
     return found if found in range(1, 9) else 1
 
 
-def check_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int) -> None:
+def check_pair(record: dict, maps: LabelMapSpec, channels: int, max_pixels: int, samples: Samples) -> None:
     """Raise BadImage unless image and map decode completely and fit together."""
-    read_pair(record, maps, channels, max_pixels)[0].read()
+    read_pair(record, maps, channels, max_pixels, samples)[0].read()
 
 
-def check_maps(source, maps: LabelMapSpec, channels: int, max_pixels: int = MAX_PIXELS) -> None:
+def check_maps(source, maps: LabelMapSpec, channels: int, max_pixels: int = MAX_PIXELS, samples: Samples = ANY) -> None:
     """Check a few evenly spaced records and the class names before a run.
 
     Raises:
@@ -205,7 +209,7 @@ def check_maps(source, maps: LabelMapSpec, channels: int, max_pixels: int = MAX_
         if checked >= CHECKED and (not used or np.count_nonzero(pixels[:-1]) > 1):
             break
         try:
-            label_map = read_pair(source[i], maps, channels, max_pixels)[1]
+            label_map = read_pair(source[i], maps, channels, max_pixels, samples)[1]
         except (BadImage, OSError) as error:
             faults.append(f"{source.name(i)}: {error}")
             if isinstance(error, WrongLabel):
@@ -237,16 +241,16 @@ def read_random_crop(
     maps: LabelMapSpec,
     flip: float,
     interpolation: str,
-    channels: int,
-    max_pixels: int,
+    decoding: tuple[int, int, Samples],
 ) -> dict[str, np.ndarray]:
-    """{"image": uint8 [h, w, c], "label_map": `maps.dtype` [h, w]}: the same random crop of both, of `size`.
+    """{"image": [h, w, c] as stored, "label_map": `maps.dtype` [h, w]}: the same random crop of both, of `size`.
 
     They are scaled at random, cropped, flipped with probability `flip`, and padded at the bottom and the right if they
     are smaller. Up to ten crops are drawn, until no class has more than `most_of_one` of the pixels with a class.
+    decoding: channels, max_pixels and samples of a `Picture`.
     Source: Resize, RandomCrop, RandomFlip, PhotoMetricDistortion and Pad of mmsegmentation, as in BEiT's configs.
     """
-    picture, label_map = read_pair(record, maps, channels, max_pixels)
+    picture, label_map = read_pair(record, maps, *decoding)
     factor = scale_factor(label_map.shape, size, maps.short_side) * rng.uniform(*maps.scale)
     resized = [max(1, round(side * factor)) for side in label_map.shape]
     window = tuple(min(sides) for sides in zip(size, resized, strict=True))
@@ -264,13 +268,13 @@ def read_random_crop(
     top, left = (first * each for first, each in zip(corner, step, strict=True))
     box = left, top, left + window[1] * step[1], top + window[0] * step[0]
     box = *box[:2], min(box[2], label_map.shape[1]), min(box[3], label_map.shape[0])
-    image = resize(picture.read(), window, interpolation, box)
+    image = resize(picture.read(), window, interpolation, box, missing=picture.missing)
     if rng.random() < flip:
         image, labels = image[:, ::-1], labels[:, ::-1]
     if maps.photometric:
         image = distort_photometrically(np.ascontiguousarray(image), rng)
-    padded_image = np.empty((*size, channels), np.uint8)
-    padded_image[:] = np.asarray(maps.fill, np.uint8)
+    padded_image = np.empty((*size, image.shape[2]), image.dtype)
+    padded_image[:] = np.asarray(maps.fill, image.dtype)
     padded_map = np.full(size, maps.ignored, maps.dtype)
     padded_image[: window[0], : window[1]], padded_map[: window[0], : window[1]] = image, labels
     return {"image": padded_image, "label_map": padded_map}

@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 
 from simmim_jax.data.decode import BadImage
+from simmim_jax.data.rasters import SAMPLE_TYPES
 from simmim_jax.errors import DataError
 
 HEAD = {"format": "simmim_jax.prepared", "version": 1}  # of plans and manifests
@@ -21,7 +22,7 @@ PREPARE = "prepare the folder again: python -m simmim_jax.tools.prepare"
 
 
 def pack_record(record: dict) -> bytes:
-    """The bytes of {"image": file or raw pixels, "label": int, "name": str}, and "shape": [h, w, c] of raw pixels."""
+    """The bytes of {"image": file or raw pixels, "label": int, "name": str}, and "shape", "dtype" of raw pixels."""
     return msgpack.packb(record, unicode_errors="surrogateescape")
 
 
@@ -30,7 +31,7 @@ def unpack_record(raw: bytes, num_classes: int | None) -> dict:
     try:
         record = msgpack.unpackb(raw, raw=False, unicode_errors="surrogateescape")
         image, label, name = record["image"], record["label"], record["name"]
-        shape = record.get("shape")
+        shape, dtype = record.get("shape"), record.get("dtype", "uint8")
     except Exception as error:  # the bytes are untrusted
         raise BadImage("its record is damaged") from error
     valid = isinstance(image, bytes) and isinstance(name, str) and isinstance(label, int)
@@ -38,7 +39,7 @@ def unpack_record(raw: bytes, num_classes: int | None) -> dict:
         raise BadImage("its record is damaged")
     if shape is not None:
         try:
-            image = np.frombuffer(image, np.uint8).reshape(shape)
+            image = np.frombuffer(image, np.dtype(dtype) if dtype in SAMPLE_TYPES else None).reshape(shape)
         except (TypeError, ValueError) as error:
             raise BadImage(f"its record has {len(image)} bytes of pixels for the shape {shape!r}"[:200]) from error
     return {"image": image, "label": label, "name": name}

@@ -16,7 +16,7 @@ from simmim_jax.data.transforms import resize
 class SegmentationSet:
     """Each image of a source once, in order and uncropped, with its map. Can be iterated over repeatedly.
 
-    A record is {"image": uint8 [h, w, c], scaled as for training but not at random; "label_map": [y, x], of the size of
+    A record is {"image": [h, w, c], scaled as for training but not at random; "label_map": [y, x], of the size of
     its file; "index": int}. A record without a map gets one without classes, of the size of the image. A bad image is
     logged and left out, or raises DataError if `loading.on_error` is "raise".
 
@@ -49,12 +49,13 @@ class SegmentationSet:
 
     def _load(self, n: int) -> dict | None:
         index, crop = n * len(self.source) // self.count, self.crop
+        decoding = (crop.channels, crop.max_pixels, crop.samples)
         try:
             record = self.source[index]
             if "map" in record:
-                picture, label_map = read_pair(record, self.maps, crop.channels, crop.max_pixels)
+                picture, label_map = read_pair(record, self.maps, *decoding)
             else:
-                picture = Picture(record["image"], crop.channels, crop.max_pixels)
+                picture = Picture(record["image"], *decoding)
                 label_map = np.full((picture.height, picture.width), self.maps.ignored, self.maps.dtype)
             pixels = picture.read()
         except (BadImage, OSError) as error:
@@ -63,5 +64,7 @@ class SegmentationSet:
             return None
         factor = scale_factor(label_map.shape, crop.image_size, self.maps.short_side)
         scaled = tuple(max(1, round(side * factor)) for side in label_map.shape)
-        image = pixels if scaled == label_map.shape else resize(pixels, scaled, crop.interpolation)
+        image = (
+            pixels if scaled == label_map.shape else resize(pixels, scaled, crop.interpolation, missing=picture.missing)
+        )
         return {"image": image, "label_map": label_map, "index": index}

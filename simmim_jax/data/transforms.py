@@ -14,9 +14,9 @@ import threading
 
 import numpy as np
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
-from jaxtyping import UInt8
+from jaxtyping import Num
 
-from simmim_jax.data.decode import Picture
+from simmim_jax.data.decode import Picture, missing_values
 
 INTERPOLATIONS = {
     "nearest": ResizeAlg.nearest(),
@@ -26,7 +26,11 @@ INTERPOLATIONS = {
 }
 # Radius of each filter, in pixels of the input or the output, the larger of the two.
 RADIUS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "lanczos": 3}
-PIXELS = {1: PixelType.U8, 2: PixelType.U8x2, 3: PixelType.U8x3, 4: PixelType.U8x4}
+MAX_CHANNELS = 4
+PIXELS = {  # by the type of the samples: types of 1 to 4 channels
+    "uint8": (PixelType.U8, PixelType.U8x2, PixelType.U8x3, PixelType.U8x4),
+    "float32": (PixelType.F32, PixelType.F32x2, PixelType.F32x3, PixelType.F32x4),
+}
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that still leaves this many times the output's pixels on each
 # side, so that the filter decides the result.
 MIN_REDUCED_SCALE = 1.5
@@ -41,7 +45,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.67, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bilinear",
-) -> UInt8[np.ndarray, "h w c"]:
+) -> Num[np.ndarray, "h w c"]:
     """A random crop of the image, resized to `size`.
 
     It has the distribution of torchvision's RandomResizedCrop. The defaults are those of SimMIM (paper, section 4.1).
@@ -55,12 +59,12 @@ def random_resized_crop(
     rows, columns = slice(math.floor(top), math.ceil(bottom)), slice(math.floor(left), math.ceil(right))
     # Crop first, as torchvision does: the filter must not read pixels outside of the box.
     box = left - columns.start, top - rows.start, right - columns.start, bottom - rows.start
-    return resize(pixels[rows, columns], size, interpolation, box)
+    return resize(pixels[rows, columns], size, interpolation, box, missing=picture.missing)
 
 
 def random_flip(
-    image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator, probability: float
-) -> UInt8[np.ndarray, "h w c"]:
+    image: Num[np.ndarray, "h w c"], rng: np.random.Generator, probability: float
+) -> Num[np.ndarray, "h w c"]:
     """The image, flipped horizontally with this probability."""
     if rng.random() >= probability:
         return image
@@ -75,7 +79,7 @@ def resize_and_center_crop(
     size: tuple[int, int],
     crop_fraction: float = 1.0,
     interpolation: str = "bilinear",
-) -> UInt8[np.ndarray, "h w c"]:
+) -> Num[np.ndarray, "h w c"]:
     """The center of the image: resized until it just covers `size / crop_fraction`, then cropped to `size`.
 
     This is torchvision's Resize and CenterCrop, including the rounding. A crop_fraction of 0.875 is the usual resize to
@@ -91,44 +95,59 @@ def resize_and_center_crop(
     down, across = height / resized[0], width / resized[1]
     right, bottom = min((left + size[1]) * across, width), min((top + size[0]) * down, height)
     pixels, box = _read(picture, (left * across, top * down, right, bottom), size, interpolation)
-    return resize(pixels, size, interpolation, box)
+    return resize(pixels, size, interpolation, box, missing=picture.missing)
 
 
 def resize(
-    pixels: UInt8[np.ndarray, "height width c"],
+    pixels: Num[np.ndarray, "height width c"],
     size: tuple[int, int],
     interpolation: str = "bicubic",
     box: tuple[int | float, int | float, int | float, int | float] | None = None,
-) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels, or only those in `box` (left, top, right, bottom), resized to `size`.
+    missing: int | float | None = None,
+) -> Num[np.ndarray, "h w c"]:
+    """The pixels, or only those in `box` (left, top, right, bottom), resized to `size`. The type stays.
 
     The filter also reads pixels next to the box.
+
+    missing: value of pixels without data, which may be NaN; None: all have data. A value that the filter computes from
+      a missing one is missing.
     """
+    if missing is not None and (holes := missing_values(pixels, missing)).any():
+        filled = resize(np.where(holes, pixels.dtype.type(0), pixels), size, interpolation, box)
+        kind = "nearest" if interpolation == "nearest" else "bilinear"  # no negative weights, which could cancel out
+        return np.where(
+            resize(np.where(holes, np.float32(1), 0), size, kind, box) > 0, pixels.dtype.type(missing), filled
+        )
     left, top, right, bottom = box or (0, 0, pixels.shape[1], pixels.shape[0])
     rows = _support(top, bottom, size[0], pixels.shape[0], interpolation)
     columns = _support(left, right, size[1], pixels.shape[1], interpolation)
     pixels = pixels[rows, columns]
     across = CropBox(left - columns.start, 0, right - left, len(pixels))
     down = CropBox(0, top - rows.start, size[1], bottom - top)
-    planes = [_resize_planes(part, size, interpolation, across, down) for part in _parts(pixels)]
-    return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+    samples = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)  # holds every 16-bit value exactly
+    planes = [_resize_planes(part, size, interpolation, across, down) for part in _parts(samples)]
+    resized = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+    if resized.dtype == pixels.dtype:
+        return resized
+    bounds = np.iinfo(pixels.dtype)  # a cubic filter overshoots next to hard edges
+    return np.clip(np.rint(resized), bounds.min, bounds.max).astype(pixels.dtype)
 
 
 def _resize_planes(pixels, size, interpolation, across: CropBox, down: CropBox) -> np.ndarray:
     if not hasattr(_local, "resizer"):
         _local.resizer = Resizer()
     height, width, channels = pixels.shape
-    kind, how = PIXELS[channels], INTERPOLATIONS[interpolation]
+    kind, how = PIXELS[pixels.dtype.name][channels - 1], INTERPOLATIONS[interpolation]
     whole = ImageData(width, height, kind, pixels.tobytes())
     narrow, small = ImageData(size[1], height, kind), ImageData(size[1], size[0], kind)
     _local.resizer.resize(whole, narrow, ResizeOptions(resize_alg=how, crop_box=across, use_alpha=False))
     _local.resizer.resize(narrow, small, ResizeOptions(resize_alg=how, crop_box=down, use_alpha=False))
-    return np.frombuffer(small.get_buffer(), np.uint8).reshape(*size, channels)
+    return np.frombuffer(small.get_buffer(), pixels.dtype).reshape(*size, channels)
 
 
 def _parts(pixels: np.ndarray) -> list[np.ndarray]:
-    """The pixels, split by channel if there are too many channels to filter at once."""
-    return [pixels] if pixels.shape[2] in PIXELS else np.split(pixels, pixels.shape[2], axis=2)
+    """The pixels, split into groups of up to four channels, which the resizer filters at once."""
+    return np.split(pixels, range(MAX_CHANNELS, pixels.shape[2], MAX_CHANNELS), axis=2)
 
 
 def _support(low: int | float, high: int | float, out_size: int, in_size: int, interpolation: str) -> slice:

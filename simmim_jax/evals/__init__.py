@@ -13,6 +13,7 @@ An entry of `EVALUATORS` declares which of these `eval_inputs` it takes:
     features      (state) -> evals.features.Features of training and held-out images
     trained       whether each class has training images: bool [c], or None if that is unknown
     folder        folder for figures, <folder>/<name>_<step>.png; "": no figures
+    pixels        `data.pixels.Pixels` of the images: which channels figures show, and with which contrast
 
 and for segmentation:
 
@@ -53,12 +54,14 @@ class Evaluator(NamedTuple):
 
 
 FEATURES = ("features",)
-WINDOWS = ("read_windows", "whole", "window", "window_batch", "fill", "folder", "classes", "max_bad_images")
+WINDOWS = ("read_windows", "whole", "window", "window_batch", "fill", "folder", "classes", "max_bad_images", "pixels")
 EVALUATORS = {
     "accuracy": Evaluator(accuracy.make_accuracy, ("predict", "heldout", "trained"), ("label",)),
     "knn": Evaluator(knn.make_knn, FEATURES, ("label",), train_passes=1),
     "linear": Evaluator(linear.make_linear, FEATURES, ("label",), train_passes=1),
-    "reconstruction": Evaluator(reconstruction.make_reconstruction, ("predict", "heldout", "spread", "folder")),
+    "reconstruction": Evaluator(
+        reconstruction.make_reconstruction, ("predict", "heldout", "spread", "folder", "pixels")
+    ),
     "segmentation": Evaluator(segmentation.make_segmentation, WINDOWS, ("label_map",)),
 }
 

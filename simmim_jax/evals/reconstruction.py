@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from simmim_jax.data.pixels import Pixels
 from simmim_jax.errors import DataError, check_minimum
 from simmim_jax.evals.sheet import make_tile, save_png, sheet
 
+PIXELS = Pixels()  # 8-bit RGB
 COLUMNS = ("original", "masked", "prediction", "pasted")
 
 
@@ -21,6 +23,7 @@ def make_reconstruction(
     heldout: Iterable[dict],
     spread: Callable[[int], Iterable[dict]],
     folder: str,
+    pixels: Pixels = PIXELS,
     pictures: int = 8,
 ):
     """The evaluator of the masked loss. Metric: "masked_loss", the mean over the held-out images.
@@ -46,7 +49,7 @@ def make_reconstruction(
             shown |= {n: row for n, row, valid in zip(out["batch_index"], rows, out["valid"], strict=True) if valid}
         if shown and folder:
             path = Path(folder) / f"reconstruction_{int(state.step)}.png"
-            save_png(path, draw_reconstructions([shown[batch_index] for batch_index in sorted(shown)]))
+            save_png(path, draw_reconstructions([shown[batch_index] for batch_index in sorted(shown)], pixels))
         return {"masked_loss": float(losses.mean(dtype=np.float64))}
 
     return run
@@ -54,15 +57,20 @@ def make_reconstruction(
 
 def draw_reconstructions(
     rows: Sequence[tuple[Float[np.ndarray, "y x c"], Bool[np.ndarray, "y x"], Float[np.ndarray, "y x c"]]],
+    pixels: Pixels = PIXELS,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A sheet with a row for each (image, mask, prediction).
 
     Its columns: the image, its visible part, the prediction, and the masked part of the prediction pasted into the
-    visible part of the image.
+    visible part of the image. pixels: of the images, which decides the channels that are shown.
     """
 
     def panels(image, mask, prediction) -> tuple:
         hidden = mask[..., None]
         return image, np.where(hidden, 0.5, image), prediction, np.where(hidden, prediction, image)
 
-    return sheet([[make_tile(panel) for panel in panels(*row)] for row in rows], titles=COLUMNS)
+    def shown(panel):
+        return panel[..., pixels.shown] if panel.shape[-1] > 3 or pixels.scale else panel
+
+    tiles = [[make_tile(shown(panel)) for panel in panels(*row)] for row in rows]
+    return sheet(tiles, titles=COLUMNS, title=pixels.caption())

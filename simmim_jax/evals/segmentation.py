@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, Int, Integer, Num, UInt8
 
+from simmim_jax.data.pixels import Pixels
 from simmim_jax.errors import ConfigError, DataError, NonFiniteError, check_minimum, warn_once
 from simmim_jax.evals.sheet import make_tile, save_png, sheet
 from simmim_jax.files import write_atomically
 from simmim_jax.runtime import processes
 
+PIXELS = Pixels()  # 8-bit RGB
 COLUMNS = ("image", "truth", "prediction")
 TILE = 224  # pixels of the longer side of an image on the sheet
 CHUNK = 2**20  # logits that are enlarged at a time, so that they stay in a core's cache
@@ -28,14 +30,14 @@ END = np.iinfo(np.int32).max  # stands for an index after the last
 
 
 def make_windows_reader(predict: Callable, batch_size: int, shard_index: int, num_shards: int) -> Callable:
-    """A function (params, windows uint8 [m, y, x, c]) -> logits [m, k, l, n], for m up to `batch_size`.
+    """A function (params, windows [m, y, x, c]) -> logits [m, k, l, n], for m up to `batch_size`.
 
     predict(params, this process's batch) -> {"logits", "batch_index"} of all processes; all give the same windows.
     """
 
-    def read(params, windows: UInt8[np.ndarray, "m y x c"]) -> Float[np.ndarray, "m k l n"]:
+    def read(params, windows: Num[np.ndarray, "m y x c"]) -> Float[np.ndarray, "m k l n"]:
         count = len(windows)
-        padding = np.zeros((batch_size - count, *windows.shape[1:]), np.uint8)
+        padding = np.zeros((batch_size - count, *windows.shape[1:]), windows.dtype)
         batch_index = np.arange(batch_size, dtype=np.int32)
         batch = {
             "image": np.concatenate([windows, padding]),
@@ -55,10 +57,11 @@ def make_segmentation(
     whole: Iterable[dict],
     window: tuple[int, int],
     window_batch: int,
-    fill: UInt8[np.ndarray, " c"],
+    fill: Num[np.ndarray, " c"],
     folder: str,
     classes: tuple[str, ...] = (),
     max_bad_images: int | None = None,
+    pixels: Pixels = PIXELS,
     step: int = 0,
     pictures: int = 8,
 ):
@@ -73,7 +76,7 @@ def make_segmentation(
     No folder, no files.
 
     read_windows: (params, windows) -> logits, for up to `window_batch` windows of size `window`.
-    whole: with a length; gives {"image" uint8 [y, x, c], "label_map" [h, w], "index"}, the index ascending. Images
+    whole: with a length; gives {"image" [y, x, c] as stored, "label_map" [h, w], "index"}, the index ascending. Images
         that one process lacks are left out by all.
     max_bad_images: the number of images that may be left out; None: any. step: pixels from one window to the next,
         rounded to whole logits; 0: two thirds of a window. pictures: images on the picture.
@@ -97,7 +100,7 @@ def make_segmentation(
                 counts = np.zeros((num_classes, num_classes), np.int64)
             counts += count_pixels(record["label_map"], prediction, num_classes)
             if images in wanted:
-                shown.append((record["image"], record["label_map"], prediction))
+                shown.append((pixels.display(record["image"]), record["label_map"], prediction))
             images += 1
         missing = len(whole) - images  # the same number in all processes
         if max_bad_images is not None and missing > max_bad_images:
@@ -188,7 +191,7 @@ def segment_all(
 
     Threads compute predictions while the device computes the next windows.
     """
-    blank = np.broadcast_to(np.asarray(fill, np.uint8), (1, *window, len(fill)))
+    blank = np.broadcast_to(fill, (1, *window, len(fill)))
     _, rows, columns, num_classes = read(blank).shape
     stride = window[0] // rows, window[1] // columns
     waiting = []  # (canvas, corner, pixels) of windows for the next batch
@@ -226,11 +229,11 @@ def segment_all(
 
 
 def cut_window(
-    image: UInt8[np.ndarray, "y x c"], corner: tuple[int, int], window: tuple[int, int], fill: np.ndarray
-) -> UInt8[np.ndarray, "h w c"]:
+    image: Num[np.ndarray, "y x c"], corner: tuple[int, int], window: tuple[int, int], fill: np.ndarray
+) -> Num[np.ndarray, "h w c"]:
     """The window of an image from its top left `corner` on. Pixels outside the image are `fill`."""
     part = image[corner[0] : corner[0] + window[0], corner[1] : corner[1] + window[1]]
-    out = np.empty((*window, image.shape[2]), np.uint8)
+    out = np.empty((*window, image.shape[2]), image.dtype)
     out[:] = fill
     out[: part.shape[0], : part.shape[1]] = part
     return out

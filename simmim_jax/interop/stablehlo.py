@@ -1,7 +1,7 @@
 """An encoder as a StableHLO program, by `jax.export`. It runs without our code, for any batch size.
 
-`jax.export.deserialize(file).call(images)` maps uint8 images [b, y, x, c] to float32 features [b, k, l, d]. The weights
-and the normalization of the images are part of the program.
+`jax.export.deserialize(file).call(images)` maps images [b, y, x, c] of the type that the model was trained on to
+float32 features [b, k, l, d]. The weights and the scaling and normalization of the images are part of the program.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from simmim_jax.data.pixels import Scale
 from simmim_jax.errors import CheckpointError
 from simmim_jax.objectives.pixels import normalize
 
@@ -18,7 +19,13 @@ MAX_BYTES = 2**31 - 2**24  # of weights: the file format counts in signed 32-bit
 
 
 def serialize(
-    encoder: nn.Module, params: dict, *, image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+    encoder: nn.Module,
+    params: dict,
+    *,
+    image_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    scale: Scale | None = None,
 ) -> bytes:
     """The program for images of `image_size`, on CPUs, GPUs (CUDA) and TPUs. params: those of the encoder.
 
@@ -30,10 +37,10 @@ def serialize(
     params = jax.tree.map(jnp.asarray, params)
 
     def simmim_jax_features(images):  # the file contains this name, and `is_ours` looks for it
-        return encoder.apply({"params": params}, normalize(images, mean, std))
+        return encoder.apply({"params": params}, normalize(images, mean, std, scale))
 
     (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *image_size, len(mean)), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, *image_size, len(mean)), scale.dtype if scale else jnp.uint8)
     return bytes(jax.export.export(jax.jit(simmim_jax_features), platforms=PLATFORMS)(images).serialize())
 
 

@@ -5,7 +5,7 @@ outside this folder depends on these properties, never on the name of an objecti
 
 A batch is a dict of arrays with the image axis b first:
 
-    image        uint8 [b, y, x, c]
+    image        uint8, uint16, int16 or float32 [b, y, x, c], as stored
     label        int32 [b]; -1 means unlabeled
     label_map    unsigned integers [b, y, x], for images with label maps
     batch_index  int32 [b], the index of each image in the global batch
@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
+from simmim_jax.data.pixels import Scale
 from simmim_jax.errors import check_options, choose
 from simmim_jax.objectives import classify, segment, simmim
 
@@ -77,13 +78,16 @@ def make_objective(
     image_size: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    scale: Scale | None = None,
     **options,
 ) -> Objective:
     """The objective `name` of `encoder`, for images of `image_size` (height, width) in pixels.
 
-    mean, std: per channel, on the scale 0..1. options: fields of the objective's `Options`.
+    mean, std: per channel, on the scale 0..1. scale: how stored samples become 0..1; None: they are divided by 255.
+    options: fields of the objective's `Options`.
     Raises ConfigError for an unknown name or option, or for invalid values.
     """
     make, options_class = choose("objective", name, OBJECTIVES)
     check_options(f"{name} objective", options_class, options)
-    return Objective(**make(encoder, image_size=image_size, mean=mean, std=std, options=options_class(**options)))
+    pixels = {"mean": mean, "std": std, "scale": scale}
+    return Objective(**make(encoder, image_size=image_size, **pixels, options=options_class(**options)))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from simmim_jax.data.pixels import Scale
 from simmim_jax.errors import ConfigError, check_minimum, check_multiple
 from simmim_jax.models.layers import LayerNorm, truncated_normal
 from simmim_jax.objectives import mixing
@@ -71,6 +72,7 @@ def make_classify(
     image_size: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    scale: Scale | None,
     options: Options,
 ) -> dict:
     """Cross entropy over the classes of pooled features.
@@ -79,7 +81,8 @@ def make_classify(
         with the larger weight is correct. predict: "logits" [b, n].
 
     Training images are erased and then mixed in the compiled step, as in official data_finetune.py and
-    main_finetune.py. A mixing partner may be on another device, so each device gathers the whole batch as uint8.
+    main_finetune.py. A mixing partner may be on another device, so each device gathers the whole batch as it is
+    stored.
     """
     num_classes = options.num_classes
     check_minimum("objective.num_classes", num_classes, 2)
@@ -90,19 +93,19 @@ def make_classify(
     mixes = mixing.Mixing(*(getattr(options, name) for name in mixing.Mixing._fields))
     erasing = mixing.Erasing(options.reprob, options.remode, options.recount)
     mixing.check(mixes, erasing)
-    features = make_features(encoder, mean=mean, std=std, block=options.block, pool=options.pool)
+    features = make_features(encoder, mean=mean, std=std, scale=scale, block=options.block, pool=options.pool)
     fc_norm = encoder.fc_norm if options.fc_norm is None else options.fc_norm
     head = Head(num_classes, fc_norm, options.head_init_scale)
 
     def init(key):
         encoder_key, head_key = jax.random.split(key)
         images = jnp.zeros((1, *image_size, len(mean)), jnp.uint8)
-        encoder_params = encoder.init(encoder_key, normalize(images, mean, std))["params"]
+        encoder_params = encoder.init(encoder_key, normalize(images, mean, std, scale))["params"]
         pooled, _ = jax.eval_shape(features, encoder_params, images)
         return {"encoder": encoder_params, "head": head.init(head_key, jnp.zeros(pooled.shape))["params"]}
 
-    def logits(params, images, *mode):
-        pooled, batch_stats = features(params["encoder"], images, *mode)
+    def logits(params, images, *mode, **options):
+        pooled, batch_stats = features(params["encoder"], images, *mode, **options)
         return head.apply({"params": params["head"]}, pooled), batch_stats
 
     def targets(labels: Int[Array, " b"]) -> Float[Array, "b n"]:
@@ -119,7 +122,7 @@ def make_classify(
         """The erased and mixed images, normalized, and their targets."""
 
         def erase(images, batch_index):
-            images = normalize(images, mean, std)
+            images = normalize(images, mean, std, scale)
             return mixing.erase(images, erase_key, batch_index, erasing) if erasing.reprob else images
 
         images, own = erase(batch["image"], batch["batch_index"]), targets(batch["label"])
@@ -132,10 +135,11 @@ def make_classify(
     def loss_fn(params, batch, key, train):
         drop_key, (erase_key, mix_key) = key, jax.random.split(jax.random.fold_in(key, 1))
         images, wanted = batch["image"], targets(batch["label"])
-        if train and (erasing.reprob or mixes.active):
+        augmented = bool(train and (erasing.reprob or mixes.active))
+        if augmented:
             images, wanted = augment(batch, erase_key, mix_key)
-        train_mode = train and options.train_encoder
-        predicted, batch_stats = logits(params, images, train_mode, drop_key, batch["batch_index"])
+        mode = train and options.train_encoder, drop_key, batch["batch_index"]
+        predicted, batch_stats = logits(params, images, *mode, normalized=augmented)
         correct = predicted.argmax(axis=-1) == wanted.argmax(axis=-1)
         metrics = {"top1": correct.mean(dtype=jnp.float32), "batch_stats": {"encoder": batch_stats}}
         return optax.softmax_cross_entropy(predicted, wanted).mean(), metrics

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
+from simmim_jax.data.pixels import Scale
 from simmim_jax.errors import ConfigError, choose
 from simmim_jax.objectives.pixels import normalize
 
@@ -34,30 +35,38 @@ def pooled(features: Float[Array, "b k l d"], class_tokens: Float[Array, "b d"] 
 
 
 def make_features(
-    encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], block: int = 0, pool: str = "patches"
+    encoder: nn.Module,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    scale: Scale | None = None,
+    block: int = 0,
+    pool: str = "patches",
 ) -> Callable:
-    """A function (params, images, train, key, batch_index) -> (pooled [b, d], batch_stats).
+    """A function (params, images, train, key, batch_index, normalized) -> (pooled [b, d], batch_stats).
 
-    images: uint8, or float32 if already normalized. batch_stats: the encoder's new running statistics if it has them
-    and `train` is true, else empty.
+    images: as stored, or already normalized: float32, with `normalized` if they are stored as float32 too. batch_stats:
+    the encoder's new running statistics if it has them and `train` is true, else empty.
 
     block: 1 to depth for that block's output; 0 for the output of the trunk, after its final norm. The paper's linear
         evaluation reads block 8 of 12 (microsoft/SimMIM#14).
     pool: one of `POOLS`. Raises ConfigError.
     """
     check_readable(encoder, block, pool, "probe_block or objective.block")
+    stored = jnp.dtype(scale.dtype if scale else "uint8")
 
     def features(
         params,
-        images: UInt8[Array, "b y x c"] | Float[Array, "b y x c"],
+        images: Num[Array, "b y x c"],
         train: bool = False,
         key: Key[Array, ""] | None = None,
         batch_index: Int[Array, " b"] | None = None,
+        normalized: bool = False,
     ) -> tuple[Float[Array, "b d"], PyTree]:
         needs_blocks = block or pool != "patches"
         out, sown = encoder.apply(
             {"params": params},
-            normalize(images, mean, std) if images.dtype == jnp.uint8 else images,
+            images if normalized or images.dtype != stored else normalize(images, mean, std, scale),
             train,
             batch_index,
             rngs=None if key is None else {"drop_path": key},
@@ -72,16 +81,21 @@ def make_features(
 
 
 def make_all_features(
-    encoder: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], pool: str = "patches"
+    encoder: nn.Module,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    scale: Scale | None = None,
+    pool: str = "patches",
 ) -> Callable:
-    """A function (params, images uint8) -> {block: [b, d]} for blocks 1 to depth, and 0 for the output, in one pass.
+    """A function (params, images) -> {block: [b, d]} for blocks 1 to depth, and 0 for the output, in one pass.
 
     The width d may differ between blocks. pool: one of `POOLS`. Raises ConfigError.
     """
     check_readable(encoder, 0, pool, "pool")
 
-    def features(params, images: UInt8[Array, "b y x c"]) -> dict[int, Float[Array, "b _"]]:
-        out, sown = encoder.apply({"params": params}, normalize(images, mean, std), mutable=["intermediates"])
+    def features(params, images: Num[Array, "b y x c"]) -> dict[int, Float[Array, "b _"]]:
+        out, sown = encoder.apply({"params": params}, normalize(images, mean, std, scale), mutable=["intermediates"])
         maps = [*sown["intermediates"]["blocks"], out]
         class_tokens = sown["intermediates"].get("class_tokens", [None] * len(maps))
         return {

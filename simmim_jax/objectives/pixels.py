@@ -5,12 +5,29 @@ Shape letters: b images, y x pixels, c channels, k l the patch grid, p = c * str
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Num
+
+from simmim_jax.data.pixels import Scale
 
 
-def normalize(images: UInt8[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:
-    """float32 pixels, normalized by `mean` and `std` per channel. These are on the scale 0..1, `images` on 0..255."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+def normalize(
+    images: Num[Array, "b y x c"], mean: tuple, std: tuple, scale: Scale | None = None
+) -> Float[Array, "b y x c"]:
+    """float32 pixels, normalized by `mean` and `std` per channel, which are on the scale 0..1.
+
+    scale: how stored samples become 0..1; None: they are divided by 255. Pixels without data become 0, the mean.
+    """
+    if scale is None:
+        return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+    low, high = (jnp.asarray(side, jnp.float32) for side in (scale.low, scale.high))
+    unit = jnp.clip((images.astype(jnp.float32) - low) / (high - low), 0, 1)
+    normalized = (unit - jnp.asarray(mean)) / jnp.asarray(std)
+    return normalized if scale.missing is None else jnp.where(has_data(images, scale), normalized, 0.0)
+
+
+def has_data(images: Num[Array, "b y x c"], scale: Scale) -> Bool[Array, "b y x c"]:
+    """Whether each value of stored images has data."""
+    return ~jnp.isnan(images) if scale.dtype == "float32" else images != scale.missing
 
 
 def denormalize(images: Float[Array, "b y x c"], mean: tuple, std: tuple) -> Float[Array, "b y x c"]:

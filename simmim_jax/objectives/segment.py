@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+from simmim_jax.data.pixels import Scale
 from simmim_jax.errors import check_minimum, check_multiple, choose, warn_once
 from simmim_jax.models.layers import LayerNorm, Linear, truncated_normal
 from simmim_jax.objectives.features import check_readable
@@ -168,6 +169,7 @@ def make_segment(
     image_size: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    scale: Scale | None,
     options: Options,
 ) -> dict:
     """Cross entropy over the pixels of "label_map" [b, y, x] that have a class.
@@ -193,7 +195,7 @@ def make_segment(
         """(the maps that the head reads, batch_stats)."""
         out, sown = encoder.apply(
             {"params": params},
-            normalize(images, mean, std),
+            normalize(images, mean, std, scale),
             train,
             batch_index,
             rngs=None if key is None else {"drop_path": key},
@@ -211,7 +213,7 @@ def make_segment(
             )
         encoder_key, head_key = jax.random.split(key)
         images = jnp.zeros((1, *image_size, len(mean)), jnp.uint8)
-        encoder_params = encoder.init(encoder_key, normalize(images, mean, std))["params"]
+        encoder_params = encoder.init(encoder_key, normalize(images, mean, std, scale))["params"]
         maps, _ = jax.eval_shape(forward, encoder_params, images)
         head_params = decoder.init(head_key, [jnp.zeros(x.shape) for x in maps])["params"]
         return {"encoder": encoder_params, "head": head_params}

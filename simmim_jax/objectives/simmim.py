@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from simmim_jax.data.pixels import Scale
 from simmim_jax.errors import ConfigError, check_multiple
 from simmim_jax.masking import make_masks
 from simmim_jax.models.layers import Linear, truncated_normal, uniform_by_fan_in
-from simmim_jax.objectives.pixels import denormalize, from_patches, local_moments, normalize, to_patches
+from simmim_jax.objectives.pixels import denormalize, from_patches, has_data, local_moments, normalize, to_patches
 
 
 class Options(NamedTuple):
@@ -34,16 +35,26 @@ class Options(NamedTuple):
 
 
 def masked_l1(
-    prediction: Float[Array, "b k l p"], images: Float[Array, "b y x c"], masked: Bool[Array, "b y x"], stride: int
+    prediction: Float[Array, "b k l p"],
+    images: Float[Array, "b y x c"],
+    masked: Bool[Array, "b y x"],
+    stride: int,
+    valid: Bool[Array, "b y x c"] | None = None,
 ) -> Float[Array, ""]:
     """The mean absolute error over the masked pixels and their channels.
 
     Equals the official sum / (masked pixels + 1e-5) / channels. Here the images are cut into patches; there the
     predictions are shuffled into pixels.
+
+    valid: which values count, if some have no data; None: all. The mean is then over the masked and valid values, of a
+      microbatch if there are several.
     """
     error = jnp.abs(prediction - to_patches(images, stride))
     weight = to_patches(masked[..., None].astype(jnp.float32), stride)  # b k l s*s
     by_channel = error.reshape(*error.shape[:3], images.shape[-1], stride**2)
+    if valid is not None:
+        weights = weight[:, :, :, None] * to_patches(valid.astype(jnp.float32), stride).reshape(by_channel.shape)
+        return (by_channel * weights).sum() / (weights.sum() + 1e-5)
     return (by_channel * weight[:, :, :, None]).sum() / (weight.sum() + 1e-5) / images.shape[-1]
 
 
@@ -81,6 +92,7 @@ def make_simmim(
     image_size: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    scale: Scale | None,
     options: Options,
 ) -> dict:
     """SimMIM for images [b, *image_size, len(mean)].
@@ -121,7 +133,7 @@ def make_simmim(
     def reconstruct(params, batch, key, train):
         """(normalized images, masked pixels [b, y, x], prediction, batch_stats)."""
         mask_key, drop_key = jax.random.split(key)
-        images = normalize(batch["image"], mean, std)
+        images = normalize(batch["image"], mean, std, scale)
         mask = masks(mask_key, batch["batch_index"])
         _, prediction, batch_stats = forward(params, images, mask, drop_key, train, batch["batch_index"])
         masked = jnp.repeat(jnp.repeat(mask, encoder.token_stride, axis=1), encoder.token_stride, axis=2)
@@ -134,17 +146,25 @@ def make_simmim(
         center, deviation = local_moments(images, norm_window)
         return (images - center) / deviation, lambda prediction: from_patches(prediction, stride) * deviation + center
 
+    def valid_values(batch) -> tuple:
+        """(which values have data [b, y, x, c],), or () if all have."""
+        return () if scale is None or scale.missing is None else (has_data(batch["image"], scale),)
+
     def loss_fn(params, batch, key, train):
         images, masked, prediction, batch_stats = reconstruct(params, batch, key, train)
         target, _ = make_target(images)
-        return masked_l1(prediction, target, masked, stride), {"batch_stats": {"encoder": batch_stats}}
+        loss = masked_l1(prediction, target, masked, stride, *valid_values(batch))
+        return loss, {"batch_stats": {"encoder": batch_stats}}
 
     def predict(params, batch, key):
         images, masked, prediction, _ = reconstruct(params, batch, key, False)
         target, to_image = make_target(images)
-        loss_of_one = lambda *one: masked_l1(*(x[None] for x in one), stride)  # noqa: E731
+
+        def loss_of_one(prediction, target, masked, *valid):
+            return masked_l1(prediction[None], target[None], masked[None], stride, *(each[None] for each in valid))
+
         return {
-            "loss": jax.vmap(loss_of_one)(prediction, target, masked),
+            "loss": jax.vmap(loss_of_one)(prediction, target, masked, *valid_values(batch)),
             "image": denormalize(images, mean, std),
             "prediction": denormalize(to_image(prediction), mean, std),
             "mask": masked,

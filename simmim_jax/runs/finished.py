@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from simmim_jax.data.pixels import Pixels
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective, make_objective
@@ -37,9 +38,14 @@ class Run(NamedTuple):
         return f"Run({self.config['encoder']['name']} at {format_size(self.image_size)} pixels, {self.folder})"
 
     @property
-    def normalization(self) -> dict[str, tuple[float, ...]]:
-        """The mean and std of each channel, on the scale 0..1."""
-        return {name: tuple(self.config[name]) for name in ("mean", "std")}
+    def pixels(self) -> Pixels:
+        """Type, bands, value range and normalization of the images."""
+        return Pixels.from_record(self.config)
+
+    @property
+    def normalization(self) -> dict:
+        """The mean and std of each channel on the scale 0..1, and how stored samples become numbers on it."""
+        return self.pixels.normalization
 
     @property
     def channels(self) -> int:

@@ -39,6 +39,7 @@ def refuse_other_encoder(saved: dict, now: dict, where: str) -> None:
         values = {f"encoder.{name}": value for name, value in config.get("encoder", {}).items()}
         if "encoder.layer_scale" in values:  # the initial value may differ, but both or neither must have LayerScale
             values["encoder.layer_scale"] = bool(values["encoder.layer_scale"])
+        values |= {f"pixels.{name}": value for name, value in (config.get("pixels") or {}).items()}
         return values | {name: config[name] for name in ("mean", "std") if name in config}
 
     then, here = fields(saved), fields(now)

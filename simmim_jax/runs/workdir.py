@@ -65,7 +65,7 @@ def hold(config: dict, workdir: str) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that affect the results of a run."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
-    packages += ("cykooz-resizer",)
+    packages += ("cykooz-resizer", "tifffile", "imagecodecs")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 

@@ -66,6 +66,7 @@ def open_source(run: Run, path: str, split: str, heldout_fraction: float = 0.1):
     """
     source = data.make_source(split=split, **source_options(run, path, heldout_fraction))
     refuse_label_maps(source)
+    data.check_pixels(run.pixels, source)
     return source
 
 
@@ -285,6 +286,7 @@ def make_crop(run: Run, crop_fraction: int | float | None = None, interpolation:
         crop_fraction=run.crop_fraction if crop_fraction is None else crop_fraction,
         interpolation=interpolation or run.interpolation,
         max_pixels=run.config.get("data", {}).get("max_pixels", MAX_PIXELS),
+        samples=run.pixels.samples,
     )
 
 

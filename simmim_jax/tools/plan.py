@@ -114,7 +114,7 @@ def plan(
     numbers = {
         "encoder": f"{config.encoder.name or 'that of init_from'} {config.encoder.size or ''}".strip(),
         "dtype": encoder.dtype,
-        "image": [*config.image_size, len(config.mean)],
+        "image": [*config.image_size, experiment.batches.channels],
         "kind": kind,
         "devices": devices,
         "devices_per_host": per_host,

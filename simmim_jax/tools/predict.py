@@ -131,7 +131,7 @@ def reconstruct(run, objective, options: argparse.Namespace) -> Iterator[tuple[d
         loss = float(out["loss"])
         yield {"image": options.images[i], "masked_loss": loss}, [f"{options.images[i]}: masked_loss {loss:.4f}"]
     if rows:
-        save_png(options.out, draw_reconstructions(rows))
+        save_png(options.out, draw_reconstructions(rows, run.pixels))
 
 
 def segment(run, objective, options: argparse.Namespace) -> Iterator[tuple[dict, list[str]]]:
@@ -139,10 +139,11 @@ def segment(run, objective, options: argparse.Namespace) -> Iterator[tuple[dict,
     import numpy as np
 
     from simmim_jax.data.decode import decode
+    from simmim_jax.data.pixels import Pixels
     from simmim_jax.evals.segmentation import palette
     from simmim_jax.evals.sheet import save_png
 
-    names = run.config.get("classes") or ()
+    names, pixels = run.config.get("classes") or (), Pixels.from_record(run.config)
     outputs = segmentation_files(options)
     for path in (path for pair in outputs for path in pair):
         cli.check_output(path, overwrite=options.overwrite, inputs=options.images)
@@ -156,8 +157,8 @@ def segment(run, objective, options: argparse.Namespace) -> Iterator[tuple[dict,
         ]
         lines = [f"  {each['share']:7.2%}  {each['class']}  {each['color']}" for each in ranked]
         if outputs:
-            pixels = decode(Path(image).read_bytes(), run.channels)
-            save_png(outputs[i][0], overlay(pixels, prediction, num_classes))
+            stored = decode(Path(image).read_bytes(), run.channels, samples=pixels.samples)
+            save_png(outputs[i][0], overlay(pixels.display(stored), prediction, num_classes))
             save_png(outputs[i][1], prediction.astype(np.uint8 if num_classes <= 256 else np.uint16))
             lines += [f"  {path}" for path in outputs[i]]
         yield {"image": image, "classes": ranked}, [image, *lines]

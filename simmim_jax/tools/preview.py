@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags, logging
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Num, UInt8
 
 from simmim_jax.errors import ConfigError, exit_with_message
 from simmim_jax.files import printable, write_json
@@ -89,10 +89,13 @@ def preview(
         shown = [sample | {"name": source.name(sample["index"])} for sample in samples[:images]]
         last = shown[-1]["step"]
         steps = f"step {start_step}" + (f" to {last}" if last > start_step else "")
-        save_png(out, draw_samples(shown, classes, f"{steps}: {images} crops"))
+        looks = experiment.pixels.caption()
+        for sample in shown:
+            sample["image"] = experiment.pixels.display(sample["image"])
+        save_png(out, draw_samples(shown, classes, f"{steps}: {images} crops{looks and f' ({looks})'}"))
         report("picture", f"{out}: {images} crops of {steps}")
         mask_numbers = measure_masks([sample["mask"] for sample in samples], experiment.record["objective"])
-        pixel_numbers = measure_pixels([sample["image"] for sample in samples], **experiment.normalization)
+        pixel_numbers = measure_pixels([sample["image"] for sample in samples], experiment.pixels)
         for name, line in (*format_masks(mask_numbers), *format_pixels(pixel_numbers)):
             report(name, line)
         waiting = max(loading.workers, 1) * (2 * loading.prefetch + loading.threads)
@@ -155,7 +158,7 @@ def make_masks(objective, key) -> Callable[[dict, int], Bool[np.ndarray, "b y x"
 
 
 def iterate_samples(batches: list[dict], masks: list, start_step: int) -> Iterator[dict]:
-    """The rows of the batches one by one: "image" uint8 [y, x, c], "mask" bool [y, x] or None, and their indices."""
+    """The rows of the batches one by one: "image" [y, x, c], "mask" bool [y, x] or None, and their indices."""
     for n, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
         for row in range(len(batch["image"])):
             indices = {name: int(batch[name][row]) for name in ("index", "batch_index", "label")}
@@ -230,15 +233,21 @@ def format_masks(masks: dict | None) -> list[tuple[str, str]]:
     return [("masks", f"{line}, AvgDist {distance:.1f} px: {where} {low:g} to {high:g}, the best on images of 192 px")]
 
 
-def measure_pixels(crops: list[UInt8[np.ndarray, "y x c"]], mean: tuple, std: tuple) -> dict:
-    """Mean and standard deviation per channel over all pixels of the crops, in 0..1, and those of the config."""
+def measure_pixels(crops: list[Num[np.ndarray, "y x c"]], pixels) -> dict:
+    """Mean and standard deviation per channel over all pixels of the crops, in 0..1, and those of the run's `pixels`.
+
+    Pixels without data are left out.
+    """
+    from simmim_jax.data.pixels import to_unit
+
     total, squares, count = 0.0, 0.0, 0
     for crop in crops:
-        values = crop.reshape(-1, crop.shape[-1]).astype(np.float64) / 255
-        total, squares, count = total + values.sum(0), squares + (values**2).sum(0), count + len(values)
+        values = to_unit(crop, pixels.scale, np.nan).reshape(-1, crop.shape[-1]).astype(np.float64)
+        total, squares = total + np.nansum(values, 0), squares + np.nansum(values**2, 0)
+        count += np.maximum((~np.isnan(values)).sum(0), 1)
     measured = total / count
     deviation = np.sqrt(np.maximum(squares / count - measured**2, 0))
-    config = {"config_mean": list(mean), "config_std": list(std)}
+    config = {"config_mean": list(pixels.mean), "config_std": list(pixels.std)}
     return {"count": len(crops), "mean": measured.tolist(), "std": deviation.tolist(), **config}
 
 
@@ -298,7 +307,8 @@ def time_train_step(experiment, seconds: int | float) -> dict:
 
     spec, mesh, key = experiment.batches, experiment.mesh, experiment.keys.step
     batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.arrays().items()}
-    batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
+    drawn = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
+    batch["image"] = drawn.astype(batch["image"].dtype)
     batch["batch_index"] = np.arange(spec.batch_size, dtype=np.int32)
     try:
         start = time.perf_counter()

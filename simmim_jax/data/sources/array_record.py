@@ -57,7 +57,7 @@ class ArrayRecords(FileSource):
         folders = [os.path.dirname(file) for file in selection.files if os.path.basename(file) == MANIFEST]
         prepared = {folder: read_manifest(os.path.join(self.root, folder)) for folder in dict.fromkeys(folders)}
         prepared = {folder: manifest for folder, manifest in prepared.items() if manifest}
-        self.classes, self.form = (), "prepared"
+        self.classes, self.form, self.pixels = (), "prepared", {}
         if prepared:
             shards = self._list_prepared(prepared)
         else:
@@ -97,6 +97,7 @@ class ArrayRecords(FileSource):
             if self.classes and classes != self.classes:
                 raise DataError("folders with different classes", self.path, "give folders of one data set")
             self.classes = classes
+            self.pixels = {name: manifest[name] for name in ("mean", "std", "pixels") if manifest.get("pixels")}
         return shards
 
     def _detect_form(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from simmim_jax.data.decode import EXTENSIONS
+from simmim_jax.data.rasters import ARRAY_EXTENSIONS
 from simmim_jax.data.sources.classes import order_classes
 from simmim_jax.data.sources.files import unreadable_error
 from simmim_jax.data.sources.list_file import LISTS, is_list
@@ -64,9 +65,11 @@ def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Fold
     if mixed:
         raise mixed
     names, notes = _index(root, one_side=standard)
+    if not len(names):  # next to pictures, arrays are more likely masks or features than images
+        names, notes = _index(root, one_side=standard, endings=ARRAY_EXTENSIONS)
     notes.report()
     if not len(names):
-        where = f"looked for {' '.join(EXTENSIONS)}"
+        where = f"looked for {' '.join(EXTENSIONS + ARRAY_EXTENSIONS)}"
         raise DataError(f"{root} has 0 images", where, "point data.path at a folder of images")
     standard = standard and "train" in found
     others = [found[side] for side in ("train", *evaluation) if standard and side != own]
@@ -188,6 +191,7 @@ class _Notes:
 
     root: str
     one_side: bool = False  # refuse directories that look like splits
+    endings: tuple[str, ...] = EXTENSIONS  # of the images
     firsts: set[str] = dataclasses.field(default_factory=set)  # first directories of images; "" for images in none
     sides: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # names that look like splits, by directory
     unread: Unread = dataclasses.field(default_factory=Unread)
@@ -240,13 +244,13 @@ class _Notes:
         report(self.root, self.unread)
 
 
-def _index(root: str, one_side: bool = False) -> tuple[Names, _Notes]:
+def _index(root: str, one_side: bool = False, endings: tuple[str, ...] = EXTENSIONS) -> tuple[Names, _Notes]:
     """(the names of the images below `root` in order, facts collected on the way)."""
-    notes = _Notes(root, one_side)
+    notes = _Notes(root, one_side, endings)
     try:
         return Names(notes.each(_walk(root, None, notes))), notes
     except _LinkedDirectoryError:
-        notes = _Notes(root, one_side)
+        notes = _Notes(root, one_side, endings)
         return Names(notes.each(_walk(root, _find_skipped(root), notes))), notes
 
 
@@ -317,7 +321,7 @@ def _entries(where: str, notes: _Notes, images: bool = True) -> Iterator[str]:
                     notes.note_hidden(entry)
                 elif is_folder(entry):
                     run.append(entry.name + "/")
-                elif images and entry.name.lower().endswith(EXTENSIONS) and is_file(entry):
+                elif images and entry.name.lower().endswith(notes.endings) and is_file(entry):
                     run.append(entry.name)
                     notes.has_links |= entry.is_symlink()
                 elif entry.is_symlink() and not os.path.exists(entry.path):
@@ -355,7 +359,7 @@ def _classes(notes: _Notes, count: int, others: list[str]) -> tuple[tuple[str, .
     val/images/ of Tiny ImageNet, unless that is a class of a split with several.
     """
     own = notes.firsts
-    sides = [_first_folders(other, own) for other in others]
+    sides = [_first_folders(other, own, notes.endings) for other in others]
     known = set().union(*(side for side in (own, *sides) if len(side) > 1 and "" not in side))
     labeled = [side for side in (own, *sides) if side <= known]
     classes = order_classes(set().union(*labeled))
@@ -383,10 +387,11 @@ def _classes(notes: _Notes, count: int, others: list[str]) -> tuple[tuple[str, .
     return (), why
 
 
-def _first_folders(root: str, known: set[str]) -> set[str]:
+def _first_folders(root: str, known: set[str], endings: tuple[str, ...]) -> set[str]:
     """The folders in `root` with images, and "" if there are images in no folder."""
-    found = {name for name in folders(root) if name in known or len(_index(os.path.join(root, name))[0])}
-    outside = any(entry.name.lower().endswith(EXTENSIONS) and is_file(entry) for entry in peek(root))
+    index = lambda name: _index(os.path.join(root, name), endings=endings)[0]  # noqa: E731
+    found = {name for name in folders(root) if name in known or len(index(name))}
+    outside = any(entry.name.lower().endswith(endings) and is_file(entry) for entry in peek(root))
     return found | ({""} if outside else set())
 
 

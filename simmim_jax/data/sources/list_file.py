@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from simmim_jax.data.decode import EXTENSIONS, BadImage
+from simmim_jax.data.rasters import ARRAY_EXTENSIONS
 from simmim_jax.data.sources.classes import order_classes
 from simmim_jax.data.sources.files import File, changed_error, make_opener, stat_file
 from simmim_jax.data.sources.listing import folders
@@ -32,7 +33,7 @@ BLOCK = 2**22  # bytes read at a time
 MAX_LINE = 2**16  # bytes
 MAX_ROOTS = 1000  # folders next to a list in which its images are searched
 # The path ends with the last image extension: names may contain spaces, and directories may be called x.jpg.
-PATH = rb"[^\n]*(?:" + b"|".join(re.escape(extension.encode()) for extension in EXTENSIONS) + rb")"
+PATH = rb"[^\n]*(?:" + b"|".join(re.escape(extension.encode()) for extension in EXTENSIONS + ARRAY_EXTENSIONS) + rb")"
 # After a tab or a comma a label may have spaces, but not after a space: it could be several labels.
 REST = rb"(?:(?:[ \t]*[,\t][ \t]*|[ ]+(?=[^\s,]+[ \t\r]*$))([^\s,][^\n]*?)?)?[ \t\r]*$"
 LINE = re.compile(rb"^(?!#)(" + PATH + rb")" + REST, re.IGNORECASE | re.MULTILINE)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simmim_jax.data.decode import EXTENSIONS
+from simmim_jax.data.decode import EXTENSIONS as PICTURE_EXTENSIONS
+from simmim_jax.data.rasters import ARRAY_EXTENSIONS
 from simmim_jax.data.sources.names import Column
 from simmim_jax.data.sources.unread import Unread, report
 from simmim_jax.errors import DataError
@@ -29,6 +30,7 @@ LABEL_NAMES = (
     "label", "class", "class_name", "category", "target", "label_name", "labels", "classes", "class_id", "label_id",
     "category_id", "category_name", "classname", "diagnosis", "breed", "species", "level", "tags", "y",
 )  # fmt: skip
+EXTENSIONS = PICTURE_EXTENSIONS + ARRAY_EXTENSIONS
 INDEX_NAMES = ("", "index", "unnamed:_0", "idx", "row")
 WITH_IMAGE = re.compile(rf"(?:{'|'.join(map(re.escape, EXTENSIONS))})\s", re.IGNORECASE)
 

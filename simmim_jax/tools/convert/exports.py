@@ -89,6 +89,10 @@ def make_export(run: Run, format: str, allow: list[str], where: str) -> Export:
         objective, notes = module.exported_objective(run.encoder, objective), module.export_notes(run.encoder)
         notes += (official.epsilon_note(run.encoder, objective),) if encoder is not run.encoder else ()
         notes += folder.squash_note(run.image_size) if format in FOLDERS else ()
+        if run.pixels.value_range:
+            notes += (
+                f"before this model, scale images to 0..1 by their value range and clip them: {run.pixels.scale}",
+            )
     left_out = sorted(run.params.keys() - {"encoder"}) if objective["name"] == "none" else []
     run = run._replace(params={name: part for name, part in run.params.items() if name not in left_out})
     if allowed:  # a model without one of its heads is exported as an encoder
@@ -103,7 +107,7 @@ def write_state_dict(path: Path, export: Export) -> None:
         "encoder": {"name": run.config["encoder"]["name"], **run.encoder.options()},
         "objective": export.objective,
         "image_size": run.image_size,
-        **run.normalization,
+        **run.pixels.as_record(),
     }
     metadata = {"format": "pt", "names": export.format, "made_by": MADE_BY, "model": json.dumps(model)}
     save_file(exported_arrays(export), path, metadata=metadata)
@@ -116,9 +120,10 @@ def write_folder(path: Path, export: Export) -> None:
         config = backbone.make_config(run.encoder, run.image_size, run.channels)
     else:
         config = folder.make_config(run.encoder, export.objective, run.image_size, run.channels)
+    pixels = run.pixels
     preprocessor = folder.make_preprocessor_config(
-        run.image_size, **run.normalization, interpolation=run.interpolation, crop_fraction=run.crop_fraction
-    )
+        run.image_size, pixels.mean, pixels.std, interpolation=run.interpolation, crop_fraction=run.crop_fraction
+    ) | ({"do_rescale": False, "do_convert_rgb": False} if pixels.value_range else {})
     card = folder.model_card(
         type(run.encoder).__name__,
         export.objective,

@@ -38,6 +38,7 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
         "objective": spec.objective,
         "image_size": list(spec.image_size),
         **{n: list(values) for n, values in normalization.items()},
+        **({"pixels": weights.made["pixels"]} if "pixels" in weights.made else {}),
         "imported": {"from": options.source, "key": weights.key, "format": spec.format, "sha256": weights.sha256},
     }
     with replaced(options) as partial:

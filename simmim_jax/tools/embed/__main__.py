@@ -15,9 +15,9 @@ Parquet file, the array "about" of an NPZ file. It names the run, step, block, p
 
 With --pool=map an embedding is a token map [k, l, d], as multimodal models read it. It is flat, row by row from the top
 left, in Parquet and [n, k, l, d] in NPZ. Images are resized to cover image size / crop fraction, center-cropped to the
-image size and normalized as (pixel / 255 - mean) / std. Tokens are the output of a block. Block 0 is the encoder's
-output after its final norm. --normalize divides each embedding, or each token of a map, by its Euclidean length.
-Outside the encoder all numbers are float32; --dtype=float16 rounds them at the end.
+image size and normalized as (pixel / 255 - mean) / std; a run's value range replaces 0 to 255. Tokens are the output of
+a block. Block 0 is the encoder's output after its final norm. --normalize divides each embedding, or each token of a
+map, by its Euclidean length. Outside the encoder all numbers are float32; --dtype=float16 rounds them at the end.
 """
 
 import argparse

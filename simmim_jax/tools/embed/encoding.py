@@ -41,7 +41,7 @@ def make_embedding(run: Run, options: Namespace) -> Callable:
 
 def embedding_shape(run: Run, options: Namespace) -> tuple[int, ...]:
     """Return the shape of one embedding: [d], or [k, l, d] for a map."""
-    image = jax.ShapeDtypeStruct((1, *run.image_size, run.channels), np.uint8)
+    image = jax.ShapeDtypeStruct((1, *run.image_size, run.channels), run.pixels.samples.dtype)
     out = jax.eval_shape(make_embedding(run, options), run.params["encoder"], {"image": image})
     return out["embedding"].shape[1:]
 

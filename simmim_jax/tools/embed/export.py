@@ -37,6 +37,7 @@ def export(options: Namespace) -> None:
     with add_context():
         source = data.make_source(**source_options)
     images.refuse_label_maps(source)
+    data.check_pixels(run.pixels, source)
     count = min(options.limit or len(source), len(source))
     made_from = origin(run, options, source)
 
@@ -79,8 +80,7 @@ def origin(run: Run, options: Namespace, source) -> dict:
         "weights": hashlib.sha256(weights.encode()).hexdigest(),
         "step": run.step,
         "encoder": json.loads(json.dumps(pretrained.architecture(run.config["encoder"]))),
-        "mean": list(run.config["mean"]),
-        "std": list(run.config["std"]),
+        **run.pixels.as_record(),
         "image_size": list(run.image_size),
         "crop_fraction": options.crop_fraction,
         "interpolation": options.interpolation,
@@ -95,9 +95,10 @@ def origin(run: Run, options: Namespace, source) -> dict:
 
 def metadata(run: Run, options: Namespace, source, made_from: dict) -> dict:
     """Return the metadata that does not depend on which images could be read, as JSON."""
-    names = ("step", "dtype", "block", "pool", "image_size", "crop_fraction", "interpolation", "mean", "std")
+    names = ("step", "dtype", "block", "pool", "image_size", "crop_fraction", "interpolation", "mean", "std", "pixels")
     height, width = run.image_size
     cover = [math.floor(side / options.crop_fraction) for side in run.image_size]
+    unit = "clip((x - low) / (high - low), 0, 1)" if run.pixels.value_range else "pixel / 255"
     block = f"block {options.block}" if options.block else "the encoder's output"
     content = {
         "patches": f"mean of the patch tokens of {block}",
@@ -108,13 +109,13 @@ def metadata(run: Run, options: Namespace, source, made_from: dict) -> dict:
     return {
         "made_by": "simmim_jax.tools.embed",
         "run": options.run,
-        **{name: made_from[name] for name in names},
+        **{name: made_from[name] for name in names if name in made_from},
         "encoder": run.config["encoder"]["name"],
         "objective": run.objective_name,
         "what": content[options.pool] + (", of Euclidean length 1" if options.normalize else ""),
         "images": (
             f"resized ({options.interpolation}) to cover {cover[0]} x {cover[1]} pixels, center-cropped to {height} x "
-            f"{width}, (pixel / 255 - mean) / std"
+            f"{width}, ({unit} - mean) / std"
         ),
         "normalized": options.normalize,
         "data": source.describe(),

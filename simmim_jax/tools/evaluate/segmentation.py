@@ -42,7 +42,7 @@ def evaluate_segmentation(run: Run, objective: Objective, options: argparse.Name
         folder=options.out,
     )
     eval_inputs, known = make_eval_inputs(subject), tuple(run.config.get("classes") or ())
-    data.check_maps(source, subject.label_maps, run.channels, subject.crop.max_pixels)
+    data.check_maps(source, subject.label_maps, run.channels, subject.crop.max_pixels, run.pixels.samples)
     images.warn_other_classes(known, source)
     settings = run.config.get("evals", {}).get("segmentation") or {}
     names = ["segmentation.csv"] + [f"segmentation_{run.step}.png"] * bool(settings.get("pictures", 8))

@@ -8,8 +8,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from simmim_jax.data.decode import BadImage, Picture
+from simmim_jax.data.pixels import Pixels
 from simmim_jax.data.sources import make_source
 from simmim_jax.errors import UserError
+from simmim_jax.evals.sheet import to_rgb
 from simmim_jax.files import utf8_name
 from simmim_jax.tools.embed.embeddings import Listing
 
@@ -38,6 +40,7 @@ def open_pictures(listing: Listing, images: str, *, skip: bool = False) -> ReadP
             raise
         print(f"no thumbnails: {error.what}; give --images=DATA", file=sys.stderr)
         return lambda row, side: None
+    pixels = Pixels.from_record(listing.about) if "pixels" in listing.about else Pixels()
     mismatches = []
 
     def read(row: int, side: int) -> Image.Image | None:
@@ -49,14 +52,14 @@ def open_pictures(listing: Listing, images: str, *, skip: bool = False) -> ReadP
             mismatches.append(row)
             return None
         try:
-            picture = Picture(source[index]["image"], 3)
+            picture = Picture(source[index]["image"], pixels.channels, samples=pixels.samples)
             reduce = max((n for n in (1, 2, 4, 8) if min(picture.height, picture.width) >= 2 * n * side), default=1)
-            pixels = Image.fromarray(picture.read(reduce))
+            image = Image.fromarray(to_rgb(pixels.display(picture.read(reduce))))
         except (BadImage, OSError):
             return None
-        scale = side / max(pixels.size)
-        size = tuple(max(1, round(length * scale)) for length in pixels.size)
-        return pixels.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR)
+        scale = side / max(image.size)
+        size = tuple(max(1, round(length * scale)) for length in image.size)
+        return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR)
 
     return read
 

@@ -55,7 +55,7 @@ def make_parser() -> Parser:
     add("--short-side", type=number(int, 0), default=256, metavar="N", help="pixels if larger (default: 256; 0: any)")
     add("--quality", type=number(int, 1, 100), default=92, metavar="N", help="JPEG quality, 1 to 100 (default: 92)")
     add("--subsampling", default="420", metavar="420|444", help="JPEG chroma subsampling (default: 420)")
-    add("--channels", type=number(int, 1), default=3, metavar="N", help="3, 1 for gray, or what all images have")
+    add("--channels", type=number(int, 1), metavar="N", help="3, 1 for gray, or what all images have (the default)")
     add("--split", default="", metavar="A,B", help="default: train, val, valid, validation, test")
     add("--source", default="auto", metavar="KIND", help="data.source: folder, list, ... (default: auto)")
     add("--name", default="", help="name of a TFDS data set; SOURCE is omitted then")
@@ -189,16 +189,27 @@ class Signals:
 
 def prepare(options: argparse.Namespace, signals: Signals) -> None:
     """Prepare all splits of SOURCE, one after the other."""
+    from simmim_jax.data.sample import PixelOptions, find_pixels
     from simmim_jax.tools.prepare import destination
     from simmim_jax.tools.prepare.shards import Settings
 
     destination.check_paths(options.path, options.dest)
     sources = open_splits(options)
     classes, labels = merge_classes(sources)
-    settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
+    first = next(iter(sources.values()))
+    pixels, remarks = find_pixels(first, PixelOptions(channels=options.channels or 0), options.max_pixels)
+    print(*remarks, sep="\n", end="\n" if remarks else "")
+    how = {name: getattr(options, name) for name in ("short_side", "quality", "subsampling", "max_pixels")}
+    settings = Settings(**how, channels=pixels.channels, samples=pixels.samples)
     with destination.lock(options.dest):
         destination.check_classes(options.dest, classes, splits=set(sources))
-        how = {"classes": classes, "settings": settings, "shards": options.shards, "overwrite": options.overwrite}
+        how = {
+            "classes": classes,
+            "settings": settings,
+            "pixels": pixels,
+            "shards": options.shards,
+            "overwrite": options.overwrite,
+        }
         plans = {  # check all splits before any is begun
             split: destination.make_plan(os.path.join(options.dest, split), source, **how)
             for split, source in sources.items()
@@ -284,7 +295,8 @@ def print_report(folder: str, manifest: dict, made, rate: float) -> None:
 
 def print_command(dest: str, manifest: dict) -> None:
     """Print the command that trains on DEST."""
-    is_flat = min(manifest["std"]) < 1e-4  # a channel with one value cannot be normalized
+    # a channel with one value cannot be normalized, and a run takes the numbers of other than 8-bit images by itself
+    is_flat = min(manifest["std"]) < 1e-4 or "pixels" in manifest
     print("\nto train on it" + (":" if is_flat else ", with its own mean and std if you like:"))
     print(f"  {TRAIN} --config.data.path={shlex.quote(dest)} --workdir runs/mine", flush=True)
     if not is_flat:

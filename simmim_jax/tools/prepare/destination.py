@@ -22,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from simmim_jax.data import prepared
 from simmim_jax.data.decode import BadImage
+from simmim_jax.data.pixels import Pixels
 from simmim_jax.data.prepared import HEAD, MANIFEST, PLAN, SHARD
 from simmim_jax.errors import ConfigError, DataError, differences
 from simmim_jax.files import lock_folder, read_json, write_json
@@ -54,13 +55,16 @@ class Plan:
     source: dict
     settings: Settings
     classes: list[str]
+    pixels: Pixels
     shards: int = 0
     manifest: dict = dataclasses.field(default_factory=dict)
     overwrite: bool = False
 
     def content(self) -> dict:
         """What plan and manifest have in common."""
-        return HEAD | {"source": self.source, "settings": self.settings._asdict(), "classes": self.classes}
+        pixels = {name: x for name, x in self.pixels.as_record().items() if name == "pixels"}
+        common = {"source": self.source, "settings": self.settings.as_json(), "classes": self.classes}
+        return HEAD | common | pixels
 
 
 def check_paths(source: str, dest: str) -> None:
@@ -108,7 +112,14 @@ def check_classes(dest: str, classes: list[str], *, splits: set[str]) -> None:
 
 
 def make_plan(
-    folder: str, source, *, classes: list[str], settings: Settings, shards: int | None, overwrite: bool
+    folder: str,
+    source,
+    *,
+    classes: list[str],
+    settings: Settings,
+    pixels: Pixels,
+    shards: int | None,
+    overwrite: bool,
 ) -> Plan:
     """The plan of `folder`, which continues what is in it unless `overwrite` is set.
 
@@ -117,7 +128,7 @@ def make_plan(
       DataError: it was finished and is damaged.
     """
     described = {"described": source.describe(), "fingerprint": source.fingerprint()}
-    plan = Plan(folder, described, settings, classes, min(shards or 0, len(source)), overwrite=overwrite)
+    plan = Plan(folder, described, settings, classes, pixels, min(shards or 0, len(source)), overwrite=overwrite)
     names, manifest = _names(folder), read_manifest(folder)
     found = manifest or read_plan(folder)
     visible = {name for name in names if not name.startswith(".")}
@@ -143,7 +154,8 @@ def _compared(content: dict, shards: int) -> dict:
     """What a plan or manifest must have in common with a command that continues it."""
     digest = hashlib.sha256("\0".join(content["classes"]).encode(errors="surrogateescape")).hexdigest()[:8]
     classes = f"{len(content['classes'])} (SHA-256 {digest})"
-    return content["source"]["fingerprint"] | content["settings"] | {"shards": shards, "classes": classes}
+    others = {"shards": shards, "classes": classes, "pixels": content.get("pixels")}
+    return content["source"]["fingerprint"] | content["settings"] | others
 
 
 def begin(plan: Plan, source) -> tuple[list[Task], dict[Task, Statistics]]:
@@ -181,7 +193,7 @@ def finish(plan: Plan, tasks: list[Task]) -> tuple[dict, Statistics]:
     done = [read_statistics(task) for task in tasks]
     if None in done:
         raise DataError("a shard has disappeared", tasks[done.index(None)].path, "run the same command again")
-    made = _add_up(done, plan.settings.channels)
+    made = _add_up(done)
     described = plan.source["described"]
     if not plan.classes and made.max_label >= MAX_CLASSES:
         raise DataError(f"a label is {made.max_label}", described, "give a SOURCE with labels from 0 to classes - 1")
@@ -191,15 +203,19 @@ def finish(plan: Plan, tasks: list[Task]) -> tuple[dict, Statistics]:
     table = io.StringIO()
     csv.writer(table).writerows([["name", "reason"], *made.refused])
     write_bytes(os.path.join(plan.folder, REFUSED), table.getvalue().encode(errors="surrogateescape"))
-    # exact integers up to here: the variance is a difference of two large numbers
-    variance = [made.pixels * square - total**2 for total, square in zip(made.sums, made.squares, strict=True)]
-    packages = ("array_record", "pillow", "simplejpeg", "cykooz_resizer", "numpy")
+    mean, std = list(plan.pixels.mean), list(plan.pixels.std)  # of a sample of the images
+    if made.sums:
+        # exact integers up to here: the variance is a difference of two large numbers
+        variance = [made.pixels * square - total**2 for total, square in zip(made.sums, made.squares, strict=True)]
+        mean = [total / made.pixels / 255 for total in made.sums]
+        std = [math.sqrt(value) / made.pixels / 255 for value in variance]
+    packages = ("array_record", "pillow", "simplejpeg", "cykooz_resizer", "tifffile", "imagecodecs", "numpy")
     manifest = plan.content() | {
         "count": made.count,
         "classes": plan.classes or [str(label) for label in range(made.max_label + 1)],
         "channels": plan.settings.channels,
-        "mean": [total / made.pixels / 255 for total in made.sums],
-        "std": [math.sqrt(value) / made.pixels / 255 for value in variance],
+        "mean": mean,
+        "std": std,
         "bytes": made.bytes,
         "shards": [
             {"file": os.path.basename(task.path), "count": one.count, "bytes": one.bytes, "sha256": one.sha256}
@@ -217,12 +233,12 @@ def finish(plan: Plan, tasks: list[Task]) -> tuple[dict, Statistics]:
     return manifest, made
 
 
-def _add_up(done: list[Statistics], channels: int) -> Statistics:
+def _add_up(done: list[Statistics]) -> Statistics:
     sums = {key: sum(getattr(one, key) for one in done) for key in ("count", "bytes", "source_bytes", "kept", "pixels")}
     return Statistics(
         **sums,
-        sums=[sum(one.sums[c] for one in done) for c in range(channels)],
-        squares=[sum(one.squares[c] for one in done) for c in range(channels)],
+        sums=[sum(sums) for sums in zip(*(one.sums for one in done), strict=True)],
+        squares=[sum(squares) for squares in zip(*(one.squares for one in done), strict=True)],
         refused=[fault for one in done for fault in one.refused],
         max_label=max(one.max_label for one in done),
     )

@@ -35,8 +35,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import ExifTags, Image
 
-from simmim_jax.data.decode import FORMATS, BadImage, decode
+from simmim_jax.data.decode import FORMATS, BadImage, Samples, decode
 from simmim_jax.data.prepared import pack_record
+from simmim_jax.data.rasters import PNG_SIGNATURE, open_raster
 from simmim_jax.data.transforms import resize
 from simmim_jax.data.workers import init_worker
 from simmim_jax.errors import DataError, UserError
@@ -44,7 +45,8 @@ from simmim_jax.files import write_atomically
 
 OPTIONS = "group_size:1,uncompressed"  # of ArrayRecord: each record is read separately, and JPEGs are compressed
 KEPT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # an MPO of a phone is a JPEG followed by others
-MODES = {1: ("L",), 3: ("RGB", "L")}  # of files that keep their bytes, by channels
+MODES = {1: ("L",), 3: ("RGB", "L")}  # of 8-bit files that keep their bytes, by channels
+SIXTEEN_BITS = ("I;16", "I;16B")  # of gray files
 SUBSAMPLING = {"420": "4:2:0", "444": "4:4:4"}
 MAX_JPEG_SIDE = 65500  # pixels, a limit of libjpeg
 REPORT_PERIOD = 0.25  # seconds between two messages of a worker
@@ -59,6 +61,7 @@ class Settings(NamedTuple):
     short_side: pixels of the shorter side of larger images; 0: never resized.
     quality, subsampling: of JPEG.
     max_pixels: images with more pixels are bad images.
+    samples: what each image must have, apart from the number of channels.
     """
 
     short_side: int
@@ -66,6 +69,11 @@ class Settings(NamedTuple):
     subsampling: str
     channels: int
     max_pixels: int
+    samples: Samples = Samples()
+
+    def as_json(self) -> dict:
+        """The fields that plans and manifests have as "settings"; `samples` is in their "pixels"."""
+        return {name: value for name, value in self._asdict().items() if name != "samples"}
 
 
 class Task(NamedTuple):
@@ -78,7 +86,10 @@ class Task(NamedTuple):
 
 @dataclasses.dataclass
 class Statistics:
-    """The content of a shard. `sums` and `squares` are exact, per channel, over all `pixels` with values 0..255."""
+    """The content of a shard.
+
+    `sums` and `squares` are exact, per channel, over all `pixels` with values 0..255; [] for others than 8-bit images.
+    """
 
     count: int = 0
     bytes: int = 0
@@ -104,23 +115,26 @@ def make_tasks(folder: str, count: int, shards: int) -> list[Task]:
 
 
 def shrink(image: bytes | np.ndarray, settings: Settings) -> tuple[dict, np.ndarray]:
-    """({"image": file bytes} or {"image": raw bytes, "shape": [h, w, c]}, the pixels, uint8 [h, w, c]).
+    """({"image": file bytes} or {"image": raw bytes, "shape": [h, w, c], "dtype"}, the pixels [h, w, c]).
 
     The shorter side becomes `short_side` if it is longer, by antialiased bicubic. A JPEG, PNG or WebP that needs no
-    change keeps its bytes. Others become a JPEG, or a PNG if they are too long for a JPEG. Images of other than 1 or 3
-    channels are stored raw. Raises BadImage.
+    change keeps its bytes. Others become a JPEG, or a PNG if they are too long for a JPEG. Images of other than 8
+    bits, or other than 1 or 3 channels, are stored raw. Raises BadImage.
     """
-    channels = settings.channels
-    pixels = decode(image, channels, settings.max_pixels)
+    channels, samples = settings.channels, settings.samples
+    pixels = decode(image, channels, settings.max_pixels, samples)
     height, width = pixels.shape[:2]
     is_small = not 0 < settings.short_side < min(height, width)
-    if is_small and isinstance(image, bytes) and _may_keep(image, channels):
+    is_file = isinstance(image, bytes) and not samples.bands
+    if is_small and is_file and _may_keep(image, MODES.get(channels, ()) if samples.dtype == "uint8" else SIXTEEN_BITS):
         return {"image": image}, pixels
     if not is_small:
         scale = settings.short_side / min(height, width)
-        pixels = resize(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
-    if channels not in MODES:
-        return {"image": pixels.tobytes(), "shape": list(pixels.shape)}, pixels
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        pixels = resize(pixels, size, missing=samples.missing)
+    if channels not in MODES or samples.dtype != "uint8":
+        dtype = {} if samples.dtype == "uint8" else {"dtype": samples.dtype}
+        return {"image": pixels.tobytes(), "shape": list(pixels.shape), **dtype}, pixels
     picture, file = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels), io.BytesIO()
     if max(picture.size) > MAX_JPEG_SIDE:
         picture.save(file, "PNG")
@@ -130,10 +144,12 @@ def shrink(image: bytes | np.ndarray, settings: Settings) -> tuple[dict, np.ndar
     return {"image": file.getvalue()}, pixels
 
 
-def _may_keep(data: bytes, channels: int) -> bool:
+def _may_keep(data: bytes, modes: tuple[str, ...]) -> bool:
     """Whether decodable bytes need no change of format, mode or orientation."""
+    if not modes or (open_raster(data) and not data.startswith(PNG_SIGNATURE)):
+        return False
     picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    if picture.format not in KEPT_FORMATS or picture.mode not in MODES.get(channels, ()):
+    if picture.format not in KEPT_FORMATS or picture.mode not in modes:
         return False
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
         return False
@@ -182,12 +198,14 @@ def write_shard(source, task: Task, settings: Settings, labels: list[int], repor
                 made.kept += stored["image"] is record["image"]
                 made.source_bytes += memoryview(record["image"]).nbytes
                 made.pixels += pixels.shape[0] * pixels.shape[1]
-                levels += _histograms(pixels)
+                if pixels.dtype == np.uint8:
+                    levels += _histograms(pixels)
             if time.monotonic() > last_report + REPORT_PERIOD or i + 1 == task.stop:
                 report(i + 1 - reported, made.refused[reported_refused:])
                 reported, reported_refused, last_report = i + 1, len(made.refused), time.monotonic()
-        values = np.arange(256)
-        made.sums, made.squares = (levels @ values).tolist(), (levels @ values**2).tolist()
+        if settings.samples.dtype == "uint8":
+            values = np.arange(256)
+            made.sums, made.squares = (levels @ values).tolist(), (levels @ values**2).tolist()
         with disk_errors(task.path):
             writer.close()  # a full disk is reported here at the latest
             made.bytes, made.sha256 = os.path.getsize(partial), file_hash(partial, sync=True)

@@ -97,7 +97,7 @@ def extract(
         "step": run.step,
         "encoder": run.config["encoder"],
         "image_size": list(run.image_size),
-        **{name: list(values) for name, values in run.normalization.items()},
+        **run.pixels.as_record(),
         "pool": pool,
         "crop_fraction": crop.crop_fraction,
         "interpolation": crop.interpolation,
