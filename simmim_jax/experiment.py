@@ -25,7 +25,7 @@ from simmim_jax.data import BatchSpec, Loading
 from simmim_jax.data.label_maps import LabelMapSpec
 from simmim_jax.data.pixels import Pixels
 from simmim_jax.data.sample import PixelOptions
-from simmim_jax.errors import ConfigError, DataError, check_minimum
+from simmim_jax.errors import ConfigError, DataError, check_minimum, warn_once
 from simmim_jax.evals import EVALUATORS, forward_passes
 from simmim_jax.files import read_json
 from simmim_jax.models import make_encoder
@@ -460,8 +460,10 @@ def check_sources(config: ConfigDict, objective: Objective, source, heldout, bat
         if not source.classes:
             raise DataError("images without classes", source.describe(), data.how_to_label(source))
         if len(source.classes) != config.objective.num_classes:
+            untrained = ", ".join(map(repr, data.untrained_classes(source)[:3]))
             raise ConfigError(
-                f"num_classes is {config.objective.num_classes}, but the data has {len(source.classes)} classes",
+                f"num_classes is {config.objective.num_classes}, but the data has {len(source.classes)} classes"
+                + (f" (of {untrained} it has no training images)" if untrained else ""),
                 source.describe(),
                 f"give --config.objective.num_classes={len(source.classes)}",
             )
@@ -479,7 +481,10 @@ def check_evals(config: ConfigDict, objective: Objective, source, heldout) -> No
         )
     evals = resolve_evals(config, objective, source, heldout)
     judges = [name for name in sorted(evals) if EVALUATORS[name].needs]
-    if heldout and judges and data.share_images(source, heldout):
+    shared = heldout is not None and data.share_images(source, heldout)
+    if shared and not judges:
+        warn_once(f"{heldout.describe()}: some held-out images are training images, so the held-out loss is too good")
+    if shared and judges:
         raise ConfigError(
             f"some held-out images are training images, so {', '.join(judges)} would be too good",
             f"data.heldout_split={config.data.heldout_split}",
@@ -490,7 +495,8 @@ def check_evals(config: ConfigDict, objective: Objective, source, heldout) -> No
     if labeled and heldout.classes != source.classes:
         fix = "give both the same class folders"
         if source.classes and not heldout.classes:
-            fix = f"{data.how_to_label(heldout)}; or give only the training images: a part of them is then held out"
+            own = getattr(source, "root", "") or "only the training images"
+            fix = f"{data.how_to_label(heldout)}; or hold a part of the training images out: data.path={own}"
         raise DataError(
             f"the held-out images have {len(heldout.classes) or 'no'} classes, the training images "
             f"{len(source.classes) or 'none'}",

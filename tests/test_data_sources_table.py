@@ -123,7 +123,8 @@ def test_only_lists_of_images_are_taken_for_lists(tmp_path):
     write_images(tmp_path, "a.png", "train/7.png")
     for text, expected in {
         "a.png 0\n": True, "file_name,label\nb.png,0\n": True, "id,label\n7,cat\n": True, "id,label\n0,cat\n": False,
-        "cat\ndog\n": False, "some words. a.png\n": True, "": False, "id,name\n": False, "0,cat\n1,dog\n": False,
+        "cat\ndog\n": False, "a.png\tn01\t0\t32\n": False,
+        "some words. a.png\n": True, "": False, "id,name\n": False, "0,cat\n1,dog\n": False,
     }.items():  # fmt: skip
         (tmp_path / "x.csv").write_text(text)
         assert is_list(str(tmp_path / "x.csv")) == expected, text

@@ -340,7 +340,7 @@ def _find_root(path: str, scan: dict, roots: tuple[str, ...]) -> str:
 
 
 def is_list(path: str) -> bool:
-    """Whether a text file is a list or a table of images."""
+    """Whether a text file is a list or a table of images, with one label for each."""
     try:
         columns = find_columns(path)
         if columns:
@@ -350,7 +350,8 @@ def is_list(path: str) -> bool:
     except (OSError, DataError):
         return False
     first = next((line for line in lines if line.strip() and not line.startswith(b"#")), b"")
-    return bool(LINE.fullmatch(first))
+    found = LINE.fullmatch(first)
+    return bool(found) and not COLUMNS.search(found[2] or b"")
 
 
 def _read(path: str) -> bytes:
