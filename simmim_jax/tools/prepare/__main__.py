@@ -110,6 +110,7 @@ def run(argv: list[str]) -> None:
 def open_splits(options: argparse.Namespace) -> dict:
     """The sources of all requested splits, by the names of their folders in DEST."""
     from simmim_jax.data.sources import make_source
+    from simmim_jax.data.sources.classes import compare_classes
     from simmim_jax.data.sources.unread import one_report
 
     def open_split(split: str):
@@ -121,7 +122,11 @@ def open_splits(options: argparse.Namespace) -> dict:
             return {split: open_split(split) for split in options.splits}
         train = open_split("train")
         sides = evaluation_splits(options.path, train.fingerprint()["source"], open_split)
-        return {"train": train} | {side: open_split(side) for side in sides}
+        sources = {side: open_split(side) for side in sides}
+    for source in sources.values():
+        if train.classes and source.classes == train.classes:
+            compare_classes(train, source, required=False)
+    return {"train": train} | sources
 
 
 def evaluation_splits(path: str, kind: str, open_split: Callable) -> list[str]:
