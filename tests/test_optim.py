@@ -151,6 +151,22 @@ def test_adamw_equals_its_equations():
             np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.0, 0.9999)])
+def test_constant_gradient_moves_by_the_learning_rate(betas):
+    """Both moments are then the gradient's, if their bias is corrected exactly. optax's correction is off by 6e-6."""
+    tx, _ = make_optimizer(
+        "adamw", steps=10, steps_per_epoch=1, schedule="constant", learning_rate=0.1, weight_decay=0.0, betas=betas,
+        grad_clip_norm=0.0,
+    )  # fmt: skip
+    grads = {"kernel": jnp.asarray([2.0, -0.5])}
+    state = tx.init(grads)
+    update = jax.jit(lambda state, step: tx.update(grads, state, grads, step=step))
+    for step in range(50):
+        updates, state = update(state, step)
+        # float32 rounding of the moments, which grows with their number of steps
+        np.testing.assert_allclose(updates["kernel"], [-0.1, 0.1], rtol=2e-6)
+
+
 def test_frozen_parameters_keep_their_bits_and_have_no_moments():
     objective = tiny_objective()
     tx, _ = make_optimizer(
