@@ -58,6 +58,24 @@ def test_a_classifier_with_equal_logits_is_never_right():
                 run(STATE)
 
 
+def test_images_of_classes_without_training_images_are_counted():
+    (train, train_labels), (heldout, labels) = clusters(80, 1.0), clusters(40, 1.0)
+    use, count = train_labels != 3, float((labels == 3).sum())
+    assert count
+    inputs = {"features": lambda _: Features(train[use], train_labels[use], heldout, labels)}
+    for name in ("knn", "linear"):
+        assert make_evaluator(name, inputs)(STATE)["untrained_class_images"] == count
+    logits = np.eye(5)[labels]
+    heldout = list(batches(40, 8, logits=logits, label=labels))
+    for trained, expected in (
+        (np.arange(5) != 3, {"untrained_class_images": count}),
+        (np.ones(5, bool), {}),
+        (None, {}),
+    ):
+        run = make_evaluator("accuracy", {"predict": lambda _, b: b, "heldout": heldout, "trained": trained})
+        assert run(STATE) == {"top1": 1.0, "images": 40.0} | expected
+
+
 def test_knn_equals_a_computation_by_hand():
     (train, train_labels), (heldout, labels) = clusters(80, 1.5), clusters(40, 1.5)
     run = make_evaluator("knn", {"features": lambda _: Features(train, train_labels, heldout, labels)}, k=7)

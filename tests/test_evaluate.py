@@ -17,6 +17,7 @@ from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from tiny import tiny_encoder
 from tiny_trained import keep_fingerprints
 
+from simmim_jax.data import make_source
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from simmim_jax.evals import accuracy
 from simmim_jax.objectives import make_objective
@@ -330,6 +331,22 @@ def test_classes_that_do_not_fit_the_head_are_refused_and_other_names_are_warned
     assert not capsys.readouterr().err
     classification.check_classes(model, Source((*CLASSES[:6], "hen")), compare_names=True)
     assert re.search(r"warning: class 6 .*gnu.*hen", capsys.readouterr().err)
+
+
+def test_order_of_numbered_folders_is_named_if_the_head_has_no_names(place, tmp_path, capsys):
+    model = load_run(str(place / "classifier"))
+    for names, warned in ((range(5, 12), True), (range(7), False), ("abcdefg", False)):
+        write_images(tmp_path / str(names), classes=map(str, names), each=1)
+        source = make_source("auto", path=str(tmp_path / str(names)), heldout_fraction=0.0)
+        classification.check_classes(model._replace(config=model.config | {"classes": []}), source, compare_names=True)
+        assert ("by their numbers (5, 6, 7, 8, ...)" in capsys.readouterr().err) == warned
+
+
+def test_accuracy_over_classes_without_training_images_says_so(place, tmp_path, capsys):
+    write_run(tmp_path / "run", CLASSIFY, data=own_data(place / "images"), classes=CLASSES, untrained_classes=["gnu"])
+    tool(tmp_path / "run", "--split=train", "--batch-size=8", f"--results={tmp_path / 'r.csv'}")
+    assert re.search(r"of 21 images \(\d of them of classes without training images: gnu\)", capsys.readouterr().out)
+    assert "training images: gnu" in read_rows(tmp_path / "r.csv")[0]["data"]
 
 
 def test_unreadable_images_are_left_out_up_to_a_fraction(place, tmp_path, capsys):

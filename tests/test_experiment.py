@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from source_files import write_images
 
 from simmim_jax import evaluation, experiment, memory, optim
 from simmim_jax.config import load
-from simmim_jax.errors import ConfigError, Preempted
+from simmim_jax.errors import ConfigError, Preempted, UserError
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import Objective
 from simmim_jax.runs import pretrained
@@ -93,6 +94,52 @@ def test_probes_join_if_both_splits_have_the_same_classes():
         assert set(resolve(*splits)) == {"reconstruction"}
     config.online_probes = False
     assert set(resolve(split("a", "b"), split("a", "b"))) == {"reconstruction"}
+
+
+def write_folders(root, files):
+    """Write the images, and thirty images into each of the other names."""
+    return write_images(
+        root, *(name if name.endswith(".png") else f"{name}{n}.png" for name in files for n in range(30))
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["", ""], "no image is in a folder"),
+        (["a/", "b/", "figure.png"], "figure.png"),
+        (["train/a/", "train/b/", "test/"], "no image is in a folder"),
+    ],
+)
+def test_run_without_probes_says_why(files, says, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(experiment, "log0", lines.append)
+    config = digits(online_probes=True, batch_size=8, steps=1)
+    config.data.source, config.data.path, config.data.heldout_fraction = "auto", write_folders(tmp_path, files), 0.5
+    experiment.make_experiment(config)
+    assert [says in line for line in lines if "probes" in line] == [True]
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ([""], "images without classes .* no image is in a folder"),
+        (["train/a/", "train/b/", "val/images/"], "have no classes, .* data.path=.*/train"),
+        (["train/a/", "train/b/", "val/a/", "val/B/"], "has 3 classes .of 'B' it has no training"),
+        (["train/a/", "train/b/", "val/c/", "val/d/"], "has 4 classes .of 'c', 'd' it has no"),
+        (["train/a/", "train/b/", "val/b/"], ""),
+    ],
+)
+def test_classifier_of_images_without_fitting_labels_is_refused_with_the_cause(files, says, tmp_path):
+    config = load("configs/digits_finetune.py")
+    config.encoder.name, config.encoder.size, config.init_from, config.objective.num_classes = "vit", "ti", "", 2
+    config.data.source, config.data.path = "auto", write_folders(tmp_path, files)
+    config.batch_size, config.steps, config.optim.layer_decay = 8, 1, 1.0
+    if not says:
+        assert experiment.make_experiment(config).record["untrained_classes"] == []
+        return
+    with pytest.raises(UserError, match=says):
+        experiment.make_experiment(config)
 
 
 def test_frozen_layers_that_do_not_exist_or_keep_batch_statistics_are_refused():
