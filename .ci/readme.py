@@ -49,6 +49,7 @@ SMALL = (  # regular expression of a command, flags that make it small; the firs
     (r"main .*/digits_finetune", "--config.steps=10 --config.optim.warmup_epochs=0"),
     (r"main .*/folder_vit_small.*name=swin", f"{FEW} {STAMPS} {TINY_SWIN} {HELD_OUT} --config.encoder.window=4"),
     (r"main .*/folder_vit_small.*init_from", f"{FEW} {STAMPS} {HELD_OUT} --config.encoder.window=4"),
+    (r"main .*/folder_vit_small.*--extend", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.steps=4"),
     (r"main .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.save_every=1"),
     (r"preview .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --seconds=0.5"),
     (r"main .*/folder_finetune.*init_from=runs/mine", f"{FEW} {STAMPS} --config.eval_batch_size=8"),
@@ -129,6 +130,8 @@ def run_all(waiting: dict[str, str], folder: Path, environment: dict[str, str]) 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         while waiting or running:
             ready = [command for command in waiting if not (files(command)[0] & written_by_some) - done]
+            # What changes a run comes last, so that no other command reads the run at the same time.
+            ready = [command for command in ready if "--extend" not in command or (len(waiting) == 1 and not running)]
             for command in ready[: AT_A_TIME - len(running)]:
                 running[pool.submit(run, waiting.pop(command), folder, environment)] = command
             if not running:

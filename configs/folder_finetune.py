@@ -1,7 +1,7 @@
 """Fine-tuning of any pretrained or imported encoder on a folder of images by class.
 
     python -m simmim_jax.main --config configs/folder_finetune.py --config.init_from=RUN --config.data.path=DIR \
-        --config.objective.num_classes=N --workdir runs/finetuned
+        --workdir runs/finetuned
 
 RUN is a workdir of pretraining, or one that `python -m simmim_jax.tools.convert` wrote from released weights. The
 architecture is that of RUN.
@@ -26,13 +26,16 @@ Hardware: one GPU. Time and result: not yet run.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from simmim_jax.config import finetune_config
 
 
 def get_config(argument: str = "") -> ConfigDict:
     c = finetune_config()
-    c.batch_size = 256
+    c.image_size = placeholder(tuple)
+    c.batch_size = placeholder(int)
+    c.objective.num_classes = placeholder(int)
     c.eval_every = 2000
     if argument == "vit":
         c.encoder.relative_position = "per_block"

@@ -18,20 +18,27 @@ from simmim_jax.errors import ConfigError, differences
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-WHOLE = ("evals", "imported", "pixels")  # trees of open content, each compared as one field
+WHOLE = ("evals", "imported", "phases", "pixels")  # trees of open content, each compared as one field
 
-# Fields that may change when a run resumes, because no parameter depends on them. `classes`, `imported`,
-# `pixels` and `untrained_classes` are not fields of a recipe: a run adds them to its config.json. `pixels` has what
-# `bands`, `nodata` and `value_range` led to. The data's fingerprint guards the fields that choose images.
+# Fields that may change when a run resumes, because no parameter depends on them. A run adds `classes`, `imported`,
+# `phases`, `pixels` and `untrained_classes` to its config.json. `pixels` has what `bands`, `nodata` and `value_range` led
+# to. The data's fingerprint guards the fields that choose images.
 FREE = (
-    "check_memory", "classes", "eval_batch_size", "eval_every", "eval_images", "evals", "imported", "keep_period",
-    "log_every", "max_nonfinite_steps", "max_to_keep", "microbatches", "online_probes", "probe_block", "profile_steps",
-    "save_every", "untrained_classes",
+    "check_memory", "classes", "eval_batch_size", "eval_every", "eval_images", "evals", "imported", "keep_best",
+    "keep_period", "log_every", "max_nonfinite_steps", "max_to_keep", "microbatches", "online_probes", "patience",
+    "phases", "probe_block", "profile_steps", "save_every", "untrained_classes",
     "data.bands", "data.crop_fraction", "data.data_dir", "data.max_bad_fraction", "data.max_nodata", "data.name",
     "data.nodata", "data.on_error", "data.path", "data.prefetch", "data.source", "data.threads", "data.value_range",
     "data.workers",
     "encoder.attention", "encoder.remat", "encoder.scan", "encoder.size",
     "mesh.data", "mesh.fsdp", "mesh.tensor",
+)  # fmt: skip
+
+# Fixed fields that a new phase of a run may change (--extend). `phases` is in config.json only: see `new_phase`.
+EXTENDABLE = (
+    "base_learning_rate", "epochs", "steps",
+    "optim.gamma", "optim.learning_rate", "optim.milestones", "optim.min_learning_rate", "optim.schedule",
+    "optim.warmup_epochs", "optim.warmup_fraction", "optim.warmup_learning_rate", "optim.weight_decay",
 )  # fmt: skip
 
 # Fields that a resumed run must keep. A field in neither list, like the option of an added encoder, must be kept too.
@@ -55,8 +62,8 @@ FIXED = (
     "objective.reprob", "objective.train_encoder",
     "optim.betas", "optim.decay_rule", "optim.epsilon", "optim.frozen", "optim.frozen_layers", "optim.gamma",
     "optim.grad_clip_norm", "optim.layer_decay", "optim.learning_rate", "optim.lr_step_offset", "optim.milestones",
-    "optim.min_learning_rate", "optim.name", "optim.schedule", "optim.warmup_epochs", "optim.warmup_learning_rate",
-    "optim.weight_decay",
+    "optim.min_learning_rate", "optim.name", "optim.schedule", "optim.warmup_epochs", "optim.warmup_fraction",
+    "optim.warmup_learning_rate", "optim.weight_decay",
 )  # fmt: skip
 
 
@@ -87,7 +94,7 @@ def base_config() -> ConfigDict:
     c.data.data_dir = ""  # TFDS's data folder, or the folder that paths in a list file are relative to
     c.data.split = "train"  # part that is trained on
     c.data.heldout_split = "validation"  # part that is evaluated
-    c.data.heldout_fraction = 0.02  # fraction of a folder without a held-out part of its own that is held out
+    c.data.heldout_fraction = placeholder(float)  # fraction held out of data without evaluation split; None: 2 %, >= 8
     c.data.bands = ()  # bands to read from each file, by name or by number from 1, in this order; empty: all
     c.data.value_range = ()  # low,high that become 0 and 1, of all bands or of each; empty: 0,255, or percentiles
     c.data.nodata = placeholder(float)  # value of pixels without data; None: as in the files
@@ -113,7 +120,8 @@ def base_config() -> ConfigDict:
     c.optim.schedule = "cosine"  # cosine, cosine_global (starts with the warm-up), multistep, linear, constant
     c.base_learning_rate = 1e-4  # peak learning rate for a batch of 512 (main_simmim.py of microsoft/SimMIM)
     c.optim.learning_rate = c.get_ref("base_learning_rate") * c.get_ref("batch_size") / 512  # peak learning rate
-    c.optim.warmup_epochs = 10.0  # length of the linear warm-up
+    c.optim.warmup_fraction = 0.1  # length of the linear warm-up as a fraction of the run
+    c.optim.warmup_epochs = placeholder(float)  # length of the linear warm-up in epochs; None: use warmup_fraction
     c.optim.warmup_learning_rate = scale_with_batch(c, 5e-7)  # learning rate that the warm-up starts from
     c.optim.min_learning_rate = scale_with_batch(c, 1e-5)  # learning rate at the end of a cosine or linear schedule
     c.optim.milestones = ()  # epochs at which the multistep schedule multiplies the rate by gamma
@@ -140,6 +148,8 @@ def base_config() -> ConfigDict:
     c.save_every = 1000  # steps between checkpoints
     c.max_to_keep = 2  # newest checkpoints that are kept
     c.keep_period = 0  # also keep checkpoints whose step is a multiple of this; 0: none
+    c.keep_best = ""  # also keep the checkpoint with the best value of this evaluation metric, like linear; empty: none
+    c.patience = 0  # evaluations without a better keep_best after which the run ends; 0: it does not end early
     c.profile_steps = ()  # first and last step of a trace for TensorBoard's profiler, like 20,25; empty: no trace
     c.max_nonfinite_steps = 3  # consecutive steps with a NaN or infinite loss or gradient before the run stops
     return c
@@ -345,6 +355,12 @@ def flat(tree: dict, prefix: str = "", whole: tuple[str, ...] = ()) -> Iterator[
             yield prefix + name, value
 
 
+def new_phase(saved: dict, now: dict) -> dict:
+    """The fields of `EXTENDABLE` whose values differ, with their new values. Both configs are as in config.json."""
+    old, new = (dict(flat(tree, whole=WHOLE)) for tree in (saved, now))
+    return {name: new[name] for name in EXTENDABLE if name in new and old.get(name) != new[name]}
+
+
 def refuse_change(saved: dict, now: dict, where: str) -> None:
     """Raise ConfigError with the difference if a run of the config `now` cannot resume a run of the config `saved`.
 
@@ -353,9 +369,12 @@ def refuse_change(saved: dict, now: dict, where: str) -> None:
     old, new = (dict(flat(tree, whole=WHOLE)) for tree in (saved, now))
     unknown = sorted(old.keys() - new.keys() - {*FREE, *FIXED})
     fix = "undo the change, or give a new --workdir"
+    free = {*FREE, *EXTENDABLE} if now.get("phases", []) != saved.get("phases", []) else FREE
     if unknown:
         what = f"config.json has fields that this config or version does not know: {', '.join(unknown)}"
         raise ConfigError(what, where, fix)
     names = old if "imported" in saved else old | new
-    if changed := differences(*({name: side.get(name) for name in names if name not in FREE} for side in (old, new))):
+    if changed := differences(*({name: side.get(name) for name in names if name not in free} for side in (old, new))):
+        if not differences(*({n: side.get(n) for n in names if n not in {*FREE, *EXTENDABLE}} for side in (old, new))):
+            fix = "add --extend to continue with these settings as a new phase; or undo the change"
         raise ConfigError(f"workdir of another config ({changed})", where, fix)

@@ -5,6 +5,7 @@ reads a config and assembles encoder, objective, optimizer, batches and state, w
 Modules below it take plain arguments.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -19,16 +20,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from simmim_jax import data, optim
-from simmim_jax.config import changes, to_dict
+from simmim_jax import automatic, data, optim
+from simmim_jax.config import changes, flat, new_phase, to_dict
 from simmim_jax.data import BatchSpec, Loading
 from simmim_jax.data.label_maps import LabelMapSpec
 from simmim_jax.data.pixels import Pixels
 from simmim_jax.data.sample import PixelOptions
-from simmim_jax.errors import ConfigError, DataError, check_minimum, warn_once
+from simmim_jax.errors import ConfigError, DataError, check_minimum, choose, warn_once
 from simmim_jax.evals import EVALUATORS, forward_passes
 from simmim_jax.files import read_json
-from simmim_jax.models import make_encoder
+from simmim_jax.flags import as_flag
+from simmim_jax.masking import num_masked
+from simmim_jax.models import ENCODERS, make_encoder
 from simmim_jax.models.encoder import Encoder
 from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.features import make_features
@@ -43,6 +46,8 @@ from simmim_jax.train_step import TrainState, hash_samples, init_state, train_st
 MAX_EVALUATION_FRACTION = 0.03  # of a run's work, for eval_every=-1
 MAX_EVALUATIONS = 20  # per run, for eval_every=-1
 MAX_INITIAL_WEIGHT = 0.05  # weight of the initial parameters in the final EMA, above which a warning is logged
+MAX_RATIO_OFFSET = 0.03  # difference between the masked fraction and mask_ratio, above which a warning is logged
+FEW_HELDOUT = 50  # held-out images, below which a warning is logged
 MAX_DEFAULT_WORKERS = 32  # cap on decoder processes for data.workers=-1; each holds 250 MB
 
 
@@ -77,6 +82,8 @@ class Saving(NamedTuple):
     save_every: int
     max_to_keep: int
     keep_period: int
+    keep_best: str
+    patience: int
     log_every: int
     profile_steps: tuple[int, ...]
     max_nonfinite_steps: int
@@ -129,19 +136,29 @@ class Experiment(NamedTuple):
 
 
 def make_experiment(
-    config: ConfigDict, workdir: str = "", *, images: int | None = None, pixels: Pixels | None = None
+    config: ConfigDict,
+    workdir: str = "",
+    *,
+    images: int | None = None,
+    pixels: Pixels | None = None,
+    on_cpu: bool | None = None,
+    extend: bool = False,
 ) -> Experiment:
     """Turn a config into an `Experiment`. Allocates no device memory.
 
-    workdir: of the run. If it has checkpoints and `encoder.name` is empty, the encoder is read from its config.json.
+    workdir: of the run. If it has checkpoints, its config.json has the fields that the config leaves open.
     images: size of the training set; None: open the data and count the images.
     pixels: of the images; None: by the config, the workdir and the images.
+    on_cpu: whether the run is for CPUs; None: whether this machine has only CPUs.
+    extend: whether other values of `config.EXTENDABLE` than those of the workdir begin a new phase.
     Raises UserError for every mistake in the config or the data.
     """
     source = heldout = init_from = None
     if images is None:
         source, heldout = open_sources(config)
         images = len(source)
+    on_cpu = jax.default_backend() == "cpu" if on_cpu is None else on_cpu
+    config = fill_in(config, workdir, images, len(source.classes) if source else 0, on_cpu)
     check_config(config)
     pixels = pixels or resolve_pixels(config, source, heldout, workdir)
     encoder_options = resolve_encoder(config, workdir)
@@ -162,10 +179,12 @@ def make_experiment(
         init_from = Path(processes.on_process_0(lambda: str(checkpoint.find_step(config.init_from))))
         pretrained.check_init_from(init_from, record)
     steps, steps_per_epoch = run_length(config, images)
-    warn_about_length(config, steps, steps_per_epoch)
+    warn_about_fit(config, steps, steps_per_epoch)
     is_frozen = optim.make_frozen(config.optim.frozen, config.optim.frozen_layers, encoder.layer_id)
     no_decay = encoder.no_decay(pretraining=not objective.num_classes)
-    tx, schedule = make_tx(config, encoder, no_decay, steps, steps_per_epoch)
+    record["phases"] = make_phases(record, workdir, steps, extend)
+    first_step = record["phases"][-1]["step"] if record["phases"] else 0
+    tx, schedule = make_tx(config, encoder, no_decay, first_step, steps, steps_per_epoch)
 
     mesh = sharding.make_mesh(**config.mesh)
     num_shards = sharding.num_batch_shards(mesh)
@@ -204,7 +223,7 @@ def make_experiment(
         keys=keys,
         state=state,
         variant=lambda settings: make_experiment(
-            with_settings(config, settings), workdir, images=images, pixels=pixels
+            with_settings(config, settings), workdir, images=images, pixels=pixels, on_cpu=on_cpu
         ),
     )
 
@@ -286,11 +305,13 @@ def check_config(config: ConfigDict) -> None:
         )
     for name in ("batch_size", "microbatches", "eval_batch_size", "log_every", "save_every", "max_to_keep"):
         check_minimum(name, config[name], 1)
-    for name in ("steps", "epochs", "eval_images", "keep_period", "max_nonfinite_steps", "ema_decay"):
+    for name in ("steps", "epochs", "eval_images", "keep_period", "patience", "max_nonfinite_steps", "ema_decay"):
         check_minimum(name, config[name], 0)
     check_minimum("eval_every", config.eval_every, -1)
     if config.ema_decay >= 1:
         raise ConfigError(f"ema_decay is {config.ema_decay}", "ema_decay", "give a number below 1, like 0.9999, or 0")
+    if config.patience and not config.keep_best:
+        raise ConfigError("patience without a metric", "patience", "give --config.keep_best, like linear")
     if config.init_parts and not config.init_from:
         what = f"init_parts {','.join(config.init_parts)} without a run to take them from"
         raise ConfigError(what, "init_from", "give a run's workdir as --config.init_from, or remove init_parts")
@@ -298,9 +319,43 @@ def check_config(config: ConfigDict) -> None:
         raise ConfigError(f"profile_steps {config.profile_steps}", "profile_steps", "give first,last, like 20,25")
 
 
+def fill_in(config: ConfigDict, workdir: str, images: int, classes: int, on_cpu: bool) -> ConfigDict:
+    """A copy of `config` with a value for each of `automatic.FIELDS` that is None. Logs these values.
+
+    images, classes: of the training set; 0 if unknown. A resumed run keeps the values in its config.json.
+    """
+    check_minimum("microbatches", config.microbatches, 1)  # eval_batch_size is a quotient
+    fields, saved, init_from = dict(flat(to_dict(config))), {}, {}
+    if all(fields.get(name, "") is not None for name in automatic.FIELDS):
+        return config
+    if workdir and checkpoint.has_steps(workdir):
+        saved = dict(flat(read_json(Path(workdir) / "config.json")))
+    elif config.init_from:
+        init_from = dict(flat(pretrained.config_of(checkpoint.find_step(config.init_from))))
+    settings = lambda known: {name: known[name] for name in ("encoder.size", "encoder.patch_size") if name in known}  # noqa: E731
+    chosen = automatic.choose(
+        fields,
+        automatic.Facts(
+            images=images,
+            classes=classes,
+            on_cpu=on_cpu,
+            batch_unit=sharding.num_batch_shards(sharding.make_mesh(**config.mesh)) * config.microbatches,
+            sizes=tuple(choose("encoder", config.encoder.name, ENCODERS)[1]) if config.encoder.name else (),
+            saved=saved,
+            init_from=init_from,
+            token_stride=lambda known: (
+                make_encoder(**resolve_encoder(with_settings(config, settings(known)), workdir)).token_stride
+            ),
+        ),
+    )
+    for name, (value, reason) in chosen.items():
+        log0(f"chosen: {name} {as_flag(value)} ({reason})")
+    return with_settings(config, {name: value for name, (value, _) in chosen.items()})
+
+
 def with_settings(config: ConfigDict, settings: dict) -> ConfigDict:
     """A copy of `config` with the values of `settings`, by dotted name."""
-    changed = config.copy_and_resolve_references()
+    changed = copy.deepcopy(config)  # keeps the fields that follow from others
     for name, value in settings.items():
         group, _, field = name.rpartition(".")
         (changed[group] if group else changed)[field] = value
@@ -350,9 +405,20 @@ def run_length(config: ConfigDict, images: int) -> tuple[int, int]:
     return steps, steps_per_epoch
 
 
-def warn_about_length(config: ConfigDict, steps: int, steps_per_epoch: int) -> None:
-    """Warn if the warm-up or the EMA horizon does not fit into `steps`."""
-    if config.optim.warmup_epochs * steps_per_epoch >= steps:
+def warn_about_fit(config: ConfigDict, steps: int, steps_per_epoch: int) -> None:
+    """Warn if the warm-up or the EMA horizon does not fit into `steps`, or the mask ratio into few mask patches."""
+    if "mask_ratio" in config.objective:
+        patches = math.prod(side // config.objective.mask_patch_size for side in config.image_size)
+        masked = num_masked(patches, config.objective.mask_ratio)
+        if masked / patches > config.objective.mask_ratio + MAX_RATIO_OFFSET:
+            logging.warning(
+                "%d of %d mask patches are masked: %.1f %%, not %.1f %%; a smaller objective.mask_patch_size is closer",
+                masked,
+                patches,
+                100 * masked / patches,
+                100 * config.objective.mask_ratio,
+            )
+    if (config.optim.warmup_epochs or 0) * steps_per_epoch >= steps:
         logging.warning(
             "the warm-up of %g epochs is as long as the run: the learning rate stays low", config.optim.warmup_epochs
         )
@@ -367,16 +433,40 @@ def warn_about_length(config: ConfigDict, steps: int, steps_per_epoch: int) -> N
         )
 
 
-def make_tx(config: ConfigDict, encoder: Encoder, no_decay: dict, steps: int, steps_per_epoch: int) -> tuple:
-    """(optimizer, learning-rate schedule) of a run."""
+def make_phases(record: dict, workdir: str, steps: int, extend: bool) -> list[dict]:
+    """The phases of a run after its first: {"step": where it begins, changed field: its new value}, in order.
+
+    A phase keeps the state of the optimizer. Its schedule begins at its first step, warm-up included.
+    """
+    newest = checkpoint.newest_step(workdir) if workdir else None
+    if newest is None:
+        if extend:
+            raise ConfigError("no checkpoint to extend", workdir, "run the command without --extend")
+        return []
+    saved = read_json(Path(workdir) / "config.json")
+    phases = saved.get("phases", [])
+    if extend and (changed := new_phase(saved, record)):
+        if steps <= newest:
+            what = f"the run has {newest} steps already, this config {steps}"
+            raise ConfigError(what, workdir, "give more with --config.epochs or --config.steps")
+        log0(f"extending {workdir} from step {newest} to {steps}: a new phase with {changed}")
+        phases = [*phases, {"step": newest, **changed}]
+    return phases
+
+
+def make_tx(
+    config: ConfigDict, encoder: Encoder, no_decay: dict, first_step: int, steps: int, steps_per_epoch: int
+) -> tuple:
+    """(optimizer, learning-rate schedule) of a run's last phase, which begins at `first_step`."""
+    options = {**config.optim, "lr_step_offset": config.optim.lr_step_offset + first_step}
     return optim.make_optimizer(
-        steps=steps,
+        steps=steps - first_step,
         steps_per_epoch=max(steps_per_epoch, 1),
         layer_id=encoder.layer_id,
         depth=encoder.depth,
         no_decay=no_decay,
         scanned_layers=encoder.scanned_layers,
-        **config.optim,
+        **options,
     )
 
 
@@ -467,6 +557,11 @@ def check_sources(config: ConfigDict, objective: Objective, source, heldout, bat
                 source.describe(),
                 f"give --config.objective.num_classes={len(source.classes)}",
             )
+    if heldout and len(heldout) < FEW_HELDOUT and config.evals:
+        logging.warning(
+            "only %d held-out images: their loss and accuracy are rough; hold out more with data.heldout_fraction",
+            len(heldout),
+        )
     check_evals(config, objective, source, heldout)
 
 
@@ -552,7 +647,7 @@ def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, 
     """Steps between two evaluations; 0: only at the start and the end.
 
     For `eval_every=-1`, all evaluators together take at most `MAX_EVALUATION_FRACTION` of the run's work and run at
-    most `MAX_EVALUATIONS` times. A forward pass counts as a third of a training step.
+    most `MAX_EVALUATIONS` times, at least `log_every` steps apart. A forward pass counts as a third of a training step.
     """
     if config.eval_every >= 0 or not evals:
         return max(config.eval_every, 0)
@@ -561,7 +656,7 @@ def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, 
     forward = heldout_passes * min(heldout, limit) + train_passes * min(images, limit)
     affordable = MAX_EVALUATION_FRACTION * steps * config.batch_size / max(forward / 3, 1) - 2  # start and end
     count = min(int(affordable), MAX_EVALUATIONS)
-    return -(-steps // (count + 1)) if count > 0 else 0
+    return max(-(-steps // (count + 1)), config.log_every) if count > 0 else 0
 
 
 def check_frozen(config: ConfigDict, encoder: Encoder, is_frozen: Callable | None, params: dict) -> None:

@@ -10,6 +10,7 @@ import re
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from simmim_jax import automatic
 from simmim_jax.config import defaults, flat, load, to_dict
 from simmim_jax.errors import ConfigError
 
@@ -31,6 +32,12 @@ def define_run_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     add = {"flag_values": flag_values}
     flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, figures", **add)
     flags.DEFINE_bool("print_config", False, "print every field with its value and origin, and exit", **add)
+    flags.DEFINE_bool(
+        "extend",
+        False,
+        "continue a finished or stopped run with another length or rate, as a new phase",
+        **add,
+    )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes", **add)
     flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1, **add)
     flags.DEFINE_integer("process", None, "index of this process, from 0", lower_bound=0, **add)
@@ -89,7 +96,9 @@ def describe_config(config: ConfigDict, argv: list[str], encoder: dict | None) -
             origin = "flag"
         else:
             origin = "default" if name in default and value == default[name] else "recipe"
-        rows.append((name, _as_flag(value), origin))
+        if value is None and name in automatic.FIELDS:
+            value, origin = "auto", "chosen from the data and the machine when the run starts"
+        rows.append((name, as_flag(value), origin))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}" for name, value, origin in rows)
 
@@ -104,10 +113,10 @@ def flag_value(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _as_flag(value) -> str:
+def as_flag(value) -> str:
     """A value as the command line takes it."""
-    if isinstance(value, list):
-        return ",".join(map(_as_flag, value)) + ("," if len(value) == 1 else "") if value else "()"
+    if isinstance(value, list | tuple):
+        return ",".join(map(as_flag, value)) + ("," if len(value) == 1 else "") if value else "()"
     if isinstance(value, bool):
         return str(value).lower()
     return '""' if value == "" else str(value)
@@ -153,7 +162,7 @@ def _translate_flag_error(error: Exception, argv: list[str], path: str) -> Confi
             if children:
                 fix = f"set its fields one by one: --config.{children[0]}=value"
             else:
-                fix = f"give a {type(fields[name]).__name__}, like {_as_flag(fields[name])}"
+                fix = f"give a {type(fields[name]).__name__}, like {as_flag(fields[name])}"
             return ConfigError(message.removeprefix("flag "), path, fix)
     return ConfigError(message, path, "see --help")
 

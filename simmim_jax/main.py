@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     compilation.enable_cache()
     processes.join(given.coordinator, given.processes, given.process, heartbeat=given.heartbeat)
     try:
-        train.train(experiment.make_experiment(given.config, given.workdir), given.workdir)
+        train.train(experiment.make_experiment(given.config, given.workdir, extend=given.extend), given.workdir)
     except Exception as error:
         if (user_error := processes.translate_error(error)) is error:
             raise
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
 
 
 def encoder_fields(config, workdir: str | None) -> dict | None:
-    """All fields of the encoder; None if the config leaves the encoder to an `init_from` that is not given."""
-    if not config.encoder.name and not config.init_from:
+    """All fields of the encoder; None if the config leaves it to the run, or to an `init_from` that is not given."""
+    if config.encoder.size is None or (not config.encoder.name and not config.init_from):
         return None
     from simmim_jax import experiment, models  # the sizes of encoders are next to their Flax modules
 

@@ -37,13 +37,14 @@ class ScheduleOptions(NamedTuple):
       "multistep"      constant, times `gamma` at each epoch in `milestones`
       "linear"         linear to `min_learning_rate` over the remaining steps
       "constant"       constant
-    warmup_epochs: length of the warm-up.
+    warmup_epochs: length of the warm-up; None: `warmup_fraction` of the steps.
     lr_step_offset: 1 to use the rate of the previous step, as the official code does by updating it after the step.
     """
 
     learning_rate: float
     schedule: str
-    warmup_epochs: float = 0.0
+    warmup_epochs: float | None = None
+    warmup_fraction: float = 0.0
     warmup_learning_rate: float = 0.0
     min_learning_rate: float = 0.0
     milestones: tuple[float, ...] = ()
@@ -76,13 +77,14 @@ class OptimizerOptions(NamedTuple):
 def make_schedule(options: ScheduleOptions, steps: int, steps_per_epoch: int) -> optax.Schedule:
     """A function from the step (the number of earlier updates) to the learning rate. Raises ConfigError."""
     learning_rate, min_learning_rate = options.learning_rate, options.min_learning_rate
-    warmup_epochs, warmup_learning_rate = options.warmup_epochs, options.warmup_learning_rate
+    warmup_learning_rate = options.warmup_learning_rate
     milestones, gamma = options.milestones, options.gamma
-    if learning_rate < 0 or warmup_epochs < 0:
-        raise ConfigError(f"learning rate {learning_rate}, {warmup_epochs} warm-up epochs", "optim", "give 0 or more")
+    for name in ("learning_rate", "warmup_epochs", "warmup_fraction"):
+        check_minimum(f"optim.{name}", getattr(options, name) or 0, 0)
     if not all(isinstance(epoch, int | float) for epoch in milestones):
         raise ConfigError(f"milestones {milestones}", "optim.milestones", "give epochs, like 700,750")
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    in_epochs = options.warmup_epochs is not None
+    warmup_steps = round(options.warmup_epochs * steps_per_epoch if in_epochs else options.warmup_fraction * steps)
     rest = max(steps - warmup_steps, 1)
 
     def cosine(progress):

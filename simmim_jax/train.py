@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from simmim_jax import data, optim
-from simmim_jax.errors import CheckpointError, DataError, PeerError, Preempted
+from simmim_jax.errors import CheckpointError, ConfigError, DataError, PeerError, Preempted, suggest
 from simmim_jax.evaluation import make_evaluators
 from simmim_jax.experiment import (
     Experiment,
@@ -43,8 +43,8 @@ def train(experiment: Experiment, workdir: str) -> dict:
     clock = Clock()
     with hold(experiment.record, workdir), StopSignal() as stop:
         summary = processes.on_process_0(lambda: read_json(Path(workdir) / "summary.json"))
-        if summary.get("step") == experiment.steps:
-            log0(f"nothing to do: {workdir} is finished, {experiment.steps} steps; the results are in summary.json")
+        if summary.get("planned_steps") == experiment.steps:
+            log0(f"nothing to do: {workdir} is finished, {summary['step']} steps; the results are in summary.json")
             return summary
         processes.on_process_0(lambda: write_versions(workdir))
         evaluators = make_evaluators(experiment, workdir, stop)
@@ -80,10 +80,16 @@ def train(experiment: Experiment, workdir: str) -> dict:
         )
         recorder.bad_images, recorder.signal = bad_images, processes.process_max(stop.number)
         run = Loop(experiment, workdir, clock, Clock(), recorder, saver, evaluators, stop)
-        run_loop(run, state, batches, step_fn)
-        trained_images = (experiment.steps - start) * experiment.batches.batch_size
-        evaluations = recorder.records.evaluations
-        return write_summary(workdir, evaluations, clock, run.evaluator_clock, experiment.steps, trained_images)
+        last = run_loop(run, state, batches, step_fn)
+        trained_images = (last - start) * experiment.batches.batch_size
+        summary = write_summary(
+            workdir, recorder.records.evaluations, clock, run.evaluator_clock, last, experiment.steps, trained_images
+        )
+        if metric := experiment.saving.keep_best:
+            best = checkpoint.best_step(recorder.records.evaluations, metric)
+            value = recorder.records.evaluations[best][metric]
+            log0(f"best {metric}: {value:.4g}, " + (f"in {workdir}/checkpoints/{best}" if best else "before training"))
+        return summary
 
 
 class Saver(NamedTuple):
@@ -99,9 +105,9 @@ class Saver(NamedTuple):
     from_saved: Callable[[TrainState], TrainState]
     fingerprint: dict
 
-    def save(self, state: TrainState, bad_images: int) -> None:
+    def save(self, state: TrainState, bad_images: int, metrics: dict | None = None) -> None:
         meta = {"data": self.fingerprint, "bad_images": bad_images}
-        checkpoint.save(self.manager, sharding.convert(self.to_saved, state, self.saved), meta)
+        checkpoint.save(self.manager, sharding.convert(self.to_saved, state, self.saved), meta, metrics)
 
 
 def make_saver(experiment: Experiment, workdir: str) -> Saver:
@@ -114,7 +120,9 @@ def make_saver(experiment: Experiment, workdir: str) -> Saver:
         json.dumps(fingerprint), "the data differs", source.describe(), "give all hosts the same files"
     )
     saving = experiment.saving
-    manager = checkpoint.make_manager(workdir, max_to_keep=saving.max_to_keep, keep_period=saving.keep_period)
+    manager = checkpoint.make_manager(
+        workdir, max_to_keep=saving.max_to_keep, keep_period=saving.keep_period, keep_best=saving.keep_best
+    )
     to_saved, from_saved = (partial(change, scanned_layers=layers) for change in (unstack, stack))
     return Saver(manager, to_saved(experiment.state), to_saved, from_saved, fingerprint)
 
@@ -183,13 +191,16 @@ class Loop(NamedTuple):
     stop: StopSignal
 
 
-def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
-    """Train to the last step. Save and evaluate when due. Also save after a signal, and before a DataError if possible.
+def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> int:
+    """Train to the last step, or until `patience` is exhausted; return the step.
 
-    Whether a save or evaluation is due depends only on the step and the records, so a resumed run does the same.
+    Save and evaluate when due. Also save after a signal, and before a DataError if possible. Whether a save or
+    evaluation is due depends only on the step and the records, so a resumed run does the same. For `keep_best`, the
+    state of an evaluation is saved after it, with its metrics.
     """
     experiment, clock, recorder, mesh = run.experiment, run.clock, run.recorder, run.experiment.mesh
-    every, save_every, steps = experiment.evals.every, experiment.saving.save_every, experiment.steps
+    every, saving, steps = experiment.evals.every, experiment.saving, experiment.steps
+    evaluations = recorder.records.evaluations
     key = jax.jit(lambda key: key, out_shardings=sharding.replicated(mesh))(experiment.keys.step)
     step = saved = int(state.step)
     profile = Profile(run.workdir, experiment.saving.profile_steps)
@@ -198,16 +209,18 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
         while True:
             # Read the signal once per iteration. With several processes, use the one that the step has shared with all.
             signal = run.stop.number if jax.process_count() == 1 else recorder.signal
+            if saving.patience and is_patience_exhausted(evaluations, step, saving.keep_best, saving.patience):
+                steps = step
             must_save = step == steps or signal
-            save_due = step > saved and (must_save or step % save_every == 0)
-            evaluation_due = step not in recorder.records.evaluations and (
-                step in (0, steps) or bool(every and step % every == 0)
-            )
+            evaluation_due = step not in evaluations and (step in (0, steps) or bool(every and step % every == 0))
+            save_due = step > saved and (must_save or step % saving.save_every == 0)
+            if saving.keep_best and not signal:
+                save_due = not evaluation_due and (save_due or (step > saved and step in evaluations))
             if save_due or evaluation_due:
                 recorder.flush()
             if save_due and (must_save or not recorder.skipped):  # keep the state before non-finite steps
                 with clock.measure("save"):
-                    run.saver.save(state, recorder.bad_images)
+                    run.saver.save(state, recorder.bad_images, evaluations.get(step))
                 saved = step
             if signal:
                 raise Preempted(signal, saved)
@@ -215,7 +228,7 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
                 evaluate(run, step, state)
                 continue  # check for signals again
             if step == steps:
-                return
+                return step
             with jax.transfer_guard("disallow"):  # only explicit transfers
                 with clock.measure("data"):  # while the device computes the previous step
                     batch = to_device(next(batches), run.stop.number, mesh)
@@ -254,6 +267,13 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> None:
                 checkpoint.finish(run.saver.manager)
 
 
+def is_patience_exhausted(evaluations: dict[int, dict], step: int, metric: str, patience: int) -> bool:
+    """Whether the evaluation at `step` is at least the `patience`-th after the one with the best value of `metric`."""
+    if step not in evaluations:
+        return False
+    return sum(other > checkpoint.best_step(evaluations, metric) for other in evaluations) >= patience
+
+
 def evaluate(run: Loop, step: int, state: TrainState) -> None:
     """Run all evaluators and record their results. After a signal, stop: the resumed run repeats the evaluation."""
     with run.clock.measure("evaluation"):
@@ -265,6 +285,8 @@ def evaluate(run: Loop, step: int, state: TrainState) -> None:
         except Preempted as stopped:
             run.recorder.signal = stopped.number
             return
+        if (metric := run.experiment.saving.keep_best) and metric not in row:
+            raise ConfigError(f"no evaluation has the metric {metric!r}", "keep_best", suggest(metric, row))
         run.recorder.records.write_evaluation(step, row)
     if row:
         log0(f"evaluation at step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))

@@ -24,6 +24,7 @@ from simmim_jax.config import (
     to_dict,
 )
 from simmim_jax.errors import ConfigError
+from simmim_jax.experiment import fill_in
 from simmim_jax.models import ENCODERS, make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.optim import make_optimizer
@@ -38,8 +39,11 @@ def in_the_root(monkeypatch):
 
 
 def parameters(config):
-    """Shapes of a recipe's parameters. Recipes for any encoder get a small one."""
-    encoder = {**config.encoder} if config.encoder.name else {**config.encoder, "name": "vit", "size": "s"}
+    """Shapes of a recipe's parameters. Recipes for any encoder get a small one, and open fields a value."""
+    if not config.encoder.name:
+        config.encoder.name, config.encoder.size = "vit", "s"
+    config = fill_in(config, "", images=10_000, classes=10, on_cpu=False)
+    encoder = {**config.encoder}
     objective = make_objective(
         encoder=make_encoder(**encoder | {"scan": True}), image_size=config.image_size,
         mean=config.mean or IMAGENET_MEAN, std=config.std or IMAGENET_STD, **config.objective,
@@ -53,6 +57,7 @@ def test_recipe_builds_its_model_and_optimizer_and_documents_itself(name):
     if config.encoder.name.startswith("swin"):  # the official recipes below are built at their depth
         config.encoder.depths = (1, 1, 1, 1)
     assert parameters(config)
+    config = fill_in(config, "", images=10_000, classes=10, on_cpu=False)
     make_optimizer(steps=10, steps_per_epoch=5, layer_id=lambda path: 0, depth=1, **config.optim)
     text = (ROOT / "configs" / f"{name}.py").read_text()
     docstring = text.split('"""')[1]
@@ -60,7 +65,11 @@ def test_recipe_builds_its_model_and_optimizer_and_documents_itself(name):
     assert "Hardware:" in docstring
     assert re.search("not yet run|measured", docstring)
     imports = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert imports <= {"ml_collections", "simmim_jax.config"}  # a recipe reads no other recipe
+    assert imports <= {
+        "ml_collections",
+        "ml_collections.config_dict",
+        "simmim_jax.config",
+    }  # a recipe reads no other recipe
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "folder_segment:upernet"])
@@ -78,8 +87,8 @@ def test_each_field_is_either_free_or_fixed(name):
 def test_each_listed_field_exists():
     configs = [*(load(f"configs/{name}.py") for name in RECIPES), load("configs/folder_segment.py:upernet")]
     fields = {field for config in configs for field, _ in flat(to_dict(config), whole=WHOLE)}
-    # which a run adds to its config.json
-    assert {*FREE, *FIXED} - fields == {"classes", "imported", "pixels", "untrained_classes"}
+    added_by_runs = {"classes", "imported", "phases", "pixels", "untrained_classes"}
+    assert {*FREE, *FIXED} - fields == added_by_runs
 
 
 RECIPE_OF = {  # official yaml file: our recipe, and fields that make it that of the Swin repository

@@ -189,10 +189,10 @@ def test_pattern_that_freezes_nothing_or_everything_is_refused(frozen, decisive)
 
 
 def test_ema_horizon_longer_than_the_run_is_warned_about(warnings):
-    experiment.warn_about_length(digits(ema_decay=0.9999), 100_000, 100)
-    experiment.warn_about_length(digits(ema_decay=0.0), 660, 100)
+    experiment.warn_about_fit(digits(ema_decay=0.9999), 100_000, 100)
+    experiment.warn_about_fit(digits(ema_decay=0.0), 660, 100)
     assert warnings == []
-    experiment.warn_about_length(digits(ema_decay=0.9999), 660, 100)
+    experiment.warn_about_fit(digits(ema_decay=0.9999), 660, 100)
     assert len(warnings) == 1
     assert "94 %" in warnings[0]
 
@@ -243,7 +243,7 @@ def test_settings_for_pretrained_weights_are_noted():
 def test_evaluations_stay_within_their_share_of_the_work(names, steps, heldout):
     config = digits(eval_every=-1, eval_images=2000)
     period = experiment.evaluation_period(config, {name: {} for name in names}, steps, 50_000, heldout)
-    if period == 0:  # only at the start and the end
+    if period == 0 or steps < config.log_every:  # only at the start and the end
         return
     forward = min(heldout, 2000) * ("reconstruction" in names)
     forward += (2000 + min(heldout, 2000)) * bool({"knn", "linear"} & set(names))

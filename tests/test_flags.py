@@ -37,7 +37,7 @@ def parse(*argv):
         ("--config.optm.name=sgd", "did you mean optim.name"),
         ("--config.objective.ratio=0.5", "did you mean objective.mask_ratio"),
         ("--config.encoder.heads=3", "did you mean encoder.num_heads"),
-        ("--config.keep=3", "did you mean max_to_keep"),
+        ("--config.maxtokeep=3", "did you mean max_to_keep"),
         ("--config.objective.zzz=3", "unknown field objective.zzz"),
         ("--config.batch_size=1e3", "1e3.* - give a int, like 64"),
         ("--config.data.flip=often", "often.* - give a float, like 0.0"),

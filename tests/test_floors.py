@@ -21,7 +21,7 @@ FLOORS = {
     "models.layers": 2, "data.": 2, "optim": 2,
     "masking": 2,  # a registry too, but on this floor, because the objective simmim reads it
     "masking.": 1, "runtime": 1, "runtime.": 1, "flags": 1,
-    "config": 0, "train_step": 0, "files": 0,
+    "config": 0, "train_step": 0, "files": 0, "automatic": 0,
     "errors": -1,
 }  # fmt: skip
 # Entry files of commands import late, so that --help and flag errors need no JAX.

@@ -19,7 +19,7 @@ from simmim_jax.tools import plan
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "image_size": (32, 32), "batch_size": 64, "epochs": 2.0, "encoder.name": "vit", "encoder.size": "ti",
-    "encoder.width": 64, "encoder.depth": 1, "encoder.num_heads": 4, "encoder.patch_size": 8,
+    "encoder.width": 64, "encoder.depth": 1, "encoder.num_heads": (4,), "encoder.patch_size": 8,
     "encoder.relative_position": "none", "encoder.absolute_position": "learned",
 }  # fmt: skip
 MACHINE = {"devices": 8, "kind": "h100", "images": 640}

@@ -8,6 +8,7 @@ every function that takes a manager, at the same step.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -32,13 +33,24 @@ from simmim_jax.train_step import TrainState
 FREE_SPACE = "earlier checkpoints are kept; free some space or repair the folder, then run the same command again"
 
 
-def make_manager(workdir: str, *, max_to_keep: int = 2, keep_period: int = 0) -> ocp.CheckpointManager:
-    """The Orbax manager of a workdir. It keeps the newest `max_to_keep`, and each `keep_period`-th step (0: none)."""
+def make_manager(
+    workdir: str, *, max_to_keep: int = 2, keep_period: int = 0, keep_best: str = ""
+) -> ocp.CheckpointManager:
+    """The Orbax manager of a workdir.
+
+    It keeps the newest `max_to_keep` checkpoints, each `keep_period`-th step (0: none), and the checkpoint with the
+    best value of the metric `keep_best` ("": none).
+    """
     logging.get_absl_handler().addFilter(_is_not_from_orbax)
     policies = [preservation_policy.LatestN(max(max_to_keep, 1))]
     if keep_period:
         policies.append(preservation_policy.EveryNSteps(keep_period))
+    worst = math.inf if is_lower_better(keep_best) else -math.inf
+    metric = lambda metrics: metrics.get(keep_best, worst)  # noqa: E731
+    if keep_best:
+        policies.append(preservation_policy.BestN(get_metric_fn=metric, reverse=is_lower_better(keep_best), n=1))
     options = ocp.CheckpointManagerOptions(
+        best_fn=metric if keep_best else None,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
@@ -50,6 +62,17 @@ def make_manager(workdir: str, *, max_to_keep: int = 2, keep_period: int = 0) ->
         "meta": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options, item_handlers=handlers)
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a lower value of an evaluation's metric is better: of a loss, not of an accuracy."""
+    return metric.endswith("loss")
+
+
+def best_step(evaluations: dict[int, dict], metric: str) -> int:
+    """The first step with the best value of a metric. evaluations: rows by step."""
+    sign = 1 if is_lower_better(metric) else -1
+    return min((row for row in evaluations.values() if metric in row), key=lambda row: sign * row[metric])["step"]
 
 
 def _is_not_from_orbax(record) -> bool:
@@ -82,10 +105,11 @@ def checksums(tree: PyTree) -> dict[str, int]:
     return {path_name(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict, metrics: dict | None = None) -> None:
     """Start to save `state` and `meta`. Returns as soon as the arrays may be donated, before they are written.
 
-    Raises CheckpointError if this save or the previous one cannot be written.
+    metrics: of the evaluation at this step, for `keep_best`. Raises CheckpointError if this save or the previous one
+    cannot be written.
     """
 
     def check_room() -> None:
@@ -101,7 +125,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
     arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     arguments = ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))
     with _translate_disk_errors(manager):
-        manager.save(step, args=arguments)
+        manager.save(step, args=arguments, metrics=metrics or {})
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -255,7 +279,12 @@ def read_params(init_from: str) -> tuple[dict, dict]:
 
 def has_steps(workdir: str) -> bool:
     """Whether any checkpoint has been saved in `workdir`."""
-    return bool(_steps_in(Path(workdir) / "checkpoints"))
+    return newest_step(workdir) is not None
+
+
+def newest_step(workdir: str) -> int | None:
+    """The step of the newest checkpoint in `workdir`; None if there is none."""
+    return max(_steps_in(Path(workdir) / "checkpoints"), default=None)
 
 
 def _steps_in(folder: Path) -> list[int]:

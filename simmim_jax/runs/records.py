@@ -22,7 +22,7 @@ from PIL import Image
 from simmim_jax import data
 from simmim_jax.errors import DataError, NonFiniteError
 from simmim_jax.files import write_atomically, write_json
-from simmim_jax.runtime import processes
+from simmim_jax.runtime import compilation, processes
 from simmim_jax.runtime.processes import log0
 
 MAX_DATA_WAIT = 0.2  # fraction of the time spent waiting for data, above which the run suggests a fix
@@ -106,11 +106,15 @@ class Clock:
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Time a block. Compilation within it counts as "compile"."""
+        start, compiled = time.perf_counter(), compilation.seconds()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            compiled = compilation.seconds() - compiled
+            self.seconds[name] += time.perf_counter() - start - compiled
+            if compiled:
+                self.seconds["compile"] += compiled
 
     def total(self) -> float:
         return time.perf_counter() - self._start
@@ -266,18 +270,32 @@ class Profile:
 
 
 def write_summary(
-    workdir: str, evaluations: dict[int, dict], clock: Clock, evaluator_clock: Clock, step: int, trained_images: int
+    workdir: str,
+    evaluations: dict[int, dict],
+    clock: Clock,
+    evaluator_clock: Clock,
+    step: int,
+    planned_steps: int,
+    trained_images: int,
 ) -> dict:
     """Write summary.json. Print the results compared with those at step 0, and the time spent on each part of the run.
 
-    evaluator_clock: seconds by evaluator; work that two evaluators share counts for the first. trained_images: images
-    trained on since this start of the run, over all processes.
+    evaluator_clock: seconds by evaluator; work that two evaluators share counts for the first. step, planned_steps: the
+    last step, and the length of the run, which may have ended early. trained_images: images trained on since this start
+    of the run, over all processes.
     """
     first, last = ({k: v for k, v in evaluations.get(n, {}).items() if k != "step"} for n in (0, step))
     seconds = clock.summary()
     rate = trained_images / max(seconds.get("step", 0) + seconds.get("data", 0), 1e-9)
-    evaluators = {name: round(value, 2) for name, value in evaluator_clock.seconds.items()}
-    summary = {"step": step, **last, "start": first, "images_per_second": round(rate, 1), "seconds": seconds}
+    evaluators = {name: round(value, 2) for name, value in evaluator_clock.seconds.items() if name != "compile"}
+    summary = {
+        "step": step,
+        "planned_steps": planned_steps,
+        **last,
+        "start": first,
+        "images_per_second": round(rate, 1),
+        "seconds": seconds,
+    }
     summary["seconds_of_evaluators"] = evaluators
     if not processes.is_process_0():
         return summary

@@ -12,6 +12,21 @@ from jaxtyping import Array, PyTree
 
 from simmim_jax.runtime import sharding
 
+_compiled = []  # seconds of each compilation in this process
+
+
+def _listen(event: str, seconds: float, **_) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def seconds() -> float:
+    """The seconds that this process has spent in XLA's compiler, or reading its cache."""
+    return sum(_compiled)
+
 
 def enable_cache() -> Path | None:
     """Enable JAX's persistent compilation cache in the user's cache folder; return the folder, or None if impossible.

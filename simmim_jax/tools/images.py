@@ -122,7 +122,7 @@ def follow_images(run: Run, path: str) -> Run:
     Compares with the fingerprint in the checkpoint, which does not depend on the path if the run divided its images.
     """
     own, saved = run.config.get("data", {}), checkpoint.read_fingerprints(run.folder).get("source")
-    if not path or not own.get("path") or not own.get("heldout_fraction") or not saved or is_own(run, path):
+    if not path or not own.get("path") or own.get("heldout_fraction", 0) == 0 or not saved or is_own(run, path):
         return run
     moved = run._replace(config=run.config | {"data": own | {"path": path}})
     with contextlib.suppress(UserError):

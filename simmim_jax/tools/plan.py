@@ -112,9 +112,9 @@ def plan(
     step_seconds = max(compute_seconds, communication_seconds)
     rate, hosts = batch_size / step_seconds, devices // per_host
     numbers = {
-        "encoder": f"{config.encoder.name or 'that of init_from'} {config.encoder.size or ''}".strip(),
+        "encoder": f"{config.encoder.name or 'that of init_from'} {experiment.record['encoder']['size'] or ''}".strip(),
         "dtype": encoder.dtype,
-        "image": [*config.image_size, experiment.batches.channels],
+        "image": [*experiment.batches.image_size, experiment.batches.channels],
         "kind": kind,
         "devices": devices,
         "devices_per_host": per_host,
@@ -155,14 +155,15 @@ def make_planned(config, images: int):
     """
     from simmim_jax.experiment import make_experiment
 
+    make = partial(make_experiment, config, on_cpu=False)
     if images:
-        return make_experiment(config, images=images)
+        return make(images=images)
     try:
-        return make_experiment(config)
+        return make()
     except UserError as error:
         if config.steps:
-            return make_experiment(config, images=0)
-        make_experiment(config, images=config.batch_size)  # raises if the mistake is not in the data
+            return make(images=0)
+        make(images=10**9)  # raises if the mistake is not in the data
         raise ConfigError(
             f"the number of images is unknown ({error.what})",
             "--images",

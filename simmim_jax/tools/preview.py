@@ -66,10 +66,14 @@ def preview(
     """
     from simmim_jax import data  # late: --help and mistakes on the command line need no JAX
     from simmim_jax.evals.sheet import save_png
-    from simmim_jax.experiment import make_experiment, with_settings
+    from simmim_jax.experiment import make_experiment, open_sources, with_settings
 
     if not time_step:  # the mesh may need devices that this machine lacks
         config = with_settings(config, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})
+    count = len(open_sources(config)[0])
+    if (config.batch_size or 0) > count:
+        report("warning", f"batch_size {config.batch_size} is larger than the data, {count} images: a run refuses it")
+        config = with_settings(config, {"batch_size": None})
     experiment = make_experiment(config)
     source, spec, loading = experiment.source, experiment.batches, experiment.loading
     classes = tuple(source.classes)

@@ -64,7 +64,7 @@ def make_source(
     name: str = "",
     data_dir: str = "",
     split: str = "train",
-    heldout_fraction: float = 0.1,
+    heldout_fraction: float | None = 0.1,
 ) -> Source:
     """Make the source of one split of a data set.
 
@@ -80,7 +80,8 @@ def make_source(
       name: name of a TFDS data set.
       data_dir: directory of TFDS data sets; "" for TFDS's default. For a list, the folder of its relative paths.
       split: "train", or an evaluation split: val, valid, validation, test. For TFDS, any split or slice.
-      heldout_fraction: fraction of the images that is held out if the data has no evaluation split. TFDS ignores it.
+      heldout_fraction: fraction of the images that is held out if the data has no evaluation split. None: 2 %, at least
+        8 images if there are 32 or more. TFDS ignores it.
 
     Raises:
       ConfigError: the source or split does not exist.
@@ -88,7 +89,7 @@ def make_source(
     """
     if source not in SOURCES:
         raise ConfigError(f"unknown source {source!r}", "data.source", suggest(source, SOURCES))
-    if not 0 <= heldout_fraction < 1:
+    if heldout_fraction is not None and not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction={heldout_fraction}", "data.heldout_fraction", "must be in [0, 1)")
     options = {"name": name, "data_dir": data_dir, "heldout_fraction": heldout_fraction}
     with one_report():

@@ -20,6 +20,8 @@ from simmim_jax.data.sources.names import Names
 from simmim_jax.data.sources.parts import FileSource
 from simmim_jax.data.sources.splits import (
     EVALUATION,
+    HELDOUT_FRACTION,
+    MIN_HELDOUT,
     SIDES,
     STANDARD,
     both_sides,
@@ -38,12 +40,12 @@ MAX_LISTS = 50  # text files in a folder that may be lists of images
 MAX_SORTED = 200_000  # entries of a directory sorted in memory; more are sorted in runs on disk
 
 
-def make_folder(*, path: str, split: str, heldout_fraction: float, **_) -> "Folder":
+def make_folder(*, path: str, split: str, heldout_fraction: float | None, **_) -> "Folder":
     """The images below `path` that belong to `split`, in the order of their names.
 
     The root is `path/<split>` if it exists; the evaluation split may have any of its names. Otherwise a fixed part is
     held out (of `path/train` if that exists), drawn by a hash of the name: no file changes sides when others are added
-    or removed. Only if the part of a small folder would be empty, one image is held out.
+    or removed, except in a small folder, of which a minimum is held out (see `_held_out`).
 
     The class is the first directory below the root. A folder with images outside of such directories, or with only one
     such directory, is unlabeled. Links are followed, no directory is visited twice, and hidden names are skipped.
@@ -395,13 +397,22 @@ def _first_folders(root: str, known: set[str], endings: tuple[str, ...]) -> set[
     return found | ({""} if outside else set())
 
 
-def _held_out(names: Names, fraction: float) -> np.ndarray:
-    """Whether each image is held out: if its hash is below the fraction. Of several images at least one is."""
-    bound, smallest, held_out = fraction * 2**64, (2**64, 0), np.zeros(len(names), bool)
-    for i, name in enumerate(names):
-        value = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
-        held_out[i] = value < bound
-        smallest = min(smallest, (value, i))
-    if fraction > 0 and len(names) > 1:
-        held_out[smallest[1]] = True
+def _held_out(names: Names, fraction: float | None) -> np.ndarray:
+    """Whether each image is held out: if its hash is below the fraction, or among the smallest hashes.
+
+    At least one of several images is held out; for the fraction None, at least `MIN_HELDOUT`, or a quarter.
+    """
+    least = 1 if len(names) > 1 and fraction != 0 else 0
+    if fraction is None:
+        fraction, least = HELDOUT_FRACTION, max(min(MIN_HELDOUT, len(names) // 4), least)
+    held_out = np.zeros(len(names), bool)
+
+    def hashes() -> Iterator[tuple[int, int]]:
+        for i, name in enumerate(names):
+            value = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
+            held_out[i] = value < fraction * 2**64
+            yield value, i
+
+    for _, i in heapq.nsmallest(max(least, 1), hashes())[:least]:
+        held_out[i] = True
     return held_out

@@ -7,16 +7,18 @@ import math
 import numpy as np
 
 from simmim_jax.data.sources.classes import read_labels
-from simmim_jax.data.sources.splits import Selection
+from simmim_jax.data.sources.splits import HELDOUT_FRACTION, MIN_HELDOUT, Selection
 from simmim_jax.errors import DataError
 
 
-def make_part(source, selection: Selection, heldout_fraction: float):
-    """The records of a selection: all, the held-out ones, or the others."""
+def make_part(source, selection: Selection, heldout_fraction: float | None):
+    """The records of a selection: all, the held-out ones, or the others. heldout_fraction: as in `make_source`."""
     part = source
-    if selection.held_out is not None and (heldout_fraction or selection.held_out):
+    if selection.held_out is not None and (heldout_fraction != 0 or selection.held_out):
         every = 0
-        if heldout_fraction > 0.5:
+        if heldout_fraction is None:
+            every = min(round(1 / HELDOUT_FRACTION), max(len(source) // MIN_HELDOUT, 4))
+        elif heldout_fraction > 0.5:
             every = 1 / fractions.Fraction(heldout_fraction).limit_denominator(1_000_000)
         elif heldout_fraction:
             every = round(1 / heldout_fraction)

@@ -24,6 +24,7 @@ from simmim_jax.errors import ConfigError, DataError, suggest
 
 EVALUATION = ("val", "valid", "validation", "test")  # names of the evaluation split
 STANDARD = ("train", *EVALUATION)
+HELDOUT_FRACTION, MIN_HELDOUT = 0.02, 8  # of images that is held out by default; fewest, of 32 images or more
 MAX_FILES = 1_000_000  # named by braces
 MAX_CLASSES = 1_000_000
 WILDCARDS = re.compile(r"[*?\[{]")
