@@ -21,8 +21,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WHOLE = ("evals", "imported", "phases", "pixels")  # trees of open content, each compared as one field
 
 # Fields that may change when a run resumes, because no parameter depends on them. A run adds `classes`, `imported`,
-# `phases`, `pixels` and `untrained_classes` to its config.json. `pixels` has what `bands`, `nodata` and `value_range` led
-# to. The data's fingerprint guards the fields that choose images.
+# `phases`, `pixels` and `untrained_classes` to its config.json. `pixels` has what `bands`, `nodata` and `value_range`
+# led to. The data's fingerprint guards the fields that choose images.
 FREE = (
     "check_memory", "classes", "eval_batch_size", "eval_every", "eval_images", "evals", "imported", "keep_best",
     "keep_period", "log_every", "max_nonfinite_steps", "max_to_keep", "microbatches", "online_probes", "patience",
