@@ -50,6 +50,7 @@ SMALL = (  # regular expression of a command, flags that make it small; the firs
     (r"main .*/folder_vit_small.*name=swin", f"{FEW} {STAMPS} {TINY_SWIN} {HELD_OUT} --config.encoder.window=4"),
     (r"main .*/folder_vit_small.*init_from", f"{FEW} {STAMPS} {HELD_OUT} --config.encoder.window=4"),
     (r"main .*/folder_vit_small.*--extend", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.steps=4"),
+    (r"main .*/folder_vit_small.*(SATELLITE|MICROSCOPE)", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT}"),
     (r"main .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --config.save_every=1"),
     (r"preview .*/folder_vit_small", f"{FEW} {STAMPS} {TINY_VIT} {HELD_OUT} --seconds=0.5"),
     (r"main .*/folder_finetune.*init_from=runs/mine", f"{FEW} {STAMPS} --config.eval_batch_size=8"),
@@ -150,6 +151,7 @@ def write_inputs(folder: Path) -> None:
     """What the placeholders of the pages stand for, under their own names."""
     import numpy as np
     import tensorflow_datasets as tfds
+    import tifffile
     from PIL import Image
 
     sys.path.append(str(ROOT / "tests"))
@@ -186,6 +188,11 @@ def write_inputs(folder: Path) -> None:
     for n in range(40):
         save(picture(n), folder / "DIR" / f"class_{n % 10}" / f"{n}.jpg")
     picture(0).save(folder / "IMAGE", "JPEG")
+    (folder / "SATELLITE").mkdir()
+    for n in range(40):
+        values = np.random.default_rng(n).integers(0, 4096, (72, 72, 12), dtype=np.uint16)
+        save(Image.fromarray(values[..., 0]), folder / "MICROSCOPE" / f"{n}.png")
+        tifffile.imwrite(folder / "SATELLITE" / f"{n}.tif", values, photometric="minisblack", compression="lzw")
     for n in range(16):
         part = "val" if n % 4 == 0 else "train"
         save(picture(n), folder / "SEGMENTS" / "images" / part / f"{n}.png")

@@ -8,7 +8,7 @@ architecture is that of RUN.
 
 - Another resolution: --config.image_size=224,224, and for a Swin its window, like --config.encoder.window=7. Position
   embeddings and bias tables are resized as in official code, and each is logged.
-- Other pixel statistics than ImageNet's in RUN: --config.mean and --config.std.
+- Mean, standard deviation, bands and value range of the images are those of RUN.
 - Official fine-tuning of a ViT: `configs/folder_finetune.py:vit`. Each block gets its own copy of the shared bias
   table, and the norm follows pooling instead of preceding it.
 - Layer decay, --config.optim.layer_decay: officially 0.65 for ViT-B, 0.8 or 0.9 for Swin-B, 0.7 for Swin-L and 0.75

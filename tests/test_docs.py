@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 TOPICS = (
-    *("install", "data", "pretrain", "evaluate", "finetune", "segment", "convert", "multi-host"),
+    *("install", "data", "scientific-images", "pretrain", "evaluate", "finetune", "segment", "convert", "multi-host"),
     *("configs", "outputs", "errors", "extending", "results", "benchmarks"),
 )
 
