@@ -192,7 +192,7 @@ def write_inputs(folder: Path) -> None:
     for n in range(40):
         values = np.random.default_rng(n).integers(0, 4096, (72, 72, 12), dtype=np.uint16)
         save(Image.fromarray(values[..., 0]), folder / "MICROSCOPE" / f"{n}.png")
-        tifffile.imwrite(folder / "SATELLITE" / f"{n}.tif", values, photometric="minisblack", compression="lzw")
+        tifffile.imwrite(folder / "SATELLITE" / f"{n}.tif", values, planarconfig="contig", compression="lzw")
     for n in range(16):
         part = "val" if n % 4 == 0 else "train"
         save(picture(n), folder / "SEGMENTS" / "images" / part / f"{n}.png")

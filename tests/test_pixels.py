@@ -93,8 +93,8 @@ class Images:
     "options",
     [
         {}, {"compression": "lzw", "predictor": True}, {"compression": "deflate", "tile": (16, 16)},
-        {"compression": "zstd"}, {"planarconfig": "separate"}, {"photometric": None}, {"bigtiff": True},
-        {"byteorder": ">"}, {"ome": True}, {"imagej": True},
+        {"compression": "zstd"}, {"planarconfig": "separate"}, {"bigtiff": True},
+        {"byteorder": ">"}, {"ome": True}, {"imagej": True}, {"plain": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -106,8 +106,12 @@ def test_tiff_of_any_dialect_has_the_samples_of_its_file(options, dtype, bands):
         stored = np.moveaxis(pixels, 2, 0)
     if options.get("ome") or options.get("imagej"):
         options |= {"metadata": {"axes": "CYX"}, "planarconfig": None}
-    if "photometric" in options:  # one page for each band would not say that they belong together
-        options = {"photometric": "minisblack"}
+    if options.pop("plain", False):  # as a user writes an array: one page for each element of its first axis
+        for array in (pixels, np.moveaxis(pixels, 2, 0)):
+            file = io.BytesIO()
+            tifffile.imwrite(file, array, photometric="minisblack")
+            assert np.array_equal(decode(file.getvalue(), bands), pixels)
+        return
     if dtype == "int16" and options.get("imagej"):
         pytest.skip("ImageJ has no int16")
     found = decode(tiff(stored, **options), bands)

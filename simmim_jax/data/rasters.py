@@ -107,19 +107,20 @@ def _as_samples(pixels: np.ndarray, nodata: float | None = None) -> np.ndarray:
 # --- NumPy
 
 
-def _open_array(file: io.IOBase, load: Callable[[], np.ndarray]) -> Raster:
-    """The raster of an array [h, w], [h, w, c] or [c, h, w]: the first axis has the channels if it is the shortest.
+def _arranged(shape: tuple[int, ...], dtype: np.dtype, load: Callable[[], np.ndarray]) -> Raster:
+    """The raster of an array [h, w], [h, w, c] or [c, h, w]: the first axis has the channels if it is the shortest."""
+    if len(shape) == 3 and shape[0] < min(shape[1:]):
+        return _arranged((*shape[1:], shape[0]), dtype, lambda: np.moveaxis(load(), 0, -1))
+    return from_array(np.broadcast_to(np.zeros((), dtype), shape))._replace(load=lambda: _as_samples(load()))
 
-    file: begins with the header of .npy. load: reads the array.
-    """
+
+def _open_array(file: io.IOBase, load: Callable[[], np.ndarray]) -> Raster:
+    """The raster of an array that `load` reads. file: begins with the header of .npy."""
     version = np.lib.format.read_magic(file)
     if version not in NPY_HEADERS:
         raise ValueError(f"is an .npy file of version {version}")
     shape, _, dtype = NPY_HEADERS[version](file)
-    if len(shape) == 3 and shape[0] < min(shape[1:]):
-        raster = from_array(np.broadcast_to(np.zeros((), dtype), (*shape[1:], shape[0])))
-        return raster._replace(load=lambda: _as_samples(np.moveaxis(load(), 0, -1)))
-    return from_array(np.broadcast_to(np.zeros((), dtype), shape))._replace(load=lambda: _as_samples(load()))
+    return _arranged(shape, dtype, load)
 
 
 def _open_npy(data: bytes) -> Raster:
@@ -161,6 +162,8 @@ def _open_tiff(data: bytes) -> Raster | None:
     file = tifffile.TiffFile(io.BytesIO(data))
     page, pages = file.pages[0], list(file.pages)
     tags = {code: page.tags[code].value for code in (GDAL_METADATA, GDAL_NODATA, ORIENTATION) if code in page.tags}
+    if len(pages) > 1 and file.series[0].kind == "shaped" and len(file.series[0].shape) == 3:
+        return _arranged(file.series[0].shape, page.dtype, file.series[0].asarray)  # an array, written by tifffile
     channel_pages = _channel_pages(file) if len(pages) > 1 else [page]
     if _is_plain(page) and len(channel_pages) == 1 and not {GDAL_METADATA, GDAL_NODATA} & tags.keys():
         return None
