@@ -59,16 +59,13 @@ def import_weights(options: argparse.Namespace, fields: dict) -> None:
         print(f"note: {note}")
     print_names("left out by --allow", skipped)
     print_names("left out, not weights", sorted(weights.derived))
-    print_next(options.target, spec.image_size, normalization)
+    print_next(options.target, spec.image_size)
 
 
-def print_next(target: str, image_size: tuple[int, int], normalization: dict) -> None:
-    """Print the commands that train from the workdir."""
+def print_next(target: str, image_size: tuple[int, int]) -> None:
+    """Print the commands that train from the workdir, with its mean and std."""
     size = ",".join(map(str, image_size))
     flags = f"--config.init_from={target} --config.image_size={size} --config.data.path=DIR --workdir runs/NEW"
-    if normalization != IMAGENET:
-        given = (f"--config.{name}={','.join(map(str, values))}," for name, values in normalization.items())
-        flags = f"{' '.join(given)} {flags}"
     print(f"written to {target}; to fine-tune it, or (second line) to continue pretraining:")
     print(f"  python -m simmim_jax.main --config configs/folder_finetune.py --config.objective.num_classes=N {flags}")
     print(f"  python -m simmim_jax.main --config configs/folder_vit_small.py --config.encoder.name= {flags}")
