@@ -114,7 +114,7 @@ def test_ratios_are_medians_of_ratios_within_a_round(bench):
 
 @pytest.fixture(scope="module")
 def programs():
-    return {name: load_program(name) for name in ("step", "scaling", "compile_time", "input", "decode")}
+    return {name: load_program(name) for name in ("step", "scaling", "compile_time", "input", "decode", "swinv2_drift")}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,7 @@ def programs():
         ("compile_time", "--models=swin_t", "no model 'swin_t'"),
         ("compile_time", "--scan=maybe", "--scan=maybe"),
         ("compile_time", "--depths=12,x", "--depths"),
+        ("swinv2_drift", "--steps=0", "--steps"),
         ("input", "--path=. --peer=tensorflow", "tensorflow"),
         ("input", "--path=/no/such/folder --peer=none", "--path=/no/such/folder"),
         ("input", "--path=. --shards-path=/none --peer=none", "--shards-path=/none"),
@@ -173,6 +174,17 @@ def test_readme_shows_the_measured_tables(programs, path):
     tables = make.get(kind, lambda: [program.table(report)])()
     assert tables
     assert all(table in readme for table in tables)
+
+
+@pytest.mark.slow
+def test_swin_v2_is_as_far_from_float64_as_pytorch(programs, tmp_path):
+    pytest.importorskip("torch")
+    programs["swinv2_drift"].main(["--steps=2", "--seeds=1", f"--out={tmp_path / 'drift.json'}"])
+    report = json.loads((tmp_path / "drift.json").read_text())
+    assert report["golden_errors"]["loss"] < 1e-6
+    assert report["golden_errors"]["gradients"] < 1e-4
+    for (row,) in report["rows"].values():  # float32 noise; a factor of 3, because Adam amplifies it by chance
+        assert row["jax32"] < 3 * max(row["torch32"], row["rounded64"])
 
 
 # --- step.py in its own process

@@ -11,6 +11,7 @@ from torch_files import AsNumpy, Global, write_pth
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
 from simmim_jax.interop.reading import read_weights
+from simmim_jax.interop.rebuild import Dropped
 from simmim_jax.interop.selection import select, state_dicts, unwrap
 from simmim_jax.runs import checkpoint
 from simmim_jax.tools.convert import __main__ as convert
@@ -85,6 +86,22 @@ def test_one_of_several_sets_is_taken_and_the_others_are_named(model, keys, opti
     assert found.key == taken
     assert all((found.arrays[name] == x).all() for name, x in content[taken].items())
     assert all(re.search(rf"\b{key}\b", found.note) for key in keys) == (len(keys) > 1)
+
+
+def test_file_without_arrays_is_refused(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(CheckpointError, match="no weights"):
+        interop.detect(read_weights(str(tmp_path / "empty.safetensors")))
+
+
+def test_average_inside_of_a_dict_and_as_a_whole_object_are_not_passed_over():
+    weights, _ = exported(*CLASSIFIER)
+    inner = {"decay": 0.99, "module": {name: x + 1 for name, x in weights.arrays.items()}}
+    found = select(state_dicts({"model": weights.arrays, "ema": inner}, "file"), "file")
+    assert found.key == "ema.module"
+    found = select(state_dicts({"model": weights.arrays, "ema": Dropped("people.Ema")}, "file"), "file")
+    assert found.key == "model"
+    assert "ema in the file is a whole object" in found.note
 
 
 @pytest.mark.parametrize("prefixes", [("student.", "teacher."), ("model.", "ema_model."), ("", "momentum_encoder.")])

@@ -40,7 +40,8 @@ class Selected(NamedTuple):
 def state_dicts(content: object, where: str) -> dict[str, Arrays]:
     """All sets of arrays by parameter name in the content of a PyTorch file, by key; "" for the content itself.
 
-    Raises CheckpointError, with the keys of the content, if there is none.
+    A set that is a whole object, which cannot be read, is empty. Raises CheckpointError, with the keys of the content,
+    if there is no other.
     """
     fix = "give a file with a state dict, or one with it under 'model' or 'state_dict'"
     if isinstance(content, Dropped):
@@ -49,11 +50,14 @@ def state_dicts(content: object, where: str) -> dict[str, Arrays]:
         raise CheckpointError(f"a {type(content).__name__}, not a state dict", where, fix)
     if _is_state_dict(content):
         return {"": content}
+    known = {name: x for name, x in content.items() if name in TRAINED or AVERAGE.search(str(name))}
     found = {key: value for key, value in content.items() if isinstance(key, str) and _is_state_dict(value)}
+    for key, value in known.items():  # like {"ema": {"decay": 0.99, "module": ...}}
+        inner = value.items() if isinstance(value, dict) and key not in found else ()
+        found |= {f"{key}.{name}": x for name, x in inner if _is_state_dict(x)}
     if found:
-        return found
-    for name in (name for name in content if name in TRAINED or AVERAGE.search(str(name))):
-        value = content[name]
+        return found | {name: {} for name, value in known.items() if isinstance(value, Dropped)}
+    for name, value in known.items():
         if isinstance(value, Dropped):
             raise CheckpointError(f"{name!r} is a whole object of {one_line(value.name)}", where, fix)
         other = [item for item in value.items() if not _is_entry(*item)] if isinstance(value, dict) else []
@@ -84,8 +88,11 @@ def select(sets: dict[str, Arrays], where: str, key: str = "", average: bool | N
     key: its key. average: whether it is a moving average; None: yes for classifiers, as in timm, and for the teacher of
     a student, as in DINO; otherwise the trained weights.
     """
+    unreadable = [name for name, arrays in sets.items() if name and not arrays]
     parts = {}
     for name, arrays in sets.items():
+        if name in unreadable:
+            continue
         for part, own in split_roles(unwrap(arrays)).items():
             parts[f"{name}.{part}" if name and part else name or part] = own
     if key:
@@ -99,6 +106,8 @@ def select(sets: dict[str, Arrays], where: str, key: str = "", average: bool | N
     note = ""
     if others:
         note = f"took {one_line(taken)}{why}; the file also has {_keys(others)}: --key={one_line(others[0])} takes it"
+    if unreadable:
+        note += f"{'; ' * bool(note)}{_keys(unreadable)} in the file is a whole object, which cannot be read"
     return Selected(taken, parts[taken], note)
 
 
@@ -129,7 +138,7 @@ def _default(parts: dict[str, Arrays], where: str, average: bool | None) -> tupl
 
 def is_average(key: str) -> bool:
     """Whether weights under this key are a moving average."""
-    return bool(AVERAGE.search(key.rpartition(".")[2]))
+    return any(AVERAGE.search(part) for part in key.split("."))
 
 
 def split_roles(arrays: Arrays) -> dict[str, Arrays]:
