@@ -78,6 +78,13 @@ def test_every_source_orders_numbers_as_numbers(opened):
     assert lines == []
 
 
+def test_every_source_names_classes_that_differ_in_case(opened, caplog):
+    train, val, _ = opened({"train": TRAIN, "val": [(60, "A"), (61, "b"), (62, "c")]})
+    compare_classes(train, val, required=True)
+    assert "'A' has held-out but no training images" in caplog.text
+    assert "'A' and 'a' look like the same class" in caplog.text
+
+
 def test_every_source_refuses_classes_of_which_none_is_on_both_sides(opened):
     train, val, _ = opened({"train": TRAIN, "val": [(50, "Cat"), (51, "Dog")]})
     compare_classes(train, val, required=False)

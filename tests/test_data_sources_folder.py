@@ -221,6 +221,12 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
     assert order_classes(["10", "9", "9a"]) == ("10", "9", "9a")
 
 
+def test_only_folder_is_no_class_but_its_folders_may_be(tmp_path):
+    source = everything("folder", write_images(tmp_path, "PetImages/Cat/1.png", "PetImages/Dog/2.png"))
+    assert source.classes == ()
+    assert f"data.path={tmp_path}/PetImages" in source.unlabeled
+
+
 @pytest.mark.parametrize("stray", ["figure.png", "z.JPG", "0.png"])
 def test_stray_image_next_to_class_folders_is_named(stray, tmp_path, caplog):
     write_images(tmp_path, *(f"{label}/{n}.png" for label in ("cat", "dog") for n in range(5)), stray)

@@ -134,6 +134,46 @@ def test_other_files_next_to_shards_are_named(tmp_path, lines):
     assert "1 .heic files (0.tar/1.heic" in lines(tmp_path / "in")[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("train.csv", "file_name,label\n0.png,cat\n", "lists"),
+        ("_classes.csv", "filename, cat, dog\n0.png, 1, 0\n", "files with several labels"),
+        ("val_annotations.txt", "0.png\tn01\t0\t32\t44\t62\n", "files with several labels"),
+        ("train.txt", "0.png 1 0 1\n", "files with several labels"),
+        ("metadata.jsonl", '{"file_name": "0.png", "label": 0}\n', "files of labels"),
+    ],
+)
+def test_files_of_labels_next_to_images_are_named(name, text, kind, tmp_path, lines):
+    write_images(tmp_path, *(f"{n}.png" for n in range(9)))
+    (tmp_path / name).write_text(text)
+    (line,) = lines(tmp_path)
+    assert f"1 {kind} ({name}: " in line
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["a/1.heic", "b/2.HEIC"], "2 .heic files .*pillow-heif"),
+        (["x.zip"], "1 archives .x.zip"),
+        (["a/x.txt"], "looked for"),
+    ],
+)
+def test_folder_without_images_names_what_it_has_instead(files, says, tmp_path):
+    write_images(tmp_path, *files)
+    with pytest.raises(DataError, match=f"has 0 images - .*{says}"):
+        make_source("auto", path=str(tmp_path))
+
+
+def test_archives_are_refused_with_their_fix(tmp_path):
+    (tmp_path / "x.zip").touch()
+    with pytest.raises(DataError, match=r"x\.zip is an archive.*unpack"):
+        make_source("auto", path=str(tmp_path / "x.zip"))
+    write_tar(tmp_path / "all.tar", {"n01.tar": b"", "n02.tar": b""})
+    with pytest.raises(DataError, match=r"has 0 images - it has 2 \.tar files"):
+        make_source("auto", path=str(tmp_path / "all.tar"))
+
+
 # --- img2dataset
 
 

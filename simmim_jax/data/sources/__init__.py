@@ -17,7 +17,7 @@ from simmim_jax.data.sources.parquet import PARQUETS, has_images, make_parquet
 from simmim_jax.data.sources.splits import EVALUATION, WILDCARDS, cases, existing_part
 from simmim_jax.data.sources.tar import COMPRESSED, TARS, make_tar
 from simmim_jax.data.sources.tfds import make_tfds, prepared_directory
-from simmim_jax.data.sources.unread import one_report
+from simmim_jax.data.sources.unread import ARCHIVES, one_report
 from simmim_jax.errors import ConfigError, DataError, suggest
 
 __all__ = ["SOURCES", "Source", "make_source", "share_images"]
@@ -137,6 +137,8 @@ def _detect(path: str, split: str) -> str:
         raise DataError(f"{path} does not exist", "data.path", nearest_path(path))
     if path.lower().endswith(EXTENSIONS):
         return "folder"  # reports that the path is one image
+    if path.lower().endswith(ARCHIVES):
+        raise DataError(f"{path} is an archive", "data.path", "unpack it, and set data.path to the folder")
     raise DataError(f"{path} has no known extension", "data.source=auto", f"set data.path to {PATHS}")
 
 

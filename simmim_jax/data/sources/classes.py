@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import unicodedata
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -63,7 +64,13 @@ def compare_classes(train, heldout, *, required: bool) -> None:
     required: raise DataError if no class has both.
     """
     trained, held_out = classes_with_images(train), classes_with_images(heldout)
-    if trained is None or held_out is None or (trained & held_out).all():
+    if trained is None or held_out is None:
+        return
+    same: dict[str, list[str]] = {}
+    for name in train.classes:
+        same.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
+    twins = [" and ".join(map(repr, names)) for names in same.values() if len(names) > 1]
+    if (trained & held_out).all() and not twins:
         return
     parts = [
         f"{_shown([train.classes[n] for n in np.flatnonzero(missing)])} {what}"
@@ -74,8 +81,8 @@ def compare_classes(train, heldout, *, required: bool) -> None:
         }.items()
         if missing.any()
     ]
-    same = {name.strip().casefold() for name in train.classes}
-    line = "; ".join(parts) + ("; some names differ only in case" if len(same) < len(train.classes) else "")
+    parts += [f"{', '.join(twins[:MAX_NAMED])} look like the same class"] if twins else []
+    line = "; ".join(parts)
     if required and not (trained & held_out).any():
         what = f"no class has training and held-out images: {line}"
         raise DataError(what, heldout.describe(), "give both the same class folders or labels")

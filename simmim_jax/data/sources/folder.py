@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import heapq
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 
@@ -14,29 +13,24 @@ from simmim_jax.data.decode import EXTENSIONS
 from simmim_jax.data.rasters import ARRAY_EXTENSIONS
 from simmim_jax.data.sources.classes import order_classes
 from simmim_jax.data.sources.files import unreadable_error
-from simmim_jax.data.sources.list_file import LISTS, is_list
 from simmim_jax.data.sources.listing import folders, has_files, is_file, is_folder, is_hidden, nearest_folder, peek
 from simmim_jax.data.sources.names import Names
+from simmim_jax.data.sources.neighbors import add_lists, report_neighbors
 from simmim_jax.data.sources.parts import FileSource
 from simmim_jax.data.sources.splits import (
     EVALUATION,
     HELDOUT_FRACTION,
     MIN_HELDOUT,
-    SIDES,
     STANDARD,
     both_sides,
     by_side,
     cases,
-    class_like,
     own_split,
     side_of,
-    split_or_class,
 )
 from simmim_jax.data.sources.unread import Unread, report
 from simmim_jax.errors import ConfigError, DataError, warn_once
 
-WORD = re.compile(rf"(?<![a-z0-9])({'|'.join(STANDARD)})(?![a-z0-9])", re.IGNORECASE)
-MAX_LISTS = 50  # text files in a folder that may be lists of images
 MAX_SORTED = 200_000  # entries of a directory sorted in memory; more are sorted in runs on disk
 
 
@@ -60,7 +54,7 @@ def make_folder(*, path: str, split: str, heldout_fraction: float | None, **_) -
         raise DataError(f"{path} is not a folder", "data.path", nearest_folder(path.replace("{split}", "train")))
     standard = split in STANDARD
     if standard and os.path.isdir(path):
-        _report_neighbors(path, found)
+        report_neighbors(path, found)
     own, evaluation = own_split(path, split, found, slash="/")
     root = found.get(own) or found.get("train") or path
     mixed = standard and root == path and both_sides(path, found, slash="/")
@@ -72,6 +66,7 @@ def make_folder(*, path: str, split: str, heldout_fraction: float | None, **_) -
     notes.report()
     if not len(names):
         where = f"looked for {' '.join(EXTENSIONS + ARRAY_EXTENSIONS)}"
+        where = f"it has {notes.unread.describe(root)}" if notes.unread.found else where
         raise DataError(f"{root} has 0 images", where, "point data.path at a folder of images")
     standard = standard and "train" in found
     others = [found[side] for side in ("train", *evaluation) if standard and side != own]
@@ -83,57 +78,6 @@ def make_folder(*, path: str, split: str, heldout_fraction: float | None, **_) -
             raise DataError(what, f"data.heldout_fraction={heldout_fraction}", "change it, or add images")
         names = names if keep.all() else names.take(keep)
     return Folder(root, split, names, notes, labels)
-
-
-def _report_neighbors(path: str, found: dict[str, str]) -> None:
-    """Report what is next to the folders of splits. Raises DataError if the only one may be a class like the others."""
-    splits = [found[side] for side in STANDARD if side in found]
-    if not splits:
-        return
-    others = [name for name in folders(path) if os.path.join(path, name) not in splits]
-    others = [name for name in others if has_files(os.path.join(path, name), EXTENSIONS)]
-    split = os.path.basename(splits[0])
-    both = len(set(splits)) > 1 or any(side_of(name) not in ("", side_of(split)) for name in others)
-    classes = [] if both else class_like(others, split)
-    if classes and _is_like(splits[0], os.path.join(path, classes[0])):
-        inside = os.path.join(path, "train")
-        if_class = f"move all of them into {inside}, as {inside}/{classes[0]} and {inside}/{split}"
-        if_split = f"set data.path={os.path.join(path, split)}"
-        if side_of(split) != "train":
-            if_split = "name the training images train/"
-        raise split_or_class(path, f"{split}/", [f"{name}/" for name in classes], if_class, if_split)
-    unread = Unread()
-    for name in others:
-        is_evaluation = side_of(name) == "evaluation" and not any(side in found for side in EVALUATION)
-        fix = f"name {name}/ val/ to evaluate on it" if is_evaluation else ""
-        unread.add("folders", os.path.join(path, name, ""), fix)
-    for entry in peek(path):
-        if entry.name.lower().endswith(EXTENSIONS) and is_file(entry):
-            unread.add("images next to the folders of splits", entry.path)
-        elif is_file(entry):
-            unread.add_file(path, entry.name)
-    _add_lists(unread, path)
-    report(path, unread)
-
-
-def _is_like(split: str, other: str) -> bool:
-    """Whether the folder of a split has images as a class has them: itself, or in folders of the same names."""
-    is_flat = any(entry.name.lower().endswith(EXTENSIONS) for entry in peek(split))
-    return is_flat or bool(set(folders(split)) & set(folders(other)))
-
-
-def _add_lists(unread: Unread, path: str) -> list[str]:
-    """Add the lists of images in `path`, which the user may have meant. Returns the data.path that reads them."""
-    names = sorted(entry.name for entry in peek(path) if entry.name.lower().endswith(LISTS) and is_file(entry))
-    if len(names) > MAX_LISTS:  # captions, or other texts of single images
-        return []
-    lists = [name for name in names if is_list(os.path.join(path, name))]
-    sides = {side: [name for name in lists if side in map(side_of, WORD.findall(name))] for side in SIDES}
-    best = next(iter(sides["train"] or lists), "")
-    template = os.path.join(path, WORD.sub("{split}", best, count=1) if all(sides.values()) else best)
-    for name in lists:
-        unread.add("lists", os.path.join(path, name), f"to read them, set data.path={template}")
-    return [template] if lists else []
 
 
 def split_folders(path: str, split: str = "train") -> dict[str, str]:
@@ -237,12 +181,12 @@ class _Notes:
 
     def report(self) -> None:
         """Report what was not read."""
-        if self.firsts and "" not in self.firsts:
+        if len(self.firsts) > 1 and "" not in self.firsts:
             for name in folders(self.root):
                 where = os.path.join(self.root, name)
                 if name not in self.firsts and not os.path.islink(where):
                     self.unread.add("folders without images", where + "/")
-        _add_lists(self.unread, self.root)
+        add_lists(self.unread, self.root)
         report(self.root, self.unread)
 
 
@@ -365,11 +309,12 @@ def _classes(notes: _Notes, count: int, others: list[str]) -> tuple[tuple[str, .
     known = set().union(*(side for side in (own, *sides) if len(side) > 1 and "" not in side))
     labeled = [side for side in (own, *sides) if side <= known]
     classes = order_classes(set().union(*labeled))
-    shards = {name for name in own if os.path.exists(os.path.join(notes.root, f"{name}_stats.json"))}
-    if own in labeled and len(classes) > 1 and own != shards:
+    files = (os.path.join(notes.root, name + ending) for name in own for ending in ("_stats.json", ".parquet"))
+    are_shards = any(map(os.path.exists, files))
+    if own in labeled and len(classes) > 1 and not are_shards:
         return classes, ""
     named = sorted(own - {""})
-    if own == shards:
+    if are_shards:
         why = f"{named[0]}/ is a shard of img2dataset: put each class into its own folder"
     elif not named:
         why = "no image is in a folder: put each class into its own folder"
@@ -379,9 +324,11 @@ def _classes(notes: _Notes, count: int, others: list[str]) -> tuple[tuple[str, .
         why += "classes: move them away, or into a folder"
     else:
         why = f"all images are in one folder, {named[0]}/: put each class into its own folder"
+        if len(folders(os.path.join(notes.root, named[0]))) > 1:
+            why += f", or set data.path={os.path.join(notes.root, named[0])} if its folders are the classes"
         if known:
             why = f"{named[0]}/ is no class of the other splits: put each class into its own folder"
-    if lists := _add_lists(Unread(), notes.root) or _add_lists(Unread(), os.path.dirname(notes.root)) * bool(others):
+    if lists := add_lists(Unread(), notes.root) or add_lists(Unread(), os.path.dirname(notes.root)) * bool(others):
         why += f", or use the labels in {lists[0]}, if they are there"
     is_minority = len(named) > 1 and 2 * notes.outside < count
     if known or is_minority:

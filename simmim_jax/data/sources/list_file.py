@@ -30,6 +30,7 @@ from simmim_jax.errors import DataError, warn_once
 LISTS = (".txt", ".lst", ".list", ".csv", ".tsv")
 STRIDE = 64  # records between two stored offsets
 BLOCK = 2**22  # bytes read at a time
+MAX_COMPARED = 200_000  # lines that are searched for an image with several labels
 MAX_LINE = 2**16  # bytes
 MAX_ROOTS = 1000  # folders next to a list in which its images are searched
 # The path ends with the last image extension: names may contain spaces, and directories may be called x.jpg.
@@ -199,10 +200,26 @@ def _scan(path: str, size: int, time: int, roots: tuple[str, ...]) -> dict:
             fix = f"number the classes from 0, to {MAX_CLASSES - 1} at most"
             raise DataError(f"label {os.fsdecode(label[:20])}", f"{path}, line {number}", fix)
         largest = max(largest, value)
+    if labeled and count <= MAX_COMPARED:
+        _check_repeated(path, table)
     return {
         "count": count, "starts": starts, "digest": digest.digest(), "first": first, "named": named, "table": table,
         "largest": largest, "labeled": labeled > 0, "labels": list(labels), "ids": ids,
     }  # fmt: skip
+
+
+def _check_repeated(path: str, table: Column | None) -> None:
+    """Raise DataError if an image is listed again with another label."""
+    line, seen = 1, {}
+    for _, block in _blocks(path, table):
+        rows = block.split(b"\n")[:-1]
+        for number, text in enumerate(rows, line):
+            if match := LINE.fullmatch(text):
+                label, first = seen.setdefault(match[1], (match[2], number))
+                if label != match[2]:
+                    what = f"{os.fsdecode(match[1])} has the labels {os.fsdecode(label)} and {os.fsdecode(match[2])}"
+                    raise DataError(what, f"{path}, lines {first} and {number}", "an image has one class: list it once")
+        line += len(rows)
 
 
 def _are_names(labels: dict[bytes, int], path: str) -> bool:
@@ -214,7 +231,9 @@ def _are_names(labels: dict[bytes, int], path: str) -> bool:
     numerals = all(NUMERAL.fullmatch(label) for label in labels)
     for label in others:
         parts = [part for part in SEPARATORS.split(label) if part]
-        several = len(parts) > 1 and (all(map(NUMERAL.fullmatch, parts)) or all(part in labels for part in parts))
+        several = b"|" in label or (
+            len(parts) > 1 and (all(map(NUMERAL.fullmatch, parts)) or all(part in labels for part in parts))
+        )
         if numerals or several or COLUMNS.search(label):
             what = f"{os.fsdecode(label[:80])!r} is not the label of an image"
             fix = "give `path[ label]`: an integer, or the name of a class without a comma or a comment"
@@ -336,22 +355,32 @@ def _find_root(path: str, scan: dict, roots: tuple[str, ...]) -> str:
             return root
     where = f"{path}, line {number}" + ("" if os.path.isabs(name) else f", looked in {', '.join(roots[:4])}")
     fix = "set data.data_dir to the folder that the paths are relative to"
+    fix = "write the paths with / instead of \\" if "\\" in name else fix
     raise DataError(f"{name} does not exist", where, "correct the paths" if os.path.isabs(name) else fix)
 
 
-def is_list(path: str) -> bool:
-    """Whether a text file is a list or a table of images, with one label for each."""
+def list_kind(path: str) -> str:
+    """What a file of labels is: "lists" of images, with one label for each at most, another kind, or "" for others."""
+    if not path.lower().endswith(LISTS):
+        return "files of labels"
     try:
         columns = find_columns(path)
         if columns:
-            return is_table(path, columns, _roots(path, "", list(STANDARD)))
+            return "lists" if is_table(path, columns, _roots(path, "", list(STANDARD))) else ""
         with open(path, "rb") as file:
             lines = file.read(MAX_LINE).splitlines()
-    except (OSError, DataError):
-        return False
+    except OSError:
+        return ""
+    except DataError:  # several columns may be the label
+        return "files with several labels"
     first = next((line for line in lines if line.strip() and not line.startswith(b"#")), b"")
     found = LINE.fullmatch(first)
-    return bool(found) and not COLUMNS.search(found[2] or b"")
+    several = COLUMNS.search(found[2] or b"") if found else WORDS.fullmatch(first)
+    return "files with several labels" if several else "lists" if found else ""
+
+
+def is_list(path: str) -> bool:
+    return list_kind(path) == "lists"
 
 
 def _read(path: str) -> bytes:

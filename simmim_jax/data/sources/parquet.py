@@ -62,7 +62,8 @@ class Parquet(FileSource):
         self.image, self.label, self.named = _columns(opened.schema_arrow, self.paths[0])
         if not self.label:
             unused = _label_field(opened.schema_arrow, lambda _: True)
-            self.unlabeled = f"add a column of integers or class names, named {LABEL_NAMES[0]!r}"
+            names = ", ".join(name for name in opened.schema_arrow.names if name != self.image) or "no other column"
+            self.unlabeled = f"name the column of integers or class names 'label' (the file has {names[:200]})"
             if unused and unused.name != self.image:
                 self._leave_out(unused.name, f"it has type {str(unused.type)[:80]}")
         names = () if self.named else _class_names(opened.schema_arrow, self.label)

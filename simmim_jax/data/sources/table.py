@@ -111,6 +111,8 @@ def read_table(path: str, columns: Columns, roots: tuple[str, ...]) -> Column:
 
 
 def _lines(path: str, columns: Columns, roots: tuple[str, ...]) -> Iterator[bytes]:
+    name = columns.heading[columns.label] if columns.heading and columns.label >= 0 else ""
+    plural = name if re.search("(label|tag|attribute|class|categorie|target)e?s$", name.casefold()) else ""
     number, width, ending, begun = 0, len(columns.heading), "", False
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=columns.delimiter, skipinitialspace=True)
@@ -141,6 +143,9 @@ def _lines(path: str, columns: Columns, roots: tuple[str, ...]) -> Iterator[byte
                     image += ending
                 image = f"./{image}" if image.startswith("#") else image
                 label = " ".join(row[columns.label].split()) if columns.label >= 0 else ""
+                if plural and " " in label:
+                    fix = "give an image one label; if it is one, name the column 'label'"
+                    raise DataError(f"{label!r} in the column {plural!r} may be several labels", where, fix)
                 yield f"{image}\t{label}\n".encode(errors="surrogateescape")
         except csv.Error as error:
             raise DataError(

@@ -102,6 +102,7 @@ class Tar(FileSource):
         self.ends, self.sampled = list(itertools.accumulate(counts)), digest_of(*sampled)
         if not self.ends[-1]:
             what = f"looked for {' '.join(EXTENSIONS)} in {len(counts)} files"
+            what = f"it has {unread.describe(selection.root)}" if unread.found else what
             raise DataError(f"{selection.absolute()[0]} has 0 images", what, "point data.path at tar files of images")
         report(selection.root, unread, f"split {split}")
         labeled = sum(int((numbers >= 0).sum()) for numbers, _ in labels)

@@ -44,6 +44,15 @@ class Unread:
         if what := kind_of_file(folder, name):
             self.add(what, os.path.join(folder, name))
 
+    def describe(self, top: str) -> str:
+        """What is not read, with names relative to the folder `top`."""
+        parts = []
+        for what, (count, names, fix) in self.found.items():
+            named = ", ".join(_shown(name, top) for name in names)
+            more = ", ..." if count > len(names) else ""
+            parts.append(f"{count} {what} ({named}{more}{f': {fix}' if fix else ''})")
+        return "; ".join(parts)
+
 
 def kind_of_file(folder: str, name: str) -> str:
     """What a file is that may have images and has no ending that is read; "" for other files."""
@@ -97,13 +106,7 @@ def one_report(log: bool = True) -> Iterator[None]:
 
 def _line(found: Found) -> str:
     top = os.path.commonpath([where for where, _ in found])
-    parts = []
-    for unread in found.values():
-        for what, (count, names, fix) in unread.found.items():
-            named = ", ".join(_shown(name, top) for name in names)
-            more = ", ..." if count > len(names) else ""
-            parts.append(f"{count} {what} ({named}{more}{f': {fix}' if fix else ''})")
-    return f"{top}: not read: {'; '.join(parts)}"
+    return f"{top}: not read: {'; '.join(unread.describe(top) for unread in found.values())}"
 
 
 def _shown(path: str, top: str) -> str:
