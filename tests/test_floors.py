@@ -27,6 +27,7 @@ FLOORS = {
 # Entry files of commands import late, so that --help and flag errors need no JAX.
 COMMANDS = ("main", "tools.plan", "tools.predict", "tools.preview")
 HEAVY = {
+    "apache_beam",
     "torch",
     "tensorflow",
     "tensorflow_datasets",

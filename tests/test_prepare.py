@@ -326,6 +326,41 @@ def test_repeated_interruptions_and_a_damaged_shard_lose_nothing(small, tmp_path
     assert content(tmp_path / "to") == content(small / "to")
 
 
+def test_processes_of_a_job_and_a_last_command_write_the_same_bytes(small, tmp_path, monkeypatch):
+    arguments = (small / "from", tmp_path / "to", "--shards=4", "--short-side=32")
+    folder = tmp_path / "to" / "train"
+    assert killed_at(monkeypatch, 4, *arguments, "--process=2", "--processes=3")  # before its shard has a sidecar
+    prepare(*arguments, "--process=1", "--processes=3")
+    assert {path.name for path in folder.glob(".part-*.json")} == {".part-00001-of-00004.array_record.json"}
+    prepare(*arguments, "--process=0", "--processes=3")
+    assert not (folder / "manifest.json").exists()
+    written = {path: path.stat().st_ino for n in (0, 1, 3) for path in folder.glob(f"part-0000{n}-*")}
+    prepare(*arguments)  # finishes, and makes up for the killed process
+    assert content(tmp_path / "to") == content(small / "to")
+    assert written == {path: path.stat().st_ino for path in written}
+    prepare(*arguments, "--process=2", "--processes=3")  # nothing is left to do
+    assert not list(folder.glob(".*"))
+
+
+def test_process_of_a_job_holds_its_part_and_a_whole_run_all_of_them(small, tmp_path):
+    arguments = (small / "from", tmp_path / "to", "--shards=4", "--short-side=32")
+    with destination.lock(str(tmp_path / "to"), destination.Job(0, 2)):
+        prepare(*arguments, "--process=1", "--processes=2")
+        for flags in ((), ("--process=0", "--processes=2")):
+            with pytest.raises(BusyError):
+                prepare(*arguments, *flags)
+
+
+def test_beam_pipeline_writes_the_same_bytes(small, tmp_path):
+    pytest.importorskip("apache_beam")
+    arguments = (small / "from", tmp_path / "to", "--shards=4", "--short-side=32", "--beam=--runner=DirectRunner")
+    prepare(*arguments)
+    assert content(tmp_path / "to") == content(small / "to")
+    shutil.rmtree(tmp_path / "to")
+    with pytest.raises(DataError, match="NoSuchRunner"):
+        prepare(*arguments[:-1], "--beam=--runner=NoSuchRunner")
+
+
 def test_number_of_shards_is_decided_once(tmp_path, monkeypatch):
     write_many(tmp_path / "from", 8)
     with monkeypatch.context() as patch:
@@ -625,6 +660,9 @@ def test_report_has_numbers_reasons_and_the_training_command(tmp_path, capsys, m
         (["a", "b", "--split=../x"], r"'\.\./x'"),
         (["a", "b", "--source=foldr"], "'foldr'.*did you mean folder"),
         (["/nowhere/at all", "b"], "/nowhere/at all does not exist"),
+        (["a", "b", "--process=1"], "--processes"),
+        (["a", "b", "--process=2", "--processes=2"], "0 to 1"),
+        (["a", "b", "--process=0", "--processes=2", "--overwrite"], "--overwrite"),
     ],
 )
 def test_mistake_on_the_command_line_is_one_line(flags, says):

@@ -6,6 +6,7 @@ Resize images once and store them in ArrayRecord shards: DEST is then a data.pat
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import shlex
 import signal
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 from simmim_jax.errors import ConfigError, DataError, Parser, Preempted, choose
 from simmim_jax.tools import cli
@@ -28,6 +30,10 @@ examples:
     python -m simmim_jax.tools.prepare PREPARED --source=tfds --name=imagenet2012 --data-dir=TFDS_DIR
   check every byte:
     python -m simmim_jax.tools.prepare --verify PREPARED
+
+  a job array of 64 machines with a shared DEST, and then once, on one of them, to finish it:
+    python -m simmim_jax.tools.prepare DIR PREPARED --process=I --processes=64
+    python -m simmim_jax.tools.prepare DIR PREPARED
 
 If it is interrupted, the same command continues, and writes the same bytes as an unbroken run.
 """
@@ -62,6 +68,9 @@ def make_parser() -> Parser:
     add("--data-dir", default="", metavar="DIR", help="of TFDS data sets, or of the files named in a list")
     add("--shards", type=number(int, 1), metavar="N", help="per split (default: shards of about 256 MiB)")
     add("--workers", type=number(int, 0), metavar="N", help="processes (default: one per core; 0: only the main one)")
+    add("--process", type=number(int, 0), metavar="I", help="with --processes: write each N-th shard, from I on")
+    add("--processes", type=number(int, 1), metavar="N", help="number of processes that share DEST")
+    add("--beam", metavar="OPTIONS", help='run as an Apache Beam pipeline, like --beam="--runner=DirectRunner"')
     add("--max-pixels", type=number(int, 1), default=64_000_000, metavar="N", help="larger images are refused")
     cli.add_max_bad_fraction(parser)
     cli.add_overwrite(parser)
@@ -83,6 +92,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.workers is None:
         cores = getattr(os, "sched_getaffinity", None)  # not on macOS
         options.workers = len(cores(0)) if cores else os.cpu_count() or 1
+    if (options.process is None) != (options.processes is None):
+        raise ConfigError("--process and --processes belong together", "command line", "give both, or none")
+    if options.processes and options.process >= options.processes:
+        what = f"process {options.process} of {options.processes}"
+        raise ConfigError(what, "--process", f"give 0 to {options.processes - 1}")
+    if options.beam is not None:
+        if options.processes:
+            raise ConfigError("--beam with --processes", "command line", "give one of them")
+        if not importlib.util.find_spec("apache_beam"):
+            raise ConfigError("Apache Beam is not installed", "--beam", "pip install apache-beam")
+    if options.processes and options.overwrite:
+        raise ConfigError("--overwrite with --processes", "command line", "remove DEST first, or give another")
     options.splits = [split for split in options.split.split(",") if split]
     for split in options.splits:
         if "/" in split or split.startswith("."):
@@ -206,7 +227,8 @@ def prepare(options: argparse.Namespace, signals: Signals) -> None:
     print(*remarks, sep="\n", end="\n" if remarks else "")
     how = {name: getattr(options, name) for name in ("short_side", "quality", "subsampling", "max_pixels")}
     settings = Settings(**how, channels=pixels.channels, samples=pixels.samples)
-    with destination.lock(options.dest):
+    job = destination.Job(options.process, options.processes) if options.processes else None
+    with destination.lock(options.dest, job):
         destination.check_classes(options.dest, classes, splits=set(sources))
         how = {
             "classes": classes,
@@ -220,7 +242,9 @@ def prepare(options: argparse.Namespace, signals: Signals) -> None:
             for split, source in sources.items()
         }
         # write all plans before the first shard: a split without a plan would look as if it did not exist
-        begun = {split: destination.begin(plan, sources[split]) for split, plan in plans.items() if not plan.manifest}
+        begun = {
+            split: destination.begin(plan, sources[split], job) for split, plan in plans.items() if not plan.manifest
+        }
         manifests = {}
         for split, source in sources.items():
             if manifest := plans[split].manifest:
@@ -228,22 +252,31 @@ def prepare(options: argparse.Namespace, signals: Signals) -> None:
                 count = f"{manifest['count']:,} images in {shard_count(manifest)}"
                 print(f"{plans[split].folder} is finished: {count}")
             else:
-                manifest = prepare_split(plans[split], source, labels[split], *begun[split], options, signals)
+                made = partial(write_split, plans[split], source, labels[split], *begun[split], options, signals)
+                if job:
+                    made()
+                    continue
+                manifest = finish_split(plans[split], begun[split][0], rate=made())
             manifests[split] = manifest
+    if job and len(manifests) < len(sources):
+        print(f"process {job.process} of {job.processes}: its shards are written. When those of all processes are, run")
+        print("the same command once without --process and --processes: it writes the manifest")
+        return
     if "train" in manifests:
         print_command(options.dest, manifests["train"])
 
 
-def prepare_split(
+def write_split(
     plan, source, labels: list[int], tasks: list, done: dict, options: argparse.Namespace, signals: Signals
-) -> dict:
-    """Write the missing shards of a split, and report it. Returns the manifest."""
-    from simmim_jax.tools.prepare import destination, shards
+) -> float:
+    """Write the missing ones of these shards of a split. Returns the images per second."""
+    from simmim_jax.tools.prepare import shards
 
     refused = [fault for made in done.values() for fault in made.refused]
     allowed = max(1, math.ceil(options.max_bad_fraction * len(source)))
     split = os.path.basename(plan.folder)
-    progress = cli.Progress(split, len(source), sum(task.stop - task.start for task in done), len(refused))
+    total = sum(task.stop - task.start for task in tasks)
+    progress = cli.Progress(split, total, sum(task.stop - task.start for task in done), len(refused))
 
     def report(count: int, faults: list) -> None:
         refused.extend(faults)
@@ -254,18 +287,30 @@ def prepare_split(
             fix = "repair them and use --overwrite, or raise --max-bad-fraction: with 1, all are listed in refused.csv"
             raise DataError(what, source.describe(), fix)
 
-    signals.deferred = True
+    missing = [task for task in tasks if task not in done]
+    signals.deferred = options.beam is None
     try:
         report(0, [])
-        missing = [task for task in tasks if task not in done]
-        how = {"workers": options.workers, "report": report, "poll": signals.poll}
-        shards.write_shards(source, missing, plan.settings, labels, **how)
-        signals.poll()
+        if options.beam is None:
+            how = {"workers": options.workers, "report": report, "poll": signals.poll}
+            shards.write_shards(source, missing, plan.settings, labels, **how)
+            signals.poll()
+        else:
+            from simmim_jax.tools.prepare import beam
+
+            beam.write_shards(source, missing, plan.settings, labels, options=options.beam, report=report)
     finally:
         signals.deferred = False
         progress.close()
+    return progress.rate()
+
+
+def finish_split(plan, tasks: list, *, rate: float) -> dict:
+    """Write the manifest of a split, and report it. Returns the manifest."""
+    from simmim_jax.tools.prepare import destination
+
     manifest, made = destination.finish(plan, tasks)
-    print_report(plan.folder, manifest, made, progress.rate())
+    print_report(plan.folder, manifest, made, rate)
     return manifest
 
 

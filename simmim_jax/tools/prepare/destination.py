@@ -7,6 +7,7 @@ has a manifest, written last. `shards` writes the files in between.
 import contextlib
 import csv
 import dataclasses
+import fnmatch
 import hashlib
 import io
 import math
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -39,12 +41,19 @@ from simmim_jax.tools.prepare.shards import (
     write_bytes,
 )
 
-LOCK, REFUSED, SIDECARS = ".prepare.lock", "refused.csv", ".part-*.json"
+LOCK, LOCKS, REFUSED, SIDECARS = ".prepare.lock", ".prepare*.lock", "refused.csv", ".part-*.json"
 SHARD_BYTES, MAX_SHARDS = 256 * 2**20, 1024
 SMALL_SHARDS, MIN_IMAGES = 16, 500  # small data sets: at most 16 shards, with at least 500 images each
 MAX_CLASSES = 1_000_000  # if labels have no names
 SAMPLES = 32  # images from which the size of all is estimated
 FIX = "give another DEST, or remove this file"
+
+
+class Job(NamedTuple):
+    """One of several processes that write disjoint shards of the same DEST: each `processes`-th shard."""
+
+    process: int
+    processes: int
 
 
 @dataclasses.dataclass
@@ -79,20 +88,28 @@ def check_paths(source: str, dest: str) -> None:
     folders = prepared_folders(dest)
     if dest in folders:
         raise ConfigError("the folder of one split", dest, "give its parent folder as DEST")
-    for path in (os.path.join(dest, name) for name in sorted(_names(dest) - {LOCK}) if not folders):
+    for path in (os.path.join(dest, name) for name in sorted(_names(dest)) if not folders):
+        if fnmatch.fnmatch(os.path.basename(path), LOCKS):
+            continue
         # a run that was killed early leaves folders with nothing but partial files
         if not os.path.isdir(path) or not all(name.endswith(".partial") for name in _names(path)):
             raise _foreign_error(dest, path)
 
 
 @contextlib.contextmanager
-def lock(dest: str) -> Iterator[None]:
-    """Hold DEST for this process. Raises BusyError if another process holds it."""
+def lock(dest: str, job: Job | None = None) -> Iterator[None]:
+    """Hold DEST, or the part of a job. Raises BusyError if another process holds the same, or any part of DEST."""
+    own = LOCK if job is None else f".prepare-{job.process}-of-{job.processes}.lock"
     with disk_errors(dest):
         os.makedirs(dest, exist_ok=True)
-        open(os.path.join(dest, LOCK), "a").close()
-    with lock_folder(Path(dest), LOCK, "DEST is in use"):
+        open(os.path.join(dest, own), "a").close()
+    with contextlib.ExitStack() as held:
+        for name in sorted(fnmatch.filter(_names(dest), LOCKS)) if job is None else (own,):
+            held.enter_context(lock_folder(Path(dest), name, "DEST is in use"))
         yield
+        if job is None:
+            for name in fnmatch.filter(_names(dest), ".prepare-*.lock"):
+                Path(dest, name).unlink(missing_ok=True)
 
 
 def prepared_folders(dest: str) -> list[str]:
@@ -158,11 +175,15 @@ def _compared(content: dict, shards: int) -> dict:
     return content["source"]["fingerprint"] | content["settings"] | others
 
 
-def begin(plan: Plan, source) -> tuple[list[Task], dict[Task, Statistics]]:
-    """(all shards of a plan, the finished ones). Decides the number of shards once, and writes the plan."""
+def begin(plan: Plan, source, job: Job | None = None) -> tuple[list[Task], dict[Task, Statistics]]:
+    """(all shards of a plan, or those of a job; the finished ones). Decides the number of shards, and writes the plan.
+
+    All processes of a job decide the same.
+    """
     with disk_errors(plan.folder):
         os.makedirs(plan.folder, exist_ok=True)
-        remove_hidden(plan.folder)
+        if job is None:
+            remove_hidden(plan.folder)
         if plan.overwrite:
             for name in _names(plan.folder):
                 if SHARD.fullmatch(name) or name == REFUSED:
@@ -175,6 +196,10 @@ def begin(plan: Plan, source) -> tuple[list[Task], dict[Task, Statistics]]:
         with disk_errors(plan.folder):
             write_json(Path(plan.folder, PLAN), plan.content() | {"shards": plan.shards})
     tasks = make_tasks(plan.folder, len(source), plan.shards)
+    if job:
+        tasks = tasks[job.process :: job.processes]
+        for task in tasks:  # of a killed process
+            remove_hidden(plan.folder, f".{os.path.basename(task.path)}.*.partial")
     return tasks, {task: made for task in tasks if (made := read_statistics(task))}
 
 
