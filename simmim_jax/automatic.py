@@ -99,6 +99,8 @@ def _batch_size(known: dict, facts: Facts) -> dict:
 
 
 def _epochs(known: dict, facts: Facts) -> dict:
+    if known["steps"]:
+        return {"epochs": (0.0, "steps is given")}
     per_epoch = max(facts.images // known["batch_size"], 1)
     if facts.on_cpu:
         epochs, reason = round(CPU_UPDATES / per_epoch, 3), "a first result in minutes; more epochs learn more"
