@@ -86,7 +86,8 @@ def _mask_patch_size(known: dict, facts: Facts) -> dict:
 
 
 def _num_classes(known: dict, facts: Facts) -> dict:
-    return {"objective.num_classes": (max(facts.classes, 1), "the classes of the data")}
+    # images without classes are refused later, with the reason
+    return {"objective.num_classes": (max(facts.classes, 2), "the classes of the data")}
 
 
 def _batch_size(known: dict, facts: Facts) -> dict:

@@ -549,6 +549,10 @@ def check_sources(config: ConfigDict, objective: Objective, source, heldout, bat
     if "label" in objective.needs:
         if not source.classes:
             raise DataError("images without classes", source.describe(), data.how_to_label(source))
+        if len(source.classes) == 1:
+            raise DataError(
+                f"all images are of class {source.classes[0]!r}", source.describe(), "give two or more classes"
+            )
         if len(source.classes) != config.objective.num_classes:
             untrained = ", ".join(map(repr, data.untrained_classes(source)[:3]))
             raise ConfigError(
