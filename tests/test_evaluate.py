@@ -333,6 +333,28 @@ def test_classes_that_do_not_fit_the_head_are_refused_and_other_names_are_warned
     assert re.search(r"warning: class 6 .*gnu.*hen", capsys.readouterr().err)
 
 
+def test_images_of_some_of_the_classes_are_matched_by_name(place, tmp_path, capsys):
+    write_run(tmp_path / "run", CLASSIFY, classes=CLASSES)
+    known = tuple(CLASSES)
+    for names in (["gnu"], CLASSES, CLASSES[4:1:-1]):
+        folder = tmp_path / "-".join(names)
+        for name in names:
+            shutil.copytree(place / "images" / name, folder / name)
+        (tmp_path / "list.txt").write_text(
+            "".join(f"{folder.name}/{name}/{n}.png\t{name}\n" for name in names for n in range(4))
+        )
+        source = images.match_classes(known, make_source("auto", path=f"{tmp_path}/list.txt", heldout_fraction=0.0))
+        assert source.classes == known
+        for i in range(len(source)):
+            assert known[source[i]["label"]] == source.name(i).split("/")[1]
+    tool(tmp_path / "run", f"--data={tmp_path / 'list.txt'}", "--batch-size=8", f"--results={tmp_path / 'some.csv'}")
+    assert "3 of the run's 7 classes" in capsys.readouterr().out
+    assert read_rows(tmp_path / "some.csv")[0]["images"] == "12"
+    write_images(tmp_path / "others", classes=["ant", "zebra"])
+    other = make_source("auto", path=str(tmp_path / "others"), heldout_fraction=0.0)
+    assert images.match_classes(known, other) is other
+
+
 def test_order_of_numbered_folders_is_named_if_the_head_has_no_names(place, tmp_path, capsys):
     model = load_run(str(place / "classifier"))
     for names, warned in ((range(5, 12), True), (range(7), False), ("abcdefg", False)):

@@ -259,6 +259,38 @@ def class_names(run: Run) -> tuple[str, ...]:
     return tuple(names) if len(names) == run.config["objective"]["num_classes"] else ()
 
 
+class Relabeled:
+    """A source with the classes of a run, of which it has some: a label is the number of its name there."""
+
+    def __init__(self, source, classes: tuple[str, ...]):
+        self.source, self.classes = source, classes
+        self.numbers = [classes.index(name) for name in source.classes]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict:
+        record = self.source[i]
+        return record | {"label": self.numbers[record["label"]] if record["label"] >= 0 else -1}
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def describe(self) -> str:
+        return self.source.describe()
+
+
+def match_classes(known: tuple[str, ...], source):
+    """The source with the run's classes, if it has only classes of these names, but not all or in another order.
+
+    known: the run's class names, or ().
+    """
+    if not source.classes or source.classes == known or not set(known).issuperset(source.classes):
+        return source
+    print(f"{len(source.classes)} of the run's {len(known)} classes, matched by their names", flush=True)
+    return Relabeled(source, known)
+
+
 def warn_other_classes(known: tuple[str, ...], source) -> None:
     """Warn of the first class that has another name in `source` than in the run.
 

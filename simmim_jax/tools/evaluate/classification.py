@@ -26,6 +26,8 @@ def evaluate_classifier(run: Run, objective: Objective, options: argparse.Namesp
     if options.results:
         check_output(options.results, overwrite=True, is_ours=results.is_ours)
     source, description = open_images(run, options)
+    if options.data:
+        source = images.match_classes(images.class_names(run), source)
     check_classes(run, source, compare_names=bool(options.data))
     if options.out:
         for name in (*TABLES, *PICTURES):
