@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from tiny import tiny_encoder, tiny_objective
+from tiny import fast_jit, random_params, tiny_encoder, tiny_objective
 
 from simmim_jax import data
 from simmim_jax.config import IMAGENET_MEAN, load
@@ -23,7 +23,8 @@ from simmim_jax.errors import ConfigError, DataError
 from simmim_jax.experiment import make_experiment
 from simmim_jax.interop import stablehlo
 from simmim_jax.objectives.features import make_features
-from simmim_jax.objectives.pixels import normalize
+from simmim_jax.objectives.pixels import from_patches, normalize
+from simmim_jax.objectives.simmim import masked_l1
 from simmim_jax.runs.finished import load_run
 from simmim_jax.tools.embed import __main__ as embed
 from simmim_jax.tools.embed.embeddings import read_embeddings
@@ -276,6 +277,14 @@ def test_further_pages_are_reported():
     assert any("3 further pages" in remark for remark in remarks)
 
 
+def test_images_of_another_type_than_most_are_reported():
+    images = Images([tiff(scene(n, 4)) for n in range(5)] + [tiff(scene(1, 4).astype(np.uint8)), tiff(scene(1, 7))])
+    pixels, remarks = find_pixels(images, PixelOptions())
+    assert (pixels.samples.dtype, pixels.channels) == ("uint16", 4)
+    assert "2 of 7" in remarks[-1]
+    assert "5 has uint8 samples, expected uint16" in remarks[-1]
+
+
 def test_range_of_few_levels_is_reported():
     images = Images([png(scene(n, 1)[..., 0]) for n in range(3)])
     assert "levels" in find_pixels(images, PixelOptions(value_range=(0, 65535)))[1][-1]
@@ -378,35 +387,33 @@ def test_scale_is_the_same_on_host_and_device_and_8_bits_are_divided_by_255():
     assert found[0, 0, 0, 1] == 0
 
 
-@pytest.mark.parametrize("dtype", ["int16", "float32"])
-def test_values_without_data_have_no_weight_in_the_loss(dtype):
-    missing = -9999 if dtype == "int16" else np.nan
-    pixels = Pixels(Samples(dtype, nodata=-9999 if dtype == "int16" else None), value_range=((0.0, 4000.0),) * 3)
-    images = np.stack([scene(n, 3, size=(32, 32)) for n in range(2)]).astype(dtype)
+def test_values_without_data_have_no_weight_in_the_loss():
+    images, masked = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32), RNG.random((2, 8, 8)) < 0.5
+    valid, prediction = RNG.random(images.shape) < 0.7, RNG.normal(size=(2, 2, 2, 48)).astype(np.float32)
+    images, masked, valid, prediction = map(jnp.asarray, (images, masked, valid, prediction))
+    loss, gradient = jax.value_and_grad(masked_l1)(prediction, images, masked, 4, valid)
+    weight = masked[..., None] & valid
+    np.testing.assert_allclose(loss, np.abs(from_patches(prediction, 4) - images)[weight].mean(), rtol=1e-5)  # + 1e-5
+    assert np.array_equal(from_patches(gradient, 4) != 0, weight)
+    whole = masked_l1(prediction, images, masked, 4)
+    np.testing.assert_allclose(masked_l1(prediction, images, masked, 4, jnp.ones_like(valid)), whole, rtol=1e-5)
+
+
+def test_missing_values_leave_loss_and_gradient_finite():
+    pixels = Pixels(Samples("float32"), value_range=((0.0, 4000.0),) * 3)
+    images = np.stack([scene(n, 3, size=(32, 32)) for n in range(2)]).astype(np.float32)
+    images[0], images[1, :20] = np.nan, np.nan
     batch = {"image": jnp.asarray(images), "batch_index": jnp.arange(2)}
     objective = tiny_objective(**pixels.normalization)
-    params, key = objective.init(jax.random.key(0)), jax.random.key(1)
-    whole = objective.loss_fn(params, batch, key, False)[0]
-    plain = tiny_objective(mean=pixels.mean, std=pixels.std)  # same pixels as 8 bits, without a value for no data
-    assert plain.loss_fn(params, batch | {"image": jnp.zeros((2, 32, 32, 3), jnp.uint8)}, key, False)[0] > 0
-    images[:, :20] = missing
-    holes = batch | {"image": jnp.asarray(images)}
-    bias = lambda params: objective.loss_fn(params, holes, key, False)[0]  # noqa: E731
-    assert np.isfinite(bias(params))
-    assert bias(params) != whole
-    out = objective.predict(params, holes, key)
-    target = np.asarray(normalize(holes["image"], **pixels.normalization))
-    weight = np.asarray(out["mask"])[..., None] & (np.arange(32) >= 20)[None, :, None, None] & np.ones(3, bool)
-    stds, means = np.array(pixels.std), np.array(pixels.mean)
-    prediction = (np.asarray(out["prediction"]) - means) / stds
-    visible = np.clip(target * stds + means, 0, 1)
-    assert np.isclose(bias(params), np.abs(prediction - target)[weight].mean(), rtol=0.1)  # pictures are clipped
-    assert np.isfinite(visible).all()
-    images[:, :20] = 0 if dtype == "int16" else np.inf  # other values where the mask of missing ones is the same
-    gradient = jax.grad(bias)(params)
+    params = random_params(jax.eval_shape(objective.init, jax.random.key(0)))
+    loss = lambda params: objective.loss_fn(params, batch, jax.random.key(1), True)[0]  # noqa: E731
+    value, gradient = fast_jit(jax.value_and_grad(loss))(params)
+    assert value > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert not normalize(batch["image"], **pixels.normalization)[0].any()
 
 
+@pytest.mark.slow
 def test_exported_program_scales_the_stored_samples():
     encoder = tiny_encoder()
     pixels = Pixels(Samples("uint16"), value_range=((100.0, 3000.0),) * 3)
@@ -432,7 +439,7 @@ def tiny_config(path, **fields):
     return c
 
 
-@pytest.mark.parametrize("kind", ["satellite", "microscope"])
+@pytest.mark.parametrize("kind", ["satellite", pytest.param("microscope", marks=pytest.mark.slow)])
 def test_folder_is_pretrained_resumed_embedded_and_prepared(kind, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -26,6 +26,7 @@ SAMPLED = 64  # images that are looked at to find what they are
 CHECKED = 8  # images that are looked at to check what they are
 MAX_VALUES = 2**16  # pixels of each of them that are counted
 PERCENTILES = (0.1, 99.9)  # of the sampled values of a band: its value range
+PHOTOGRAPH = Header(3, 0, "uint8")
 MIN_LEVELS = 64  # of 256, below which a value range is probably wrong
 
 
@@ -113,11 +114,16 @@ def find_pixels(source, options: PixelOptions, max_pixels: int = MAX_PIXELS) -> 
         samples = Samples(max_nodata=options.max_nodata)
         return Pixels(samples, options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD), []
     dtype = _commonest(header.dtype for header in headers.values())
-    headers = {i: header for i, header in headers.items() if header.dtype == dtype}
-    samples = Samples(dtype, options.bands, (), _find_nodata(headers, dtype, options.nodata), options.max_nodata)
-    channels, found = _count_channels(headers, samples, options, source)
-    samples = samples._replace(names=_find_names(headers, samples, channels))
+    same = {i: header for i, header in headers.items() if header.dtype == dtype}
+    samples = Samples(dtype, options.bands, (), _find_nodata(same, dtype, options.nodata), options.max_nodata)
+    channels, found = _count_channels(same, samples, options, source)
+    samples = samples._replace(names=_find_names(same, samples, channels))
+    others = {i: why for i, header in headers.items() if (why := _misfit(header, samples, channels))}
+    headers = {i: header for i, header in same.items() if i not in others}
     remarks = _conversions(headers, channels, options)
+    for i in [*others][:1]:
+        what = f"{len(others)} of {len(headers) + len(others)} sampled images are not like the others and count as bad"
+        remarks.append(f"{what}: {source.name(i)} {others[i]}")
     is_photograph = dtype == "uint8" and not options.value_range
     if is_photograph and channels == 3 and found in (1, 3):
         return Pixels(samples, options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD), remarks
@@ -139,7 +145,7 @@ def find_pixels(source, options: PixelOptions, max_pixels: int = MAX_PIXELS) -> 
     if ranges and dtype != "float32" and levels < MIN_LEVELS:
         low, high = (int(end([end(image) for image in images])) for end in (np.min, np.max))
         what = f"the value range leaves only {levels} of 256 levels of the images, whose values are {low} to {high}"
-        remarks.append(f"{what}: give --config.data.value_range={low},{high}")
+        remarks.append(f"{what}: give --config.data.value_range={low},{high}" if options.value_range else what)
     return pixels, remarks
 
 
@@ -173,11 +179,17 @@ def _measure(images: list[np.ndarray], pixels: Pixels, options: PixelOptions) ->
 
 
 def sample_headers(source, max_pixels: int = MAX_PIXELS, count: int = SAMPLED) -> tuple[dict[int, Header], str]:
-    """({index: header} of evenly spaced images that can be read, the fault of the last other one)."""
+    """({index: header} of evenly spaced images that can be read, the fault of the last other one).
+
+    If each costs the reading of many, and the first few are RGB photographs, the others are not looked at.
+    """
     headers, fault, names = {}, "", ()
     if isinstance(source, FileSource):  # the manifest has the names of all records
         names = tuple((source.pixels.get("pixels") or {}).get("names", ()))
-    for i in dict.fromkeys(n * len(source) // count for n in range(count)):
+    indices = dict.fromkeys(n * len(source) // each for each in (CHECKED, count) for n in range(each))
+    for tried, i in enumerate(indices):
+        if tried == CHECKED and getattr(source, "reads_groups", False) and set(headers.values()) == {PHOTOGRAPH}:
+            break
         try:
             header = read_header(source[i]["image"], max_pixels)
             headers[i] = header._replace(names=header.names or names)
@@ -192,7 +204,7 @@ def check_pixels(pixels: Pixels, source, max_pixels: int = MAX_PIXELS, count: in
     if pixels.samples.names and headers and not any(header.names for header in headers.values()):
         wanted = ", ".join(pixels.samples.names)
         warn_once(f"{source.describe()}: the files name no bands; they must be {wanted}, in this order")
-    reasons = {i: _misfit(header, pixels) for i, header in headers.items()}
+    reasons = {i: _misfit(header, pixels.samples, pixels.channels) for i, header in headers.items()}
     if reasons and all(reasons.values()):
         index, reason = next(iter(reasons.items()))
         fix = "give images like those that the model was trained on"
@@ -201,19 +213,19 @@ def check_pixels(pixels: Pixels, source, max_pixels: int = MAX_PIXELS, count: in
         raise DataError(f"{source.name(index)} {reason}", source.describe(), fix)
 
 
-def _misfit(header: Header, pixels: Pixels) -> str:
-    """Why a model for `pixels` cannot read an image; "" if it can."""
-    if header.dtype != pixels.samples.dtype:
-        return f"has {header.dtype} samples, expected {pixels.samples.dtype}"
+def _misfit(header: Header, samples: Samples, channels: int) -> str:
+    """Why an image cannot be read as `samples`; "" if it can."""
+    if header.dtype != samples.dtype:
+        return f"has {header.dtype} samples, expected {samples.dtype}"
     try:
-        bands = select_bands(header, pixels.samples)
+        bands = select_bands(header, samples)
     except BadImage as error:
         return str(error)
     counts = {len(bands)} if bands else {header.channels, header.channels + header.alpha}
-    convertible = not bands and {header.channels, pixels.channels} == {1, 3}
-    if pixels.channels in counts or convertible:
+    convertible = not bands and {header.channels, channels} == {1, 3}
+    if channels in counts or convertible:
         return ""
-    return f"has {min(counts)} channels, expected {pixels.channels}"
+    return f"has {min(counts)} channels, expected {channels}"
 
 
 def _commonest(values):

@@ -54,6 +54,7 @@ class Parquet(FileSource):
     """Rows with an image of Parquet files."""
 
     per_process = (*FileSource.per_process, "lock", "cache", "cache_bytes")
+    reads_groups = True
 
     def __init__(self, selection: Selection, split: str):
         self.path, self.split, self.names, self.paths = selection.path, split, selection.files, selection.absolute()

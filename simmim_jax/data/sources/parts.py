@@ -34,6 +34,7 @@ class FileSource:
 
     per_process = ("_open", "_numbers")  # attributes that each process makes itself
     by_name = False  # whether the number of a class is its position among the names of all classes
+    reads_groups = False  # whether reading a record reads many others
     unlabeled = ""  # what to do to have classes, if there are none
     # mean, std and pixels of a manifest; {} if there is none, or its images are divided by 255
     pixels: dict = {}  # noqa: RUF012
@@ -58,7 +59,7 @@ class Part(FileSource):
     def __init__(self, whole, every: int | fractions.Fraction, held_out: bool):
         self.whole, self.every, self.held_out = whole, every, held_out
         self.path, self.split, self.classes = whole.path, whole.split, whole.classes
-        self.pixels = getattr(whole, "pixels", {})
+        self.pixels, self.reads_groups = getattr(whole, "pixels", {}), getattr(whole, "reads_groups", False)
         self.unlabeled, self.by_name = getattr(whole, "unlabeled", ""), getattr(whole, "by_name", False)
         count = math.ceil(len(whole) / fractions.Fraction(every)) if every and len(whole) > 1 else 0
         self.count = count if held_out else len(whole) - count
