@@ -39,8 +39,8 @@ def install(when: str, number: int) -> None:
         step.memory_analysis = compiled.memory_analysis
         return step
 
-    def save_and_hit(manager, state, meta):
-        save(manager, state, meta)
+    def save_and_hit(manager, state, *rest):
+        save(manager, state, *rest)
         hit("save", int(state.step))
 
     def make_and_watch(*arguments):
