@@ -141,7 +141,8 @@ def refusal(encoder, objective: dict, image_size: tuple[int, int]) -> str:
         return "timm's ViT with registers has no position of the class token (class_position=False)"
     if name == "ViT" and is_beit(encoder):
         if encoder.num_registers or not encoder.class_position:
-            return "timm's BEiT has no registers, and a position of the class token"
+            what = "with relative positions or qkv_bias=qv it is timm's BEiT"
+            return f"{what}, which has no registers, and a position of the class token"
         if not encoder.class_token:
             return "timm's BEiT always has a class token"
         if encoder.qkv_bias == "qkv":
