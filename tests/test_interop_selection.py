@@ -23,6 +23,7 @@ WRAPPERS = [  # (prefix of the encoder's names, prefix of the head's)
     ("backbone.", ""), ("model.backbone.", "model."), ("module._orig_mod.model.", "module._orig_mod.model."),
     ("backbone._orig_mod.", ""), ("model._orig_mod.", "model._orig_mod."), ("network.module.", "network.module."),
     ("_fsdp_wrapped_module.backbone._fsdp_wrapped_module.", "_fsdp_wrapped_module."), ("student.", "student."),
+    ("vit.", "vit."), ("lit.body.net.", "lit.body."), ("encoder.", "encoder."),
 ]  # fmt: skip
 
 

@@ -21,12 +21,13 @@ TRAINED = ("model", "state_dict", "module", "net", "network", "student", "encode
 # A word in the key of a moving average.
 AVERAGE = re.compile(r"(?:^|_)(ema|teacher|momentum|target|swa|avg|averaged?|shadow)(?:_|$)", re.IGNORECASE)
 INSERTED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a name
-LEADING = ("model", "net", "network", "backbone", "student")  # at its start
+LEADING = ("model", "net", "network", "backbone", "base_encoder", "student")  # at its start
 ANCHORS = (  # one name of every encoder that our formats hold, without its prefix
     "patch_embed.proj.weight", "layer1.0.conv1.weight", "stages.0.blocks.0.conv_dw.weight",
     "downsample_layers.0.0.weight",
 )  # fmt: skip
 CLASSIFIERS = ("head.weight", "head.fc.weight", "fc.weight")
+HEADS = (*CLASSIFIERS, "decoder.0.weight")
 
 
 class Selected(NamedTuple):
@@ -59,12 +60,13 @@ def state_dicts(content: object, where: str) -> dict[str, Arrays]:
         return found | {name: {} for name, value in known.items() if isinstance(value, Dropped)}
     for name, value in known.items():
         if isinstance(value, Dropped):
-            raise CheckpointError(f"{name!r} is a whole object of {one_line(value.name)}", where, fix)
+            what = f"{one_line(name)!r} is a whole object of {one_line(value.name)}"
+            raise CheckpointError(what, where, fix)
         other = [item for item in value.items() if not _is_entry(*item)] if isinstance(value, dict) else []
         if other:
             entry, found = other[0]
             kind = found.name if isinstance(found, Dropped) else type(found).__name__
-            what = f"{name!r} is no state dict: {one_line(entry)} is {one_line(kind)}, not an array"
+            what = f"{one_line(name)!r} is no state dict: {one_line(entry)} is {one_line(kind)}, not an array"
             raise CheckpointError(what, where, fix)
     raise CheckpointError(f"no state dict among the keys {_keys(content) or '(none)'}", where, fix)
 
@@ -119,7 +121,8 @@ def _default(parts: dict[str, Arrays], where: str, average: bool | None) -> tupl
     known = [name for word in TRAINED for name in trained if last(name) == word]
     if average is not None and not (averages if average else trained):
         kind = "averaged" if average else "trained"
-        raise CheckpointError(f"no {kind} weights in the file: it has {_keys(parts)}", where, "leave --ema out")
+        fix = f"leave {'--ema' if average else '--no-ema'} out"
+        raise CheckpointError(f"no {kind} weights in the file: it has {_keys(parts)}", where, fix)
     if average:
         return averages[0], ""
     if not known and len(trained) > 1:
@@ -169,11 +172,14 @@ def _anchor_prefix(names) -> str | None:
 def unwrap(arrays: Arrays, whole: bool = False) -> Arrays:
     """The arrays with names without wrappers, for the encoder and for heads next to it.
 
-    whole: also drop a first part that names a role, like "teacher". Names that would become equal stay as they are.
+    A wrapper is a prefix that a head of ours has too, or one of known names. whole: also a first part that names a
+    role, like "teacher". Names that would become equal stay as they are.
     """
     renamed = {name: ".".join(part for part in name.split(".") if part not in INSERTED) for name in arrays}
-    wrappers = []
-    for part in (_anchor_prefix(renamed.values()) or "").split(".")[:-1]:
+    names, parts = set(renamed.values()), (_anchor_prefix(renamed.values()) or "").split(".")[:-1]
+    of_head = (n for n in range(len(parts), 0, -1) if any(".".join((*parts[:n], head)) in names for head in HEADS))
+    wrappers = parts[: next(of_head, 0)]
+    for part in parts[len(wrappers) :]:
         is_role = whole and not wrappers and (AVERAGE.search(part) or part.startswith("student"))
         if part not in LEADING and not is_role:
             break
