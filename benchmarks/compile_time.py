@@ -34,8 +34,9 @@ def serve(spec: dict) -> dict:
     import jax
     import numpy as np
 
+    from simmim_jax.compiled import compile_train_step, make_state, to_device
     from simmim_jax.config import pretrain_config
-    from simmim_jax.experiment import compile_train_step, make_experiment, make_state, to_device
+    from simmim_jax.experiment import make_experiment
     from simmim_jax.runtime.sharding import replicated
 
     phase("import")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
@@ -37,11 +36,9 @@ from simmim_jax.objectives import Objective, make_objective
 from simmim_jax.objectives.features import make_features
 from simmim_jax.runs import checkpoint, pretrained
 from simmim_jax.runtime import processes, sharding
-from simmim_jax.runtime.compilation import compile_step
-from simmim_jax.runtime.costs import flops
 from simmim_jax.runtime.processes import log0
-from simmim_jax.runtime.scanning import path_name, unstack
-from simmim_jax.train_step import TrainState, hash_samples, init_state, train_step
+from simmim_jax.runtime.scanning import unstack
+from simmim_jax.train_step import TrainState, init_state
 
 MAX_EVALUATION_FRACTION = 0.03  # of a run's work, for eval_every=-1
 MAX_EVALUATIONS = 20  # per run, for eval_every=-1
@@ -195,7 +192,15 @@ def make_experiment(
     state = jax.eval_shape(make_state, keys.init)
     sharding.check_tensor(state.params, mesh)
     state = sharding.shard_state(state, mesh, tuple(encoder.scanned_layers))
-    check_frozen(config, encoder, is_frozen, unstack(state.params, encoder.scanned_layers))
+    optim.check_frozen(
+        unstack(state.params, encoder.scanned_layers),
+        is_frozen,
+        frozen=config.optim.frozen,
+        frozen_layers=config.optim.frozen_layers,
+        depth=encoder.depth,
+        drop_path=encoder.drop_path,
+        train_encoder=config.objective.get("train_encoder"),
+    )
 
     return Experiment(
         record=record,
@@ -236,62 +241,6 @@ def make_keys(seed: int) -> Keys:
 def make_label_maps(num_classes: int, pixels: Pixels, options: dict) -> LabelMapSpec:
     """How label maps are read. pixels: of the images, which are padded with their mean. options: config.data.maps."""
     return LabelMapSpec(num_classes=num_classes, fill=pixels.fill, **options)
-
-
-def make_state(experiment: Experiment) -> TrainState:
-    """The state at step 0, created with its sharding."""
-    make = partial(init_state, init=experiment.objective.init, tx=experiment.tx, ema_decay=experiment.ema_decay)
-    return jax.jit(make, out_shardings=sharding.shardings(experiment.state))(experiment.keys.init)
-
-
-def compile_train_step(experiment: Experiment) -> Callable:
-    """(state, batch, key) -> (state, metrics), compiled ahead of time for the shapes and shardings of a run."""
-    step = partial(
-        step_with_counts,
-        loss_fn=_loss_fn(experiment),
-        prepare=experiment.objective.prepare,
-        tx=experiment.tx,
-        microbatches=experiment.microbatches,
-        ema_decay=experiment.ema_decay,
-    )
-    return compile_step(step, experiment.state, abstract_batch(experiment), experiment.keys.step, experiment.mesh)
-
-
-def step_flops(experiment: Experiment) -> int:
-    """FLOPs of the matmuls and convolutions of a step, on all devices, without recomputation."""
-    batch = jax.eval_shape(experiment.objective.prepare, abstract_batch(experiment))
-    return flops.step_flops(_loss_fn(experiment), experiment.state.params, batch, experiment.keys.step)
-
-
-def _loss_fn(experiment: Experiment) -> Callable:
-    return optim.freeze(experiment.objective.loss_fn, experiment.is_frozen, experiment.encoder.scanned_layers)
-
-
-def step_with_counts(state: TrainState, batch: dict, key: Key[Array, ""], **options) -> tuple[TrainState, dict]:
-    """`train_step` with three more metrics: a hash of the samples, the number of bad images, and the largest signal."""
-    counted = {name: batch[name] for name in ("index", "replaced", "stop")}
-    state, metrics = train_step(state, {k: x for k, x in batch.items() if k not in counted}, key, **options)
-    return state, metrics | {
-        "samples": hash_samples(counted["index"], batch["batch_index"]),
-        "bad_images": counted["replaced"].sum(dtype=np.int32),
-        "stop": counted["stop"].max(),
-    }
-
-
-def abstract_batch(experiment: Experiment) -> dict:
-    """Shapes and types of a global batch on the devices."""
-    rows = (experiment.batches.batch_size,)
-    entries = experiment.batches.arrays() | {"index": (rows, np.uint32), "stop": (rows, np.int32)}
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in entries.items()}
-
-
-def to_device(batch: dict, signal: int, mesh: Mesh) -> dict:
-    """Turn this process's batch into its part of the global arrays. signal: number of a received signal, or 0.
-
-    JAX has no 64-bit integers by default: the index of an image is reduced modulo 2**32.
-    """
-    extra = {"index": batch["index"].astype(np.uint32), "stop": np.full(batch["label"].shape, signal, np.int32)}
-    return sharding.to_global(batch | extra, mesh)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -661,44 +610,6 @@ def evaluation_period(config: ConfigDict, evals: dict, steps: int, images: int, 
     affordable = MAX_EVALUATION_FRACTION * steps * config.batch_size / max(forward / 3, 1) - 2  # start and end
     count = min(int(affordable), MAX_EVALUATIONS)
     return max(-(-steps // (count + 1)), config.log_every) if count > 0 else 0
-
-
-def check_frozen(config: ConfigDict, encoder: Encoder, is_frozen: Callable | None, params: dict) -> None:
-    """Raise ConfigError if `optim.frozen` or `optim.frozen_layers` freeze nothing, everything, or a live batch norm."""
-    layers = config.optim.frozen_layers
-    if layers > encoder.depth + 1:
-        raise ConfigError(
-            f"frozen_layers is {layers}, but the encoder has {encoder.depth} blocks",
-            "optim.frozen_layers",
-            f"give 1 for the patch embedding, up to {encoder.depth + 1} for all blocks",
-        )
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    named = optim.make_frozen(config.optim.frozen)
-    if named and not any(map(named, paths)):
-        raise ConfigError(
-            f"no parameter path matches {config.optim.frozen!r}",
-            "optim.frozen",
-            f"paths are like {paths[0]} and {paths[-1]}",
-        )
-    frozen = [path for path in paths if is_frozen and is_frozen(path)]
-    if frozen == paths:
-        raise ConfigError("all parameters are frozen: nothing would be trained", "optim.frozen", "freeze less")
-    train_encoder = config.objective.get("train_encoder", True)
-    measured = [path for path in frozen if path.endswith(("/mean", "/var"))]
-    if measured and train_encoder:
-        raise ConfigError(
-            f"{measured[0]} is frozen, but its batch norm would still use the statistics of each batch",
-            "optim.frozen",
-            "freeze the whole encoder with objective.train_encoder=false, or none of it",
-        )
-    all_frozen = all(path in frozen for path in paths if path.startswith("encoder/"))
-    if not all_frozen and not train_encoder:
-        logging.warning(
-            "objective.train_encoder=false freezes nothing, it only turns stochastic depth off: freeze the encoder "
-            "with --config.optim.frozen=encoder/"
-        )
-    if all_frozen and config.objective.get("train_encoder") and encoder.drop_path:
-        logging.warning("the encoder is frozen but uses stochastic depth: give --config.objective.train_encoder=false")
 
 
 def pretrained_settings(record: dict) -> str:

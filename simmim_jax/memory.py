@@ -6,8 +6,9 @@ The memory of a step is reported by the compiler. It includes state, batch, acti
 import contextlib
 from collections.abc import Iterator
 
+from simmim_jax.compiled import compile_train_step
 from simmim_jax.errors import ConfigError, UserError
-from simmim_jax.experiment import Experiment, compile_train_step
+from simmim_jax.experiment import Experiment
 from simmim_jax.runtime.costs import devices
 from simmim_jax.runtime.processes import log0
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jaxtyping import PyTree
 
 from simmim_jax.errors import ConfigError, check_minimum, check_options, choose
@@ -193,6 +194,54 @@ def make_frozen(
         return bool(low or (frozen and pattern.match(path)))
 
     return is_frozen
+
+
+def check_frozen(
+    params: PyTree,
+    is_frozen: Callable[[str], bool] | None,
+    *,
+    frozen: str,
+    frozen_layers: int,
+    depth: int,
+    drop_path: int | float,
+    train_encoder: bool | None,
+) -> None:
+    """Raise ConfigError if `frozen` or `frozen_layers` freeze nothing, everything, or a live batch norm.
+
+    depth, drop_path: of the encoder. train_encoder: option of the objective; None if it has none.
+    """
+    if frozen_layers > depth + 1:
+        raise ConfigError(
+            f"frozen_layers is {frozen_layers}, but the encoder has {depth} blocks",
+            "optim.frozen_layers",
+            f"give 1 for the patch embedding, up to {depth + 1} for all blocks",
+        )
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    named = make_frozen(frozen)
+    if named and not any(map(named, paths)):
+        raise ConfigError(
+            f"no parameter path matches {frozen!r}",
+            "optim.frozen",
+            f"paths are like {paths[0]} and {paths[-1]}",
+        )
+    found = [path for path in paths if is_frozen and is_frozen(path)]
+    if found == paths:
+        raise ConfigError("all parameters are frozen: nothing would be trained", "optim.frozen", "freeze less")
+    measured = [path for path in found if path.endswith(("/mean", "/var"))]
+    if measured and train_encoder is not False:
+        raise ConfigError(
+            f"{measured[0]} is frozen, but its batch norm would still use the statistics of each batch",
+            "optim.frozen",
+            "freeze the whole encoder with objective.train_encoder=false, or none of it",
+        )
+    all_frozen = all(path in found for path in paths if path.startswith("encoder/"))
+    if not all_frozen and train_encoder is False:
+        logging.warning(
+            "objective.train_encoder=false freezes nothing, it only turns stochastic depth off: freeze the encoder "
+            "with --config.optim.frozen=encoder/"
+        )
+    if all_frozen and train_encoder and drop_path:
+        logging.warning("the encoder is frozen but uses stochastic depth: give --config.objective.train_encoder=false")
 
 
 def train_labels(

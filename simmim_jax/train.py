@@ -13,16 +13,10 @@ import jax
 import numpy as np
 
 from simmim_jax import data, optim
+from simmim_jax.compiled import compile_train_step, make_state, step_flops, to_device
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, PeerError, Preempted, suggest
 from simmim_jax.evaluation import make_evaluators
-from simmim_jax.experiment import (
-    Experiment,
-    compile_train_step,
-    make_state,
-    pretrained_settings,
-    step_flops,
-    to_device,
-)
+from simmim_jax.experiment import Experiment, pretrained_settings
 from simmim_jax.files import read_json
 from simmim_jax.memory import check_memory
 from simmim_jax.runs import checkpoint, pretrained

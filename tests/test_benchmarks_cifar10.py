@@ -19,9 +19,10 @@ import pytest
 from bench import FOLDER, load_program
 
 from simmim_jax import data, optim
+from simmim_jax.compiled import make_state
 from simmim_jax.config import load, to_dict
 from simmim_jax.errors import CheckpointError, ConfigError, DataError
-from simmim_jax.experiment import encoder_record, make_experiment, make_state, resolve_encoder, with_settings
+from simmim_jax.experiment import encoder_record, make_experiment, resolve_encoder, with_settings
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives.features import make_all_features
 from simmim_jax.objectives.pixels import normalize

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import logging
 from source_files import write_images
 
 from simmim_jax import evaluation, experiment, memory, optim
@@ -30,6 +31,13 @@ def digits(**changes):
     return c
 
 
+def check_frozen(config, encoder, is_frozen, params):
+    optim.check_frozen(
+        params, is_frozen, frozen=config.optim.frozen, frozen_layers=config.optim.frozen_layers, depth=encoder.depth,
+        drop_path=encoder.drop_path, train_encoder=config.objective.train_encoder,
+    )  # fmt: skip
+
+
 def overview(made):
     return optim.parameter_overview(made.state.params, made.is_frozen, made.is_decayed)
 
@@ -38,7 +46,7 @@ def overview(made):
 def warnings(monkeypatch):
     """The warnings that `experiment` logs."""
     lines = []
-    monkeypatch.setattr(experiment.logging, "warning", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(logging, "warning", lambda line, *values: lines.append(line % values))
     return lines
 
 
@@ -152,7 +160,7 @@ def test_frozen_layers_that_do_not_exist_or_keep_batch_statistics_are_refused():
     def check(frozen_layers: int) -> None:
         config.optim.frozen_layers = frozen_layers
         is_frozen = optim.make_frozen("", frozen_layers, encoder.layer_id)
-        experiment.check_frozen(config, encoder, is_frozen, params)
+        check_frozen(config, encoder, is_frozen, params)
 
     check(0)
     for layers, decisive in {6: "encoder has 4 blocks", 1: "batch norm"}.items():
@@ -177,7 +185,7 @@ def test_partly_frozen_encoder_is_warned_about(warnings, frozen, train_encoder, 
     config.optim.frozen, config.objective.train_encoder = frozen, train_encoder
     params = {"encoder": {"block_0": jnp.zeros(1), "block_1": jnp.zeros(1)}, "head": jnp.zeros(1)}
     encoder = make_encoder("vit", "s", drop_path=drop_path)
-    experiment.check_frozen(config, encoder, optim.make_frozen(frozen), params)
+    check_frozen(config, encoder, optim.make_frozen(frozen), params)
     assert [decisive in line for line in warnings] == [True] * bool(decisive)
 
 
@@ -187,7 +195,7 @@ def test_pattern_that_freezes_nothing_or_everything_is_refused(frozen, decisive)
     config.optim.frozen = frozen
     params = {"encoder": {"block_0": jnp.zeros(1)}, "head": jnp.zeros(1)}
     with pytest.raises(ConfigError, match=re.escape(decisive)):
-        experiment.check_frozen(config, make_encoder("vit", "s"), optim.make_frozen(frozen), params)
+        check_frozen(config, make_encoder("vit", "s"), optim.make_frozen(frozen), params)
 
 
 def test_ema_horizon_longer_than_the_run_is_warned_about(warnings):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from runs import run
 
-from simmim_jax import data, experiment, train
+from simmim_jax import compiled, data, experiment, train
 from simmim_jax.config import load
 from simmim_jax.errors import ConfigError, DataError
 from simmim_jax.evals.sheet import GAP, LINE
@@ -88,7 +88,7 @@ def masks_of_a_run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Enough):
         patch.setattr(simmim, "make_masks", spy)
-        patch.setattr(experiment, "compile_step", compile_step)
+        patch.setattr(compiled, "compile_step", compile_step)
         config = digits()
         config.check_memory = False
         train.train(experiment.make_experiment(config), str(tmp_path_factory.mktemp("run")))
@@ -247,7 +247,7 @@ def test_a_step_that_does_not_fit_into_memory_is_one_error(tmp_path, monkeypatch
     def compile_step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(experiment, "compile_step", compile_step)
+    monkeypatch.setattr(compiled, "compile_step", compile_step)
     with pytest.raises(ConfigError, match=r"64 .*--config.microbatches"):
         preview.preview(digits(), out=str(tmp_path / "x.png"), images=1, seconds=0.0)
 

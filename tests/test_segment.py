@@ -21,6 +21,7 @@ from tiny import PIXELS, tiny_batch, tiny_encoder
 from tiny_trained import ENCODER, SIZE, random_weights
 
 from simmim_jax import data
+from simmim_jax.compiled import abstract_batch
 from simmim_jax.config import load
 from simmim_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, warn_once
 from simmim_jax.evals import make_evaluator, segmentation
@@ -36,7 +37,7 @@ from simmim_jax.evals.segmentation import (
 )
 from simmim_jax.evals.sheet import GAP, LINE
 from simmim_jax.evaluation import Subject, make_eval_inputs
-from simmim_jax.experiment import abstract_batch, make_experiment
+from simmim_jax.experiment import make_experiment
 from simmim_jax.models import make_encoder
 from simmim_jax.objectives import make_objective
 from simmim_jax.objectives.pyramid import Rescale, pyramid_blocks, pyramid_factors

@@ -77,7 +77,8 @@ def plan(
     """
     import jax  # late: --help and mistakes on the command line need no JAX
 
-    from simmim_jax.experiment import step_flops, with_settings
+    from simmim_jax.compiled import step_flops
+    from simmim_jax.experiment import with_settings
     from simmim_jax.memory import compile_to_measure, try_settings
     from simmim_jax.runtime.costs.collectives import collectives
     from simmim_jax.runtime.costs.devices import KINDS, memory, state_bytes

@@ -307,7 +307,7 @@ def time_train_step(experiment, seconds: int | float) -> dict:
     """Images per second of the compiled training step on this machine, over at least `seconds` and one step."""
     import jax
 
-    from simmim_jax.experiment import compile_train_step, make_state, to_device
+    from simmim_jax.compiled import compile_train_step, make_state, to_device
 
     spec, mesh, key = experiment.batches, experiment.mesh, experiment.keys.step
     batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.arrays().items()}
