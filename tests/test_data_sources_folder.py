@@ -260,6 +260,13 @@ def test_class_of_both_sides_may_be_alone_on_one(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_class_of_another_split_that_renumbers_labels_changes_the_fingerprint(tmp_path):
+    write_images(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/dog/3.png")
+    before = folder(tmp_path).fingerprint()
+    write_images(tmp_path, "val/ant/4.png")
+    assert folder(tmp_path).fingerprint() != before
+
+
 # --- links that lead to the same images
 
 

@@ -14,7 +14,7 @@ from simmim_jax.data.rasters import ARRAY_EXTENSIONS
 from simmim_jax.data.sources.classes import order_classes
 from simmim_jax.data.sources.files import unreadable_error
 from simmim_jax.data.sources.listing import folders, has_files, is_file, is_folder, is_hidden, nearest_folder, peek
-from simmim_jax.data.sources.names import Names
+from simmim_jax.data.sources.names import Names, digest_of
 from simmim_jax.data.sources.neighbors import add_lists, report_neighbors
 from simmim_jax.data.sources.parts import FileSource
 from simmim_jax.data.sources.splits import (
@@ -124,6 +124,8 @@ class Folder(FileSource):
 
     def fingerprint(self) -> dict:
         digests = {"names_sha256": self.names.digest(), "sizes_sha256": self.names.digest_sizes(self.root)}
+        # the numbers of labels depend on the classes of all splits
+        digests["classes_sha256"] = digest_of(*(os.fsencode(name) + b"\0" for name in self.classes))
         return {"source": "folder", "split": self.split, "count": len(self)} | digests
 
 

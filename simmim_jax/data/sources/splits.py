@@ -128,6 +128,7 @@ def own_split(path: str, split: str, found: Collection[str], slash: str = "") ->
         fix = "name the training images train/, or point data.path one level down"
         if not slash:
             fix = "name the training files train, or give only them as data.path"
+            fix += f"; rename {evaluation[0]} if it is a class"
         raise DataError(f"{path} has {evaluation[0]}{slash} but no train{slash}", "data.path", fix)
     return own, evaluation
 

@@ -347,7 +347,7 @@ def _files(file: BinaryIO, path: str, size: int, skipped: dict[str, list]) -> It
         stem, dot, kind = base.partition(".")
         if member.isdir() or not base or _is_hidden(member.name):
             continue
-        if what := kind_of_file("", base) if dot else "":
+        if what := kind_of_file(base) if dot else "":
             _skip(skipped, what, member.name)
         if not dot:
             continue

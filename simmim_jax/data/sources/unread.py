@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from simmim_jax.data.decode import EXTENSIONS
 from simmim_jax.errors import warn_once
 
+MAX_OPENED = 1000  # files without an ending in a folder that are opened to see whether they are images
 MAX_NAMED = 2  # names of one kind in the line
 UNREAD_IMAGES = (
     ".heic", ".heif", ".hif", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".ico",
@@ -21,6 +22,7 @@ DATA_FILES = (
 ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar")
 FIXES = {
     "archives": "unpack them to read them",
+    "images without an ending": "add one, such as .jpg",
     ".heic files": "pip install pillow-heif, or convert them",
     ".heif files": "pip install pillow-heif, or convert them",
 }
@@ -32,6 +34,7 @@ class Unread:
 
     def __init__(self):
         self.found: dict[str, tuple[int, list[str], str]] = {}
+        self.opened = 0  # files without an ending
 
     def add(self, what: str, path: str, fix: str = "", count: int = 1) -> None:
         number, names, fix_before = self.found.get(what, (0, [], ""))
@@ -41,8 +44,12 @@ class Unread:
 
     def add_file(self, folder: str, name: str) -> None:
         """Add a file that is not read, if it may have images."""
-        if what := kind_of_file(folder, name):
-            self.add(what, os.path.join(folder, name))
+        path, what = os.path.join(folder, name), kind_of_file(name)
+        if not os.path.splitext(name)[1] and self.opened < MAX_OPENED:
+            self.opened += 1
+            what = "images without an ending" if _has_signature(path) else ""
+        if what:
+            self.add(what, path)
 
     def describe(self, top: str) -> str:
         """What is not read, with names relative to the folder `top`."""
@@ -54,17 +61,20 @@ class Unread:
         return "; ".join(parts)
 
 
-def kind_of_file(folder: str, name: str) -> str:
-    """What a file is that may have images and has no ending that is read; "" for other files."""
+def kind_of_file(name: str) -> str:
+    """What a file is that may have images and has an ending that is not read; "" for other files."""
     extension = os.path.splitext(name.lower())[1]
     if extension in ARCHIVES:
         return "archives"
     if extension in UNREAD_IMAGES or extension in DATA_FILES or extension.startswith(EXTENSIONS):  # such as .jpg~
         return "" if extension in EXTENSIONS else f"{extension} files"
-    if not extension:
-        with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb", opener=_open_nonblocking) as file:
-            return "images without an ending" if is_image(file.read(16)) else ""
     return ""
+
+
+def _has_signature(path: str) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb", opener=_open_nonblocking) as file:
+        return is_image(file.read(16))
+    return False
 
 
 def _open_nonblocking(path: str, flags: int) -> int:
