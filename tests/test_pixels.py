@@ -16,6 +16,7 @@ from tiny import fast_jit, random_params, tiny_encoder, tiny_objective
 from simmim_jax import data
 from simmim_jax.config import IMAGENET_MEAN, load
 from simmim_jax.data.decode import BadImage, Samples, decode
+from simmim_jax.data.label_maps import exif_orientation
 from simmim_jax.data.pixels import Pixels, to_unit
 from simmim_jax.data.sample import PERCENTILES, PixelOptions, check_pixels, find_pixels, resolve_pixels
 from simmim_jax.data.transforms import resize
@@ -127,6 +128,14 @@ def test_eight_bit_tiff_has_the_samples_of_pillow():
         picture.convert(mode).save(file, "TIFF")
         expected = picture.convert(mode).convert("L" if channels == 1 else "RGB")
         assert np.array_equal(decode(file.getvalue(), channels), np.atleast_3d(np.asarray(expected)))
+
+
+def test_orientation_of_16_bits_is_applied_and_found(caplog):
+    pixels = scene(1, 12)
+    turned = tiff(pixels, extratags=[(274, 3, 1, 6, True)])
+    assert np.array_equal(decode(turned, 12), np.rot90(pixels, -1))  # EXIF 2.3: 6 is a quarter turn
+    assert exif_orientation(turned) == 6
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])

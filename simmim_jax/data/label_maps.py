@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 
 from simmim_jax.data.decode import ANY, MAX_PIXELS, BadImage, Picture, Samples
 from simmim_jax.data.decode import FORMATS as IMAGE_FORMATS
-from simmim_jax.data.rasters import TRANSPOSED, rotate_upright
+from simmim_jax.data.rasters import TRANSPOSED, open_raster, rotate_upright
 from simmim_jax.data.transforms import resize
 from simmim_jax.errors import ConfigError, DataError, check_minimum
 
@@ -181,6 +181,8 @@ def exif_orientation(image: bytes | np.ndarray) -> int:
     found = 1
     if isinstance(image, bytes):
         with contextlib.suppress(Exception):  # parsers of damaged EXIF raise exceptions of any type
+            if raster := open_raster(image):
+                return raster.orientation
             found = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS).getexif().get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
 

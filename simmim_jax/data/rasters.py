@@ -48,6 +48,7 @@ class Raster(NamedTuple):
     names: of the channels; () if the file has none.
     nodata: the value of pixels without data, or None.
     unread: what else the file holds, like "2 further pages".
+    orientation: the EXIF orientation of the file, 1 to 8, which `load` applies.
     """
 
     height: int
@@ -59,6 +60,7 @@ class Raster(NamedTuple):
     names: tuple[str, ...] = ()
     nodata: float | None = None
     unread: str = ""
+    orientation: int = 1
 
 
 def open_raster(data: bytes) -> Raster | None:
@@ -152,7 +154,7 @@ def _open_png(data: bytes) -> Raster:
     def load() -> np.ndarray:
         return rotate_upright(_as_samples(imagecodecs.png_decode(data)), orientation)
 
-    return Raster(height, width, channels, "uint16", load, alpha)
+    return Raster(height, width, channels, "uint16", load, alpha, orientation=orientation)
 
 
 # --- TIFF
@@ -194,6 +196,7 @@ def _open_tiff(data: bytes) -> Raster | None:
         _band_names(file, tags.get(GDAL_METADATA, ""), samples - alpha),
         nodata,
         f"{others} further pages" if others > 0 else "",
+        tags.get(ORIENTATION, 1),
     )
 
 

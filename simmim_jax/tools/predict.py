@@ -88,7 +88,7 @@ def run(argv: list[str]) -> None:
             print(json.dumps(answers, indent=2))
     if len(answers) < len(options.images):
         what = f"{len(options.images) - len(answers)} of {len(options.images)} images cannot be read"
-        raise DataError(what, "they are named above", "give JPEG, PNG, WebP, AVIF, BMP, TIFF or GIF files")
+        raise DataError(what, "they are named above", "see the reason of each")
 
 
 # Each command yields (the answer as JSON, the same as lines of text) for each image that can be read.
