@@ -141,6 +141,7 @@ def test_other_files_next_to_shards_are_named(tmp_path, lines):
         ("_classes.csv", "filename, cat, dog\n0.png, 1, 0\n", "files with several labels"),
         ("val_annotations.txt", "0.png\tn01\t0\t32\t44\t62\n", "files with several labels"),
         ("train.txt", "0.png 1 0 1\n", "files with several labels"),
+        ("tags.csv", "file_name,tags\n0.png,haze primary\n", "files with several labels"),
         ("metadata.jsonl", '{"file_name": "0.png", "label": 0}\n', "files of labels"),
     ],
 )

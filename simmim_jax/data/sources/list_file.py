@@ -24,7 +24,7 @@ from simmim_jax.data.sources.listing import folders
 from simmim_jax.data.sources.names import Column, digest_of
 from simmim_jax.data.sources.parts import FileSource, make_part
 from simmim_jax.data.sources.splits import EVALUATION, MAX_CLASSES, STANDARD, Selection, select, side_of
-from simmim_jax.data.sources.table import find_columns, is_table, read_table
+from simmim_jax.data.sources.table import find_columns, first_line, read_table
 from simmim_jax.errors import DataError, warn_once
 
 LISTS = (".txt", ".lst", ".list", ".csv", ".tsv")
@@ -359,28 +359,37 @@ def _find_root(path: str, scan: dict, roots: tuple[str, ...]) -> str:
     raise DataError(f"{name} does not exist", where, "correct the paths" if os.path.isabs(name) else fix)
 
 
-def list_kind(path: str) -> str:
-    """What a file of labels is: "lists" of images, with one label for each at most, another kind, or "" for others."""
+def list_kind(path: str) -> tuple[str, str]:
+    """(what a file of labels is, the path of its first image).
+
+    It is one of "lists", with one label at most for each image, another kind without a path, or "" for other files.
+    """
     if not path.lower().endswith(LISTS):
-        return "files of labels"
+        return "files of labels", ""
+    roots = _roots(path, "", list(STANDARD))
     try:
         columns = find_columns(path)
         if columns:
-            return "lists" if is_table(path, columns, _roots(path, "", list(STANDARD))) else ""
-        with open(path, "rb") as file:
-            lines = file.read(MAX_LINE).splitlines()
+            first = first_line(path, columns, roots)
+        else:
+            with open(path, "rb") as file:
+                lines = file.read(MAX_LINE).splitlines()
+            first = next((line for line in lines if line.strip() and not line.startswith(b"#")), b"")
     except OSError:
-        return ""
+        return "", ""
     except DataError:  # several columns may be the label
-        return "files with several labels"
-    first = next((line for line in lines if line.strip() and not line.startswith(b"#")), b"")
+        return "files with several labels", ""
     found = LINE.fullmatch(first)
-    several = COLUMNS.search(found[2] or b"") if found else WORDS.fullmatch(first)
-    return "files with several labels" if several else "lists" if found else ""
+    if COLUMNS.search(found[2] or b"") if found else WORDS.fullmatch(first):
+        return "files with several labels", ""
+    if not found:
+        return "", ""
+    paths = [os.path.join(root, os.fsdecode(found[1])) for root in roots]
+    return "lists", next(filter(os.path.exists, paths), paths[0])
 
 
 def is_list(path: str) -> bool:
-    return list_kind(path) == "lists"
+    return list_kind(path)[0] == "lists"
 
 
 def _read(path: str) -> bytes:

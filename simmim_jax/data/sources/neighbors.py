@@ -57,6 +57,7 @@ def add_lists(unread: Unread, path: str) -> list[str]:
     if len(names) > MAX_LISTS:  # captions, or other texts of single images
         return []
     kinds = {name: list_kind(os.path.join(path, name)) for name in names}
+    kinds = {name: kind for name, (kind, image) in kinds.items() if not image or os.path.exists(image)}
     lists = [name for name, kind in kinds.items() if kind == "lists"]
     sides = {side: [name for name in lists if side in map(side_of, WORD.findall(name))] for side in SIDES}
     best = next(iter(sides["train"] or lists), "")

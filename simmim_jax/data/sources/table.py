@@ -21,6 +21,7 @@ from simmim_jax.data.sources.unread import Unread, report
 from simmim_jax.errors import DataError
 
 CHUNK = 2**14  # rows converted at a time
+MAX_HEAD = 100  # lines before the first row
 HEAD = 2**16  # characters read to detect a table
 PATH_NAMES = (
     "path", "file_path", "filepath", "image_path", "img_path", "file_name", "filename", "file", "image_name",
@@ -33,6 +34,10 @@ LABEL_NAMES = (
 EXTENSIONS = PICTURE_EXTENSIONS + ARRAY_EXTENSIONS
 INDEX_NAMES = ("", "index", "unnamed:_0", "idx", "row")
 WITH_IMAGE = re.compile(rf"(?:{'|'.join(map(re.escape, EXTENSIONS))})\s", re.IGNORECASE)
+
+
+class MissingImage(DataError):
+    """An image that is named without an ending does not exist."""
 
 
 class Columns(NamedTuple):
@@ -139,7 +144,7 @@ def _lines(path: str, columns: Columns, roots: tuple[str, ...]) -> Iterator[byte
                     if not ending:
                         what = f"{image} has no ending, and no image of this name exists"
                         fix = "set data.data_dir to the folder of the images"
-                        raise DataError(what, f"{where}, looked in {', '.join(roots[:9])}", fix)
+                        raise MissingImage(what, f"{where}, looked in {', '.join(roots[:9])}", fix)
                     image += ending
                 image = f"./{image}" if image.startswith("#") else image
                 label = " ".join(row[columns.label].split()) if columns.label >= 0 else ""
@@ -159,8 +164,12 @@ def find_ending(image: str, roots: tuple[str, ...]) -> str:
     return next((e for root in roots for e in endings if os.path.exists(os.path.join(root, image + e))), "")
 
 
-def is_table(path: str, columns: Columns, roots: tuple[str, ...]) -> bool:
-    """Whether the first row of a table names an image, if it has an ending, or if the image exists."""
-    with contextlib.suppress(DataError):
-        return any(line.strip() for line in itertools.islice(_lines(path, columns, roots), 20))
-    return False
+def first_line(path: str, columns: Columns, roots: tuple[str, ...]) -> bytes:
+    """The line of the first row; b"" if it names an image that does not exist, without an ending.
+
+    Raises DataError for several labels.
+    """
+    lines = itertools.islice(_lines(path, columns, roots), MAX_HEAD)
+    with contextlib.suppress(MissingImage):
+        return next((line.strip() for line in lines if line.strip()), b"")
+    return b""
