@@ -32,6 +32,10 @@ class Source(Protocol):
 
     A source can be pickled into worker processes. Open files are not pickled: each process opens its own. A large index
     is memory-mapped from a file, so that ten million records need no more memory per process than ten thousand.
+
+    A source may also have `unlabeled`, what to do to have classes; `by_name`, whether a label is the position of its
+    name among all names; `all_labels()`, the labels without reading images; and `files()`, the files of its records, to
+    find images that two sources share.
     """
 
     classes: tuple[str, ...]  # names of the labels 0, 1, ...; () if records have no labels, or the names are unknown

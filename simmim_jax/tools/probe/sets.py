@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from simmim_jax.data import share_images
+from simmim_jax.data import how_to_label, one_report, share_images
 from simmim_jax.errors import ConfigError, DataError
 from simmim_jax.files import utf8_name
 from simmim_jax.runs.finished import Run
@@ -45,16 +45,18 @@ def open_sources(run: Run, options: Namespace) -> dict:
     same = "give another --test-split"
     if splits["train"] == splits["test"]:
         raise ConfigError(f"split {splits['train']!r} both to fit to and to test on", "command line", same)
-    sources = {name: open_source(run, options.data, split) for name, split in splits.items()}
+    with one_report():
+        sources = {name: open_source(run, options.data, split) for name, split in splits.items()}
     train, test = sources.values()
     if share_images(train, test):
         raise ConfigError(f"the training images {train.describe()} include test images", test.describe(), same)
     if len(train.classes) < 2:
         what = f"{len(train.classes)} classes: a probe needs two"
-        raise DataError(what, train.describe(), "put each class into a folder of its own")
+        raise DataError(what, train.describe(), how_to_label(train))
     if train.classes != test.classes:
         what = f"{len(test.classes)} test classes differ from the {len(train.classes)} training classes"
-        raise DataError(what, test.describe(), "give both splits the same class folders")
+        fix = "give both splits the same class folders" if test.classes else how_to_label(test)
+        raise DataError(what, test.describe(), fix)
     for split, source in sources.items():
         check_labels(source, f"--{split}-split")
     return sources
