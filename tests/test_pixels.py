@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tiny import fast_jit, random_params, tiny_encoder, tiny_objective
 
 from simmim_jax import data
 from simmim_jax.config import IMAGENET_MEAN, load
+from simmim_jax.data import rasters
 from simmim_jax.data.decode import BadImage, Samples, decode
 from simmim_jax.data.label_maps import exif_orientation
 from simmim_jax.data.pixels import Pixels, to_unit
@@ -128,6 +130,11 @@ def test_eight_bit_tiff_has_the_samples_of_pillow():
         picture.convert(mode).save(file, "TIFF")
         expected = picture.convert(mode).convert("L" if channels == 1 else "RGB")
         assert np.array_equal(decode(file.getvalue(), channels), np.atleast_3d(np.asarray(expected)))
+    pixels = np.asarray(picture)
+    for options in ({"compression": "zstd"}, {"compression": "lzw", "predictor": True}, {"bigtiff": True}):
+        assert np.array_equal(decode(tiff(pixels, photometric="rgb", **options), 3), pixels)
+        planar = tiff(np.moveaxis(pixels, 2, 0), photometric="rgb", planarconfig="separate", **options)
+        assert np.array_equal(decode(planar, 3), pixels)
 
 
 def test_orientation_of_16_bits_is_applied_and_found(caplog):
@@ -194,6 +201,14 @@ def test_dicom_has_its_rescaled_values():
         found = decode(out.getvalue(), 1)[..., 0]
         assert found.dtype == dtype
         assert np.array_equal(found, stored.astype(float) * slope + intercept)
+
+
+def test_missing_package_for_dicom_is_one_line_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    rasters._pydicom.cache_clear()
+    with pytest.raises(DataError, match="pip install pydicom"):
+        find_pixels(Images([b"\0" * 128 + b"DICM"]), PixelOptions())
+    rasters._pydicom.cache_clear()
 
 
 def test_damaged_rasters_are_bad_images():

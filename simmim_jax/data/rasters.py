@@ -36,6 +36,9 @@ GDAL_METADATA, GDAL_NODATA, ORIENTATION = 42112, 42113, 274  # tags of TIFF
 PNG_CHANNELS = {0: (1, 0), 2: (3, 0), 3: (3, 0), 4: (1, 1), 6: (3, 1)}  # by color type: channels, and alpha
 INSTALL_DICOM = "pip install pydicom"
 
+ONE_THREAD = {"maxworkers": 1}  # of tifffile: batches are decoded in parallel already
+PILLOW_COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)  # none, CCITT, LZW, JPEG, Deflate, PackBits
+
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a bad image has its reason in its own message
 
 
@@ -165,7 +168,8 @@ def _open_tiff(data: bytes) -> Raster | None:
     page, pages = file.pages[0], list(file.pages)
     tags = {code: page.tags[code].value for code in (GDAL_METADATA, GDAL_NODATA, ORIENTATION) if code in page.tags}
     if len(pages) > 1 and file.series[0].kind == "shaped" and len(file.series[0].shape) == 3:
-        return _arranged(file.series[0].shape, page.dtype, file.series[0].asarray)  # an array, written by tifffile
+        read = functools.partial(file.series[0].asarray, **ONE_THREAD)
+        return _arranged(file.series[0].shape, page.dtype, read)  # an array, written by tifffile
     channel_pages = _channel_pages(file) if len(pages) > 1 else [page]
     if _is_plain(page) and len(channel_pages) == 1 and not {GDAL_METADATA, GDAL_NODATA} & tags.keys():
         return None
@@ -178,7 +182,7 @@ def _open_tiff(data: bytes) -> Raster | None:
         height, width = width, height
 
     def load() -> np.ndarray:
-        planes = [each.asarray() for each in channel_pages]
+        planes = [each.asarray(**ONE_THREAD) for each in channel_pages]
         pixels = planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)
         if len(planes) == 1 and page.axes.startswith("S"):
             pixels = np.moveaxis(pixels, 0, -1)
@@ -205,8 +209,9 @@ def _is_plain(page: tifffile.TiffPage) -> bool:
     bits = page.bitspersample if isinstance(page.bitspersample, tuple) else (page.bitspersample,)
     extra = tuple(map(int, page.extrasamples))
     base = {MIN_IS_WHITE: 1, MIN_IS_BLACK: 1, RGB: 3, PALETTE: 1, SEPARATED: 4, YCBCR: 3}.get(int(page.photometric))
-    signed = int(page.sampleformat or 1) != 1
-    return max(bits) <= 8 and not signed and page.samplesperpixel - len(extra) == base and set(extra) <= set(ALPHA)
+    if int(page.sampleformat or 1) != 1 or int(page.compression) not in PILLOW_COMPRESSIONS:
+        return False
+    return max(bits) <= 8 and page.samplesperpixel - len(extra) == base and set(extra) <= set(ALPHA)
 
 
 def _channel_pages(file: tifffile.TiffFile) -> list:
