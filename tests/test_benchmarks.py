@@ -183,8 +183,8 @@ def test_swin_v2_is_as_far_from_float64_as_pytorch(programs, tmp_path):
     report = json.loads((tmp_path / "drift.json").read_text())
     assert report["golden_errors"]["loss"] < 1e-6
     assert report["golden_errors"]["gradients"] < 1e-4
-    for (row,) in report["rows"].values():  # float32 noise; a factor of 3, because Adam amplifies it by chance
-        assert row["jax32"] < 3 * max(row["torch32"], row["rounded64"])
+    for (row,) in report["rows"].values():  # float32 rounding, times 3 or 1e-4, because Adam amplifies it by chance
+        assert row["jax32"] < max(3 * row["torch32"], 3 * row["rounded64"], 1e-4)
 
 
 # --- step.py in its own process
