@@ -125,7 +125,7 @@ def test_three_fine_tuning_updates_equal_pytorch(tmp_path):
     assert (encoder.relative_position, encoder.final_norm) == ("per_block", False)
     pixels = {"image_size": config.image_size, "mean": config.mean, "std": config.std}
     objective = make_objective(encoder=encoder, **pixels, **config.objective)
-    tx, _ = make_tx(config, encoder, encoder.no_decay(pretraining=False), STEPS, STEPS_PER_EPOCH)
+    tx, _ = make_tx(config, encoder, encoder.no_decay(pretraining=False), 0, STEPS, STEPS_PER_EPOCH)
     key = random.key(3)
     params = jax.tree.map(jnp.asarray, params)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
