@@ -204,6 +204,22 @@ def test_folder_of_img2dataset_is_read(form, tmp_path, lines):
             make_source("parquet", path=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("shards", "pictures", "kind"),
+    [(["0.tar", "1.tar", "2.tar"], 1, "tar"), (["0.tar"], 5, "folder"), (["0.parquet"], 1, "parquet"),
+     (["0.parquet"], 4, "folder"), (["0.tar", "1.tar"], 2, "folder")],
+)  # fmt: skip
+def test_few_pictures_next_to_shards_or_archives_next_to_pictures_are_not_read(shards, pictures, kind, tmp_path, lines):
+    write_images(tmp_path, *(f"{n}.png" for n in range(pictures)))
+    for name in shards:
+        (write_tar if name.endswith("tar") else write_parquet)(
+            tmp_path / name, samples(*range(9)) if "tar" in name else range(9)
+        )
+    (line,) = lines(tmp_path, splits=["train"])
+    assert ("next to them (0.png" in line) == (kind != "folder")
+    assert everything("auto", tmp_path).fingerprint()["source"] == kind
+
+
 def test_parquet_is_preferred_if_it_has_images(tmp_path):
     write_parquet(tmp_path / "0.parquet", range(5))
     write_tar(tmp_path / "0.tar", samples(1))

@@ -164,15 +164,16 @@ def _detect_folder(path: str, sides) -> str:
 def _peek_kind(folder: str) -> str:
     """The kind of the files in a folder; "" if it contains no shards, images or folders of images."""
     entries = peek(folder)
-    found = dict.fromkeys((ARRAY_RECORDS, PARQUETS, (*TARS, *COMPRESSED)), "")
-    for entry in entries:
-        name = entry.name.lower()
-        if name.endswith(EXTENSIONS):
-            return "folder"
-        for extensions in found:
-            if name.endswith(extensions):
-                found[extensions] = found[extensions] or entry.path
-    kinds = {KINDS[extensions]: path for extensions, path in found.items() if path}
+    shards = {
+        KINDS[extensions]: [entry.path for entry in entries if entry.name.lower().endswith(extensions)]
+        for extensions in (ARRAY_RECORDS, PARQUETS, (*TARS, *COMPRESSED))
+    }
+    images = sum(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+    kinds = {kind: paths[0] for kind, paths in shards.items() if paths}
+    # a picture next to shards, or archives next to pictures
+    count = sum(len(paths) for paths in shards.values())
+    if images > count or (images == count > 0 and set(kinds) == {"tar"}):
+        return "folder"
     nested = [entry.path for entry in entries if is_folder(entry)][:3]
     nested += [next((each.path for each in peek(place) if is_folder(each)), place) for place in nested]
     has_folders = any(entry.name.lower().endswith(EXTENSIONS) for place in nested for entry in peek(place))
