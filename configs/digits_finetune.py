@@ -7,7 +7,7 @@ The architecture is that of the run that `init_from` names.
 
 Hardware: two CPU cores; measured on a Zen 5, 2026-11-23 (benchmarks/results/2026-11-23-cpu-zen5-2cores/recipes.json):
 78 s; top-1 96.4 % of the 360 held-out digits; from random weights, with the same budget, 91.9 %.
-Random weights had the same layer decay of 0.75, which holds their lower layers back; without it: not yet run.
+Random weights had the same layer decay of 0.75, which holds their lower layers back. docs/results.md has them without.
 """
 
 from ml_collections import ConfigDict
