@@ -360,10 +360,7 @@ def _find_root(path: str, scan: dict, roots: tuple[str, ...]) -> str:
 
 
 def list_kind(path: str) -> tuple[str, str]:
-    """(what a file of labels is, the path of its first image).
-
-    It is one of "lists", with one label at most for each image, another kind without a path, or "" for other files.
-    """
+    """("lists", the path of the first image), or (another kind of label file, ""), or ("", "") for other files."""
     if not path.lower().endswith(LISTS):
         return "files of labels", ""
     roots = _roots(path, "", list(STANDARD))
@@ -380,10 +377,10 @@ def list_kind(path: str) -> tuple[str, str]:
     except DataError:  # several columns may be the label
         return "files with several labels", ""
     found = LINE.fullmatch(first)
-    if COLUMNS.search(found[2] or b"") if found else WORDS.fullmatch(first):
-        return "files with several labels", ""
     if not found:
-        return "", ""
+        return "files with several labels" * bool(WORDS.fullmatch(first)), ""
+    if COLUMNS.search(found[2] or b""):
+        return "files with several labels", ""
     paths = [os.path.join(root, os.fsdecode(found[1])) for root in roots]
     return "lists", next(filter(os.path.exists, paths), paths[0])
 
