@@ -65,6 +65,11 @@ def test_an_unreadable_image_is_named_and_the_others_are_answered(images, classi
         predict.run([classifier[0], str(tmp_path / bad), *paths(images, 1), "--json"])
     assert [answer["image"] for answer in json.loads(capsys.readouterr().out)] == paths(images, 1)
     assert bad in caplog.text
+    caplog.clear()
+    with pytest.raises(DataError) as raised:  # the same line that tells the reason
+        predict.run([classifier[0], str(tmp_path / bad)])
+    assert raised.value.where == str(tmp_path / bad)
+    assert not caplog.text
 
 
 def test_classes_are_numbers_if_their_names_are_unknown(images, tmp_path, capsys):

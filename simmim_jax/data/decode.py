@@ -67,7 +67,7 @@ def leave_out(source, index: int, error: Exception, *, reported: set, allowed: b
         fix = "repair or remove the file, or set data.on_error=replace"
         raise DataError(f"a bad image: {source.name(index)}: {error}", source.describe(), fix) from error
     if index not in reported:
-        logging.warning("left out of the evaluation: %s: %s", source.name(index), error)
+        logging.warning("left out: %s: %s", source.name(index), error)
     reported.add(index)
 
 

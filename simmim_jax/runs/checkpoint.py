@@ -291,8 +291,11 @@ def _steps_in(folder: Path) -> list[int]:
     return [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
 
 
-def find_step(init_from: str) -> Path:
-    """The newest step's folder of a workdir or `checkpoints` folder, or the step's folder itself."""
+def find_step(init_from: str, hint: str = " (an empty init_from: random weights)") -> Path:
+    """The newest step's folder of a workdir or `checkpoints` folder, or the step's folder itself.
+
+    hint: the end of the fix in the error.
+    """
     root = Path(init_from).expanduser().absolute()
     if (root / "params").is_dir():
         return root
@@ -301,7 +304,7 @@ def find_step(init_from: str) -> Path:
             return folder / str(max(steps))
     raise CheckpointError(
         "no checkpoint" if root.exists() else "no such folder", str(root),
-        "give the workdir of a run that has a checkpoint (an empty init_from: random weights)",
+        f"give the workdir of a run that has a checkpoint{hint}",
     )  # fmt: skip
 
 

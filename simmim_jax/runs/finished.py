@@ -90,7 +90,7 @@ def load_run(path: str, image_size: tuple[int, int] | None = None) -> Run:
     at; None: the run's own. For another size, position embeddings are resized, and Swin V2 keeps the scale of its
     displacements. Raises CheckpointError if the folder has no encoder or no config.json.
     """
-    folder = checkpoint.find_step(path)  # once: a run in progress saves newer steps, and removes this one
+    folder = checkpoint.find_step(path, hint="")  # once: a run in progress saves newer steps, and removes this one
     params, config = checkpoint.read_params(str(folder))
     if "encoder" not in params or not {"encoder", "image_size", "mean", "std"} <= config.keys():
         raise CheckpointError("no encoder, or no config.json", path, "give the workdir of a run, or a step in it")

@@ -42,7 +42,9 @@ def hold(config: dict, workdir: str) -> Iterator[None]:
             write_json(folder / "config.json", {**config, **origin})
         except OSError as error:
             raise ConfigError(
-                f"cannot use this workdir: {error.strerror}", workdir, "give another --workdir"
+                f"cannot use this workdir: {'is a file' if folder.is_file() else error.strerror}",
+                workdir,
+                "give another --workdir",
             ) from error
         return read_text(folder / "LOCK")
 

@@ -216,11 +216,20 @@ def make_inputs(run, objective, options: argparse.Namespace, batch_size: int) ->
     """(the inputs of evaluators for `options.images`, the run's state)."""
     import jax
 
+    from simmim_jax import data
+    from simmim_jax.data.decode import BadImage, decode
     from simmim_jax.evaluation import make_eval_inputs, make_run_subject
     from simmim_jax.runs.finished import make_state
     from simmim_jax.tools import images
 
     source, crop, loading = images.Files(options.images), images.make_crop(run), images.make_loading(None)
+    if len(source) == 1:
+        try:
+            decode(source[0]["image"], crop.channels, crop.max_pixels, crop.samples)
+        except (BadImage, OSError) as error:
+            fix = "give an image that can be read, like those that the model was trained on"
+            raise DataError(str(error), source.name(0), fix) from error
+    data.check_pixels(run.pixels, source)
     subject = make_run_subject(run, objective, source, crop=crop, batch_size=batch_size, limit=0, loading=loading)
     subject = subject._replace(key=jax.random.key(options.seed))
     return make_eval_inputs(subject), make_state(run, subject.mesh)

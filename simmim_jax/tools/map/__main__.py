@@ -77,6 +77,9 @@ def run(argv: list[str]) -> None:
     from simmim_jax.tools.map import neighbors, page, pictures
 
     path = Path(options.embeddings)
+    if not path.exists():
+        fix = "make it with python -m simmim_jax.tools.embed RUN DATA EMBEDDINGS"
+        raise DataError("no such file", options.embeddings, fix)
     fix = "fix that and run again"
     with cli.translate_errors(DataError, options.embeddings, fix, "lower --limit, or give another --method"):
         listing = embeddings.read_listing(path)

@@ -361,8 +361,11 @@ def verify(options: argparse.Namespace) -> None:
     """Read every byte of DEST, and print the faults of each folder. Raises DataError if there are any."""
     from simmim_jax.tools.prepare import destination
 
-    faults, folders = 0, destination.prepared_folders(options.dest)
+    faults, unfinished, folders = 0, [], destination.prepared_folders(options.dest)
     for folder in folders:
+        if not destination.read_manifest(folder):
+            unfinished.append(os.path.basename(folder))
+            continue
         found = destination.damaged_shards(folder, workers=options.workers or 1)
         faults += len(found)
         for fault in found:
@@ -375,6 +378,9 @@ def verify(options: argparse.Namespace) -> None:
     if faults:
         what = f"{faults} damaged or missing, as listed above"
         raise DataError(what, options.dest, "prepare it again, with --overwrite")
+    if unfinished:
+        what = f"unfinished: {', '.join(unfinished)}"
+        raise DataError(what, options.dest, "run the command that began it again, without --overwrite")
 
 
 if __name__ == "__main__":

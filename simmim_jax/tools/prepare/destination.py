@@ -158,6 +158,12 @@ def make_plan(
     now = _compared(plan.content(), plan.shards or count)
     if not plan.classes:  # known only at the end
         now["classes"] = _compared(found, count)["classes"]
+    if differences(found["source"]["fingerprint"], described["fingerprint"]):
+        then, here = found["source"]["described"], described["described"]
+        what = f"{'finished' if manifest else 'begun'} with another SOURCE: {then}, now {here}"
+        if then == here:
+            what = f"the files of SOURCE have changed since: {here}"
+        raise ConfigError(what, folder, "give the first SOURCE, or another DEST, or --overwrite")
     if changed := differences(_compared(found, count), now):
         what = f"{'finished' if manifest else 'begun'} with another SOURCE or other settings: {changed}"
         raise ConfigError(what, folder, "repeat the first command, or give another DEST or --overwrite")
@@ -318,10 +324,8 @@ def _names(folder: str) -> set[str]:
 
 
 def damaged_shards(folder: str, *, workers: int) -> list[str]:
-    """Faults of a folder, judged by every byte, by the number of records, and by surplus files."""
+    """Faults of a finished folder, judged by every byte, by the number of records, and by surplus files."""
     manifest = read_manifest(folder)
-    if not manifest:
-        return ["unfinished: run the command that began it again"]
     with ThreadPoolExecutor(workers) as threads:  # hashing releases the GIL
         faults = [*filter(None, threads.map(lambda shard: shard_fault(folder, shard), manifest["shards"]))]
     count = sum(shard["count"] for shard in manifest["shards"])
