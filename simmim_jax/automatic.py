@@ -48,7 +48,12 @@ def choose(fields: dict, facts: Facts) -> dict[str, tuple[object, str]]:
     known, choices = dict(fields), {}
     for name in unset:
         if name in facts.saved:
-            new = {name: (_as_field(facts.saved[name]), "as in this workdir")}
+            names = (name, "encoder.patch_size") if name == "encoder.size" else (name,)  # as `_model` chooses both
+            new = {
+                each: (_as_field(facts.saved[each]), "as in this workdir")
+                for each in names
+                if each in facts.saved and known.get(each) is None
+            }
         elif name == "image_size" and name in facts.init_from:
             new = {name: (_as_field(facts.init_from[name]), "as in init_from")}
         else:

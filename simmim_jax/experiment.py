@@ -25,7 +25,7 @@ from simmim_jax.data import BatchSpec, Loading
 from simmim_jax.data.label_maps import LabelMapSpec
 from simmim_jax.data.pixels import Pixels
 from simmim_jax.data.sample import PixelOptions
-from simmim_jax.errors import ConfigError, DataError, check_minimum, choose, warn_once
+from simmim_jax.errors import ConfigError, DataError, check_minimum, choose, suggest, warn_once
 from simmim_jax.evals import EVALUATORS, forward_passes
 from simmim_jax.files import read_json
 from simmim_jax.flags import as_flag
@@ -361,7 +361,7 @@ def warn_about_fit(config: ConfigDict, steps: int, steps_per_epoch: int) -> None
         masked = num_masked(patches, config.objective.mask_ratio)
         if masked / patches > config.objective.mask_ratio + MAX_RATIO_OFFSET:
             logging.warning(
-                "%d of %d mask patches are masked: %.1f %%, not %.1f %%; a smaller objective.mask_patch_size is closer",
+                "%d of %d mask patches are masked: %.1f %%, not %.1f %%; smaller mask patches are closer",
                 masked,
                 patches,
                 100 * masked / patches,
@@ -579,6 +579,10 @@ def make_evals(
         unlabeled = next((each for each in (source, heldout) if not each.classes), None)
         need = "they need two or more classes, the same in training and held-out images"
         log0(f"no online probes: {data.how_to_label(unlabeled) if unlabeled else need}")
+    metrics = {metric for name in options for metric in EVALUATORS[name].metrics or (name,)}
+    if source and config.keep_best and config.keep_best not in metrics:
+        what = f"no evaluation of this run has the metric {config.keep_best!r}"
+        raise ConfigError(what, "keep_best", suggest(config.keep_best, metrics) if metrics else "add one to evals")
     return Evals(
         options=options,
         every=evaluation_period(config, options, steps, len(source or ()), len(heldout or ())),

@@ -15,6 +15,14 @@ from simmim_jax.config import defaults, flat, load, to_dict
 from simmim_jax.errors import ConfigError
 
 HELP = {"--help", "--helpfull", "--helpshort", "-h", "-help"}
+KINDS = {  # type of a field: what to give, an example
+    int: ("a whole number", "64"),
+    float: ("a number", "0.1"),
+    bool: ("true or false", "true"),
+    tuple: ("numbers with commas between them", "64,64"),
+    str: ("text", "s"),
+}
+TEXT_LISTS = ("data.bands", "init_parts")  # other lists hold numbers
 # Encoder fields of a recipe that also fit another encoder, named on the command line.
 KEPT_FOR_OTHER_ENCODERS = {"dtype", "remat", "scan", "attention", "drop_path"}
 
@@ -65,6 +73,10 @@ def parse_flags(
         rest = flag_values(argv)
     except Exception as error:  # the many types of absl and ml_collections, and all that a recipe can raise
         raise _translate_flag_error(error, argv, path) from error
+    for name, value in flat(to_dict(flag_values["config"].value)) if path else ():
+        if isinstance(value, list) and name not in TEXT_LISTS and any(isinstance(part, str) for part in value):
+            kind, example = KINDS[tuple]
+            raise ConfigError(f"--config.{name}={as_flag(value)} is not {kind}", path, f"give {kind}, like {example}")
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}", "command line", "give fields as --config.field=value")
     if path and flag_value(argv, "config.encoder.name") is not None:
@@ -146,7 +158,8 @@ def _translate_flag_error(error: Exception, argv: list[str], path: str) -> Confi
     """The mistake in `argv`; for an unknown field, with the nearest known one."""
     message = " ".join(str(error).split())
     try:
-        fields = dict(flat(to_dict(load(path))))
+        config = load(path)
+        fields = dict(flat(to_dict(config)))
     except Exception as broken:  # the recipe itself fails, with any type of error
         return ConfigError(f"{type(broken).__name__}: {' '.join(str(broken).split())}", path, "fix the config file")
     for argument in argv[1:]:
@@ -162,8 +175,10 @@ def _translate_flag_error(error: Exception, argv: list[str], path: str) -> Confi
             if children:
                 fix = f"set its fields one by one: --config.{children[0]}=value"
             else:
-                fix = f"give a {type(fields[name]).__name__}, like {as_flag(fields[name])}"
-            return ConfigError(message.removeprefix("flag "), path, fix)
+                group, _, field = name.rpartition(".")
+                kind, example = KINDS[(config[group] if group else config).get_type(field)]
+                fix = f"give {kind}, like {example if fields[name] in (None, []) else as_flag(fields[name])}"
+            return ConfigError(f"{argument} is not {kind}" if not children else message, path, fix)
     return ConfigError(message, path, "see --help")
 
 

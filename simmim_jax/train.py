@@ -14,7 +14,7 @@ import numpy as np
 
 from simmim_jax import data, optim
 from simmim_jax.compiled import compile_train_step, make_state, step_flops, to_device
-from simmim_jax.errors import CheckpointError, ConfigError, DataError, PeerError, Preempted, suggest
+from simmim_jax.errors import CheckpointError, DataError, PeerError, Preempted
 from simmim_jax.evaluation import make_evaluators
 from simmim_jax.experiment import Experiment, pretrained_settings
 from simmim_jax.files import read_json
@@ -79,8 +79,8 @@ def train(experiment: Experiment, workdir: str) -> dict:
         summary = write_summary(
             workdir, recorder.records.evaluations, clock, run.evaluator_clock, last, experiment.steps, trained_images
         )
-        if metric := experiment.saving.keep_best:
-            best = checkpoint.best_step(recorder.records.evaluations, metric)
+        metric = experiment.saving.keep_best
+        if (best := checkpoint.best_step(recorder.records.evaluations, metric)) is not None:
             value = recorder.records.evaluations[best][metric]
             log0(f"best {metric}: {value:.4g}, " + (f"in {workdir}/checkpoints/{best}" if best else "before training"))
         return summary
@@ -263,9 +263,8 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> int:
 
 def is_patience_exhausted(evaluations: dict[int, dict], step: int, metric: str, patience: int) -> bool:
     """Whether the evaluation at `step` is at least the `patience`-th after the one with the best value of `metric`."""
-    if step not in evaluations:
-        return False
-    return sum(other > checkpoint.best_step(evaluations, metric) for other in evaluations) >= patience
+    best = checkpoint.best_step(evaluations, metric)
+    return step in evaluations and best is not None and sum(other > best for other in evaluations) >= patience
 
 
 def evaluate(run: Loop, step: int, state: TrainState) -> None:
@@ -279,8 +278,6 @@ def evaluate(run: Loop, step: int, state: TrainState) -> None:
         except Preempted as stopped:
             run.recorder.signal = stopped.number
             return
-        if (metric := run.experiment.saving.keep_best) and metric not in row:
-            raise ConfigError(f"no evaluation has the metric {metric!r}", "keep_best", suggest(metric, row))
         run.recorder.records.write_evaluation(step, row)
     if row:
         log0(f"evaluation at step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))

@@ -1,10 +1,12 @@
 """automatic.py: values for the fields that a recipe leaves open, from the data and the machine."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from simmim_jax import automatic
+from simmim_jax import automatic, train
 from simmim_jax.config import load
 from simmim_jax.experiment import fill_in, make_experiment, with_settings
 from simmim_jax.models import ENCODERS, make_encoder
@@ -93,3 +95,21 @@ def test_eight_images_or_a_quarter_are_held_out_by_default(tmp_path):
         assert len(made.heldout) >= least
         assert len(made.heldout) + len(made.source) == count
         assert len(made.heldout) <= max(count / 4, least) + 3
+
+
+def test_run_with_chosen_fields_resumes_and_is_extended(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for n in range(40):
+        Image.fromarray(np.full((70, 80, 3), 5 * n, np.uint8)).save(images / f"{n}.png")
+    settings = {"data.path": str(images), "encoder.depth": 1, "encoder.width": 24, "steps": 2}
+
+    def run(extend=False, **changes):
+        config = with_settings(load("configs/folder_vit_small.py"), settings | changes)
+        workdir = str(tmp_path / "run")
+        return train.train(make_experiment(config, workdir, extend=extend), workdir)
+
+    assert run()["step"] == run()["step"] == 2
+    assert run(steps=3, extend=True)["step"] == 3
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["encoder"]["patch_size"], saved["image_size"]) == (8, [64, 64])

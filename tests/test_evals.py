@@ -167,7 +167,7 @@ def test_a_sheet_shows_original_masked_prediction_and_pasted(channels):
     sheet = draw_reconstructions([(image, mask, prediction)] * 2)
     assert sheet.shape == (LINE + GAP + 2 * (96 + GAP), 4 * (144 + GAP) + GAP, 3)
     tile = lambda n: sheet[LINE + GAP + 48, GAP + n * (144 + GAP) + np.array([36, 108]), 0].tolist()  # noqa: E731 - a hidden, a visible pixel
-    assert [tile(n) for n in range(4)] == [[51, 51], [128, 51], [204, 204], [204, 51]]
+    assert [tile(n) for n in range(4)] == [[51, 51], [128, 51], [204, 128], [204, 51]]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ class Evaluator(NamedTuple):
     needs: entries that the images must have: "label" or "label_map". An evaluator that needs neither uses no ground
         truth. It may therefore also run on training images.
     heldout_passes, train_passes: number of forward passes over the held-out images and the training images.
+    metrics: names of its metrics that `keep_best` may ask for; (): its own name.
     """
 
     make: Callable
@@ -51,18 +52,25 @@ class Evaluator(NamedTuple):
     needs: tuple[str, ...] = ()
     heldout_passes: int = 1
     train_passes: int = 0
+    metrics: tuple[str, ...] = ()
 
 
 FEATURES = ("features",)
 WINDOWS = ("read_windows", "whole", "window", "window_batch", "fill", "folder", "classes", "max_bad_images", "pixels")
 EVALUATORS = {
-    "accuracy": Evaluator(accuracy.make_accuracy, ("predict", "heldout", "trained"), ("label",)),
+    "accuracy": Evaluator(
+        accuracy.make_accuracy, ("predict", "heldout", "trained"), ("label",), metrics=("top1", "top5")
+    ),
     "knn": Evaluator(knn.make_knn, FEATURES, ("label",), train_passes=1),
     "linear": Evaluator(linear.make_linear, FEATURES, ("label",), train_passes=1),
     "reconstruction": Evaluator(
-        reconstruction.make_reconstruction, ("predict", "heldout", "spread", "folder", "pixels")
+        reconstruction.make_reconstruction,
+        ("predict", "heldout", "spread", "folder", "pixels"),
+        metrics=("masked_loss",),
     ),
-    "segmentation": Evaluator(segmentation.make_segmentation, WINDOWS, ("label_map",)),
+    "segmentation": Evaluator(
+        segmentation.make_segmentation, WINDOWS, ("label_map",), metrics=("miou", "pixel_accuracy", "mean_accuracy")
+    ),
 }
 
 

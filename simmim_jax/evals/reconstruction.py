@@ -61,13 +61,18 @@ def draw_reconstructions(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A sheet with a row for each (image, mask, prediction).
 
-    Its columns: the image, its visible part, the prediction, and the masked part of the prediction pasted into the
-    visible part of the image. pixels: of the images, which decides the channels that are shown.
+    Its columns: the image, its visible part, the masked part of the prediction (the rest is not trained), and both
+    together. pixels: of the images, which decides the channels that are shown.
     """
 
     def panels(image, mask, prediction) -> tuple:
         hidden = mask[..., None]
-        return image, np.where(hidden, 0.5, image), prediction, np.where(hidden, prediction, image)
+        return (
+            image,
+            np.where(hidden, 0.5, image),
+            np.where(hidden, prediction, 0.5),
+            np.where(hidden, prediction, image),
+        )
 
     def shown(panel):
         return panel[..., pixels.shown] if panel.shape[-1] > 3 or pixels.scale else panel

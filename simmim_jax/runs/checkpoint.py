@@ -69,10 +69,11 @@ def is_lower_better(metric: str) -> bool:
     return metric.endswith("loss")
 
 
-def best_step(evaluations: dict[int, dict], metric: str) -> int:
-    """The first step with the best value of a metric. evaluations: rows by step."""
+def best_step(evaluations: dict[int, dict], metric: str) -> int | None:
+    """The first step with the best value of a metric; None if no evaluation has it. evaluations: rows by step."""
     sign = 1 if is_lower_better(metric) else -1
-    return min((row for row in evaluations.values() if metric in row), key=lambda row: sign * row[metric])["step"]
+    values = {step: sign * row[metric] for step, row in sorted(evaluations.items()) if metric in row}
+    return min(values, key=values.get, default=None)
 
 
 def _is_not_from_orbax(record) -> bool:
