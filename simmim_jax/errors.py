@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from logging import Formatter
 
 from absl import logging
 
@@ -152,6 +153,7 @@ def exit_with_message(before_end: Callable[[bool], None] | None = None) -> Itera
     The process exits with 141 if its output pipe is closed, as by `| head`, and with 130 after Ctrl-C before a run has
     started. before_end: called after the line is printed; its argument is whether a signal ends the process.
     """
+    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
     try:
         yield
     except (UserError, Preempted) as error:

@@ -562,9 +562,13 @@ def check_evals(config: ConfigDict, objective: Objective, source, heldout) -> No
 
 
 def resolve_evals(config: ConfigDict, objective: Objective, source, heldout) -> dict[str, dict]:
-    """Evaluator options by name: `config.evals`, plus the online probes if the images have two or more classes."""
+    """Evaluator options by name: `config.evals`, plus the online probes if the images have two or more classes.
+
+    Classes with fewer than two training images each, on average, cannot be probed.
+    """
     evals = {name: dict(options) for name, options in config.evals.items()}
-    if config.online_probes and heldout and source.classes == heldout.classes and len(source.classes) > 1:
+    classes = len(source.classes)
+    if config.online_probes and heldout and source.classes == heldout.classes and 1 < classes <= len(source) / 2:
         evals = {name: {} for name in objective.online_probes} | evals
     return evals
 
@@ -577,7 +581,7 @@ def make_evals(
     options = resolve_evals(config, objective, source, heldout) if source else {}
     if source and config.online_probes and not options.keys() >= set(objective.online_probes):
         unlabeled = next((each for each in (source, heldout) if not each.classes), None)
-        need = "they need two or more classes, the same in training and held-out images"
+        need = "they need two or more classes with several images each, the same in training and held-out images"
         log0(f"no online probes: {data.how_to_label(unlabeled) if unlabeled else need}")
     metrics = {metric for name in options for metric in EVALUATORS[name].metrics or (name,)}
     if source and config.keep_best and config.keep_best not in metrics:

@@ -4,6 +4,7 @@ An unknown field is answered with the nearest known one, a value of the wrong ty
 """
 
 import difflib
+import functools
 import os
 import re
 
@@ -73,8 +74,9 @@ def parse_flags(
         rest = flag_values(argv)
     except Exception as error:  # the many types of absl and ml_collections, and all that a recipe can raise
         raise _translate_flag_error(error, argv, path) from error
-    for name, value in flat(to_dict(flag_values["config"].value)) if path else ():
-        if isinstance(value, list) and name not in TEXT_LISTS and any(isinstance(part, str) for part in value):
+    for name in re.findall(r"^--?config\.([^=\s]+)", "\n".join(argv), re.MULTILINE):
+        value = functools.reduce(lambda group, field: group[field], name.split("."), flag_values["config"].value)
+        if isinstance(value, tuple) and name not in TEXT_LISTS and any(isinstance(part, str) for part in value):
             kind, example = KINDS[tuple]
             raise ConfigError(f"--config.{name}={as_flag(value)} is not {kind}", path, f"give {kind}, like {example}")
     if len(rest) > 1:

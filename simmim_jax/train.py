@@ -83,6 +83,8 @@ def train(experiment: Experiment, workdir: str) -> dict:
         if (best := checkpoint.best_step(recorder.records.evaluations, metric)) is not None:
             value = recorder.records.evaluations[best][metric]
             log0(f"best {metric}: {value:.4g}, " + (f"in {workdir}/checkpoints/{best}" if best else "before training"))
+        if (Path(workdir) / "figures").is_dir():
+            log0(f"pictures: {workdir}/figures")
         return summary
 
 

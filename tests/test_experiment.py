@@ -1,7 +1,6 @@
 """experiment.py: what a config is refused for before anything compiles, and what it becomes."""
 
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +91,21 @@ def test_frozen_parameters_are_not_counted_as_trained():
 
 
 def test_probes_join_if_both_splits_have_the_same_classes():
-    split = lambda *classes: SimpleNamespace(classes=classes)  # noqa: E731
+    class Split(list):
+        classes = ()
+
+    def split(*classes, images=10):
+        made = Split(range(images))
+        made.classes = classes
+        return made
+
     config = digits(evals={"reconstruction": {"pictures": 2}, "knn": {"k": 5}})
     resolve = lambda *splits: experiment.resolve_evals(config, SIMMIM, *splits)  # noqa: E731
     assert resolve(split("a", "b"), split("a", "b"))["knn"] == {"k": 5}
     assert set(resolve(split("a", "b"), split("a", "b"))) == {"reconstruction", "knn", "linear"}
     config.evals = {"reconstruction": {}}
-    for splits in ((split(), split()), (split("a"), split("a")), (split("a", "b"), split("a"))):
+    few = split("a", "b", images=3)  # not two of each
+    for splits in ((split(), split()), (split("a"), split("a")), (split("a", "b"), split("a")), (few, few)):
         assert set(resolve(*splits)) == {"reconstruction"}
     config.online_probes = False
     assert set(resolve(split("a", "b"), split("a", "b"))) == {"reconstruction"}
