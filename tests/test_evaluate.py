@@ -409,6 +409,16 @@ def test_a_run_whose_images_were_moved_is_evaluated_on_its_held_out_images(place
         heldout(moved)
 
 
+def test_images_of_the_training_part_are_found_in_any_part_of_other_data(place, tmp_path, capsys):
+    model = load_run(str(place / "pretrained"))
+    shutil.copytree(place / "images", tmp_path / "val")
+    write_images(tmp_path / "new" / "val", ("x", "y"))
+    part, new = place / "images" / "ant", tmp_path / "new"
+    for path, split, seen in ((tmp_path, "", True), (tmp_path, "val", True), (part, "", True), (new, "", False)):
+        classification.open_images(model, Namespace(data=str(path), split=split))
+        assert ("trained on some" in capsys.readouterr().err) == seen
+
+
 def test_training_images_are_evaluated_only_if_asked_for(tmp_path):
     model, folder = Run({}, {}, None, tmp_path, SIZE), tmp_path / "data"
 

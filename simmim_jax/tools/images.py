@@ -152,21 +152,34 @@ def open_heldout(run: Run, options: argparse.Namespace, make: Callable, is_train
         saved, found = checkpoint.read_fingerprints(run.folder).get("heldout"), source.fingerprint()
         if own and saved and saved != found and saved.get("split") == found.get("split"):
             warn(f"{source.describe()}: not the images that the run held out: it may have been trained on some of them")
+        if not own:
+            warn_if_seen(run, source, refuse=False)
         return source
     prepared = path.startswith("tfds:") or prepared_directory(path)
     first, second = TFDS_PARTS if prepared else ("validation", "train")
     try:
-        return make(split=first)
+        source = make(split=first)
     except DataError as error:
         absent = error.what.endswith(f"has no split {first!r}") if prepared else "heldout_fraction" in error.where
         if not absent:
             raise
-    source = make(split=second)
-    if not prepared and is_training(source):
-        raise DataError("images to train on, and none to evaluate on", path, ALL_THE_SAME)
-    if seen := seen_in_training(run, source):
-        warn(seen)
+        source = make(split=second)
+        if not prepared and is_training(source):
+            raise DataError("images to train on, and none to evaluate on", path, ALL_THE_SAME) from error
+    warn_if_seen(run, source, refuse=True)
     return source
+
+
+def warn_if_seen(run: Run, source, *, refuse: bool) -> None:
+    """Print the warning of `seen_in_training`. refuse: raise its DataError instead of printing that too."""
+    try:
+        seen = seen_in_training(run, source)
+    except DataError as error:
+        if refuse:
+            raise
+        seen = error.what
+    if seen:
+        warn(seen)
 
 
 def warn(text: str) -> None:
@@ -191,23 +204,26 @@ def has_parts(path: str) -> bool:
 def seen_in_training(run: Run, source) -> str:
     """A warning if `source` has an image that the run was trained on, or if this cannot be known; else "".
 
-    Compares some images of equal names, for folders with or without label maps. It cannot be known if the run's own
-    folder is gone and the classes are the same. Raises DataError if `source` is all of the run's training images.
+    Compares paths without links, and some images of equal names for folders with or without label maps. It cannot be
+    known if the run's own folder is gone and the classes are the same. Raises DataError if `source` is all of the run's
+    training images.
     """
     own, saved = run.config.get("data", {}), checkpoint.read_fingerprints(run.folder).get("source", {})
     found = source.fingerprint()
     if found == saved:
         raise DataError("the run was trained on all of these images", source.describe(), ALL_THE_SAME)
-    if not own.get("path") or not _is_folder(source):
+    if not own.get("path"):
         return ""
     try:
         trained_on = open_training_images(run)
     except UserError:
         known = tuple(run.config.get("classes") or source.classes)
-        if saved.get("source") != found["source"] or known != tuple(source.classes):
+        if not _is_folder(source) or saved.get("source") != found["source"] or known != tuple(source.classes):
             return ""
         return f"the run may have been trained on some of these images: its own, {own['path']!r}, are gone"
-    if not _is_folder(trained_on):
+    if data.share_images(source, trained_on):
+        return f"the run was trained on some of these images: {source.describe()}"
+    if not _is_folder(source) or not _is_folder(trained_on):
         return ""
     index = {source.name(i): i for i in range(len(source))}
     pairs = [(index[name], i) for i in range(len(trained_on)) if (name := trained_on.name(i)) in index]
