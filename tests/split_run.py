@@ -15,7 +15,7 @@ import numpy as np
 from tiny import tiny_encoder, tiny_objective
 
 from simmim_jax import data
-from simmim_jax.experiment import step_with_counts, to_device
+from simmim_jax.compiled import step_with_counts, to_device
 from simmim_jax.masking import make_masks
 from simmim_jax.optim import make_optimizer
 from simmim_jax.runtime import processes, sharding
