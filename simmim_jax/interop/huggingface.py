@@ -16,6 +16,7 @@ from simmim_jax.interop.official import (
     class_token_classifier,
     classifier,
     head_refusal,
+    pooled_fix,
     position_type,
     reads_class_token,
 )
@@ -301,7 +302,7 @@ def _head_refusal(kind: str, encoder, objective: dict) -> str:
         return ""
     reads_token = reads_class_token(encoder, objective)
     if kind == "vit" and not reads_token:
-        return f"the classifier does not read the class token; timm has such a classifier; {WITHOUT_HEAD}"
+        return f"the classifier does not read the class token; {pooled_fix(encoder)}"
     if reason := head_refusal(type(encoder).__name__, encoder, objective):
         return reason
     if kind == "beit" and not reads_token and encoder.norm_epsilon != 1e-6:

@@ -319,12 +319,19 @@ def head_refusal(name: str, encoder, objective: dict) -> str:
     if objective.get("pool", "patches") != "patches":
         return f"the classifier reads {objective['pool']}, but theirs the class token; {WITHOUT_HEAD}"
     if name == "ViT" and (encoder.final_norm or not objective["fc_norm"]):
-        return f"theirs has one norm, after pooling (final_norm=False, fc_norm=True); {WITHOUT_HEAD}"
+        return f"theirs has one norm, after pooling (final_norm=False, fc_norm=True); {pooled_fix(encoder)}"
     if name in ("Swin", "SwinV2", "ResNet") and objective["fc_norm"]:
         return f"theirs has no norm after pooling (fc_norm); {WITHOUT_HEAD}"
     if name == "ConvNeXt" and not objective["fc_norm"]:
         return f"theirs has a norm after pooling (fc_norm); {WITHOUT_HEAD}"
     return ""
+
+
+def pooled_fix(encoder) -> str:
+    """How to get a ViT classifier of pooled patches that a format can hold: as official BEiT, or as timm's ViT."""
+    timm = "--config.encoder.final_norm=false, for --format=timm"
+    recipe = timm if encoder.qkv_bias == "qkv" else "configs/folder_finetune.py:vit"
+    return f"fine-tune with {recipe}, or {WITHOUT_HEAD}"
 
 
 def rules(encoder, objective: dict, prefix: str, image_size: tuple[int, int]) -> list[Rule]:

@@ -85,7 +85,15 @@ def make_export(run: Run, format: str, allow: list[str], where: str) -> Export:
     if format != "stablehlo":
         module = interop.EXPORTS[format]
         if reason := module.refusal(encoder, objective, run.image_size):
-            raise CheckpointError(f"{format} cannot hold this model: {reason}", where, "choose another --format")
+            what, fix = reason, ""
+            if official.WITHOUT_HEAD in reason:
+                what, _, fix = reason.rpartition("; ")
+            others = [
+                f"give --format={name}" for name, other in interop.EXPORTS.items()
+                if name not in (format, *ENCODER_ONLY) and not other.refusal(encoder, objective, run.image_size)
+            ]  # fmt: skip
+            fix = " or ".join(others) or fix or "give --format=stablehlo, which holds any encoder, without its head"
+            raise CheckpointError(f"{format} cannot hold this model: {what}", where, fix)
         objective, notes = module.exported_objective(run.encoder, objective), module.export_notes(run.encoder)
         notes += (official.epsilon_note(run.encoder, objective),) if encoder is not run.encoder else ()
         notes += folder.squash_note(run.image_size) if format in FOLDERS else ()
