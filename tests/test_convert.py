@@ -367,6 +367,25 @@ def test_allow_leaves_parts_out_and_prints_them(tmp_path, state, workdir, capsys
     assert not [name for name in load_file(tmp_path / "bare.safetensors") if "decoder" in name or "mask" in name]
 
 
+def test_exported_classifier_has_the_class_names_of_the_run(tmp_path, capsys):
+    options, objective = {**VIT, "relative_position": "per_block", "final_norm": False}, {"name": "classify"}
+    objective |= {"num_classes": 2, "fc_norm": True}
+    params = random_params(make(options, objective, (32, 32))[1])
+    config = {
+        "encoder": options,
+        "objective": objective,
+        "image_size": (32, 32),
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+    }
+    checkpoint.write_params(str(tmp_path / "run"), params, json.loads(json.dumps(config | {"classes": ["ant", "bee"]})))
+    tool(tmp_path / "run", tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["id2label"] == {"0": "ant", "1": "bee"}
+    assert written["label2id"] == {"ant": 0, "bee": 1}
+    assert "AutoModelForImageClassification" in capsys.readouterr().out
+
+
 def test_export_that_a_format_cannot_hold_is_refused(tmp_path, state):
     weights, _ = exported("official", SWINS[0], SIMMIM)
     save_file(weights.arrays, tmp_path / "swin.safetensors")
@@ -414,7 +433,7 @@ def test_hugging_face_folder_is_exported_and_imported(tmp_path, capsys):
 def test_unsupported_heads_are_left_out_and_printed(tmp_path, workdir, state, capsys):
     tool(workdir, tmp_path / "beit")
     out = capsys.readouterr().out
-    assert "huggingface vit (none)" in out
+    assert "huggingface vit (encoder only)" in out
     assert "huggingface has no place for it: head, mask_token" in out
     assert "no place for: head, mask_token" in (tmp_path / "beit/README.md").read_text()
     tool(tmp_path / "beit", tmp_path / "again")

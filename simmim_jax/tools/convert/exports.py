@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from simmim_jax import interop
 from simmim_jax.errors import CheckpointError, ConfigError
+from simmim_jax.files import utf8_name
 from simmim_jax.interop import backbone, folder, official, stablehlo
 from simmim_jax.interop.reading import MADE_BY, read_json
 from simmim_jax.runs.finished import Run, load_run
@@ -22,6 +23,7 @@ FOLDERS = ("backbone", "huggingface")  # formats that are folders for transforme
 ENCODER_ONLY = ("backbone", "stablehlo")  # formats without heads
 STABLEHLO = (".stablehlo", ".jax_exported")
 EPSILON = "norm_epsilon"  # in --allow: export a model whose epsilon differs from that of the format's models
+CONTENTS = {"none": "encoder only"}  # by the objective of an export
 READ_WITH = {
     "backbone": "transformers.CLASS.from_pretrained(FILE)(pixel_values).feature_maps",
     "huggingface": "transformers.AutoModel.from_pretrained(FILE)",
@@ -64,12 +66,15 @@ def export_run(options: argparse.Namespace) -> None:
 
     count = sum(x.size for x in jax.tree.leaves(run.params))
     name = run.config["encoder"]["name"]
-    print(f"{format} {name} ({export.objective['name']}): {count:,} parameters, written to {options.target}")
+    kind = CONTENTS.get(export.objective["name"], export.objective["name"])
+    print(f"{format} {name} ({kind}): {count:,} parameters, written to {options.target}")
     for note in export.notes:
         print(f"note: {note}")
     print_names("left out by --allow", export.allowed)
     print_names(f"left out, {format} has no place for it", export.unsupported)
     read_with = READ_WITH[format].replace("FILE", repr(options.target))
+    if export.objective["name"] == "classify":
+        read_with = read_with.replace("AutoModel.", "AutoModelForImageClassification.")
     if format == "backbone":
         read_with = read_with.replace("CLASS", backbone.CLASSES[backbone.backbone_type(run.encoder)])
     print(f"read it with {read_with}")
@@ -128,6 +133,10 @@ def write_folder(path: Path, export: Export) -> None:
         config = backbone.make_config(run.encoder, run.image_size, run.channels)
     else:
         config = folder.make_config(run.encoder, export.objective, run.image_size, run.channels)
+        names = [utf8_name(name) for name in run.config.get("classes") or ()]
+        if "id2label" in config and len(names) == len(config["id2label"]):
+            config["id2label"] = {str(n): name for n, name in enumerate(names)}
+            config["label2id"] = {name: n for n, name in enumerate(names)}
     pixels = run.pixels
     preprocessor = folder.make_preprocessor_config(
         run.image_size, pixels.mean, pixels.std, interpolation=run.interpolation, crop_fraction=run.crop_fraction
