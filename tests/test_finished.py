@@ -52,7 +52,7 @@ def test_swin_v2_at_another_size_measures_displacements_by_the_windows_of_its_ru
     abstract = jax.eval_shape(make_encoder(**encoder).init, jax.random.key(0), shape)["params"]
     params = {"encoder": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)}
     config = {"encoder": encoder, "image_size": (32, 32), "mean": (0.5,) * 3, "std": (0.2,) * 3}
-    monkeypatch.setattr(checkpoint, "find_step", lambda run: tmp_path / "7")
+    monkeypatch.setattr(checkpoint, "find_step", lambda run, **_: tmp_path / "7")
     monkeypatch.setattr(checkpoint, "read_params", lambda run: (params, json.loads(json.dumps(config))))
     assert load_run("run").encoder.pretrained_windows == ()
     assert load_run("run", (64, 64)).encoder.pretrained_windows == (8, 4)
