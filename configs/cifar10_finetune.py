@@ -11,7 +11,7 @@ shorter warm-up, layer decay 0.75, less mixing, no RandAugment and no stochastic
 
 Hardware: two CPU cores; measured on a Zen 5, 2026-11-23 (benchmarks/results/2026-11-23-cpu-zen5-2cores/cifar10.json):
 top-1 57.5 % of the 10,000 test images in 1,888 s, from random weights 48.6 % in 1,143 s, on one core next to other
-jobs. Random weights had the same layer decay of 0.75, which holds their lower layers back; without it: not yet run.
+jobs. Random weights had the same layer decay of 0.75, which holds their lower layers back: see docs/results.md.
 """
 
 from ml_collections import ConfigDict
