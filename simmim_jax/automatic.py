@@ -14,7 +14,7 @@ FIELDS = (
 )  # fmt: skip
 
 MAX_BATCH_CPU, MAX_BATCH = 32, 256
-CPU_UPDATES = 320  # on a CPU: about seven minutes for a ViT-Ti at 64 pixels on two cores
+CPU_UPDATES = 320  # on a CPU: four minutes for a ViT-Ti at 64 pixels on two cores of a Zen 4
 UPDATES, EPOCHS = 20_000, (100, 1600)  # on an accelerator; fewest and most epochs
 PEAK_RATES = ((1_000, 2e-3), (100_000, 4e-4))  # (updates, peak rate): the longer the run, the lower the rate
 

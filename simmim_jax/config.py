@@ -369,12 +369,15 @@ def refuse_change(saved: dict, now: dict, where: str) -> None:
     old, new = (dict(flat(tree, whole=WHOLE)) for tree in (saved, now))
     unknown = sorted(old.keys() - new.keys() - {*FREE, *FIXED})
     fix = "undo the change, or give a new --workdir"
-    free = {*FREE, *EXTENDABLE} if now.get("phases", []) != saved.get("phases", []) else FREE
     if unknown:
         what = f"config.json has fields that this config or version does not know: {', '.join(unknown)}"
         raise ConfigError(what, where, fix)
     names = old if "imported" in saved else old | new
-    if changed := differences(*({name: side.get(name) for name in names if name not in free} for side in (old, new))):
-        if not differences(*({n: side.get(n) for n in names if n not in {*FREE, *EXTENDABLE}} for side in (old, new))):
+    changed = {name for name in names if name not in FREE and old.get(name) != new.get(name)}
+    if now.get("phases", []) != saved.get("phases", []):
+        changed -= {*EXTENDABLE}
+    if changed:
+        if changed <= {*EXTENDABLE}:
             fix = "add --extend to continue with these settings as a new phase; or undo the change"
-        raise ConfigError(f"workdir of another config ({changed})", where, fix)
+        shown = differences(*({name: side.get(name) for name in changed} for side in (old, new)))
+        raise ConfigError(f"workdir of another config ({shown})", where, fix)

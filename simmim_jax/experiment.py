@@ -274,13 +274,11 @@ def fill_in(config: ConfigDict, workdir: str, images: int, classes: int, on_cpu:
     images, classes: of the training set; 0 if unknown. A resumed run keeps the values in its config.json.
     """
     check_minimum("microbatches", config.microbatches, 1)  # eval_batch_size is a quotient
-    fields, saved, init_from = dict(flat(to_dict(config))), {}, {}
+    fields = dict(flat(to_dict(config)))
     if all(fields.get(name, "") is not None for name in automatic.FIELDS):
         return config
-    if workdir and checkpoint.has_steps(workdir):
-        saved = dict(flat(read_json(Path(workdir) / "config.json")))
-    elif config.init_from:
-        init_from = dict(flat(pretrained.config_of(checkpoint.find_step(config.init_from))))
+    resumes, earlier = earlier_record(config, workdir)
+    earlier = dict(flat(earlier))
     settings = lambda known: {name: known[name] for name in ("encoder.size", "encoder.patch_size") if name in known}  # noqa: E731
     chosen = automatic.choose(
         fields,
@@ -290,8 +288,8 @@ def fill_in(config: ConfigDict, workdir: str, images: int, classes: int, on_cpu:
             on_cpu=on_cpu,
             batch_unit=sharding.num_batch_shards(sharding.make_mesh(**config.mesh)) * config.microbatches,
             sizes=tuple(choose("encoder", config.encoder.name, ENCODERS)[1]) if config.encoder.name else (),
-            saved=saved,
-            init_from=init_from,
+            saved=earlier if resumes else {},
+            init_from={} if resumes else earlier,
             token_stride=lambda known: (
                 make_encoder(**resolve_encoder(with_settings(config, settings(known)), workdir)).token_stride
             ),
@@ -300,6 +298,13 @@ def fill_in(config: ConfigDict, workdir: str, images: int, classes: int, on_cpu:
     for name, (value, reason) in chosen.items():
         log0(f"chosen: {name} {as_flag(value)} ({reason})")
     return with_settings(config, {name: value for name, (value, _) in chosen.items()})
+
+
+def earlier_record(config: ConfigDict, workdir: str) -> tuple[bool, dict]:
+    """(whether the run resumes, config.json of the workdir if it does, else that of `init_from`, else {})."""
+    if workdir and checkpoint.has_steps(workdir):
+        return True, read_json(Path(workdir) / "config.json")
+    return False, pretrained.config_of(checkpoint.find_step(config.init_from)) if config.init_from else {}
 
 
 def with_settings(config: ConfigDict, settings: dict) -> ConfigDict:
@@ -320,11 +325,7 @@ def resolve_encoder(config: ConfigDict, workdir: str) -> dict:
     given = {name: value for name, value in fields.items() if value is not None and (name, value) != ("size", "")}
     if given["name"]:
         return {"size": None, **given}
-    saved = {}
-    if workdir and checkpoint.has_steps(workdir):
-        saved = read_json(Path(workdir) / "config.json")
-    elif config.init_from:
-        saved = pretrained.config_of(checkpoint.find_step(config.init_from))
+    _, saved = earlier_record(config, workdir)
     if "encoder" not in saved:
         where = f"config.json of {config.init_from}" if config.init_from else "encoder.name"
         raise ConfigError("no encoder", where, "give --config.encoder.name, or a run's workdir as --config.init_from")
@@ -435,11 +436,7 @@ def resolve_pixels(config: ConfigDict, source, heldout, workdir: str) -> Pixels:
     )
 
     def find() -> list:
-        saved = {}
-        if workdir and checkpoint.has_steps(workdir):
-            saved = read_json(Path(workdir) / "config.json")
-        elif config.init_from:
-            saved = pretrained.config_of(checkpoint.find_step(config.init_from))
+        _, saved = earlier_record(config, workdir)
         found, remarks = data.resolve_pixels(source, given, saved, config.data.max_pixels)
         if heldout:
             data.check_pixels(found, heldout, config.data.max_pixels)

@@ -265,8 +265,10 @@ def run_loop(run: Loop, state: TrainState, batches, step_fn: Callable) -> int:
 
 def is_patience_exhausted(evaluations: dict[int, dict], step: int, metric: str, patience: int) -> bool:
     """Whether the evaluation at `step` is at least the `patience`-th after the one with the best value of `metric`."""
+    if step not in evaluations:  # most steps
+        return False
     best = checkpoint.best_step(evaluations, metric)
-    return step in evaluations and best is not None and sum(other > best for other in evaluations) >= patience
+    return best is not None and sum(other > best for other in evaluations) >= patience
 
 
 def evaluate(run: Loop, step: int, state: TrainState) -> None:

@@ -12,12 +12,12 @@ from jaxtyping import Array, PyTree
 
 from simmim_jax.runtime import sharding
 
-_compiled = []  # seconds of each compilation in this process
+_compiled = {"seconds": 0.0}  # in this process
 
 
 def _listen(event: str, seconds: float, **_) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiled.append(seconds)
+        _compiled["seconds"] += seconds
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
@@ -25,7 +25,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 def seconds() -> float:
     """The seconds that this process has spent in XLA's compiler, or reading its cache."""
-    return sum(_compiled)
+    return _compiled["seconds"]
 
 
 def enable_cache() -> Path | None:

@@ -70,8 +70,7 @@ def preview(
 
     if not time_step:  # the mesh may need devices that this machine lacks
         config = with_settings(config, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})
-    count = len(open_sources(config)[0])
-    if (config.batch_size or 0) > count:
+    if config.batch_size and config.batch_size > (count := len(open_sources(config)[0])):
         report("warning", f"batch_size {config.batch_size} is larger than the data, {count} images: a run refuses it")
         config = with_settings(config, {"batch_size": None})
     experiment = make_experiment(config)
